@@ -1,0 +1,81 @@
+"""What a person sees while a run goes on: a headline per stage, a bar or plain lines, facts, warnings.
+
+On a terminal the bar moves; in a log file a line appears every few seconds. Everything goes to stderr, so that
+a command's result alone is on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class Reporter:
+    """Reports the stages of a run to a console."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+
+    def headline(self, text: str) -> None:
+        """A stage begins."""
+        self.console.print(f"[bold]{escape(text)}[/bold]")
+
+    def say(self, text: str) -> None:
+        """A fact worth a line."""
+        self.console.print(f"  {escape(text)}", soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Something the user should know and may want to mend."""
+        self.console.print(f"  [yellow]Warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A callable that is told (done, total, note)."""
+        if self.console.is_terminal:
+            yield from self._bar(what)
+        else:
+            yield from self._lines(what)
+
+    def _bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task(what, total=None, note="")
+
+            def update(done: int, total: int, note: str) -> None:
+                bar.update(task, completed=done, total=total, note=escape(note))
+
+            yield update
+
+    def _lines(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        last, last_done = time.monotonic(), 0
+
+        def update(done: int, total: int, note: str) -> None:
+            nonlocal last, last_done
+            now = time.monotonic()
+            if done >= total or now - last >= _SECONDS_BETWEEN_LINES:
+                # By the speed since the line before: what an earlier run had done arrives at once.
+                left = (total - done) * (now - last) / max(1, done - last_done)
+                more = f"  about {_duration(left)} left" if left else ""
+                self.console.print(f"  {what} {done}/{total}  {note}{more}".rstrip(), markup=False)
+                last, last_done = now, done
+
+        yield update
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,1 @@
+"""What the models are worth on held-out prompts: answers, verdicts, rates and their intervals."""

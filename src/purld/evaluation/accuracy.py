@@ -1,0 +1,133 @@
+"""Accuracy against gold: a rate with its interval, the difference of two models, and how well scores agree.
+
+Pure numpy but for `exact_match`, which compares texts. How answers were drawn, and which task-specific check
+decides that one is right, is the business of the caller.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from purld.evaluation.intervals import Array, Interval, mean_interval, wilson_interval
+from purld.records import Prompt
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One model minus another on the same prompts.
+
+    `p_value` is McNemar's exact two-sided one; None where it does not apply, which is with several samples per
+    prompt or with anything but right and wrong.
+    """
+
+    mean: float
+    interval: Interval
+    p_value: float | None
+
+
+def accuracy(correct: ArrayLike) -> tuple[float, Interval]:
+    """The share of right answers and its 95% interval, clustered by prompt.
+
+    Samples of one prompt are not independent, so Wilson's interval is taken at the effective number of trials:
+    the one at which independent answers would spread as much as the prompts' means do (Korn and Graubard
+    1998). With one sample per prompt that is the number of prompts, and the interval is plain Wilson, which
+    unlike mean ± 1.96 standard errors keeps its coverage, and its width, near 0 and 1.
+
+    Args:
+        correct: (prompts,) or (prompts, samples), right or wrong.
+
+    Raises:
+        ValueError: there are no answers, or an entry is neither 0 nor 1.
+    """
+    right = _shares(correct, "correct")
+    if not np.isin(right, (0.0, 1.0)).all():
+        raise ValueError("correct must hold only right (1) and wrong (0)")
+    prompts, samples = right.shape
+    share = float(right.mean())
+    spread, between = share * (1 - share), float(right.mean(axis=1).var())
+    trials = min(prompts * spread / between, prompts * samples) if between > 0 else prompts
+    return share, wilson_interval(share, trials)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Difference:
+    """How much better `a` does than `b` on the same prompts, with a 95% interval by a bootstrap over prompts.
+
+    Args:
+        a, b: (prompts,) or (prompts, samples), right or wrong, or each prompt's probability of winning; row by
+            row the same prompts. The numbers of samples may differ.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the prompts do not match, there are no answers, or an entry is not within [0, 1].
+    """
+    ours, theirs = _shares(a, "a"), _shares(b, "b")
+    if len(ours) != len(theirs):
+        raise ValueError(f"a and b must hold the same prompts; they hold {len(ours)} and {len(theirs)}")
+    values = ours.mean(axis=1) - theirs.mean(axis=1)
+    single = ours.shape[1] == theirs.shape[1] == 1 and bool(np.isin([ours, theirs], (0.0, 1.0)).all())
+    p_value = mcnemar(int(np.sum(values > 0)), int(np.sum(values < 0))) if single else None
+    return Difference(float(values.mean()), mean_interval(values, seed, bounds=(-1.0, 1.0)), p_value)
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The exact two-sided p of McNemar's test, from the prompts that only one of two models got right."""
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return float(min(1.0, 2 * tail / 2**n))
+
+
+def exact_match(prompt: Prompt, text: str) -> bool:
+    """Whether an answer is the prompt's reference, but for case, white space and wrapping punctuation.
+
+    Raises:
+        ValueError: the prompt has no reference.
+    """
+    if prompt.reference is None:
+        raise ValueError(f"prompt {prompt.id} has no reference to compare an answer with")
+    return _normal(text) == _normal(prompt.reference)
+
+
+def auc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """The probability that a right answer's score exceeds a wrong one's, ties half (Mann and Whitney 1947).
+
+    0.5 is a score that knows nothing; this is the ceiling of everything that Stage II can learn from it.
+
+    Args:
+        scores: (n,) the self-evaluation's scores; leave out candidates that were not scored.
+        positive: (n,) whether each candidate is right.
+
+    Raises:
+        ValueError: shapes differ, a score is NaN, or the candidates are all right or all wrong.
+    """
+    values, right = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    if values.ndim != 1 or values.shape != right.shape:
+        raise ValueError(f"scores {values.shape} and positive {right.shape} must be of one length")
+    if np.isnan(values).any():
+        raise ValueError("scores must not hold NaN: leave out candidates that were not scored")
+    if right.all() or not right.any():
+        raise ValueError("the AUC needs at least one right and one wrong candidate")
+    wrong = np.sort(values[~right])
+    below = np.searchsorted(wrong, values[right], side="left")
+    not_above = np.searchsorted(wrong, values[right], side="right")
+    return float((below + not_above).mean() / (2 * len(wrong)))
+
+
+def _shares(values: ArrayLike, name: str) -> Array:
+    """Values in [0, 1] as (prompts, samples)."""
+    shares = np.asarray(values, dtype=np.float64)
+    shares = shares[:, None] if shares.ndim == 1 else shares
+    if shares.ndim != 2 or shares.size == 0:
+        raise ValueError(f"{name} must hold (prompts, samples) answers and at least one; it is {shares.shape}")
+    if not np.all((shares >= 0) & (shares <= 1)):
+        raise ValueError(f"{name} must hold values from 0 to 1")
+    return shares
+
+
+def _normal(text: str) -> str:
+    words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return words.strip("*_`\"'“”‘’ .")

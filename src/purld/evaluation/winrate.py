@@ -1,0 +1,281 @@
+"""Win rates with intervals: raw, length-controlled and on pairs of matched length.
+
+The length model is AlpacaEval 2's (Dubois et al. 2024) without its fitted difficulty of each instruction,
+which needs a file of other models' results: logit P(model wins) = θ + φ·tanh((len_ref − len_model) / std),
+where φ carries a weak ridge and the length-controlled rate is P at equal lengths. Works offline, on numbers
+alone: no models, no I/O, and no averaging over samples or orders of one prompt, which the caller does first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from purld.evaluation.intervals import (
+    Array,
+    Interval,
+    bca_interval,
+    bootstrap,
+    constant_interval,
+    mean_interval,
+)
+
+# The ridge adds RIDGE·φ² to the *mean* cross-entropy, so that it means the same at every n: doubling the data
+# leaves the estimate where it was. Without it φ also absorbs that prompts with short reference answers are
+# easier, and a weak model's controlled rate comes out far too high. docs/decisions.md has the numbers.
+RIDGE = 0.01
+
+LENGTH_BAND = 1.25  # "comparable" lengths (section 4.1): neither answer longer than this times the other
+
+_MAX_NEWTON_STEPS = 50
+_MAX_HALVINGS = 30
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class MatchedRate:
+    """The raw win rate on the pairs whose lengths are within `LENGTH_BAND`."""
+
+    n: int
+    win_rate: float
+    win_rate_ci: Interval
+
+
+@dataclass(frozen=True)
+class WinRates:
+    """A model against one opponent; rates in [0, 1], intervals of 95%.
+
+    Attributes:
+        n: prompts that were judged.
+        unjudged: prompts that were not; they enter no other number here.
+        win_rate: the mean probability of winning.
+        lc_win_rate: the same at equal lengths, by the length model.
+        length_ratio: mean model length / mean reference length; None if every reference is empty.
+        overlap: how well the pairs surround equal length, where `lc_win_rate` is read off: twice the share of
+            the rarer side (model shorter, model longer; equal counts half on each). 1 is balanced; at 0 every
+            pair lies on one side and `lc_win_rate` is an extrapolation.
+        matched: the rate on pairs of comparable length; None if there is no such pair.
+    """
+
+    n: int
+    unjudged: int
+    win_rate: float
+    win_rate_ci: Interval
+    lc_win_rate: float
+    lc_win_rate_ci: Interval
+    length_ratio: float | None
+    overlap: float
+    matched: MatchedRate | None
+
+
+def summarize(
+    p_model_wins: ArrayLike,
+    reference_lengths: ArrayLike,
+    model_lengths: ArrayLike,
+    seed: int = 0,
+) -> WinRates:
+    """Win rates of a model against a reference, one entry per prompt.
+
+    Args:
+        p_model_wins: (n,) probability that the model's answer wins; a tie is 0.5, NaN was not judged.
+        reference_lengths: (n,) lengths of the opponent's answers, in any unit.
+        model_lengths: (n,) lengths of the model's answers, in the same unit.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: nothing was judged, the arrays do not belong together, or a value is out of its range.
+    """
+    wins, reference, model = _checked(p_model_wins, reference_lengths, model_lengths)
+    judged = ~np.isnan(wins)
+    unjudged = int(np.sum(~judged))
+    wins, reference, model = wins[judged], reference[judged], model[judged]
+    delta = reference - model
+    lc_win_rate, lc_interval = _length_controlled(wins, delta, seed)
+    return WinRates(
+        n=len(wins),
+        unjudged=unjudged,
+        win_rate=float(wins.mean()),
+        win_rate_ci=mean_interval(wins, seed),
+        lc_win_rate=lc_win_rate,
+        lc_win_rate_ci=lc_interval,
+        length_ratio=float(model.mean() / reference.mean()) if reference.any() else None,
+        overlap=_overlap(delta),
+        matched=_matched(wins, reference, model, seed),
+    )
+
+
+def length_controlled_difference(
+    p_ours_wins: ArrayLike,
+    p_theirs_wins: ArrayLike,
+    reference_lengths: ArrayLike,
+    our_lengths: ArrayLike,
+    their_lengths: ArrayLike,
+    seed: int = 0,
+) -> tuple[float, Interval]:
+    """One model's length-controlled win rate minus another's against the same reference, and its 95% interval.
+
+    Both length models are refitted on the same resampled prompts, so what is common to the two cancels.
+
+    Args:
+        p_ours_wins, p_theirs_wins: (n,) probability that each model's answer wins, none of them NaN.
+        reference_lengths: (n,) lengths of the opponent's answers.
+        our_lengths, their_lengths: (n,) lengths of the two models' answers.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: as `summarize`, or a pair was not judged on either side.
+    """
+    ours, reference, our_model = _checked(p_ours_wins, reference_lengths, our_lengths)
+    theirs, _, their_model = _checked(p_theirs_wins, reference_lengths, their_lengths)
+    if np.isnan(ours).any() or np.isnan(theirs).any():
+        raise ValueError("a paired difference needs prompts that were judged on both sides")
+    sides = ((ours, reference - our_model), (theirs, reference - their_model))
+    estimate, other = (_controlled_rate(*side) for side in sides)
+
+    def refitted(index: NDArray[np.intp]) -> Array:
+        a, b = (_sigmoid(_fit(wins[index], delta[index])[0]) for wins, delta in sides)
+        return a - b
+
+    difference = estimate - other
+    resampled = bootstrap(refitted, len(ours), seed)
+    if np.ptp(resampled) == 0:  # no pair differs: as wide as the exact interval of equal values
+        return difference, constant_interval(difference, len(ours), (-1.0, 1.0))
+    influence = _rate_influence(*sides[0]) - _rate_influence(*sides[1])
+    return difference, bca_interval(difference, resampled, influence)
+
+
+def _controlled_rate(wins: Array, delta: Array) -> float:
+    if np.ptp(wins) == 0:
+        return float(wins[0])
+    return float(_sigmoid(_fit(wins[None], delta[None])[0])[0])
+
+
+def _rate_influence(wins: Array, delta: Array) -> Array:
+    """How much each pair moves the length-controlled rate itself, (n,)."""
+    if np.ptp(wins) == 0:
+        return np.zeros_like(wins)
+    theta, phi, terms = (part[0] for part in _fit(wins[None], delta[None]))
+    p = _sigmoid(theta + phi * terms)
+    weight, ridge = p * (1 - p), 2 * RIDGE
+    determinant = weight.mean() * (np.mean(weight * terms**2) + ridge) - np.mean(weight * terms) ** 2
+    rate = _sigmoid(theta)
+    moved: Array = _influence(wins, terms, theta, phi) * rate * (1 - rate) / determinant
+    return moved
+
+
+def _checked(p_model_wins: ArrayLike, reference: ArrayLike, model: ArrayLike) -> tuple[Array, Array, Array]:
+    names = ("p_model_wins", "reference_lengths", "model_lengths")
+    wins, *lengths = [np.asarray(a, dtype=np.float64) for a in (p_model_wins, reference, model)]
+    if wins.ndim != 1 or any(array.shape != wins.shape for array in lengths):
+        shapes = ", ".join(f"{n} {a.shape}" for n, a in zip(names, (wins, *lengths), strict=True))
+        raise ValueError(f"the three arrays must have one entry per prompt; their shapes are {shapes}")
+    judged = ~np.isnan(wins)
+    if not judged.any():
+        raise ValueError(f"p_model_wins holds no judged pair ({len(wins)} entries, all of them NaN)")
+    if np.any((wins < 0) | (wins > 1)):
+        raise ValueError("p_model_wins must lie in [0, 1], or be NaN where a pair was not judged")
+    for name, array in zip(names[1:], lengths, strict=True):
+        if not np.all(np.isfinite(array[judged]) & (array[judged] >= 0)):
+            raise ValueError(f"{name} must be finite and not negative wherever a pair was judged")
+    return wins, lengths[0], lengths[1]
+
+
+def _overlap(delta: Array) -> float:
+    equal = np.mean(delta == 0) / 2
+    return float(2 * min(np.mean(delta > 0) + equal, np.mean(delta < 0) + equal))
+
+
+def _matched(wins: Array, reference: Array, model: Array, seed: int) -> MatchedRate | None:
+    close = np.maximum(reference, model) <= LENGTH_BAND * np.minimum(reference, model)
+    kept = wins[close]
+    if not len(kept):
+        return None
+    return MatchedRate(len(kept), float(kept.mean()), mean_interval(kept, seed))
+
+
+def _length_controlled(wins: Array, delta: Array, seed: int) -> tuple[float, Interval]:
+    """P(model wins) at equal lengths and its interval, the length model refitted on every resample."""
+    if np.ptp(wins) == 0:  # every pair ended alike: φ = 0 fits perfectly
+        return float(wins[0]), constant_interval(float(wins[0]), len(wins), (0.0, 1.0))
+    theta, phi, terms = (part[0] for part in _fit(wins[None], delta[None]))
+
+    def refitted(index: NDArray[np.intp]) -> Array:
+        return _sigmoid(_fit(wins[index], delta[index])[0])
+
+    rate = float(_sigmoid(theta))
+    influence = _influence(wins, terms, theta, phi)
+    return rate, bca_interval(rate, bootstrap(refitted, len(wins), seed), influence)
+
+
+def _fit(wins: Array, delta: Array) -> tuple[Array, Array, Array]:
+    """Minimise mean cross-entropy + RIDGE·φ² for many data sets at once, by Newton's method.
+
+    The objective is strictly convex, and halving a step until it does not rise makes Newton's method safe
+    from any start. A data set that was won or lost throughout has its minimum at θ = ±∞ and gets that.
+
+    Args:
+        wins: (sets, n) targets in [0, 1].
+        delta: (sets, n) reference length − model length.
+
+    Returns:
+        θ (sets,), φ (sets,) and the length terms tanh(delta / std), (sets, n).
+    """
+    std = delta.std(axis=1, keepdims=True)
+    terms = np.tanh(np.divide(delta, std, out=np.zeros_like(delta), where=std > 0))
+    mean = wins.mean(axis=1)
+    decided = (mean <= 0) | (mean >= 1)
+    inner = np.where(decided, 0.5, mean)
+    theta, phi = np.log(inner / (1 - inner)), np.zeros_like(inner)
+    for _ in range(_MAX_NEWTON_STEPS):
+        step_theta, step_phi = _newton_step(theta, phi, wins, terms)
+        scale = np.where(decided, 0.0, _step_scale(theta, phi, step_theta, step_phi, wins, terms))
+        theta, phi = theta + scale * step_theta, phi + scale * step_phi
+        if np.all(scale * np.maximum(np.abs(step_theta), np.abs(step_phi)) < _TOLERANCE):
+            break
+    return np.where(decided, np.where(mean > 0.5, np.inf, -np.inf), theta), phi, terms
+
+
+def _step_scale(theta: Array, phi: Array, step_theta: Array, step_phi: Array, wins: Array, terms: Array) -> Array:
+    """The largest of 1, 1/2, 1/4, … with which a data set's step does not raise its loss, (sets,)."""
+    start = _loss(theta, phi, wins, terms)
+    scale = np.ones_like(theta)
+    for _ in range(_MAX_HALVINGS):
+        worse = _loss(theta + scale * step_theta, phi + scale * step_phi, wins, terms) > start + 1e-12
+        if not worse.any():
+            break
+        scale = np.where(worse, scale / 2, scale)
+    return scale
+
+
+def _newton_step(theta: Array, phi: Array, wins: Array, terms: Array) -> tuple[Array, Array]:
+    p = _sigmoid(theta[:, None] + phi[:, None] * terms)
+    weight = np.maximum(p * (1 - p), 1e-12)
+    error = wins - p
+    g_theta, g_phi = error.mean(axis=1), (error * terms).mean(axis=1) - 2 * RIDGE * phi
+    a, b = weight.mean(axis=1), (weight * terms).mean(axis=1)
+    c = (weight * terms**2).mean(axis=1) + 2 * RIDGE
+    determinant = a * c - b**2
+    return (c * g_theta - b * g_phi) / determinant, (a * g_phi - b * g_theta) / determinant
+
+
+def _loss(theta: Array, phi: Array, wins: Array, terms: Array) -> Array:
+    logit = theta[:, None] + phi[:, None] * terms
+    cross_entropy = np.logaddexp(0.0, logit) - wins * logit
+    mean: Array = cross_entropy.mean(axis=1) + RIDGE * phi**2
+    return mean
+
+
+def _influence(wins: Array, terms: Array, theta: float, phi: float) -> Array:
+    """How each pair moves θ, up to a common factor: the first row of H⁻¹ times the pair's score, (n,)."""
+    p = _sigmoid(theta + phi * terms)
+    weight, error, ridge = p * (1 - p), wins - p, 2 * RIDGE
+    phi_phi, theta_phi = np.mean(weight * terms**2) + ridge, np.mean(weight * terms)
+    influence: Array = phi_phi * error - theta_phi * (error * terms - ridge * phi)
+    return influence
+
+
+def _sigmoid(x: Array) -> Array:
+    value: Array = 0.5 * (1 + np.tanh(x / 2))
+    return value

@@ -1,0 +1,57 @@
+"""From scores to the positive-unlabeled label distribution of a group (section 3.3, Eq. 2).
+
+Everything is computed in log space, in the dtype of the scores, so that extreme margins, sharp gammas and low
+temperatures neither overflow nor round a candidate's label to zero before its time. Sampling and scoring
+happen elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:
+    """Anchor-referenced margins r_k = s_k - s* of a group.
+
+    Args:
+        scores: (K,) scores s_k of the candidates.
+        anchor_score: s* = g(x, a, a), the evaluator's score of the anchor against itself.
+    """
+    return scores - anchor_score
+
+
+def confidences(margin: Tensor, gamma: float) -> Tensor:
+    """Soft positivity u_k = sigmoid(gamma r_k) of the candidates, shape (K,)."""
+    return torch.sigmoid(gamma * margin)
+
+
+def log_label_distribution(margin: Tensor, gamma: float, tau: float) -> Tensor:
+    """The logarithm of Eq. 2's D_x, shape (K,): log-softmax of log sigmoid(gamma r_k) + r_k / tau.
+
+    Args:
+        margin: (K,) margins r_k, all finite.
+        gamma: sharpness of the PU confidence, > 0.
+        tau: temperature, > 0.
+
+    Raises:
+        ValueError: the group is empty, a margin is not finite, or gamma or tau is not positive.
+    """
+    if margin.ndim != 1 or margin.numel() == 0:
+        raise ValueError(f"margins of one group have shape (K,) with K >= 1, not {tuple(margin.shape)}")
+    if not torch.isfinite(margin).all():
+        raise ValueError("a margin is not finite; leave unscored candidates out of the group")
+    if gamma <= 0 or tau <= 0:
+        raise ValueError(f"gamma and tau must be positive, not {gamma} and {tau}")
+    return torch.log_softmax(logsigmoid(gamma * margin) + margin / tau, dim=0)
+
+
+def label_distribution(margin: Tensor, gamma: float, tau: float) -> Tensor:
+    """Eq. 2's D_x over the candidates of one group, shape (K,); see `log_label_distribution`."""
+    return log_label_distribution(margin, gamma, tau).exp()
+
+
+def entropy(log_distribution: Tensor) -> Tensor:
+    """Shannon entropy in nats of a distribution given by its logarithm, shape () from (K,)."""
+    return -(log_distribution.exp() * log_distribution.clamp(min=torch.finfo(log_distribution.dtype).min)).sum()

@@ -1,0 +1,161 @@
+"""What would leave this machine, known before anything does: the bounds of the plan, and the dry run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from purld.blackbox.answers import FileClient
+from purld.blackbox.clients import known_reply
+from purld.blackbox.ledger import LedgerView, Request, Role
+from purld.blackbox.wire import price, request_of, worst_case
+from purld.config import AnswerFile, Config, LdlGrpo, LocalModel, OpenAIEndpoint, TeacherAnchors
+from purld.plan.sheet import Plan
+from purld.pools import Pools
+from purld.records import Prompt
+from purld.student.encode import Encoder
+from purld.templates import judge as judge_turn
+
+_HEADING = "What leaves this machine"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request to the teacher that is still to be sent."""
+
+    role: Role
+    prompt: Prompt
+    request: Request
+
+
+def outgoing(
+    endpoint: OpenAIEndpoint, config: Config, pools: Pools, ledger: Path, resend_unknown: bool = False
+) -> Iterator[Question]:
+    """The questions that `purld anchors` would send now, in their order: those that `ledger` cannot answer.
+
+    Raises:
+        UserError: the ledger cannot be read.
+    """
+    asked: list[tuple[Role, Prompt]] = [("teacher", prompt) for prompt in pools.train]
+    if isinstance(config.evaluate.opponent, TeacherAnchors):
+        asked += [("opponent", prompt) for prompt in pools.held_out]
+    with LedgerView(ledger) if ledger.exists() else nullcontext() as known:
+        for role, prompt in asked:
+            request = request_of(endpoint, prompt)
+            if known is None or known_reply(known, request.key, resend_unknown) is None:
+                yield Question(role, prompt, request)
+
+
+def write_dry_run(
+    handle: IO[str], config: Config, pools: Pools, ledger: Path, resend_unknown: bool = False
+) -> tuple[int, int]:
+    """Write one line {"role", "url", "body"} per request that would leave; `body` is the request's, byte for byte.
+
+    Returns:
+        How many requests there are, and the bytes of their bodies.
+    """
+    count = size = 0
+    if isinstance(config.teacher, OpenAIEndpoint):
+        for question in outgoing(config.teacher, config, pools, ledger, resend_unknown):
+            request = question.request
+            url = json.dumps(f"{request.base_url}/chat/completions")
+            # Not dumped again: what is read here is what is sent.
+            handle.write(f'{{"role": "{question.role}", "url": {url}, "body": {request.body}}}\n')
+            count += 1
+            size += len(request.body.encode())
+    return count, size
+
+
+def plan_leaving(plan: Plan, config: Config, encoder: Encoder, pools: Pools, ledger: Path) -> None:
+    """What each remote model will be sent at most, without what the run's ledger can answer already.
+
+    Raises:
+        UserError: the ledger or an answer file cannot be read.
+    """
+    match config.teacher:
+        case OpenAIEndpoint() as endpoint:
+            _teacher(plan, endpoint, encoder, list(outgoing(endpoint, config, pools, ledger)))
+        case LocalModel(model=model):
+            plan.add(_HEADING, f"teacher: nothing; answers come from {model}")
+        case AnswerFile(path=path) as file:
+            plan.add(_HEADING, f"teacher: nothing; answers come from {path}")
+            plan.add("Prompts", _answers(file, encoder, pools.train, "teacher"))
+            if isinstance(config.evaluate.opponent, TeacherAnchors):
+                plan.add("Prompts", _answers(file, encoder, pools.held_out, "opponent"))
+    if isinstance(config.evaluate.opponent, AnswerFile):
+        plan.add("Prompts", _answers(config.evaluate.opponent, encoder, pools.held_out, "opponent"))
+    if isinstance(config.evaluate.judge, OpenAIEndpoint):
+        _judge(plan, config.evaluate.judge, config, encoder, pools)
+    plan.add(_HEADING, "Stage I and Stage II: nothing")
+
+
+def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
+    """What an answer file holds for the prompts, and what of it is too long."""
+    replies = FileClient(file).ask(prompts)
+    remarks = Counter(reply.detail for reply in replies if reply.detail)
+    found = [reply.text for reply in replies if reply.text is not None]
+    if role == "teacher" and (cut := sum(encoder.answer(text).cut for text in found)):
+        remarks[f"anchor will be cut at {encoder.max_anchor_tokens} tokens (student.max_anchor_tokens)"] = cut
+    more = "".join(f"; {count} × {remark}" for remark, count in remarks.most_common())
+    return f"{role}: {file.path} answers {len(found)} of {len(prompts)} prompts{more}"
+
+
+def _teacher(plan: Plan, endpoint: OpenAIEndpoint, encoder: Encoder, questions: list[Question]) -> None:
+    roles = Counter(question.role for question in questions)
+    bounds = [worst_case(endpoint, question.prompt) for question in questions]
+    read, written = sum(read for read, _ in bounds), sum(written for _, written in bounds)
+    estimate = sum(len(encoder.prompt(question.prompt)) for question in questions)
+    cost = price(endpoint, read, written)
+    size = sum(len(question.request.body.encode()) for question in questions)
+    held_out = f", {roles['opponent']} of them about held-out prompts" if roles["opponent"] else ""
+    plan.add(
+        _HEADING,
+        f"teacher: {len(questions)} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {size:,} bytes",
+        f"  about {estimate:,} tokens in (by the student's tokenizer)",
+        f"  at most {read:,} tokens in and {written:,} out{_in_cost(endpoint, cost, 'at most')}",
+    )
+    _caps(plan, endpoint, len(questions), read + written, cost)
+
+
+def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: Pools) -> None:
+    """An estimate: the answers that will be judged do not exist yet."""
+    times = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, LdlGrpo) else 2)
+    calls = times * len(pools.held_out)
+    texts = (encoder.literal(judge_turn(p.question, p.reference or "", "", "")) for p in pools.held_out)
+    answers = config.evaluate.max_new_tokens + config.student.max_anchor_tokens
+    read = times * sum(len(text) + answers for text in texts)
+    written = calls * judge.max_tokens_per_answer
+    cost = price(judge, read, written)
+    plan.add(
+        _HEADING,
+        f"judge: at most {calls} calls to {judge.model} at {judge.base_url}",
+        f"  about {read:,} tokens in with answers of full length, at most {written:,} out"
+        + _in_cost(judge, cost, "about"),
+    )
+    if config.evaluate.judge_retries:
+        again = config.evaluate.judge_retries
+        plan.add(_HEADING, f"  up to {again} more for each reply that is no verdict (evaluate.judge_retries)")
+    _caps(plan, judge, calls, read + written, cost)
+
+
+def _in_cost(endpoint: OpenAIEndpoint, cost: float, bound: str) -> str:
+    priced = endpoint.input_price or endpoint.output_price
+    return f", {bound} {cost:,.2f} in cost" if priced else "; no prices are configured"
+
+
+def _caps(plan: Plan, endpoint: OpenAIEndpoint, calls: int, tokens: int, cost: float) -> None:
+    wanted = {"max_calls": calls, "max_tokens": tokens, "max_cost": cost}
+    caps = {name: cap for name in wanted if (cap := getattr(endpoint, name)) is not None}
+    given = ", ".join(f"{name} {cap:,}" for name, cap in caps.items())
+    plan.add(_HEADING, f"  hard caps: {given or 'none'}")
+    for name, cap in caps.items():
+        if wanted[name] > cap:
+            plan.add(_HEADING, f"  the cap {name} may leave the last of these calls unsent")
+    if endpoint.api_key_env and not os.environ.get(endpoint.api_key_env):
+        plan.add(_HEADING, f"  the environment variable {endpoint.api_key_env} is not set here")

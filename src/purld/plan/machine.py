@@ -1,0 +1,66 @@
+"""What a run takes of this machine: memory for the student, disk for its checkpoints."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from purld.config import Config, LdlGrpo, Student
+from purld.errors import UserError
+from purld.plan.sheet import Plan
+from purld.student.load import lora_config
+
+_CHECKPOINTS = 3  # two are kept, and the next is whole before the older one goes
+
+
+def plan_machine(plan: Plan, config: Config, run: Path) -> None:
+    """Weights and optimiser; activations come on top and follow the micro-batch sizes.
+
+    Raises:
+        UserError: the adapter does not fit the student.
+    """
+    student = config.student
+    count, trained = _parameters(student)
+    bytes_each = 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
+    # The frozen p_sft, which under an adapter is the base, and what trains: weights, gradient and two moments.
+    memory = count * bytes_each + 16 * trained
+    mode = f"LoRA r={student.lora.r}, {trained / 1e6:,.1f} M trained" if student.lora else "all weights"
+    plan.add(
+        "Student",
+        f"{student.model}: {count / 1e6:,.1f} M parameters, {mode}",
+        f"about {_size(memory)} for weights, gradients and optimiser, activations on top",
+    )
+    stages = 2 if isinstance(config.align, LdlGrpo) else 1
+    disk = 4 * trained * (stages + 3 * _CHECKPOINTS)
+    free = shutil.disk_usage(_existing(run)).free
+    plan.add("Student", f"about {_size(disk)} of disk at most, checkpoints included; {_size(free)} are free")
+    if disk > free:
+        plan.problems.append(f"{run}: the run needs about {_size(disk)} of disk, and {_size(free)} are free.")
+
+
+def _parameters(student: Student) -> tuple[int, int]:
+    """How many weights the student has, and how many of them, or beside them, are trained."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student.model))
+        count = sum(p.numel() for p in model.parameters())
+        if student.lora is None:
+            return count, count
+        try:
+            adapted = get_peft_model(model, lora_config(student))
+        except ValueError as error:
+            raise UserError(f"student.lora: no adapter can be made ({' '.join(str(error).split())[:200]}).") from None
+    return count, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder on the way to `path` that is there."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{math.ceil(count / 2**20)} MiB"

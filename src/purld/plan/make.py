@@ -1,0 +1,97 @@
+"""The plan of a run: prompts, what leaves and what it costs, steps, memory and disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from purld.checks import find_check, missing_gold
+from purld.config import Config, LdlGrpo
+from purld.pipeline import STAGES, check_context
+from purld.plan.leaving import plan_leaving
+from purld.plan.machine import plan_machine
+from purld.plan.sheet import Plan
+from purld.pools import Pools, load_pools
+from purld.rundir import RunDir
+from purld.student.encode import Encoder
+from purld.student.load import load_tokenizer
+from purld.training.sft import is_validation
+
+_BINS = 6
+
+
+def make_plan(config: Config, run: RunDir) -> Plan:
+    """Validate the configuration against the files it names, and work out what the run takes.
+
+    Raises:
+        UserError: a file, a row, the model directory or a length is wrong.
+    """
+    plan = Plan()
+    encoder = Encoder(load_tokenizer(config.student), config.student.max_anchor_tokens)
+    check_context(config)
+    pools = load_pools(config, encoder, lambda line: plan.add("Prompts", line))
+    _prompts(plan, encoder, pools)
+    _gold(plan, config, pools)
+    plan_leaving(plan, config, encoder, pools, run.ledger)
+    _training(plan, config, pools)
+    plan_machine(plan, config, run.path)
+    _run(plan, run)
+    return plan
+
+
+def _prompts(plan: Plan, encoder: Encoder, pools: Pools) -> None:
+    lengths = sorted(len(encoder.prompt(p)) for p in pools.train + pools.held_out)
+    plan.add(
+        "Prompts",
+        f"{pools.rows} rows, {pools.duplicates} of them duplicates",
+        f"{len(pools.train)} for training, {len(pools.held_out)} held out",
+        f"tokens per prompt: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}",
+        *_histogram(lengths),
+    )
+
+
+def _histogram(lengths: Sequence[int]) -> list[str]:
+    """A few bars of prompt lengths."""
+    width = max(1, math.ceil((lengths[-1] + 1) / _BINS))
+    counts = [sum(i * width <= n < (i + 1) * width for n in lengths) for i in range(_BINS)]
+    scale = max(counts)
+    return [
+        f"{i * width:>6}-{(i + 1) * width - 1:<6} {'█' * math.ceil(30 * count / scale)} {count}"
+        for i, count in enumerate(counts)
+        if count
+    ]
+
+
+def _gold(plan: Plan, config: Config, pools: Pools) -> None:
+    """Accuracy needs a check and something to check against."""
+    if find_check(config.data) is None:
+        plan.add("Prompts", "no check of answers against gold: no accuracy will be reported")
+    elif missing := missing_gold(config.data, pools.held_out):
+        plan.add("Prompts", missing)
+        plan.problems.append(missing)
+
+
+def _training(plan: Plan, config: Config, pools: Pools) -> None:
+    sft, align = config.sft, config.align
+    validation = sum(is_validation(p, sft.validation_fraction) for p in pools.sft)
+    steps = math.ceil(math.ceil((len(pools.sft) - validation) / sft.batch_size) * sft.epochs)
+    plan.add(
+        "Training",
+        f"Stage I: {steps} steps of {sft.batch_size} anchors ({sft.epochs:g} epochs), {validation} for validation",
+    )
+    if isinstance(align, LdlGrpo):
+        candidates = align.steps * align.prompts_per_step * align.candidates
+        passes = align.steps * align.prompts_per_step / len(pools.align)
+        plan.add(
+            "Training",
+            f"Stage II: {align.steps} steps of {align.prompts_per_step} prompts × {align.candidates} candidates "
+            f"({candidates:,} in all, {passes:.1f} passes over the prompts), {align.method} with q={align.q}",
+        )
+    if config.data.sft_fraction is not None:
+        plan.add("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
+
+
+def _run(plan: Plan, run: RunDir) -> None:
+    done = [stage for stage in STAGES if stage in run.finished()]
+    plan.add("Run", f"{Path(run.path)}: " + (f"finished so far: {', '.join(done)}" if done else "nothing done yet"))

@@ -1,0 +1,128 @@
+"""What travels between the rooms: frozen records whose ids are hashes of their content.
+
+Nothing here reads files, knows a model or imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Outcome = Literal["win", "loss", "tie", "unjudged"]
+
+
+def content_hash(value: object) -> str:
+    """The first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    canonical = json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question to the student and the teacher.
+
+    `reference` is gold that only the evaluation may read. `images` are paths; they belong to the first
+    user turn. `metadata` is whatever else the row held.
+    """
+
+    messages: tuple[Message, ...]
+    images: tuple[str, ...] = ()
+    reference: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def id(self) -> str:
+        """A hash of what the model is shown; gold and metadata do not change it."""
+        return content_hash([[[m.role, m.content] for m in self.messages], list(self.images)])
+
+    @property
+    def question(self) -> str:
+        """The conversation as one text, for templates that quote it: turns after the first are labelled."""
+        if len(self.messages) == 1:
+            return self.messages[0].content
+        return "\n\n".join(f"[{m.role}]\n{m.content}" for m in self.messages)
+
+    @classmethod
+    def from_text(cls, text: str, **fields: Any) -> Prompt:
+        """A prompt of one user turn."""
+        return cls(messages=(Message("user", text),), **fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form that `from_json` reads back."""
+        return {"id": self.id} | asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Prompt:
+        """The prompt that `to_json` wrote."""
+        return cls(
+            messages=tuple(Message(m["role"], m["content"]) for m in row["messages"]),
+            images=tuple(row["images"]),
+            reference=row["reference"],
+            metadata=row["metadata"],
+        )
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The teacher's one answer to a prompt: the positive seed of section 3.3."""
+
+    prompt_id: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer of one model to an evaluation prompt; `finished` is False if it met the length limit."""
+
+    prompt_id: str
+    sample: int
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's K candidates in Stage II with everything the update saw, for logs and the report.
+
+    Every list is of length K; `None` marks a candidate that the evaluator did not score.
+    """
+
+    step: int
+    prompt_id: str
+    anchor: str
+    candidates: Sequence[str]
+    lengths: Sequence[int]
+    scores: Sequence[float | None]
+    anchor_score: float
+    margins: Sequence[float | None]
+    confidences: Sequence[float | None]
+    labels: Sequence[float]
+    policy_before: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of one answer against the opponent's, with the judge's raw words.
+
+    `asked` is how often the judge was asked: 0 where there was nothing to ask, more than 1 where its first reply
+    was no verdict; `raw` then holds all its replies.
+    """
+
+    prompt_id: str
+    sample: int
+    outcome: Outcome
+    raw: str
+    model_is_a: bool
+    asked: int = 1

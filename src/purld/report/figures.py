@@ -1,0 +1,296 @@
+"""The figures of a run, drawn by matplotlib in one style.
+
+As SVG every colour is a CSS variable with its light value to fall back on, so one drawing serves a light and
+a dark page; text stays text. Figures know metrics and nothing of the page around them.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from purld.report.read import Row, Run, title
+
+# Roles of colour; the page's style sheet has the same names with a value for light and one for dark.
+COLOURS = {
+    "ink": "#22262e",
+    "muted": "#69717f",
+    "grid": "#e4e7ec",
+    "stage1": "#2563c9",
+    "stage2": "#cf3f36",
+    "labels": "#c77a08",
+    "policy": "#0c8577",
+}
+STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.edgecolor": COLOURS["grid"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.handlelength": 1.2,
+    "legend.borderaxespad": 0,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "purld",
+    "text.parse_math": False,
+}
+_SMOOTH_FROM = 20  # fewer points than this are drawn as they are
+_WINDOWS = 20  # the smoothed line averages over a twentieth of the stage
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small figure over the steps of Stage II: which metrics, in which colours, and how to read it."""
+
+    heading: str
+    unit: str
+    series: Mapping[str, tuple[str, str]]  # metric: (label, role of its colour)
+    caption: str
+    baseline: float | None = None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure ready for a page."""
+
+    heading: str
+    caption: str
+    svg: str
+    wide: bool = False
+
+
+PANELS = (
+    Panel(
+        "Entropy of D and q",
+        "nats",
+        {"entropy_labels": ("labels D", "labels"), "entropy_policy": ("policy q", "policy")},
+        "How spread the target and the policy are over a group. With q below D the policy is being flattened.",
+    ),
+    Panel(
+        "KL from the SFT model",
+        "nats per answer",
+        {"kl": ("KL(θ‖SFT)", "stage2")},
+        "How far the policy has moved from where Stage I left it.",
+        baseline=0,
+    ),
+    Panel(
+        "Self-evaluated scores",
+        "score",
+        {"anchor_score": ("anchor", "labels"), "score": ("candidates", "policy")},
+        "The frozen SFT model's score of the teacher's anchor and of the policy's own candidates.",
+    ),
+    Panel(
+        "Margin to the anchor",
+        "candidate − anchor",
+        {"margin": ("margin", "policy")},
+        "Zero: candidates score as well as the teacher's answer.",
+        baseline=0,
+    ),
+    Panel(
+        "Answer length",
+        "tokens",
+        {"length": ("candidates", "policy")},
+        "Drift in either direction deserves a look at the answers below.",
+    ),
+    Panel(
+        "Length against q",
+        "correlation",
+        {"length_correlation": ("correlation", "policy")},
+        "Strongly negative: q sits on the shortest candidates, whatever their worth.",
+        baseline=0,
+    ),
+    Panel(
+        "Candidates lost",
+        "per log",
+        {"truncated": ("cut off", "labels"), "unscored": ("unscored", "stage2")},
+        "Cut off at the token limit, or without a score; unscored candidates take no part in the update.",
+        baseline=0,
+    ),
+    Panel(
+        "Gradient norm",
+        "before clipping",
+        {"grad_norm": ("gradient", "stage2")},
+        "Spikes come before trouble.",
+    ),
+)
+
+
+def drawings(run: Run, prefix: str = "figure", whole: bool = True) -> list[Drawing]:
+    """Every figure that the run's metrics allow, or the convergence alone if not the `whole` is wanted.
+
+    `prefix` sets their ids apart from another run's on a page.
+    """
+    found = []
+    if (figure := convergence(run)) is not None:
+        caption = (
+            "Dots are the validation loss. The dashed line marks the change of stage; "
+            "the objectives have different units, hence two axes."
+        )
+        found.append(Drawing("Two-stage convergence", caption, as_svg(figure, prefix), wide=True))
+    if not whole:
+        return found
+    rows = run.stage("align")
+    for place, panel in enumerate(PANELS):
+        if any(_points(rows, key)[1].any() for key in panel.series):
+            svg = as_svg(_draw(panel, rows), f"{prefix}-{place}")
+            found.append(Drawing(panel.heading, panel.caption, svg))
+    if "score_quality" in run.results:
+        found.append(_score_quality(run.results["score_quality"], prefix))
+    return found
+
+
+def save_convergence(run: Run, path: Path) -> None:
+    """Save the two-stage convergence as a picture, in the format its suffix names, on a white ground.
+
+    Raises:
+        ValueError: the run logged no training.
+    """
+    figure = convergence(run)
+    if figure is None:
+        raise ValueError(f"{run.name} has logged no training to draw")
+    with rc_context(STYLE):
+        figure.savefig(path, dpi=200, facecolor="white")
+
+
+def convergence(run: Run) -> Figure | None:
+    """Stage I's loss (left axis) and Stage II's objective (right axis) over all steps, as in Figure 2."""
+    first, second = run.stage("sft"), run.stage("align")
+    losses, objectives = _points(first, "loss"), _points(second, "objective")
+    validation = _points(first, "eval_loss")
+    if not len(losses[0]) and not len(objectives[0]):
+        return None
+    turn = max((row["step"] for row in first), default=0)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11.5, 3.6), layout="constrained")
+        left = figure.add_subplot()
+        left.set_xlabel("training step")
+        left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        right = left.twinx() if len(losses[0]) and len(objectives[0]) else left
+        right.grid(False)
+        if len(losses[0]):
+            _line(left, *losses, "stage1")
+            left.plot(*validation, "o", markersize=4, color=COLOURS["stage1"])
+            _own_axis(left, "Stage I: SFT loss", "stage1")
+        if len(objectives[0]):
+            _line(right, objectives[0] + turn, objectives[1], "stage2")
+            _own_axis(right, f"Stage II: {title(run.method or 'align')} objective", "stage2")
+        if right is not left:
+            left.axvline(turn, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
+    return figure
+
+
+def _draw(panel: Panel, rows: Sequence[Row]) -> Figure:
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xlabel("Stage II step")
+        axes.set_ylabel(panel.unit)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if panel.baseline is not None:
+            axes.axhline(panel.baseline, linewidth=1, color=COLOURS["muted"])
+        for key, (label, role) in panel.series.items():
+            steps, values = _points(rows, key)
+            if len(steps):
+                _line(axes, steps, values, role, label)
+        if len(panel.series) > 1:
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=len(panel.series))
+    return figure
+
+
+def _score_quality(found: Row, prefix: str) -> Drawing:
+    """How often candidates are right at each score: on the diagonal, a score is a probability."""
+    bins = found["bins"]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xlabel("self-evaluated score")
+        axes.set_ylabel("share right")
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.04, 1.04)
+        axes.plot([0, 1], [0, 1], linewidth=1, color=COLOURS["muted"])
+        sizes = [20 + 180 * b["n"] / found["n"] for b in bins]
+        axes.plot([b["score"] for b in bins], [b["right"] for b in bins], linewidth=1.2, color=COLOURS["policy"])
+        axes.scatter([b["score"] for b in bins], [b["right"] for b in bins], s=sizes, color=COLOURS["policy"])
+    return Drawing("Scores against gold", score_quality_line(found), as_svg(figure, f"{prefix}-scores"))
+
+
+def score_quality_line(found: Row) -> str:
+    """Score quality in words; the AUC within prompts comes first, because labels compare within a prompt only."""
+    parts = []
+    if "auc_within" in found:
+        low, high = found["auc_within_ci"]
+        parts.append(
+            f"A right candidate outscores a wrong one of the same prompt {100 * found['auc_within']:.1f}% of the "
+            f"time (95% interval {100 * low:.1f} to {100 * high:.1f}; chance is 50)."
+        )
+    else:
+        parts.append("No prompt has both a right and a wrong candidate.")
+    if "auc" in found:
+        parts.append(f"AUC over all prompts {found['auc']:.3f}.")
+    parts.append(f"Calibration error {found['ece']:.3f} over {found['n']:,} candidates, {found['right']:.0%} right.")
+    return " ".join(parts)
+
+
+def _own_axis(axes: Axes, label: str, role: str) -> None:
+    axes.set_ylabel(label, color=COLOURS[role])
+    axes.tick_params(axis="y", colors=COLOURS[role])
+
+
+def _line(axes: Axes, steps: Any, values: Any, role: str, label: str | None = None) -> None:
+    """The values, faint under their running mean once there are many."""
+    colour = COLOURS[role]
+    if len(values) < _SMOOTH_FROM:
+        axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
+        return
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, _running_mean(values, len(values) // _WINDOWS), color=colour, linewidth=1.8, label=label)
+
+
+def _running_mean(values: Any, half: int) -> Any:
+    """The mean over the `half` neighbours on either side, over fewer at the ends."""
+    window = np.ones(2 * half + 1)
+    counts = np.convolve(np.ones(len(values)), window, mode="same")
+    return np.convolve(values, window, mode="same") / counts
+
+
+def _points(rows: Sequence[Row], key: str) -> tuple[Any, Any]:
+    """The steps and values of one metric where it was logged and is finite."""
+    pairs = [(r["step"], r[key]) for r in rows if r.get(key) is not None and np.isfinite(r[key])]
+    return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=float)
+
+
+def as_svg(figure: Figure, prefix: str) -> str:
+    """The figure as an SVG element whose colours follow the page and whose ids no other figure has."""
+    buffer = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
+    for role, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--fig-{role}, {colour})")
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)

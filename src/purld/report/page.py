@@ -1,0 +1,165 @@
+"""One self-contained HTML page about one run or several: opens from a file, asks no network for anything.
+
+The page's only script is named in its content-security policy by its hash, so that nothing a model wrote can
+run even if it escaped its place as text. A section whose input is missing is left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from purld.report.browser import Browser, browser
+from purld.report.figures import drawings
+from purld.report.markup import Section, figures, text
+from purld.report.read import Run, read_run, title
+from purld.report.results import results_section
+from purld.report.sensitivity import sensitivity_section
+from purld.report.spend import spend_section
+from purld.report.verdict import Sentence, Tone, verdict
+from purld.rundir import RunDir, atomic_write
+
+_WHOLE_TRAINING = 4  # up to so many runs on a page, each has its own sentence and all its training figures
+
+
+def write_report(run_paths: Sequence[RunDir], out: Path) -> None:
+    """Write the page about the given runs to `out`.
+
+    Raises:
+        UserError: a file of a run is damaged.
+    """
+    page = _page(_distinct([read_run(path) for path in run_paths]))
+    with atomic_write(out) as handle:
+        handle.write(page)
+
+
+def _distinct(runs: Sequence[Run]) -> list[Run]:
+    """The runs with a number behind names that occur more than once."""
+    occurs = Counter(run.name for run in runs)
+    seen: Counter[str] = Counter()
+    named = []
+    for run in runs:
+        seen[run.name] += 1
+        named.append(replace(run, name=f"{run.name} ({seen[run.name]})") if occurs[run.name] > 1 else run)
+    return named
+
+
+def _page(runs: Sequence[Run]) -> str:
+    data = browser(runs)
+    script, style = _asset("browser.js"), _asset("page.css")
+    training = _convergences(runs) if len(runs) > _WHOLE_TRAINING else _trainings(runs)
+    numbers = [sensitivity_section(runs), results_section(runs), *training, spend_section(runs)]
+    every = [*numbers, _browser(data), _configs(runs)]
+    sections = [section for section in every if section.body]
+    names = ", ".join(run.name for run in runs)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{text(names)} · purld report</title>
+<style>
+{style}</style>
+</head>
+<body>
+{_header(runs, sections)}
+<main>
+{"".join(section.html() for section in sections)}</main>
+<script type="application/json" id="data">{data.json}</script>
+<script>{script}</script>
+</body>
+</html>
+"""
+
+
+def _policy(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
+
+
+def _asset(name: str) -> str:
+    return files("purld.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _header(runs: Sequence[Run], sections: Sequence[Section]) -> str:
+    said = [(run, verdict(run)) for run in runs]
+    if len(said) == 1:
+        run, sentence = said[0]
+        lines = f'<h1 class="verdict {sentence.tone}">{text(sentence.text)}</h1>{_facts(run)}'
+    else:
+        each = "".join(f'<p class="verdict {s.tone}"><b>{text(run.name)}:</b> {text(s.text)}</p>' for run, s in said)
+        if len(runs) > _WHOLE_TRAINING:
+            each = f"<p>{_tally(said)}</p><details><summary>Each run in a sentence</summary>{each}</details>"
+        lines = f'<h1 class="verdict">{len(runs)} runs side by side</h1>{each}'
+    links = "\n".join(section.link() for section in sections)
+    brand = '<p class="brand">purld <span>report</span></p>'
+    return f'<header>\n{brand}\n{lines}\n<nav aria-label="Sections">\n{links}\n</nav>\n</header>'
+
+
+def _tally(said: Sequence[tuple[Run, Sentence]]) -> str:
+    """How many runs came out which way, against the model that each is compared with."""
+    words: dict[Tone, str] = {"better": "better", "worse": "worse", "open": "not told apart", "none": "not evaluated"}
+    counts = Counter(sentence.tone for _, sentence in said)
+    found = ", ".join(f"{counts[tone]} {word}" for tone, word in words.items() if counts[tone])
+    return f"Each final model against the one it started from, at 95%: {found}."
+
+
+def _facts(run: Run) -> str:
+    """What was trained, with whose answers, by which method."""
+    student, teacher = run.config.get("student", {}), run.config.get("teacher", {})
+    facts = {
+        "Run": run.name,
+        "Student": student.get("model"),
+        "Teacher": teacher.get("model") or teacher.get("path"),
+        "Method": title(run.method) if run.method else None,
+        "Seed": run.results.get("seed", run.config.get("seed")),
+    }
+    items = (f"<div><dt>{name}</dt><dd>{text(v)}</dd></div>" for name, v in facts.items() if v is not None)
+    return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def _trainings(runs: Sequence[Run]) -> list[Section]:
+    """All training figures, a section for each run."""
+    headings = ["Training"] if len(runs) == 1 else [f"Training: {run.name}" for run in runs]
+    return [
+        Section(f"training-{place}", heading, figures(drawings(run, prefix=f"run{place}")))
+        for place, (run, heading) in enumerate(zip(runs, headings, strict=True))
+    ]
+
+
+def _convergences(runs: Sequence[Run]) -> list[Section]:
+    """One section for many runs, so that the page stays small; each run's own page has the rest."""
+    found = [
+        replace(drawing, heading=f"{run.name}: {drawing.heading.lower()}")
+        for place, run in enumerate(runs)
+        for drawing in drawings(run, prefix=f"run{place}", whole=False)
+    ]
+    return [Section("training", "Training", figures(found))]
+
+
+def _browser(data: Browser) -> Section:
+    left_out = (
+        f'<p class="note">The first {data.shown:,} of {data.total:,} prompts are here, to keep this page small; '
+        "the run directory has them all under generations/.</p>\n"
+        if data.shown < data.total
+        else ""
+    )
+    place = '<div id="browser"><noscript>The browser of prompts and answers needs JavaScript.</noscript></div>\n'
+    return Section("answers", "Prompts and answers", left_out + place if data.total else "")
+
+
+def _configs(runs: Sequence[Run]) -> Section:
+    blocks = [
+        f"<details><summary>{text(run.name)}: config.yaml</summary><pre>{text(run.config_text)}</pre></details>\n"
+        for run in runs
+        if run.config_text
+    ]
+    return Section("configuration", "Configuration", "".join(blocks))

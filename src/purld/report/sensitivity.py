@@ -1,0 +1,148 @@
+"""How the result depends on what a sweep varies, as in Figures 3 and C.7.
+
+Runs form a sweep when they differ in a number: one figure per such number and metric, a line per setting of
+everything else that differs. Runs that differ in their seed alone are one point, their mean, with the single
+runs beside it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from purld.report.figures import COLOURS, STYLE, Drawing, as_svg
+from purld.report.markup import Section, figures
+from purld.report.read import Run, title
+
+METRICS = {
+    "accuracy": "accuracy",
+    "greedy_accuracy": "greedy accuracy",
+    "win_rate": "win rate",
+    "lc_win_rate": "win rate, length-controlled",
+}
+_SHAPING = ("student", "teacher", "anchors", "sft", "align", "data")  # what may change a result, seed apart
+_PLACES = frozenset({"path", "prompts", "eval_prompts", "base_url"})  # where things lie, not what they are
+_LOG_FROM = 20  # the ratio of largest to smallest value from which an axis is logarithmic
+_LINE_ROLES = ("policy", "labels", "stage1", "stage2")
+_MARKERS = "osD^v"
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One run: its value of the swept key, what else tells it from others, and its metric."""
+
+    x: float
+    setting: tuple[tuple[str, Any], ...]
+    y: float
+
+
+def sensitivity_section(runs: Sequence[Run]) -> Section:
+    """The figures of a sweep; empty if the runs are none."""
+    return Section("sensitivity", "Sensitivity", figures(sensitivity(runs)))
+
+
+def sensitivity(runs: Sequence[Run]) -> list[Drawing]:
+    """A drawing per swept number and metric that the final models have."""
+    finals = [run for run in runs if run.method in run.results.get("models", {})]
+    varying = _varying(finals)
+    found: list[Drawing] = []
+    for key in varying:
+        values = {flat(run)[key] for run in finals if key in flat(run)}
+        if len(values) < 2 or not all(_is_number(value) for value in values):
+            continue
+        for metric, label in METRICS.items():
+            points = list(_points(finals, key, [other for other in varying if other != key], metric))
+            if len({point.x for point in points}) > 1:
+                figure = draw(points, key, label, _sft_level(finals, metric))
+                heading = f"{label.capitalize()} against {key}"
+                caption = "Lines join the means over seeds; small dots are single runs. Dashed: the SFT models' mean."
+                found.append(Drawing(heading, caption, as_svg(figure, f"sensitivity-{len(found)}")))
+    return found
+
+
+def flat(run: Run) -> dict[str, Any]:
+    """The configuration's values that can change a result, by dotted key."""
+    return {
+        key: value
+        for section in _SHAPING
+        for key, value in _leaves(run.config.get(section, {}), section)
+        if key.rpartition(".")[2] not in _PLACES
+    }
+
+
+def draw(points: Sequence[_Point], key: str, label: str, sft: float | None) -> Figure:
+    """One metric against one key, a line per setting."""
+    lines: dict[tuple[tuple[str, Any], ...], list[_Point]] = defaultdict(list)
+    for point in points:
+        lines[point.setting].append(point)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xlabel(key)
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        _x_axis(axes, sorted({point.x for point in points}))
+        if sft is not None:
+            axes.axhline(sft, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
+        for place, (setting, of_line) in enumerate(sorted(lines.items(), key=lambda pair: str(pair[0]))):
+            colour = COLOURS[_LINE_ROLES[place % len(_LINE_ROLES)]]
+            xs = sorted({point.x for point in of_line})
+            means = [np.mean([point.y for point in of_line if point.x == x]) for x in xs]
+            axes.plot([p.x for p in of_line], [p.y for p in of_line], ".", color=colour, alpha=0.4, markersize=5)
+            name = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in setting)
+            marker = _MARKERS[place % len(_MARKERS)]
+            axes.plot(xs, means, marker=marker, markersize=4.5, linewidth=1.8, color=colour, label=name or None)
+        if len(lines) > 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.01), ncols=2, fontsize=8)
+    return figure
+
+
+def _x_axis(axes: Any, values: Sequence[float]) -> None:
+    if values[0] > 0 and values[-1] / values[0] >= _LOG_FROM:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(values, [f"{value:g}" for value in values])
+
+
+def _varying(runs: Sequence[Run]) -> list[str]:
+    """The keys in which the runs differ."""
+    settings = [flat(run) for run in runs]
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return [key for key in keys if len({str(setting.get(key)) for setting in settings}) > 1]
+
+
+def _points(runs: Sequence[Run], key: str, others: Sequence[str], metric: str) -> Iterator[_Point]:
+    for run in runs:
+        setting = flat(run)
+        value = run.results["models"][run.method].get(metric)
+        if value is not None and key in setting:
+            yield _Point(float(setting[key]), tuple((other, _shown(setting.get(other))) for other in others), value)
+
+
+def _shown(value: Any) -> Any:
+    return title(value) if isinstance(value, str) else value
+
+
+def _sft_level(runs: Sequence[Run], metric: str) -> float | None:
+    levels = [run.results["models"].get("sft", {}).get(metric) for run in runs]
+    present = [level for level in levels if level is not None]
+    return float(np.mean(present)) if present else None
+
+
+def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}")
+    else:
+        yield prefix, value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

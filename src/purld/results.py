@@ -1,0 +1,76 @@
+"""results.json as a person reads it: one table on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from purld.rundir import RunDir, read_json
+
+NAMES = {"base": "base", "sft": "SFT", "ldl_grpo": "LDL-GRPO"}
+
+_METRICS = {
+    "accuracy": "accuracy",
+    "greedy_accuracy": "greedy accuracy",
+    "win_rate": "win rate",
+    "lc_win_rate": "LC win rate",
+}
+
+
+def show(run: RunDir, console: Console | None = None) -> None:
+    """Print a run's results: metrics against models with 95% intervals, what the teacher cost, where to look."""
+    results = read_json(run.results)
+    console = console or Console(highlight=False)
+    models = results["models"]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("", *(NAMES.get(name, name) for name in models)):
+        table.add_column(heading, no_wrap=True)
+    for key, label in _METRICS.items():
+        if any(key in metrics for metrics in models.values()):
+            table.add_row(label, *(_cell(metrics, key) for metrics in models.values()))
+    console.print()
+    console.print(table)
+    console.print()
+    n = max(metrics["n"] for metrics in models.values())
+    lines = [f"On {n} held-out prompts, with 95% intervals.", *_differences(results), *_scores(results)]
+    for line in [*lines, _teacher(results["teacher"]), f"Report: {run.report}"]:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _cell(metrics: dict[str, Any], key: str) -> str:
+    if key not in metrics:
+        return "-"
+    low, high = metrics[f"{key}_ci"]
+    return f"{metrics[key]:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _differences(results: dict[str, Any]) -> list[str]:
+    lines = []
+    for pair, found in results.get("difference", {}).items():
+        ours, theirs = (NAMES.get(name, name) for name in pair.split(" - "))
+        parts = [
+            f"{_METRICS[key]} {found[key]:+.3f} [{found[f'{key}_ci'][0]:+.3f}, {found[f'{key}_ci'][1]:+.3f}]"
+            for key in _METRICS
+            if key in found
+        ]
+        lines.append(f"{ours} minus {theirs}: {', '.join(parts)}.")
+    return lines
+
+
+def _scores(results: dict[str, Any]) -> list[str]:
+    found = results.get("score_quality", {})
+    if "auc_within" not in found:
+        return []
+    low, high = found["auc_within_ci"]
+    return [f"Self-evaluation against gold: AUC within prompts {found['auc_within']:.3f} [{low:.2f}, {high:.2f}]."]
+
+
+def _teacher(teacher: dict[str, Any]) -> str:
+    spent = f", cost {teacher['cost']:.4f}" if teacher.get("cost") else ""
+    tokens = teacher["input_tokens"] + teacher["output_tokens"]
+    return (
+        f"Teacher: {teacher['calls']} calls for {teacher['prompts']} prompts, "
+        f"{teacher['answered']} usable answers, {tokens} tokens{spent}."
+    )

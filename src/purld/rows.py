@@ -1,0 +1,228 @@
+"""Rows of the files that users bring: JSONL, parquet, or a folder saved by `datasets`.
+
+Every row arrives with the words that name its place ("pool.jsonl, line 7"). Nothing here knows what a row
+should hold, except for the one cell that prompts and answer files share: a text or a chat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from purld.errors import UserError
+from purld.records import Message
+
+MAX_CHARACTERS = 1_000_000  # of one text: far above any context window, far below what hurts
+ROLES = ("system", "user", "assistant")
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used; the message says where it is and why, without a full stop."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and its place in words. `values` is None when the row could not be read, and `problem` why."""
+
+    place: str
+    values: Mapping[str, Any] | None
+    problem: str = ""
+
+    def cells(self) -> Mapping[str, Any]:
+        """The row's values.
+
+        Raises:
+            BadRowError: the row could not be read.
+        """
+        if self.values is None:
+            raise BadRowError(f"{self.place}: {self.problem}")
+        return self.values
+
+
+def iter_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a `.jsonl` or `.parquet` file, or of a folder written by `datasets`' save_to_disk.
+
+    Raises:
+        UserError: the file is missing, is of another kind, or cannot be read at all.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _dataset_rows(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file.")
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        return _json_rows(path)
+    raise UserError(f"{path}: is neither .jsonl nor .parquet nor a folder saved by the datasets library.")
+
+
+def read_json(path: str | Path) -> Any:
+    """The one JSON value that a file holds.
+
+    Raises:
+        BadRowError: it is not JSON in UTF-8; the file is its place.
+        UserError: the file cannot be read at all.
+    """
+    path = Path(path)
+    with _reading(path):
+        data = path.read_bytes()
+    try:
+        return _parse_json(_without_mark(data, path))
+    except ValueError as problem:
+        raise BadRowError(f"{path}: {problem}") from None
+
+
+def parse_messages(cell: object) -> tuple[Message, ...]:
+    """The turns in a prompt cell: a text, or a list of {role, content} that ends with the user's turn.
+
+    Raises:
+        ValueError: says what is wrong with the cell, as the end of a sentence.
+    """
+    if isinstance(cell, str):
+        return (Message("user", check_text(cell, "it")),)
+    if not isinstance(cell, list | tuple):
+        raise ValueError(f"it is {_kind(cell)}, not a text or a list of messages")
+    if not cell:
+        raise ValueError("it has no messages")
+    messages = tuple(_parse_message(turn, number) for number, turn in enumerate(cell, 1))
+    if messages[-1].role != "user":
+        raise ValueError(f"its last message is of the {messages[-1].role}, not of the user")
+    return messages
+
+
+def check_text(cell: object, name: str) -> str:
+    """`cell` if it is a text that a model can be shown.
+
+    Raises:
+        ValueError: it is no text, blank, holds a NUL or a lone surrogate, or is enormous.
+    """
+    if not isinstance(cell, str):
+        raise ValueError(f"{name} is {_kind(cell)}, not a text")
+    if not cell.strip():
+        raise ValueError(f"{name} is empty")
+    if "\0" in cell:
+        raise ValueError(f"{name} contains a NUL character")
+    if len(cell) > MAX_CHARACTERS:
+        raise ValueError(f"{name} has {len(cell):,} characters; at most {MAX_CHARACTERS:,} are accepted")
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} contains a lone surrogate at character {error.start + 1}") from None
+    return cell
+
+
+def _parse_message(turn: object, number: int) -> Message:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"message {number} is {_kind(turn)}, not a {{role, content}} object")
+    role = turn.get("role")
+    if role not in ROLES:
+        raise ValueError(f"message {number} has the role {str(role)[:40]!r}; it can be {', '.join(ROLES)}")
+    if role == "system" and number > 1:
+        raise ValueError(f"message {number} is a system message; only the first can be")
+    return Message(role, check_text(turn.get("content"), f"the content of message {number}"))
+
+
+def _kind(value: object) -> str:
+    match value:
+        case None:
+            return "missing or null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case list() | tuple():
+            return "a list"
+        case Mapping():
+            return "an object"
+        case _:
+            return f"a {type(value).__name__}"
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    with _reading(path), path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if number == 1:
+                line = _without_mark(line, path)
+            if line.strip():
+                yield _json_row(line, f"{path}, line {number}")
+
+
+def _without_mark(line: bytes, path: Path) -> bytes:
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{path}, line 1: the file is UTF-16; save it as UTF-8.")
+    return line.removeprefix(b"\xef\xbb\xbf")
+
+
+def _json_row(line: bytes, place: str) -> Row:
+    try:
+        values = _parse_json(line)
+    except ValueError as problem:
+        return Row(place, None, str(problem))
+    if not isinstance(values, dict):
+        return Row(place, None, f"is {_kind(values)}; a row is one JSON object on one line")
+    return Row(place, values)
+
+
+def _parse_json(data: bytes) -> Any:
+    """The JSON value in `data`; a ValueError says what is wrong, as the end of a sentence."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start + 1})") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply to be read as JSON") from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON ({error})") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    number = 0
+    with _reading(path), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            for index in range(batch.num_rows):
+                number += 1
+                yield _arrow_row(batch.slice(index, 1), f"{path}, row {number}")
+
+
+def _arrow_row(batch: Any, place: str) -> Row:
+    try:
+        return Row(place, batch.to_pylist()[0])
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond Python's
+        return Row(place, None, f"cannot be read ({error})")
+
+
+def _dataset_rows(path: Path) -> Iterator[Row]:
+    if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
+        raise UserError(f"{path}: is a folder, but not one saved by the datasets library.")
+    import datasets
+
+    with _reading(path):
+        table = datasets.load_from_disk(str(path))
+        if isinstance(table, datasets.DatasetDict):
+            splits = ", ".join(sorted(table))
+            raise UserError(f"{path}: holds several splits ({splits}); name the folder of one of them.")
+        for number, values in enumerate(table.with_format(None), 1):
+            yield Row(f"{path}, row {number}", values)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what a broken file raises while it is read into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own derive from these
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read ({reason}).") from None

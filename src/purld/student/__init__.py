@@ -1,0 +1,1 @@
+"""The student model: loading and roles, encoding, sampling, log-likelihoods, self-evaluation."""

@@ -1,0 +1,1 @@
+"""Prompts from files, as the records that the other rooms work on."""

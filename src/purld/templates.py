@@ -1,0 +1,51 @@
+"""The words that models are shown, in one place and versioned: self-evaluation and judge prompts.
+
+Change a text and you change what is measured: raise its version in the same commit. Runs record the versions.
+"""
+
+from __future__ import annotations
+
+SELF_EVALUATION_VERSION = "selfeval-1"
+JUDGE_VERSION = "judge-1"
+
+# Appendix C.4: question, reference answer, candidate answer, scalar score. Everything up to the candidate is
+# the same for the K+1 evaluations of a group, so the candidate comes last and the head can be computed once.
+SELF_EVALUATION_HEAD = (
+    "Rate the candidate answer against the reference answer.\n"
+    "Reply with one number between 0.00 and 1.00: 1.00 if the candidate is as good as the reference, "
+    "0.00 if it is wrong or useless.\n\n"
+    "Question:\n{question}\n\n"
+    "Reference Answer:\n{anchor}\n\n"
+    "Candidate Answer:\n"
+)
+SELF_EVALUATION_TAIL = "\n\nScalar Score:"
+
+# Appendix C.1, Figure C.4.
+JUDGE = (
+    "You will judge two responses to the same question.\n"
+    "Choose the better one overall (correctness, grounding, clarity, completeness).\n"
+    "You are given the reference (ground-truth answer) to help judge correctness.\n"
+    "Reply with exactly one character:\n"
+    "A = Response A is better\n"
+    "B = Response B is better\n"
+    "T = Tie / too close to call\n\n"
+    "=== Question / Prompt ===\n{question}\n\n"
+    "=== Reference (Ground Truth) ===\n{reference}\n\n"
+    "=== Response A ===\n{answer_a}\n\n"
+    "=== Response B ===\n{answer_b}"
+)
+
+# Our own addition: what a judge is told whose reply was none of the three characters.
+JUDGE_AGAIN = "Reply with exactly one character and nothing else: A, B or T."
+
+
+def self_evaluation(question: str, anchor: str, candidate: str) -> str:
+    """The user turn that asks the student to score `candidate` against `anchor`."""
+    # One pass of str.format: braces inside the texts are not fields.
+    head = SELF_EVALUATION_HEAD.format(question=question, anchor=anchor)
+    return head + candidate + SELF_EVALUATION_TAIL
+
+
+def judge(question: str, reference: str, answer_a: str, answer_b: str) -> str:
+    """The user turn that asks a judge to choose between two answers."""
+    return JUDGE.format(question=question, reference=reference, answer_a=answer_a, answer_b=answer_b)

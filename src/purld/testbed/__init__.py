@@ -1,0 +1,1 @@
+"""A small synthetic world with known truth: its problems, its teacher and judge, its tiny student."""

@@ -1,0 +1,110 @@
+"""The demo: an ordinary run whose prompts, teacher and judge come from the testbed.
+
+It writes a prompt file, a held-out file and a configuration, starts the testbed's server, and hands over the
+same configuration and run directory that `purld run` would build. Nothing else in purld knows of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from purld.config import Config, load_config
+from purld.errors import UserError
+from purld.rundir import RunDir, atomic_write
+from purld.testbed.server import TestbedServer
+from purld.testbed.world import TASKS, generate, write_prompts
+
+KEY_VARIABLE = "PURLD_TESTBED_KEY"
+TRAIN_PROMPTS = 256
+HELD_OUT_PROMPTS = 200
+
+
+@contextlib.contextmanager
+def prepare(task: str, run_dir: Path | None, overrides: Sequence[str]) -> Iterator[tuple[Config, RunDir]]:
+    """The configuration and run directory of a demo, with the testbed's server running.
+
+    Raises:
+        UserError: the task is unknown, an override is wrong, or the server cannot start.
+    """
+    if task not in TASKS:
+        raise UserError(f"--task {task}: the testbed has the tasks {' and '.join(TASKS)}.")
+    seed = _seed(overrides)
+    folder = run_dir or Path("runs") / (f"demo-{task}" if seed == 0 else f"demo-{task}-seed{seed}")
+    key = secrets.token_urlsafe(16)
+    with TestbedServer(api_key=key, port=_former_port(folder)) as server:
+        os.environ[KEY_VARIABLE] = key
+        source = folder / "demo"
+        write_prompts(source / "prompts.jsonl", generate(task, "train", TRAIN_PROMPTS, seed))
+        write_prompts(source / "held_out.jsonl", generate(task, "heldout", HELD_OUT_PROMPTS, seed))
+        path = source / "demo.yaml"
+        with atomic_write(path) as handle:
+            yaml.safe_dump(demo_values(source, server.base_url), handle, sort_keys=False)
+        yield load_config(path, overrides), RunDir(folder)
+
+
+def demo_values(source: Path, base_url: str) -> dict[str, Any]:
+    """The demo's configuration as plain values. docs/decisions.md says how its numbers were chosen."""
+    endpoint = {"kind": "openai", "base_url": base_url, "api_key_env": KEY_VARIABLE}
+    return {
+        "student": {
+            "model": str(files("purld.testbed") / "assets" / "student"),
+            "max_prompt_tokens": 256,
+            "max_anchor_tokens": 128,
+        },
+        "data": {
+            "prompts": str(source / "prompts.jsonl"),
+            "eval_prompts": str(source / "held_out.jsonl"),
+            "check": "testbed",
+        },
+        "teacher": endpoint | {"model": "testbed-teacher", "max_calls": 2 * (TRAIN_PROMPTS + HELD_OUT_PROMPTS)},
+        "sft": {
+            "epochs": 16,
+            "learning_rate": 3.0e-4,
+            "batch_size": 16,
+            "micro_batch_size": 16,
+            "checkpoint_steps": 16,
+        },
+        "align": {
+            "method": "ldl_grpo",
+            "steps": 60,
+            "learning_rate": 2.0e-4,
+            "gamma": 10.0,
+            "max_new_tokens": 64,
+            "score_batch_size": 16,
+        },
+        "evaluate": {
+            "samples": 4,
+            "max_new_tokens": 64,
+            "batch_size": 256,
+            "judge": endpoint | {"model": "testbed-judge", "max_tokens_per_answer": 4},
+            "opponent": {"kind": "teacher"},
+        },
+        "seed": 0,
+    }
+
+
+def _seed(overrides: Sequence[str]) -> int:
+    """The seed that the overrides ask for: it also draws the prompts."""
+    chosen = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "seed"]
+    try:
+        return int(chosen[-1]) if chosen else 0
+    except ValueError:
+        raise UserError(f"override seed={chosen[-1]}: a seed is a whole number.") from None
+
+
+def _former_port(folder: Path) -> int:
+    """The port of an interrupted demo, so that its ledger knows the endpoint again; 0 is any free one."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return 0
+    teacher = yaml.safe_load(path.read_text(encoding="utf-8"))["teacher"]
+    return urlsplit(teacher["base_url"]).port or 0

@@ -1,0 +1,250 @@
+"""The world's teacher and judge behind an OpenAI-compatible chat-completions endpoint on this machine.
+
+`POST /v1/chat/completions` and `GET /v1/models`, with a bearer key. Sampling settings are accepted and change
+nothing, for both models are deterministic. There is no streaming, and nothing is logged.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import re
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+from purld import templates
+from purld.testbed.world import quality, recognise, teacher_answer
+
+TEACHER, JUDGE = "testbed-teacher", "testbed-judge"
+MODELS = (TEACHER, JUDGE)
+UNKNOWN_QUESTION = "I can only answer questions of the testbed's world, and this is not one of them."
+MAX_BODY_BYTES = 10_000_000
+
+
+class TestbedServer:
+    """The endpoint, served from a thread between `__enter__` and `__exit__`.
+
+    Args:
+        api_key: what clients must send as bearer key.
+        port: 0 takes a free one.
+    """
+
+    __test__ = False  # The name is not that of a test class.
+
+    def __init__(self, api_key: str, port: int = 0) -> None:
+        self._http = _HttpServer(("127.0.0.1", port), api_key)
+        # A short poll makes leaving fast.
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def base_url(self) -> str:
+        """What an OpenAI client wants as `base_url`."""
+        return f"http://127.0.0.1:{self._http.server_port}/v1"
+
+    @property
+    def requests(self) -> dict[str, int]:
+        """How many completions each model has given."""
+        with self._http.lock:
+            return dict(self._http.completions)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+
+def reply(model: str, user_turn: str) -> str:
+    """What a model says to the last user turn."""
+    return judge(user_turn) if model == JUDGE else teach(user_turn)
+
+
+def teach(question: str) -> str:
+    """The teacher's answer, or a sentence that it has none."""
+    problem = recognise(question)
+    return teacher_answer(problem) if problem else UNKNOWN_QUESTION
+
+
+def judge(user_turn: str) -> str:
+    """A, B or T for a filled judge template; T if the question is not of this world or the text is no template.
+
+    An answer that contains the mark between the answers makes the template ambiguous. Then the verdict is what all
+    readings agree on, else T: forging marks cannot win.
+    """
+    verdicts = {_compare(*reading) for reading in _readings(user_turn)}
+    return verdicts.pop() if len(verdicts) == 1 else "T"
+
+
+def _compare(question: str, answer_a: str, answer_b: str) -> str:
+    problem = recognise(question)
+    if problem is None:
+        return "T"
+    a, b = quality(problem, answer_a), quality(problem, answer_b)
+    return "A" if a > b else "B" if b > a else "T"
+
+
+def _readings(user_turn: str) -> Iterator[tuple[str, str, str]]:
+    """Every (question, answer A, answer B) that fills the judge template to make this text."""
+    opening, to_reference, to_a, to_b = re.split(r"\{\w+\}", templates.JUDGE)[:4]
+    if not user_turn.startswith(opening):
+        return
+    # Questions and references are ours and contain no marks: the first mark is the real one.
+    question, _, rest = user_turn.removeprefix(opening).partition(to_reference)
+    _, found, answers = rest.partition(to_a)
+    if not found:
+        return
+    for mark in re.finditer(re.escape(to_b), answers):
+        yield question, answers[: mark.start()], answers[mark.end() :]
+
+
+class _ApiError(Exception):
+    """Becomes an OpenAI-style error body."""
+
+    def __init__(self, status: HTTPStatus, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+
+
+class _HttpServer(ThreadingHTTPServer):
+    daemon_threads = True  # Idle keep-alive connections must not hold up leaving.
+
+    def __init__(self, address: tuple[str, int], api_key: str) -> None:
+        super().__init__(address, _Handler)
+        self.api_key = api_key
+        self.lock = threading.Lock()
+        self.completions: Counter[str] = Counter()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is no news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: _HttpServer
+
+    def do_GET(self) -> None:
+        self._respond({"/v1/models": _list_models})
+
+    def do_POST(self) -> None:
+        self._respond({"/v1/chat/completions": self._complete})
+
+    def _respond(self, routes: dict[str, Any]) -> None:
+        try:
+            body = self._read_body()
+            self._check_key()
+            route = routes.get(self.path.partition("?")[0])
+            if route is None:
+                raise _ApiError(HTTPStatus.NOT_FOUND, f"There is no {self.command} {self.path} here.")
+            self._send(HTTPStatus.OK, route(body))
+        except _ApiError as error:
+            self._send(error.status, error.body)
+
+    def _read_body(self) -> bytes:
+        # The body is read even if the request is refused: on a kept-alive connection it precedes the next.
+        length = self.headers.get("Content-Length", "0")
+        if self.headers.get("Transfer-Encoding") or not length.isdecimal():
+            self.close_connection = True
+            raise _ApiError(HTTPStatus.LENGTH_REQUIRED, "Send a Content-Length.")
+        if int(length) > MAX_BODY_BYTES:
+            self.close_connection = True
+            raise _ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"More than {MAX_BODY_BYTES} bytes.")
+        return self.rfile.read(int(length))
+
+    def _check_key(self) -> None:
+        expected = f"Bearer {self.server.api_key}".encode()
+        if not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected):
+            raise _ApiError(HTTPStatus.UNAUTHORIZED, "Incorrect API key provided.", "invalid_api_key")
+
+    def _complete(self, body: bytes) -> dict[str, Any]:
+        model, prompt, user_turn = _read_request(body)
+        if model not in MODELS:
+            message = f"The model {model!r} does not exist."
+            raise _ApiError(HTTPStatus.NOT_FOUND, message, "model_not_found")
+        text = reply(model, user_turn)
+        with self.server.lock:
+            self.server.completions[model] += 1
+        return _completion(model, prompt, text)
+
+    def _send(self, status: HTTPStatus, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Stay quiet."""
+
+
+def _list_models(_body: bytes) -> dict[str, Any]:
+    entries = [{"id": name, "object": "model", "created": 0, "owned_by": "purld"} for name in MODELS]
+    return {"object": "list", "data": entries}
+
+
+def _read_request(body: bytes) -> tuple[str, str, str]:
+    """The model, the whole conversation and its last user turn."""
+    try:
+        request = json.loads(body)
+        model = request["model"]
+        turns = [(turn["role"], _text(turn["content"])) for turn in request["messages"]]
+        user_turn = next(text for role, text in reversed(turns) if role == "user")
+    except ValueError:
+        raise _ApiError(HTTPStatus.BAD_REQUEST, "The request body is not valid JSON.") from None
+    except (TypeError, KeyError, AttributeError, StopIteration):
+        message = "The request needs a model and messages with at least one user turn of text."
+        raise _ApiError(HTTPStatus.BAD_REQUEST, message) from None
+    if request.get("stream"):
+        raise _ApiError(HTTPStatus.BAD_REQUEST, "Streaming is not supported.")
+    return str(model), "\n".join(text for _, text in turns), user_turn
+
+
+def _text(content: Any) -> str:
+    """The text of a turn's content, which is a string or a list of parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def _completion(model: str, prompt: str, text: str) -> dict[str, Any]:
+    prompt_tokens, completion_tokens = _count_tokens(prompt), _count_tokens(text)
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+
+
+def _count_tokens(text: str) -> int:
+    """A plausible count to bill: words and punctuation marks."""
+    return len(re.findall(r"\w+|[^\w\s]", text))

@@ -1,0 +1,1 @@
+"""The two stages of training: fine-tuning on anchors, then alignment on self-ranked candidates."""

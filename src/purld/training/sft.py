@@ -1,0 +1,145 @@
+"""Stage I: maximum likelihood on the teacher's answers (Eq. 1), by TRL's SFTTrainer.
+
+The loss is taken on the answer alone. Part of the anchors is held out for validation by content, and the
+checkpoint with the lowest validation loss becomes p_sft. Choosing the learning rate is left to its user.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from purld.config import Sft, Student
+from purld.errors import UserError
+from purld.records import Anchor, Prompt, content_hash
+from purld.rundir import RunDir
+from purld.student.encode import Encoder
+from purld.student.load import load_model, lora_config, save_model
+from purld.training.checkpoints import Progress, RunCallback, device_arguments, last_checkpoint
+from purld.training.trackers import tracker_arguments
+
+_LOGGED = frozenset({"loss", "eval_loss", "learning_rate", "grad_norm", "epoch"})
+
+
+@dataclass(frozen=True)
+class SftFacts:
+    """What the run should say of Stage I."""
+
+    trained_on: int
+    validated_on: int
+    anchors_cut: int
+    best_step: int
+    steps: int
+
+
+def fine_tune(
+    student: Student,
+    settings: Sft,
+    examples: Sequence[tuple[Prompt, Anchor]],
+    encoder: Encoder,
+    run: RunDir,
+    seed: int,
+    progress: Progress,
+    report_to: Sequence[str] = (),
+) -> SftFacts:
+    """Fine-tune p_base on the anchors and save p_sft to `run.sft`; resumes from the last whole checkpoint.
+
+    Raises:
+        UserError: no anchors are left to train on.
+    """
+    rows, held_out, cut = _tokenise(examples, encoder, settings.validation_fraction)
+    if not rows:
+        raise UserError("Stage I: there are no anchors to train on.")
+    checkpoints = run.sft / "checkpoints"
+    checkpoint, step = last_checkpoint(checkpoints)
+    run.rewind_log("sft", step)
+    model = load_model(student, student.model)
+    if student.lora is not None:
+        model = get_peft_model(model, lora_config(student))
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(
+            settings,
+            str(checkpoints),
+            len(rows),
+            seed,
+            validate=bool(held_out),
+            reporting=tracker_arguments(report_to, run, "sft"),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        processing_class=encoder.tokenizer,
+        callbacks=[RunCallback(run, "sft", _LOGGED, progress)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.config.use_cache = True
+    save_model(trainer.model, encoder.tokenizer, run.sft)
+    best = trainer.state.best_global_step or trainer.state.global_step
+    shutil.rmtree(checkpoints)
+    return SftFacts(len(rows), len(held_out), cut, best, trainer.state.global_step)
+
+
+def is_validation(prompt: Prompt, fraction: float) -> bool:
+    """Whether a prompt belongs to the validation part: decided by its content, not its place."""
+    return int(content_hash(["validation", prompt.id]), 16) / 16**16 < fraction
+
+
+def _tokenise(
+    examples: Sequence[tuple[Prompt, Anchor]], encoder: Encoder, fraction: float
+) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]], int]:
+    """Training rows, validation rows, and how many anchors were cut."""
+    train: list[dict[str, list[int]]] = []
+    held_out: list[dict[str, list[int]]] = []
+    cut = 0
+    for prompt, anchor in examples:
+        head, answer = encoder.prompt(prompt), encoder.answer(anchor.text)
+        cut += answer.cut
+        row = {"input_ids": head + answer.ids, "labels": [-100] * len(head) + answer.ids}
+        (held_out if is_validation(prompt, fraction) else train).append(row)
+    if not train:  # a pool of a few prompts may fall on one side
+        train, held_out = held_out, []
+    return train, held_out, cut
+
+
+def _arguments(
+    settings: Sft, folder: str, rows: int, seed: int, validate: bool, reporting: dict[str, Any]
+) -> SFTConfig:
+    micro = min(settings.micro_batch_size, settings.batch_size)
+    accumulate = math.ceil(settings.batch_size / micro)
+    steps = math.ceil(math.ceil(rows / (micro * accumulate)) * settings.epochs)
+    every = min(settings.checkpoint_steps, steps)
+    return SFTConfig(
+        output_dir=folder,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=0.0,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=accumulate,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        logging_steps=max(1, steps // 100),
+        save_steps=every,
+        eval_strategy="steps" if validate else "no",
+        eval_steps=every,
+        load_best_model_at_end=validate,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        save_total_limit=2,
+        gradient_checkpointing=torch.cuda.is_available(),
+        seed=seed,
+        **device_arguments(),
+        **reporting,
+    )

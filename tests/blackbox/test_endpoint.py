@@ -1,0 +1,410 @@
+"""Every fault of an endpoint, over real HTTP: what is repeated, what is paid, what is remembered."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+from misbehaving import SECRET, answer, completion, date_in, drip, error, hang_up, raw, reset, silence
+
+from purld.blackbox import endpoint as endpoint_module
+from purld.blackbox import pace
+from purld.blackbox.endpoint import EndpointClient
+from purld.blackbox.ledger import Ledger
+from purld.blackbox.wire import TOKENS_PER_CALL, TOKENS_PER_MESSAGE, request_of, worst_case
+from purld.config import OpenAIEndpoint
+from purld.errors import UserError
+from purld.records import Message, Prompt
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt.from_text(text) for text in texts]
+
+
+def numbered(count: int) -> list[Prompt]:
+    return prompts(*(f"question {n}" for n in range(count)))
+
+
+def ask(endpoint, ledger, texts, **options):
+    return EndpointClient(endpoint, ledger, "teacher", **options).ask(prompts(*texts))
+
+
+def test_replies_come_in_the_order_of_the_prompts_and_are_durable_when_announced(server, endpoint, ledger):
+    for n, text in enumerate("abcdef"):
+        server.script[text] = [
+            lambda handler, n=n: (time.sleep(0.05 * (6 - n)), handler.reply(completion(handler.prompt * 2)))
+        ]
+    seen = []
+
+    def on_reply(place, reply):
+        with sqlite3.connect(ledger.path) as other:
+            seen.append(
+                (place, reply.text, other.execute("SELECT text FROM calls WHERE text = ?", (reply.text,)).fetchone())
+            )
+
+    replies = EndpointClient(endpoint(), ledger, "teacher").ask(prompts(*"abcdef"), on_reply)
+    assert [reply.text for reply in replies] == ["aa", "bb", "cc", "dd", "ee", "ff"]
+    assert sorted(seen) == [(n, text * 2, (text * 2,)) for n, text in enumerate("abcdef")]
+    assert [place for place, *_ in seen] != sorted(place for place, *_ in seen), "slow first prompts held up others"
+
+
+def test_the_ledger_holds_the_bytes_that_left(server, endpoint, ledger):
+    config = endpoint(system="Be brief.", extra_body={"top_p": 0.5}, token_limit_field="max_completion_tokens")
+    prompt = Prompt((Message("user", "Çava? \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")),))
+    EndpointClient(config, ledger, "teacher").ask([prompt])
+    [row] = ledger.rows()
+    assert server.bodies == [request_of(config, prompt).body.encode()]
+    assert row["request"] == json.loads(server.bodies[0])
+    assert row["request"]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert row["request"]["top_p"] == 0.5
+    assert row["request"]["max_completion_tokens"] == config.max_tokens_per_answer
+    assert row["bytes"] == len(server.bodies[0])
+
+
+def test_a_system_turn_of_the_prompt_is_kept(endpoint):
+    prompt = Prompt((Message("system", "Own."), Message("user", "q")))
+    body = json.loads(request_of(endpoint(system="Ours."), prompt).body)
+    assert [turn["content"] for turn in body["messages"]] == ["Own.", "q"]
+
+
+def test_a_question_is_bought_once(server, endpoint, ledger):
+    assert [r.text for r in ask(endpoint(), ledger, ["a", "b", "a"])] == ["An answer."] * 3
+    ask(endpoint(), ledger, ["b", "a", "c"])
+    assert sorted(server.arrived) == ["a", "b", "c"]
+    assert ledger.totals("teacher") == {
+        "prompts": 3, "answered": 3, "failed": 0, "unknown": 0, "under_way": 0, "calls": 3,
+        "input_tokens": 30, "output_tokens": 15, "cost": 0.0, "unsettled_cost": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": "n"}, {"temperature": 0.5}, {"system": "s"}, {"max_tokens_per_answer": 9}]
+)
+def test_another_model_or_sampling_is_another_question(server, endpoint, ledger, change):
+    ask(endpoint(), ledger, ["a"])
+    ask(endpoint(**change), ledger, ["a"])
+    assert server.arrived == ["a", "a"]
+
+
+def test_the_bytes_of_an_image_are_part_of_the_question(endpoint, tmp_path):
+    image = tmp_path / "x.png"
+    keys = []
+    for data in (b"one", b"two"):
+        image.write_bytes(data)
+        request = request_of(endpoint(), Prompt((Message("user", "q"),), (str(image),)))
+        keys.append(request.key)
+    content = json.loads(request.body)["messages"][0]["content"]
+    assert keys[0] != keys[1]
+    assert content[0]["image_url"]["url"] == "data:image/png;base64,dHdv"
+
+
+def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):
+    prompt = Prompt((Message("system", "S"), Message("user", "naïve 🤝")))
+    input_tokens, output_tokens = worst_case(endpoint(max_tokens_per_answer=7), prompt)
+    assert input_tokens >= len("Snaïve 🤝".encode()) + 2 * 8
+    assert output_tokens == 7
+
+
+# What a server does on each arrival; the reply; the last call's error; calls that left; tokens that count.
+WORST = len("q") + TOKENS_PER_CALL + 2 * TOKENS_PER_MESSAGE + 100
+FAULTS = {
+    "429": ([error(429)], "answered", None, 2, 15),
+    "429 with seconds": ([error(429, headers={"Retry-After": "0"})], "answered", None, 2, 15),
+    "429 with a date": ([error(429, headers={"Retry-After": date_in(-5)})], "answered", None, 2, 15),
+    "429 with nonsense": ([error(429, headers={"Retry-After": "soon"})], "answered", None, 2, 15),
+    "429 for ever": ([error(429)] * 9, "failed", "http_429", 4, 0),
+    "500": ([error(500)], "answered", None, 2, 15),
+    "502": ([raw(b"<html>Bad gateway</html>", 502)], "answered", None, 2, 15),
+    "503 twice": ([error(503), error(503)], "answered", None, 3, 15),
+    "503 for ever": ([error(503)] * 9, "failed", "http_503", 4, 0),
+    "504": ([error(504)], "unknown", "http_504", 1, WORST),
+    "reset mid-body": ([reset], "unknown", "connection_lost", 1, WORST),
+    "hang-up": ([hang_up], "unknown", "connection_lost", 1, WORST),
+    "silence": ([silence], "unknown", "timeout", 1, WORST),
+    "a byte at a time": ([drip], "unknown", "timeout", 1, WORST),
+    "invalid JSON": ([raw(b'{"choices": [{"mess')], "failed", "invalid_response", 1, WORST),
+    "a login page": ([raw(b"<html>Sign in</html>")], "failed", "invalid_response", 1, WORST),
+    "no UTF-8": ([raw(b"\xff\xfe\x00")], "failed", "invalid_response", 1, WORST),
+    "an error with status 200": ([raw(b'{"error": {"message": "m"}}')], "failed", "invalid_response", 1, WORST),
+    "no choices": ([raw(b'{"choices": []}')], "failed", "invalid_response", 1, WORST),
+    "choices of another kind": ([raw(b'{"choices": [null]}')], "failed", "invalid_response", 1, WORST),
+    "JSON nested deep": ([raw(b"[" * 100_000)], "failed", "invalid_response", 1, WORST),
+    "empty answer": ([answer("")], "failed", "empty_answer", 1, 15),
+    "blank answer": ([answer(" \n")], "failed", "empty_answer", 1, 15),
+    "null answer": ([answer(None)], "failed", "empty_answer", 1, 15),
+    "an answer of another kind": ([answer(["x"])], "failed", "empty_answer", 1, 15),
+    "thought too long": ([answer("", "length")], "failed", "empty_answer", 1, 15),
+    "truncated": ([answer("Half an", "length")], "truncated", None, 1, 15),
+    "refusal": ([answer(None, refusal="I can't.")], "refused", None, 1, 15),
+    "filtered answer": ([answer("Par", "content_filter")], "refused", None, 1, 15),
+    "filtered prompt": ([error(400, "content_filter")], "refused", "content_filter", 1, 0),
+    "context": ([error(400, "context_length_exceeded")], "failed", "context_too_long", 1, 0),
+    "context in words": (
+        [error(400, message="This model's maximum context length is 5 tokens.")], "failed", "context_too_long", 1, 0
+    ),
+    "a parameter it does not know": ([error(400, message="no such thing")], "failed", "http_400: no such thing", 1, 0),
+    "403": ([error(403, message="blocked")], "failed", "http_403: blocked", 1, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault(name, server, endpoint, ledger):
+    script, state, error_class, calls, tokens = FAULTS[name]
+    server.script["q"] = script
+    [reply] = ask(endpoint(timeout=0.4, max_tokens_per_answer=100), ledger, ["q"])
+    [row] = ledger.rows()
+    assert (reply.state, row["calls"][-1]["error"]) == (state, error_class)
+    assert bool(reply.detail) == (state != "answered")
+    totals = ledger.totals("teacher")
+    assert totals["calls"] == calls == len(server.arrived)
+    assert totals["prompts"] == 1
+    assert ledger.booked("teacher").tokens == tokens
+
+
+def test_the_raw_body_of_a_failure_is_kept(server, endpoint, ledger):
+    server.script["q"] = [raw(b"<html>Sign in</html>")]
+    ask(endpoint(), ledger, ["q"])
+    [row] = ledger.rows()
+    assert row["calls"][0]["raw"] == "<html>Sign in</html>"
+
+
+def test_a_failure_is_no_answer_and_may_be_asked_again_in_a_later_run(server, endpoint, ledger):
+    server.script["q"] = [raw(b"oops")]
+    assert ask(endpoint(), ledger, ["q"])[0].state == "failed"
+    assert ask(endpoint(), ledger, ["q"])[0].text == "An answer."
+    assert ledger.totals("teacher")["failed"] == 0
+
+
+def test_a_refusal_was_paid_and_is_not_bought_again(server, endpoint, ledger):
+    server.script["q"] = [answer(None, refusal="I can't.")]
+    first, again = ask(endpoint(), ledger, ["q"]), ask(endpoint(), ledger, ["q"])
+    assert first == again
+    assert first[0].text == "I can't."
+    assert len(server.arrived) == 1
+
+
+def test_unknown_is_sent_again_only_when_told_to(server, endpoint, ledger):
+    server.script["q"] = [hang_up]
+    assert ask(endpoint(), ledger, ["q"])[0].state == "unknown"
+    assert ask(endpoint(), ledger, ["q"])[0].state == "unknown"
+    assert len(server.arrived) == 1
+    assert ask(endpoint(), ledger, ["q"], resend_unknown=True)[0].text == "An answer."
+    totals = ledger.totals("teacher")
+    assert (totals["unknown"], totals["answered"], totals["calls"]) == (0, 1, 2)
+
+
+def test_connection_refused_is_repeated_and_counts_as_no_call(endpoint, ledger):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        config = endpoint(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}/v1", max_calls=1)
+        [reply] = ask(config, ledger, ["q"])
+    assert (reply.state, reply.detail) == ("failed", "no connection to the endpoint")
+    [row] = ledger.rows()
+    assert len(row["calls"]) == 4
+    assert ledger.totals("teacher")["calls"] == ledger.booked("teacher").calls == 0
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_waited_for_by_all(server, endpoint, ledger, form):
+    arrivals: list[float] = []
+
+    def note(handler):
+        arrivals.append(time.monotonic())
+        handler.reply(completion())
+
+    headers = {"Retry-After": "1"} if form == "seconds" else {"Retry-After": date_in(2)}
+    server.script["first"] = [error(429, headers=headers)]
+    server.default = note
+    started = time.monotonic()
+    ask(endpoint(concurrency=1), ledger, ["first", "second"])
+    assert len(arrivals) == 2
+    assert 0.9 < min(arrivals) - started < 3
+
+
+def test_a_long_retry_after_is_bounded(server, endpoint, ledger, monkeypatch):
+    monkeypatch.setattr(pace, "LONGEST_WAIT", 0.05)
+    server.script["q"] = [error(429, headers={"Retry-After": "86400"})]
+    started = time.monotonic()
+    assert ask(endpoint(), ledger, ["q"])[0].state == "answered"
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (error(401, message=f"Incorrect API key provided: {SECRET}"), "environment variable TEST_KEY (HTTP 401)"),
+        (error(404, "model_not_found", "The model m does not exist"), "has no model 'm'"),
+        (error(429, "insufficient_quota", "You exceeded your quota"), "quota is used up"),
+        (raw(b"", 307), "redirects elsewhere"),
+    ],
+)
+def test_what_no_other_prompt_can_survive_stops_at_once(server, endpoint, ledger, fault, words):
+    server.default = fault
+    with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")) as stopped:
+        EndpointClient(endpoint(concurrency=4), ledger, "teacher").ask(numbered(50))
+    assert SECRET not in str(stopped.value)
+    assert len(server.arrived) <= 4
+    assert ledger.totals("teacher")["unknown"] == 0, "calls under way were heard out"
+
+
+def test_an_endpoint_that_is_down_stops_the_run_and_not_one_fault_among_answers(server, endpoint, ledger, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "STOP_AFTER", 3)
+    server.script |= {f"question {n}": [error(503)] * 9 for n in range(0, 10, 2)}
+    replies = EndpointClient(endpoint(concurrency=1), ledger, "teacher").ask(numbered(10))
+    assert [reply.state for reply in replies] == ["failed", "answered"] * 5
+    server.default = error(503)
+    before = len(server.arrived)
+    with pytest.raises(UserError, match=r"3 prompts in a row failed \(http_503\)"):
+        EndpointClient(endpoint(model="n", concurrency=1), ledger, "teacher").ask(numbered(10))
+    assert len(server.arrived) - before == 3 * 4
+
+
+@pytest.mark.parametrize("cap", ["max_calls", "max_tokens", "max_cost"])
+@pytest.mark.parametrize("fault", [None, error(503), hang_up])
+def test_a_cap_is_never_passed_at_any_concurrency(server, endpoint, ledger, cap, fault, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "STOP_AFTER", 10**9)
+    if fault:
+        server.script = {prompt.question: [fault] for prompt in numbered(60)[::3]}
+    worst = len("question 10") + TOKENS_PER_CALL + 2 * TOKENS_PER_MESSAGE + 20
+    limit = {"max_calls": 20, "max_tokens": 5 * worst, "max_cost": 5 * worst / 1e6}[cap]
+    config = endpoint(concurrency=16, max_tokens_per_answer=20, input_price=1.0, output_price=1.0, **{cap: limit})
+    highest = []
+    monkeypatch.setattr(
+        ledger, "sent", lambda call, sent=ledger.sent: (highest.append(ledger.booked("teacher")), sent(call))
+    )
+    replies = EndpointClient(config, ledger, "teacher").ask(numbered(60))
+    measure = {"max_calls": "calls", "max_tokens": "tokens", "max_cost": "cost"}[cap]
+    assert max(getattr(booked, measure) for booked in highest) <= limit * (1 + 1e-9)
+    if cap == "max_calls":
+        assert len(server.arrived) == limit, "the cap is used up, and not by one more"
+    capped = [reply for reply in replies if reply.state == "capped"]
+    assert capped and cap in capped[0].detail
+    assert {reply.state for reply in replies} <= {"answered", "capped", "unknown", "failed"}
+    # What was left under the cap could not hold one more call.
+    room = {"max_calls": 1, "max_tokens": worst, "max_cost": worst / 1e6}[cap]
+    assert getattr(ledger.booked("teacher"), measure) + room > limit
+
+
+def test_a_cap_counts_what_earlier_runs_spent(server, endpoint, tmp_path):
+    for answered in (3, 3):
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            replies = EndpointClient(endpoint(max_calls=3), ledger, "teacher").ask(numbered(5))
+        assert sum(reply.state == "answered" for reply in replies) == answered
+    assert len(server.arrived) == 3
+
+
+def test_roles_have_their_own_caps(server, endpoint, ledger):
+    EndpointClient(endpoint(max_calls=2), ledger, "teacher").ask(prompts("a", "b"))
+    [reply] = EndpointClient(endpoint(max_calls=1), ledger, "judge").ask(prompts("c"))
+    assert reply.state == "answered"
+    assert ledger.totals("judge")["calls"] == 1
+
+
+def test_a_server_that_reports_no_usage_is_booked_at_the_worst(server, endpoint, ledger):
+    server.default = lambda handler: handler.reply({**completion(), "usage": {"prompt_tokens": -3}})
+    ask(endpoint(max_tokens_per_answer=100, input_price=1.0, output_price=1.0), ledger, ["q"])
+    totals = ledger.totals("teacher")
+    assert (totals["answered"], totals["cost"]) == (1, 0)
+    assert totals["unsettled_cost"] == pytest.approx(WORST / 1e6)
+    assert ledger.booked("teacher").tokens == WORST
+
+
+def test_cost_follows_the_reported_usage(server, endpoint, ledger):
+    ask(endpoint(input_price=3.0, output_price=15.0), ledger, ["q"])
+    assert ledger.totals("teacher")["cost"] == pytest.approx((10 * 3 + 5 * 15) / 1e6)
+
+
+def test_no_more_calls_at_once_than_configured(server, endpoint, ledger):
+    most = []
+
+    def slow(handler):
+        most.append(len(server.arrived) - len(server.finished))
+        time.sleep(0.02)
+        handler.reply(completion())
+
+    server.default = slow
+    EndpointClient(endpoint(concurrency=3), ledger, "teacher").ask(numbered(20))
+    assert max(most) == 3
+
+
+def test_requests_are_paced(server, endpoint, ledger):
+    started = time.monotonic()
+    EndpointClient(endpoint(requests_per_minute=600), ledger, "teacher").ask(numbered(6))
+    assert 0.45 < time.monotonic() - started < 2
+
+
+def test_tokens_are_paced_and_unused_ones_given_back(server, endpoint, ledger):
+    started = time.monotonic()
+    config = endpoint(tokens_per_minute=60 * 600, max_tokens_per_answer=400, concurrency=1)
+    EndpointClient(config, ledger, "teacher").ask(numbered(6))
+    assert time.monotonic() - started < 1.5, "6 × 500 tokens at 600 a second take 5 s; 6 × 15 do not"
+
+
+def test_lone_surrogates_and_nul_in_an_answer_are_survived(server, endpoint, ledger):
+    server.default = lambda handler: handler.reply(completion("a\ud800b\0c"))
+    assert ask(endpoint(), ledger, ["q"])[0].text == "a?b\0c"
+    assert ask(endpoint(), ledger, ["q"])[0].text == "a?b\0c"
+
+
+def test_no_file_of_a_run_and_no_message_holds_the_key(server, endpoint, tmp_path, capfd, caplog):
+    caplog.set_level("DEBUG")
+
+    def echo(handler):
+        handler.reply({"error": {"message": handler.headers["Authorization"], "code": "x"}}, 403)
+
+    server.script = {
+        "echo": [echo],
+        "503": [lambda h: h.reply(h.headers["Authorization"].encode(), 503)],
+        "lost": [reset],
+    }
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        replies = ask(endpoint(), ledger, ["plain", "echo", "503", "lost"])
+        server.default = error(401, message=f"Bearer {SECRET}")
+        with pytest.raises(UserError) as stopped:
+            ask(endpoint(), ledger, ["wrong"])
+        ledger.export(tmp_path / "run" / "export.jsonl")
+        files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
+    out, err = capfd.readouterr()
+    said = repr(replies) + str(stopped.value) + repr(stopped.value.__context__) + out + err + caplog.text
+    assert {path.name for path in files} >= {"ledger.sqlite", "ledger.sqlite-wal", "export.jsonl"}
+    for text in [said.encode(), *files.values()]:
+        assert SECRET.encode() not in text
+        assert SECRET.replace("/", "\\/").encode() not in text
+
+
+def test_no_key_of_another_service_is_sent(server, ledger, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    config = OpenAIEndpoint(kind="openai", base_url=server.url, model="m")
+    ask(config, ledger, ["q"])
+    assert SECRET not in json.dumps(server.headers)
+
+
+@pytest.mark.parametrize("value", [None, "", "  \n", "two words", "schlüssel", "a\x07b"])
+def test_a_key_that_cannot_be_one(endpoint, ledger, monkeypatch, value):
+    config = endpoint()
+    monkeypatch.delenv("TEST_KEY")
+    if value is not None:
+        monkeypatch.setenv("TEST_KEY", value)
+    with pytest.raises(UserError, match="environment variable TEST_KEY") as stopped:
+        EndpointClient(config, ledger, "teacher")
+    assert not value or not value.strip() or value not in str(stopped.value)
+
+
+def test_a_key_file(server, endpoint, ledger, tmp_path: Path):
+    (tmp_path / "key").write_text(f"{SECRET}\n")
+    ask(endpoint(api_key_env=None, api_key_file=str(tmp_path / "key")), ledger, ["q"])
+    assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
+    with pytest.raises(UserError, match="nowhere cannot be read"):
+        EndpointClient(endpoint(api_key_env=None, api_key_file="nowhere"), ledger, "teacher")
+
+
+def test_a_full_disk_is_one_sentence_and_stops_the_run(server, endpoint, ledger):
+    ledger._db.execute("PRAGMA max_page_count = 12")
+    with pytest.raises(UserError, match=r"ledger.sqlite: the ledger cannot be used \(database or disk is full\)"):
+        EndpointClient(endpoint(), ledger, "teacher").ask(prompts(*(f"{n}" * 3000 for n in range(30))))
+    assert len(server.arrived) < 30

@@ -1,0 +1,119 @@
+"""kill -9 and Ctrl-C in the middle of a collection, with sixteen calls under way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from misbehaving import Handler, Server, completion, silence
+
+from purld.blackbox.endpoint import EndpointClient
+from purld.blackbox.ledger import Ledger
+from purld.config import OpenAIEndpoint
+from purld.records import Prompt
+
+PER_ROUND = 40
+
+
+def collect(url: str, ledger_path: Path, count: int, heard: Path) -> None:
+    """Ask for all prompts; note every reply that was announced, as one whole line."""
+    config = OpenAIEndpoint(kind="openai", base_url=url, model="m", concurrency=16)
+    file = os.open(heard, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def note(place: int, reply: object) -> None:
+        if reply.state == "answered":
+            os.write(file, f"{place}\n".encode())
+
+    with Ledger(ledger_path) as ledger:
+        prompts = [Prompt.from_text(f"question {n}") for n in range(count)]
+        EndpointClient(config, ledger, "teacher").ask(prompts, note)
+
+
+def now_and_then(handler: Handler) -> None:
+    time.sleep(random.uniform(0, 0.05))
+    handler.reply(completion(f"To {handler.prompt}."))
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_kill_at_any_moment(server: Server, tmp_path: Path, kills: int):
+    """Every round asks more prompts than it can finish and is killed at a random moment; the last one may end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["openai", "purld.blackbox.endpoint"])
+    server.default = now_and_then
+    ledger_path, heard, rng = tmp_path / "l.sqlite", tmp_path / "heard", random.Random(0)
+    for kill in range(1, kills + 1):
+        answered_before = states(ledger_path)
+        arrived_before = len(server.arrived)
+        process = context.Process(target=collect, args=(server.url, ledger_path, kill * PER_ROUND, heard))
+        process.start()
+        wait_for_arrivals(server, arrived_before + rng.randint(0, PER_ROUND - 17))
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        time.sleep(0.05)  # what left before the kill arrives
+        new = set(server.arrived[arrived_before:])
+        assert not {prompt for prompt in new if answered_before.get(prompt) in ("answered", "unknown")}
+    assert process.exitcode == -signal.SIGKILL
+    check_books(server, ledger_path, heard)
+
+
+def states(ledger_path: Path) -> dict[str, str]:
+    with Ledger(ledger_path) as ledger:
+        return {row["request"]["messages"][0]["content"]: row["state"] for row in ledger.rows()}
+
+
+def wait_for_arrivals(server: Server, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(server.arrived) < count and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def check_books(server: Server, ledger_path: Path, heard: Path) -> None:
+    final = states(ledger_path)
+    by_state = {name: {p for p, state in final.items() if state == name} for name in ("answered", "unknown")}
+    assert set(final) == by_state["answered"] | by_state["unknown"], "a kill leaves nothing else"
+    assert max(Counter(server.arrived).values()) == 1, "a prompt was sent twice"
+    assert by_state["answered"] <= set(server.finished)
+    announced = {f"question {line}" for line in heard.read_text().split()}
+    assert announced <= by_state["answered"], "an answer was announced and lost"
+    assert set(server.arrived) <= set(final), "something left that the ledger does not know"
+    assert by_state["unknown"] >= set(server.arrived) - by_state["answered"]
+    assert by_state["unknown"] and by_state["answered"]
+    with Ledger(ledger_path) as ledger:
+        texts = {row["prompt_id"]: row["answer"] for row in ledger.rows() if row["state"] == "answered"}
+        totals = ledger.totals("teacher")
+    assert texts == {Prompt.from_text(p).id: f"To {p}." for p in by_state["answered"]}
+    assert totals["calls"] == len(final)
+    assert totals["unknown"] == len(by_state["unknown"])
+
+
+def test_ctrl_c_ends_promptly_and_keeps_the_books(server: Server, tmp_path: Path):
+    prompts = [f"question {n}" for n in range(40)]
+    server.script = {prompt: [silence] for prompt in prompts[20:]}
+    code = (
+        "import sys; from pathlib import Path; from test_kills import collect;"
+        "collect(sys.argv[1], Path(sys.argv[2]), 40, Path(sys.argv[3]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, server.url, str(tmp_path / "l.sqlite"), str(tmp_path / "heard")],
+        cwd=Path(__file__).parent,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_arrivals(server, 36)  # twenty answered, sixteen in silence
+    process.send_signal(signal.SIGINT)
+    pressed = time.monotonic()
+    _, stderr = process.communicate(timeout=10)
+    assert time.monotonic() - pressed < 2
+    assert "KeyboardInterrupt" in stderr
+    found = states(tmp_path / "l.sqlite")
+    assert Counter(found.values()) == {"answered": 20, "unknown": 16}
+    assert {prompt for prompt, state in found.items() if state == "answered"} == set(prompts[:20])

@@ -1,0 +1,99 @@
+"""What many tests share: a tiny random student of any architecture, and the shipped one."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
+settings.load_profile("shared-machine")
+torch.set_num_threads(1)  # tests run side by side, and sums must not depend on how many cores there are
+
+
+@pytest.fixture(scope="session")
+def shipped_student() -> Path:
+    """The student that the demo aligns."""
+    return Path(str(files("purld.testbed") / "assets" / "student"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(shipped_student):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shipped_student)
+
+
+@pytest.fixture(scope="session")
+def random_student(tokenizer, tmp_path_factory) -> Path:
+    """A student that knows nothing, small enough to train in a test, with weights large enough to have opinions."""
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.5
+    )
+    path = tmp_path_factory.mktemp("student") / "random"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def tiny_config(random_student, tmp_path) -> Path:
+    """A whole run that takes seconds: 24 prompts whose answers are in a file, 8 of them held out."""
+    import json
+
+    import yaml
+
+    from purld.testbed.world import generate, teacher_answer
+
+    rows = [
+        {"prompt": p.question, "reference": p.truth, "answer": teacher_answer(p)}
+        for p in generate("counting", "train", 24, 0)
+    ]
+    prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held_out.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[16:]))
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "student": {"model": str(random_student), "max_prompt_tokens": 256, "max_anchor_tokens": 128},
+        "data": {"prompts": str(prompts), "eval_prompts": str(held_out), "check": "testbed"},
+        "teacher": {"kind": "file", "path": str(answers)},
+        "sft": {"epochs": 3, "learning_rate": 1e-3, "batch_size": 4, "checkpoint_steps": 2, "validation_fraction": 0.2},
+        "align": {
+            "steps": 6,
+            "candidates": 3,
+            "prompts_per_step": 2,
+            "learning_rate": 1e-3,
+            "max_new_tokens": 8,
+            "checkpoint_steps": 2,
+        },
+        "evaluate": {"samples": 2, "max_new_tokens": 8, "batch_size": 4},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path

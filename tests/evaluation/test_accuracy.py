@@ -1,0 +1,159 @@
+"""Accuracy, paired differences and score quality against hand-made numbers and simulated truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purld.evaluation.accuracy import accuracy, auc, exact_match, mcnemar, paired_difference
+from purld.evaluation.intervals import wilson_interval
+from purld.records import Prompt
+
+
+def test_one_sample_per_prompt_is_plain_wilson() -> None:
+    correct = np.array([1] * 7 + [0] * 3)
+    share, interval = accuracy(correct)
+    assert share == 0.7
+    assert interval == pytest.approx(wilson_interval(0.7, 10))
+    assert accuracy(correct[:, None])[1] == pytest.approx(interval)
+
+
+def test_repeating_the_same_sample_adds_no_certainty() -> None:
+    once = np.array([1, 1, 1, 0, 0, 1, 0, 1])
+    assert accuracy(np.repeat(once[:, None], 4, axis=1))[1] == pytest.approx(accuracy(once)[1])
+
+
+def test_independent_samples_add_certainty_up_to_their_number() -> None:
+    """Every prompt right in one of two: the prompts' means do not spread at all, yet 8 trials are not more."""
+    share, interval = accuracy(np.tile([1, 0], (4, 1)))
+    assert share == 0.5
+    assert interval == pytest.approx(wilson_interval(0.5, 4))
+
+
+def test_all_right_is_not_certainty() -> None:
+    share, (low, high) = accuracy(np.ones((12, 3)))
+    assert (share, high) == (1.0, 1.0)
+    assert low == pytest.approx(wilson_interval(1.0, 12)[0])
+
+
+def test_clustered_intervals_cover_the_truth() -> None:
+    """40 prompts of very different difficulty, 4 samples each; treating the 160 as independent covers ~80%."""
+    rng = np.random.default_rng(0)
+    hits = []
+    for _ in range(400):
+        difficulty = rng.beta(0.7, 0.3, size=(40, 1))
+        low, high = accuracy(rng.random((40, 4)) < difficulty)[1]
+        hits.append(low <= 0.7 <= high)
+    assert 0.92 <= np.mean(hits) <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("correct", "words"),
+    [([], "at least one"), (np.ones((2, 2, 2)), "samples"), ([0.5], "only right"), ([np.nan], "from 0 to 1")],
+)
+def test_what_is_not_right_or_wrong_is_refused(correct: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        accuracy(correct)
+
+
+def test_mcnemar_by_hand() -> None:
+    """1 against 5 of 6 discordant: 2·(C(6,0) + C(6,1)) / 2^6 = 14/64."""
+    assert mcnemar(1, 5) == mcnemar(5, 1) == pytest.approx(14 / 64)
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(3, 3) == 1.0
+    assert 0 < mcnemar(1000, 1200) < 1e-4
+
+
+def test_difference_of_two_models() -> None:
+    a = np.array([1] * 60 + [0] * 40)
+    b = np.array([1] * 45 + [0] * 55)
+    difference = paired_difference(a, b)
+    assert difference.mean == pytest.approx(0.15)
+    assert 0.07 < difference.interval[0] < 0.11 < 0.20 < difference.interval[1] < 0.25
+    assert difference.p_value == pytest.approx(mcnemar(15, 0))
+
+
+def test_difference_changes_sign_with_the_sides() -> None:
+    rng = np.random.default_rng(2)
+    a, b = rng.random((80, 3)) < 0.6, rng.random((80, 5)) < 0.5
+    ours, theirs = paired_difference(a, b), paired_difference(b, a)
+    assert ours.mean == pytest.approx(-theirs.mean)
+    assert ours.interval == pytest.approx((-theirs.interval[1], -theirs.interval[0]), abs=0.01)
+    assert ours.p_value is None
+
+
+def test_no_discordant_prompt_is_not_proof_of_equality() -> None:
+    """10 of 10 agree: up to 1 − 0.025^(1/10) = 31% of all prompts may still differ, either way."""
+    difference = paired_difference(np.ones(10), np.ones(10))
+    assert (difference.mean, difference.p_value) == (0.0, 1.0)
+    assert difference.interval == pytest.approx((-0.3085, 0.3085), abs=1e-4)
+
+
+def test_win_probabilities_have_a_difference_and_no_mcnemar() -> None:
+    difference = paired_difference([1.0, 0.5, 0.5, 0.0, 1.0], [0.5, 0.5, 0.0, 0.0, 0.5])
+    assert difference.mean == pytest.approx(0.3)
+    assert difference.p_value is None
+
+
+def test_pairing_sees_what_two_intervals_hide() -> None:
+    """Two models that are right on nearly the same half of the prompts, one of them on a few more."""
+    rng = np.random.default_rng(1)
+    b = rng.random(300) < 0.5
+    a = b | (rng.random(300) < 0.1)
+    assert accuracy(a)[1][0] < accuracy(b)[1][1]
+    assert paired_difference(a, b).interval[0] > 0
+
+
+def test_difference_of_other_prompts_is_refused() -> None:
+    with pytest.raises(ValueError, match="same prompts; they hold 3 and 2"):
+        paired_difference([1, 0, 1], [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "same"),
+    [
+        ("Paris", "  paris.\n", True),
+        ("Paris", "**Paris**", True),
+        ("x  =  3", "x = 3", True),
+        ("½", "½", True),
+        ("42", "４２", True),  # full-width digits
+        ("-3", "3", False),
+        ("3.5", "35", False),
+        ("Paris", "It is Paris", False),
+        ("", "", True),
+    ],
+)
+def test_exact_match(reference: str, text: str, same: bool) -> None:
+    assert exact_match(Prompt.from_text("?", reference=reference), text) is same
+
+
+def test_exact_match_needs_a_reference() -> None:
+    with pytest.raises(ValueError, match="has no reference"):
+        exact_match(Prompt.from_text("?"), "yes")
+
+
+def test_auc_by_hand() -> None:
+    """Right 0.9, 0.5; wrong 0.5, 0.1: three of four comparisons won, one tied."""
+    assert auc([0.9, 0.5, 0.5, 0.1], [True, True, False, False]) == pytest.approx(3.5 / 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30))
+def test_auc_is_the_mean_of_all_comparisons(rows: list[tuple[int, bool]]) -> None:
+    right = [s for s, y in rows if y]
+    wrong = [s for s, y in rows if not y]
+    scores, positive = zip(*rows, strict=True)
+    if not right or not wrong:
+        with pytest.raises(ValueError, match="one right and one wrong"):
+            auc(scores, positive)
+        return
+    expected = np.mean([(r > w) + (r == w) / 2 for r in right for w in wrong])
+    assert auc(scores, positive) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("scores", "words"), [([0.1, np.nan], "NaN"), ([0.1], "one length")])
+def test_auc_refuses_unscored(scores: list[float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        auc(scores, [True, False])

@@ -1,0 +1,117 @@
+"""A headless Chromium driven over its debugging pipe: no port, no driver, no package."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+_FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
+)  # fmt: skip
+
+
+class Page:
+    """One tab. Everything the page complains about ends up in `errors`, every request it makes in `requests`."""
+
+    def __init__(self, profile: Path) -> None:
+        to_browser, self._write = _pipe()
+        self._read, from_browser = _pipe()
+        self._process = subprocess.Popen(
+            [str(EXECUTABLE), *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=lambda: (os.dup2(to_browser, 3), os.dup2(from_browser, 4)),
+            close_fds=False,  # keeps 3 and 4; the others close by themselves
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._reader = os.fdopen(self._read, "rb")
+        self._sent = 0
+        self._session: str | None = None
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        target = next(t for t in self._call("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        attached = self._call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self._call(f"{domain}.enable")
+
+    def open(self, url: str) -> None:
+        """Load a page and wait until it has loaded."""
+        self._call("Page.navigate", url=url)
+        self._until("Page.loadEventFired")
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the tab the size of a device."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
+
+    def press(self, key: str) -> None:
+        """Press and release a key."""
+        code = {"ArrowDown": 40, "ArrowUp": 38, "/": 191}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+
+    def run(self, script: str) -> Any:
+        """The JSON value of a JavaScript expression."""
+        found = self._call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def __enter__(self) -> Page:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self._write)  # the browser ends with its pipe
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.close()
+
+    def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        self._sent += 1
+        message = {"id": self._sent, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while (answer := self._next()).get("id") != self._sent:
+            pass
+        assert "error" not in answer, answer["error"]
+        return answer["result"]
+
+    def _until(self, event: str) -> None:
+        while self._next().get("method") != event:
+            pass
+
+    def _next(self) -> dict[str, Any]:
+        data = bytearray()
+        while (byte := self._reader.read(1)) != b"\0":
+            if not byte:
+                raise RuntimeError("Chromium has gone away")
+            data += byte
+        message: dict[str, Any] = json.loads(data)
+        match message.get("method"):
+            case "Runtime.exceptionThrown" | "Log.entryAdded" | "Runtime.consoleAPICalled":
+                self.errors.append(json.dumps(message["params"]))
+            case "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
+        return message
+
+
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends stay clear of the two descriptors that the browser is given."""
+    ends = os.pipe()
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]

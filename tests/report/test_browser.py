@@ -1,0 +1,97 @@
+"""The browser's data: inert as HTML, whole as JSON, bounded in size."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic import HOSTILE, REVERSED, Build
+
+from purld.report import browser as module
+from purld.report.browser import MAX_CHARACTERS, browser, safe_json
+from purld.report.read import read_run
+from purld.rundir import append_rows, read_rows, write_rows
+
+
+@given(st.text(alphabet=st.characters(codec=None)) | st.sampled_from([HOSTILE, REVERSED, "\u2028", "\udfff\ud800"]))
+def test_any_text_is_inert_and_survives(text: str) -> None:
+    encoded = safe_json({"text": text})
+    assert json.loads(encoded) == {"text": text}
+    assert not re.search("[<>&\u2028\u2029\u202e]", encoded)
+    encoded.encode("utf-8")
+
+
+def entries(data: str) -> list[dict]:
+    return json.loads(data)["entries"]
+
+
+def test_an_entry_holds_the_whole_group(build: Build) -> None:
+    run = build(held_out=0, groups=7)
+    row = read_rows(run.groups)[6]
+    entry = entries(browser([read_run(run)]).json)[6]
+    assert entry["id"] == row["prompt_id"]
+    assert entry["anchor"] == row["anchor"]
+    assert entry["group"]["step"] == 7
+    candidates = entry["group"]["candidates"]
+    assert [c["text"] for c in candidates] == row["candidates"]
+    assert [c["D"] for c in candidates] == pytest.approx(row["labels"], abs=1e-4)
+    assert [c["q"] for c in candidates] == pytest.approx(row["policy_before"], abs=1e-4)
+    assert candidates[3]["score"] is None
+    assert "after" not in candidates[0]
+
+
+def test_q_after_is_there_when_it_was_logged(build: Build) -> None:
+    run = build(held_out=0, groups=1)
+    write_rows(run.groups, [row | {"policy_after": [0.125] * 8} for row in read_rows(run.groups)])
+    (entry,) = entries(browser([read_run(run)]).json)
+    assert entry["group"]["candidates"][0]["after"] == 0.125
+
+
+def test_a_prompt_seen_twice_shows_its_last_group(build: Build) -> None:
+    run = build(held_out=0, groups=2)
+    first = read_rows(run.groups)[0]
+    append_rows(run.groups, [first | {"step": 99}])
+    steps = {e["id"]: e["group"]["step"] for e in entries(browser([read_run(run)]).json)}
+    assert steps[first["prompt_id"]] == 99
+    assert len(steps) == 2
+
+
+def test_answers_stand_side_by_side_with_their_verdicts(build: Build) -> None:
+    run = build(held_out=4, groups=0)
+    entry = entries(browser([read_run(run)]).json)[2]
+    assert [a["model"] for a in entry["answers"]] == ["base", "sft", "ldl_grpo", "opponent"]
+    drawn, greedy = entry["answers"][2]["samples"]
+    row = read_rows(run.generations("ldl_grpo"))[2]
+    assert (drawn["text"], drawn["correct"], drawn["tokens"]) == (row["text"], row["correct"], row["tokens"])
+    said = [v for v in read_rows(run.verdicts("ldl_grpo")) if v["prompt_id"] == entry["id"]]
+    assert [v["outcome"] for v in drawn["verdicts"]] == [v["outcome"] for v in said]
+    assert greedy["greedy"]
+    assert "verdicts" not in greedy
+
+
+def test_a_long_text_is_cut_and_says_so(build: Build) -> None:
+    run = build(held_out=1, groups=0)
+    write_rows(run.generations("sft"), [row | {"text": "x" * 10_000} for row in read_rows(run.generations("sft"))])
+    (entry,) = entries(browser([read_run(run)]).json)
+    text = entry["answers"][1]["samples"][0]["text"]
+    assert text.startswith("x" * MAX_CHARACTERS + "\n[")
+    assert "4,000 more" in text
+
+
+def test_what_does_not_fit_is_left_out_and_counted(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BYTES", 20_000)
+    found = browser([read_run(build(name)) for name in ("a", "b")])
+    assert 0 < found.shown < found.total == 140
+    assert len(found.json) < 21_000
+    assert len(entries(found.json)) == found.shown
+    assert {e["run"] for e in entries(found.json)} == {0, 1}
+
+
+def test_not_a_number_is_no_number(build: Build) -> None:
+    run = build(held_out=0, groups=1)
+    write_rows(run.groups, [row | {"labels": [float("nan")] * 8} for row in read_rows(run.groups)])
+    (entry,) = entries(browser([read_run(run)]).json)
+    assert entry["group"]["candidates"][0]["D"] is None

@@ -1,0 +1,152 @@
+"""The page in a real browser: nothing runs that should not, and everything works that should."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chromium import EXECUTABLE, Page
+from synthetic import HOSTILE, REVERSED, Build, synthetic_run
+
+from purld.report.page import write_report
+from purld.rundir import RunDir, read_rows, write_rows
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed")
+
+FILTER = "document.querySelector('.controls select')"
+SEARCH = "document.querySelector('.controls input')"
+LISTED = "document.querySelectorAll('.list button').length"
+DETAIL = "document.querySelector('.detail').textContent"
+
+
+def type_into(page: Page, control: str, event: str, value: str) -> None:
+    page.run(f"{control}.value = {value!r}; {control}.dispatchEvent(new Event({event!r}))")
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run whose every text that a model wrote attacks the page."""
+    run = synthetic_run(tmp_path_factory.mktemp("poisoned") / "<script>window.injected=true<")
+    for path, key in ((run.generations("ldl_grpo"), "text"), (run.opponent, "text"), (run.groups, "anchor")):
+        write_rows(path, [row | {key: f"{HOSTILE} {REVERSED}"} for row in read_rows(path)])
+    write_rows(run.groups, [row | {"candidates": [HOSTILE] * 8, "prompt": HOSTILE} for row in read_rows(run.groups)])
+    write_rows(run.verdicts("sft"), [row | {"raw": HOSTILE} for row in read_rows(run.verdicts("sft"))])
+    write_report([run], run.report)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(poisoned: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with Page(tmp_path_factory.mktemp("profile")) as page:
+        page.open(poisoned.report.resolve().as_uri())
+        yield page
+
+
+def test_hostile_answers_are_words_and_nothing_runs(page: Page) -> None:
+    for place in (0, -1):  # a held-out answer and a group of Stage II
+        page.run(f"[...document.querySelectorAll('.list button')].at({place}).click()")
+        assert "<script>window.injected = true; alert(1)</script>" in page.run(DETAIL)
+    page.run("document.querySelector('.list button').click()")
+    shown = page.run(DETAIL)
+    for mark in ("U+202E", "U+2066", "U+001B", "U+0007", "U+00AD", "U+D83D"):
+        assert mark in shown
+    assert "\u202e" not in shown
+    assert page.run("window.injected === undefined")
+    assert page.run("document.scripts.length") == 2
+    assert page.run("document.images.length") == 0
+
+
+def test_nothing_but_the_file_is_asked_for_and_nothing_complains(page: Page, poisoned: RunDir) -> None:
+    assert page.requests == [poisoned.report.resolve().as_uri()]
+    assert page.errors == []
+
+
+def test_a_script_that_got_in_would_not_run(page: Page) -> None:
+    """The policy names the page's own script by its hash: another one in the page is dead."""
+    page.run(
+        "(() => { const s = document.createElement('script'); s.textContent = 'window.injected = 1';"
+        " document.body.append(s); s.remove(); })()"
+    )
+    assert page.run("window.injected === undefined")
+    page.errors.clear()
+
+
+def test_filter_and_search_narrow_the_list(page: Page) -> None:
+    assert page.run(LISTED) == 70
+    type_into(page, FILTER, "change", "held")
+    assert page.run(LISTED) == 30
+    type_into(page, FILTER, "change", "unscored")
+    assert page.run(LISTED) == 5  # every seventh of 40 groups
+    type_into(page, FILTER, "change", "all")
+    type_into(page, SEARCH, "input", "CASE 7:")
+    assert page.run(LISTED) == 1
+    type_into(page, SEARCH, "input", "no such words")
+    assert page.run(LISTED) == 0
+    assert "No prompt matches" in page.run("document.querySelector('.list').textContent")
+    type_into(page, SEARCH, "input", "")
+    assert page.run(LISTED) == 70
+    assert page.run("document.querySelector('.controls output').textContent") == "70 of 70"
+
+
+def test_what_an_undecided_judge_said_is_shown(page: Page) -> None:
+    type_into(page, FILTER, "change", "unjudged")
+    assert page.run(LISTED) > 0
+    page.run("document.querySelector('.list button').click()")
+    assert "The judge said:I cannot decide between these." in page.run(DETAIL)
+    type_into(page, FILTER, "change", "all")
+
+
+def test_fixed_prompts_are_those_where_sft_was_wrong_and_the_method_right(page: Page, poisoned: RunDir) -> None:
+    def right(model: str) -> list[bool]:
+        return [row["correct"] for row in read_rows(poisoned.generations(model))]
+
+    type_into(page, FILTER, "change", "fixed")
+    expected = sum(m and not s for m, s in zip(right("ldl_grpo"), right("sft"), strict=True))
+    assert page.run(LISTED) == expected > 0
+    type_into(page, FILTER, "change", "all")
+
+
+def test_keys_walk_the_list_and_reach_the_search(page: Page) -> None:
+    page.run("document.querySelectorAll('.list button')[0].focus()")
+    page.press("ArrowDown")
+    page.press("ArrowDown")
+    page.press("ArrowUp")
+    assert page.run("document.activeElement === document.querySelectorAll('.list button')[1]")
+    assert page.run("document.querySelector('.list [aria-current]') === document.activeElement")
+    assert "Case 1:" in page.run(DETAIL)
+    page.press("/")
+    assert page.run(f"document.activeElement === {SEARCH}")
+
+
+def test_a_phone_needs_no_sideways_scrolling(page: Page) -> None:
+    page.resize(390, 800)
+    assert page.run("document.documentElement.scrollWidth") <= 390
+
+
+def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None:
+    """500 prompts with 8 candidates of about 900 characters each, and 100 held-out ones."""
+    run = build(held_out=100, groups=500, words=170)
+    write_report([run], run.report)
+    assert 4_000_000 < run.report.stat().st_size < 10_000_000
+    with Page(tmp_path / "profile") as page:
+        started = time.monotonic()
+        page.open(run.report.as_uri())
+        assert page.run(LISTED) == 600
+        assert time.monotonic() - started < 10
+        took = page.run(
+            f"(() => {{ const t = performance.now(); {SEARCH}.value = 'case 512:';"
+            f" {SEARCH}.dispatchEvent(new Event('input')); return performance.now() - t; }})()"
+        )
+        assert page.run(LISTED) == 1
+        assert took < 1000  # milliseconds; about 20 on a quiet machine
+        assert page.errors == []
+
+
+def test_a_linked_prompt_is_open(build: Build, tmp_path: Path) -> None:
+    run = build(held_out=3, groups=3)
+    write_report([run], run.report)
+    with Page(tmp_path / "profile") as page:
+        page.open(f"{run.report.as_uri()}#prompt-0-{4:016x}")
+        assert "Case 4:" in page.run(DETAIL)

@@ -1,0 +1,128 @@
+"""Figures: what they draw, that a page can restyle them, and what they leave out."""
+
+from __future__ import annotations
+
+import random
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic import Build, metrics
+
+from purld.report.figures import COLOURS, convergence, drawings, save_convergence, score_quality_line
+from purld.report.read import Run, read_run
+from purld.rundir import write_rows
+
+
+def logged(build: Build, *stages: str, **changes: float | None) -> Run:
+    """A run that logged these stages, with some metrics overwritten, or left out where None."""
+    run = build(held_out=1, groups=1)
+    rows = [row | changes for row in metrics(random.Random(0)) if row["stage"] in stages]
+    write_rows(run.metrics, [{k: v for k, v in row.items() if v is not None} for row in rows])
+    return read_run(run)
+
+
+def headings(run: Run) -> list[str]:
+    return [drawing.heading for drawing in drawings(run)]
+
+
+def test_two_stages_share_one_axis_of_steps_and_have_one_each_of_values(build: Build) -> None:
+    figure = convergence(logged(build, "sft", "align"))
+    assert figure is not None
+    left, right = figure.axes
+    assert left.get_ylabel() == "Stage I: SFT loss"
+    assert right.get_ylabel() == "Stage II: LDL-GRPO objective"
+    (turn,) = {line.get_xdata()[0] for line in left.lines if line.get_linestyle() == "--"}
+    assert turn == 75
+    steps = right.lines[0].get_xdata()
+    assert (steps[0], steps[-1]) == (76, 195)
+    assert {line.get_color() for line in right.lines} == {COLOURS["stage2"]}
+    assert left.lines[0].get_color() == COLOURS["stage1"]
+    assert list(left.lines[2].get_xdata()) == [25, 50, 75]  # the validation loss
+
+
+@pytest.mark.parametrize(("stage", "label"), [("sft", "Stage I: SFT loss"), ("align", "Stage II: LDL-GRPO objective")])
+def test_one_stage_alone_has_one_axis_and_no_transition(build: Build, stage: str, label: str) -> None:
+    figure = convergence(logged(build, stage))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == label
+    assert not [line for line in axes.lines if line.get_linestyle() == "--"]
+
+
+def test_no_training_no_figures(build: Build, tmp_path: Path) -> None:
+    run = logged(build)
+    assert drawings(run) == []
+    with pytest.raises(ValueError, match="no training to draw"):
+        save_convergence(run, tmp_path / "figure.png")
+
+
+def test_a_metric_that_was_not_logged_has_no_panel(build: Build) -> None:
+    assert "KL from the SFT model" in headings(logged(build, "align"))
+    assert "KL from the SFT model" not in headings(logged(build, "align", kl=None))
+    assert headings(logged(build, "sft")) == ["Two-stage convergence"]
+
+
+def test_nothing_lost_is_not_drawn(build: Build) -> None:
+    assert "Candidates lost" not in headings(logged(build, "align", truncated=0, unscored=0))
+
+
+def test_values_that_are_not_finite_are_gaps(build: Build) -> None:
+    run = logged(build, "align")
+    rows = [dict(row) for row in run.metrics]
+    rows[5]["objective"], rows[6]["objective"] = float("nan"), float("inf")
+    figure = convergence(Run(**(vars(run) | {"metrics": rows})))
+    assert figure is not None
+    assert np.isfinite(figure.axes[0].lines[0].get_ydata()).all()
+    assert len(figure.axes[0].lines[0].get_ydata()) == 118
+
+
+def test_svg_is_well_formed_follows_the_page_and_shares_no_id(build: Build) -> None:
+    run = logged(build, "sft", "align")
+    found = [*drawings(run, prefix="run0"), *drawings(run, prefix="run1")]
+    ids: list[str] = []
+    for drawing in found:
+        root = ET.fromstring(drawing.svg.replace("xlink:href", "href"))
+        own = {element.get("id") for element in root.iter() if element.get("id")}
+        ids += own
+        used = {e.get("href", "#")[1:] for e in root.iter() if e.get("href")}
+        assert used <= own
+        bare = drawing.svg
+        for role, colour in COLOURS.items():
+            bare = bare.replace(f"var(--fig-{role}, {colour})", "")
+        assert not [colour for colour in COLOURS.values() if colour in bare]
+        assert "var(--fig-" in drawing.svg
+        assert "<text" in drawing.svg
+    assert len(ids) == len(set(ids))
+
+
+def test_equal_runs_draw_equal_figures(build: Build) -> None:
+    run = logged(build, "sft", "align")
+    assert drawings(run) == drawings(run)
+
+
+def test_a_picture_for_a_readme(build: Build, tmp_path: Path) -> None:
+    save_convergence(logged(build, "sft", "align"), tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.width > 1500
+        assert picture.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
+        colours = {tuple(p) for p in np.asarray(picture.convert("RGB")).reshape(-1, 3)[::7]}
+    for role in ("stage1", "stage2"):
+        assert tuple(bytes.fromhex(COLOURS[role][1:])) in colours
+
+
+def test_score_quality_is_drawn_and_said(build: Build) -> None:
+    bins = [{"n": 30, "score": 0.15, "right": 0.1}, {"n": 10, "score": 0.95, "right": 0.9}]
+    found = {"n": 40, "prompts": 8, "right": 0.3, "auc": 0.91, "auc_within": 0.882, "auc_within_ci": [0.81, 0.94]}
+    run = logged(build, "align")
+    assert "Scores against gold" not in headings(run)
+    scored = Run(**(vars(run) | {"results": {"score_quality": found | {"ece": 0.05, "bins": bins}}}))
+    drawing = drawings(scored)[-1]
+    assert drawing.heading == "Scores against gold"
+    assert "88.2% of the time (95% interval 81.0 to 94.0; chance is 50)" in drawing.caption
+    assert "AUC over all prompts 0.910" in drawing.caption
+    assert "self-evaluated score" in drawing.svg
+    none = {key: value for key, value in found.items() if not key.startswith("auc")} | {"ece": 0.3, "bins": bins}
+    assert "No prompt has both" in score_quality_line(none)

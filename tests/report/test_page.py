@@ -1,0 +1,135 @@
+"""The page as a file: self-contained, honest about what is missing, safe without its script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from synthetic import Build
+
+from purld.errors import UserError
+from purld.report.page import write_report
+from purld.rundir import RunDir, read_json, write_json
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def written(*runs: RunDir) -> str:
+    write_report(runs, runs[0].report)
+    return runs[0].report.read_text(encoding="utf-8")
+
+
+def sections(page: str) -> list[str | None]:
+    return [attributes["id"] for tag, attributes in Elements(page).found if tag == "section"]
+
+
+def test_a_finished_run_has_every_section(build: Build) -> None:
+    page = written(build())
+    assert sections(page) == ["results", "training-0", "spend", "answers", "configuration"]
+    assert '<h1 class="verdict better">LDL-GRPO is better than SFT: 74.5%' in page
+    assert "<b>74.5%</b> <small>70.4 – 78.3</small>" in page
+    assert "<dd>184,220</dd><dt>tokens in</dt>" in page
+    assert "7,680 candidates" in page  # 120 steps of 8 prompts with 8 candidates
+
+
+def test_nothing_on_the_page_points_elsewhere(build: Build) -> None:
+    for tag, attributes in Elements(written(build())).found:
+        assert tag not in {"link", "img", "iframe", "object", "base", "form"}
+        for name in ("src", "href", "xlink:href", "action", "srcset"):
+            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+        assert not any(name.startswith("on") for name in attributes)
+
+
+def test_the_policy_allows_the_pages_own_script_alone(build: Build) -> None:
+    page = written(build())
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
+    script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert policy and script
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy[1]
+    assert "default-src 'none'" in policy[1]
+
+
+def test_a_run_that_has_only_begun_has_a_page(build: Build, tmp_path: Path) -> None:
+    empty = RunDir(tmp_path / "empty")
+    page = written(empty)
+    assert sections(page) == []
+    assert "has not been evaluated yet" in page
+
+
+@pytest.mark.parametrize(
+    ("missing", "section"),
+    [("metrics", "training-0"), ("config", "configuration"), ("results", "results")],
+)
+def test_a_missing_file_costs_its_section_only(build: Build, missing: str, section: str) -> None:
+    run = build()
+    before = sections(written(run))
+    getattr(run, missing).unlink()
+    after = sections(written(run))
+    lost = {section, "spend"} if missing == "results" and "spend" not in after else {section}
+    assert [s for s in before if s not in lost] == after
+
+
+def test_what_was_not_measured_is_absent_and_never_zero(build: Build) -> None:
+    run = build()
+    results = read_json(run.results)
+    for model in results["models"].values():
+        for key in ("win_rate", "win_rate_ci", "lc_win_rate", "lc_win_rate_ci", "unjudged", "flip_rate"):
+            del model[key]
+    del results["models"]["base"]["accuracy"], results["models"]["base"]["accuracy_ci"]
+    del results["teacher"]["cost"]
+    write_json(run.results, results)
+    page = written(run)
+    assert "Win rate" not in page
+    assert "Flips with order" not in page
+    assert "<dt>cost</dt>" not in page
+    assert "<b>0.0%</b>" not in page
+    assert '<th scope="row">Base</th><td class="absent">–</td>' in page
+
+
+def test_names_and_configuration_are_text(build: Build) -> None:
+    run = build(name="<b>run & co")
+    run.config.write_text("student: {model: '<script>alert(1)</script> \u202edesrever'}\n", encoding="utf-8")
+    page = written(run)
+    assert "<b>run" not in page
+    assert "&lt;b&gt;run &amp; co" in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; ⟨U+202E⟩desrever" in page
+    assert page.count("<script") == 2
+
+
+def test_several_runs_side_by_side(build: Build, tmp_path: Path) -> None:
+    first, second = build("a/clinic"), build("b/clinic", seed=1)
+    third = build("other")
+    page = written(first, second, third)
+    assert "3 runs side by side" in page
+    for name in ("clinic (1)", "clinic (2)", "other"):
+        assert f'<th scope="row">{name}</th>' in page
+    assert [s for s in sections(page) if s and s.startswith("training")] == ["training-0", "training-1", "training-2"]
+    ids = [attributes["id"] for _, attributes in Elements(page).found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_equal_runs_make_equal_pages(build: Build) -> None:
+    run = build()
+    assert written(run) == written(run)
+
+
+def test_a_damaged_file_is_named(build: Build) -> None:
+    run = build()
+    run.metrics.write_text('{"stage": "sft"\n{}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
+        written(run)

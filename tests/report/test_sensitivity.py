@@ -1,0 +1,93 @@
+"""Which figures a set of runs makes, and what is drawn in them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+import yaml
+from synthetic import Build, results
+
+from purld.report.page import write_report
+from purld.report.read import Run, read_run
+from purld.report.sensitivity import _Point, draw, flat, sensitivity
+from purld.rundir import write_json
+
+
+@pytest.fixture
+def swept(build: Build) -> Any:
+    """A run per combination of the given `align` values, with an accuracy that falls with beta."""
+
+    def make(**axes: list[Any]) -> list[Run]:
+        runs = []
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            run = build(name=",".join(f"{k}={v}" for k, v in chosen.items()), held_out=1, groups=1, words=5)
+            config = yaml.safe_load(run.config.read_text())
+            config["seed"] = chosen.pop("seed", 0)
+            config["align"] |= chosen
+            run.config.write_text(yaml.safe_dump(config))
+            found = results()
+            found["models"]["ldl_grpo"]["accuracy"] = 0.8 - chosen.get("beta", 0) - 0.01 * config["seed"]
+            write_json(run.results, found)
+            runs.append(read_run(run))
+        return runs
+
+    return make
+
+
+def test_a_grid_has_a_figure_for_each_key_and_metric(swept: Any) -> None:
+    found = sensitivity(swept(tau=[0.6, 1.2], beta=[0.001, 0.01, 0.1], seed=[0, 1]))
+    headings = [drawing.heading for drawing in found]
+    assert "Accuracy against align.tau" in headings
+    assert "Win rate against align.beta" in headings
+    assert len(headings) == 8  # two keys, four metrics; the seed is no key
+    ids = [e.get("id") for d in found for e in ET.fromstring(d.svg.replace("xlink:href", "href")).iter() if e.get("id")]
+    assert len(ids) == len(set(ids))
+
+
+def test_runs_that_differ_in_no_number_are_no_sweep(swept: Any) -> None:
+    assert sensitivity(swept(seed=[0, 1])) == []
+    assert sensitivity(swept(q=["ratio", "likelihood"])) == []
+    assert sensitivity([]) == []
+
+
+def test_where_things_lie_is_no_setting(swept: Any) -> None:
+    assert "teacher.base_url" not in flat(swept(tau=[1.0])[0])
+    assert flat(swept(tau=[1.0])[0])["align.tau"] == 1.0
+
+
+def test_a_line_joins_the_means_over_seeds(swept: Any) -> None:
+    points = [_Point(x, (("align.tau", 0.6),), y) for x, y in [(0.001, 0.8), (0.001, 0.7), (0.1, 0.5), (0.1, 0.3)]]
+    axes = draw(points, "align.beta", "accuracy", 0.6).axes[0]
+    assert axes.get_xscale() == "log"
+    level, dots, line = axes.lines
+    assert list(level.get_ydata()) == [0.6, 0.6]
+    assert len(dots.get_xdata()) == 4
+    assert list(line.get_xdata()) == [0.001, 0.1]
+    assert list(line.get_ydata()) == pytest.approx([0.75, 0.4])
+
+
+def test_other_settings_are_lines_with_names(swept: Any) -> None:
+    points = [_Point(x, (("align.q", q),), 0.5) for x in (1.0, 2.0) for q in ("ratio", "mean")]
+    axes = draw(points, "align.tau", "accuracy", None).axes[0]
+    assert axes.get_xscale() == "linear"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["q=mean", "q=ratio"]
+
+
+def test_a_page_of_many_runs_stays_small(build: Build, swept: Any, tmp_path: Path) -> None:
+    from purld.rundir import RunDir
+
+    runs = swept(tau=[0.6, 0.9, 1.2], beta=[0.001, 0.01])
+    page = tmp_path / "report.html"
+    write_report([RunDir(tmp_path / run.name) for run in runs], page)
+    text = page.read_text()
+    assert '<section id="sensitivity">' in text
+    assert text.count("two-stage convergence</h3>") == 6
+    assert text.count('<section id="training') == 1
+    assert "at 95%: 6 better." in text
+    assert "Gradient norm" not in text
+    assert page.stat().st_size < 1_500_000

@@ -1,0 +1,170 @@
+"""Competition Math in its published forms, and answers checked as mathematics."""
+
+import builtins
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from purld.errors import UserError
+from purld.records import Prompt
+from purld.tasks.competition_math import is_correct, require_math_verify
+from purld.tasks.paper import load_task
+
+REAL = Path(os.environ.get("PURLD_SHARED_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
+COUNT, GEOMETRY = "Counting & Probability", "Geometry"
+
+
+def problem(text, type_=COUNT, answer="1"):
+    return {"problem": text, "level": "Level 2", "type": type_, "solution": rf"So $\boxed{{{answer}}}$."}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The original layout: split/type/number.json, one problem a file."""
+    for split, texts in {"train": ["a", "b", "a"], "test": ["c", "a"]}.items():
+        for type_ in (COUNT, GEOMETRY):
+            folder = tmp_path / "MATH" / split / type_.lower().replace(" & ", "_and_")
+            folder.mkdir(parents=True)
+            for number, text in enumerate(texts):
+                (folder / f"{number}.json").write_text(json.dumps(problem(text + type_[0], type_), indent=2))
+    return tmp_path / "MATH"
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """The flat form: a row a problem, a file a split."""
+    for split, texts in {"train": "ab", "test": "c"}.items():
+        rows = [problem(text + type_[0], type_) for text in texts for type_ in (COUNT, GEOMETRY)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_the_original_folders(folders):
+    pool, held_out = load_task("competition_math_counting", str(folders))
+    assert [p.question for p in pool.prompts] == [
+        "Solve the following competition math problem: aC",
+        "Solve the following competition math problem: bC",
+    ]
+    assert (pool.rows, pool.duplicates, len(held_out.prompts)) == (3, 1, 2)
+    first = pool.prompts[0]
+    assert first.reference == r"So $\boxed{1}$."
+    assert first.metadata == {"id": "train/counting_and_probability/0", "type": COUNT, "level": "Level 2"}
+    assert len(load_task("competition_math", str(folders))[0].prompts) == 4
+
+
+def test_the_flat_form(flat):
+    pool, held_out = load_task("competition_math_geometry", str(flat))
+    assert [p.question[-2:] for p in pool.prompts + held_out.prompts] == ["aG", "bG", "cG"]
+    pool, held_out = load_task("competition_math", str(flat / "train.jsonl"))
+    assert (len(pool.prompts), held_out) == (4, None)
+
+
+def test_parquet_and_the_name_subject(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    row = problem("a")
+    row["subject"] = row.pop("type")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "test.parquet")
+    assert len(load_task("competition_math_counting", str(tmp_path))[0].prompts) == 1
+
+
+def test_a_hub_data_set_is_loaded_configuration_by_configuration(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["counting", "geometry"])
+    tables = {"counting": [problem("a")], "geometry": [problem("b", GEOMETRY)]}
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name, config: {s: datasets.Dataset.from_list(tables[config]) for s in ("train", "test")},
+    )
+    pool, held_out = load_task("competition_math", "owner/math")
+    assert len(pool.prompts) == len(held_out.prompts) == 2
+
+    def fail(name):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", fail)
+    with pytest.raises(UserError, match=r"^owner/math: is neither a file nor .* \(no route to the hub\)\.$"):
+        load_task("competition_math", "owner/math")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", r"0\.json: is not valid JSON"),
+        ("[]", r"0\.json: is not one JSON object"),
+        (json.dumps(problem("")), r"0\.json: the problem is empty"),
+        (json.dumps(problem("a") | {"solution": None}), r"0\.json: the solution is missing or null"),
+        (json.dumps({"problem": "a", "solution": "b"}), r"0\.json: has no type"),
+    ],
+)
+def test_a_bad_problem(folders, content, words):
+    (folders / "train" / "counting_and_probability" / "0.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        load_task("competition_math_counting", str(folders))
+    assert load_task("competition_math_counting", str(folders), "skip")[0].skipped == 1
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="holds neither"):
+        load_task("competition_math", str(tmp_path))
+    for split in ("train", "dev"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(problem("a")) + "\n")
+    with pytest.raises(UserError, match="has the splits dev, train; train and one of test or validation are needed"):
+        load_task("competition_math", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        (r"\frac{9}{20}", "Multiplying gives 9/20.", True),
+        (r"\frac{9}{20}", r"\boxed{0.45}", True),
+        (r"\frac{9}{20}", r"The answer is 9/10, no: \boxed{\frac{9}{20}}", True),
+        (r"\frac{9}{20}", r"It is $\frac{9}{20}$ at first, but finally \boxed{\frac{1}{2}}", False),
+        (r"\frac{\sqrt{6}}{2}", r"$\boxed{\sqrt{\frac{3}{2}}}$", True),
+        (r"2,\!000", "There are 2000 of them.", True),
+        (r"\text{Friday}", r"\boxed{Friday}", True),
+        (r"(3, 4)", r"\boxed{(4, 3)}", False),
+        ("7", "", False),
+        ("7", "I do not know.", False),
+    ],
+)
+def test_answers_are_compared_as_mathematics(gold, answer, right):
+    prompt = Prompt.from_text("q", reference=rf"First $3$, then $\boxed{{{gold}}}$ after $5$ steps.")
+    assert is_correct(prompt, answer) is right
+
+
+def test_without_a_reference_an_answer_is_not_wrong_but_unscored():
+    with pytest.raises(ValueError, match="has no reference"):
+        is_correct(Prompt.from_text("q"), "7")
+
+
+def test_without_math_verify_there_is_one_sentence(monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "math_verify":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    require_math_verify()
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match=r"install purld\[math\], or set data\.check=none\.$"):
+        require_math_verify()
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real data sets are not on this machine")
+def test_real_problems_and_their_gold():
+    pool, held_out = load_task("competition_math", str(REAL / "competition_math.jsonl"))
+    assert held_out is None
+    assert len(pool.prompts) == 250
+    sample = pool.prompts[::5]
+    assert all(is_correct(p, p.reference) for p in sample)
+    assert sum(is_correct(p, q.reference) for p, q in pairwise(sample)) <= 5
+    with pytest.raises(UserError, match=r"line 1: has no type, by which Geometry is told"):
+        load_task("competition_math_geometry", str(REAL / "competition_math.jsonl"))

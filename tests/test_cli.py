@@ -1,0 +1,67 @@
+"""What single commands print."""
+
+import io
+import json
+from collections import Counter
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from purld.blackbox.ledger import Caps, Ledger, Request, Result, Usage
+from purld.cli import app
+from purld.config import OpenAIEndpoint, load_config
+from purld.console import Reporter
+from purld.pipeline import Pipeline, _standing
+from purld.rundir import RunDir
+from purld.tasks.paper import TASKS
+
+
+def purld(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def asked(text):
+    return Request("http://a/v1", "m", json.dumps({"model": "m", "messages": text}), prompt_id=text)
+
+
+def test_tasks_lists_every_task():
+    shown = purld("tasks").split()
+    assert {*TASKS, "counting", "writing"} <= set(shown)
+
+
+def test_the_ledger_is_shown_and_exported_while_a_run_writes_it(tiny_config, tmp_path):
+    run = RunDir(tmp_path / "run")
+    Pipeline(load_config(tiny_config), run, Reporter(Console(file=io.StringIO()))).execute(["anchors"])
+    with Ledger(run.ledger) as ledger:
+        ledger.settle(
+            ledger.reserve(asked("a"), "teacher", 9, 1.0, Caps()), Result("answered", "yes", usage=Usage(1200, 5, 0.25))
+        )
+        ledger.sent(ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps()))
+        lost = ledger.reserve(asked("c"), "teacher", 9, 1.5, Caps())
+        ledger.sent(lost)
+        ledger.settle(lost, Result("unknown", error="timeout"))
+        shown = purld("ledger", run.path, "--export", tmp_path / "audit.jsonl")
+    columns = [line.rsplit(maxsplit=3) for line in shown.splitlines()]
+    assert [header.strip() for header in columns[0]] == ["teacher", "opponent", "judge"]
+    teacher = {name.strip(): amount for name, amount, *_ in columns[1:]}
+    assert teacher == {
+        "prompts": "3", "answered": "1", "failed": "0", "unknown": "1", "under way": "1", "calls": "2",
+        "input tokens": "1,200", "output tokens": "5", "cost": "0.2500", "unsettled cost": "3.0000",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert [row["state"] for row in rows] == ["answered", "sent", "unknown"]
+
+
+@pytest.mark.parametrize(("price", "spent"), [(2.0, "0.2500 spent"), (0.0, "1,205 tokens spent")])
+def test_progress_tells_states_calls_in_flight_and_what_was_spent(tmp_path, price, spent):
+    endpoint = OpenAIEndpoint(kind="openai", base_url="http://a/v1", model="m", input_price=price)
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        ledger.settle(
+            ledger.reserve(asked("a"), "teacher", 9, 1.0, Caps()), Result("answered", "yes", usage=Usage(1200, 5, 0.25))
+        )
+        ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps())
+        standing = _standing(Counter(answered=1, failed=2, refused=0), ledger, "teacher", endpoint)
+    assert standing == f"1 answered, 2 failed, 1 in flight, {spent}"

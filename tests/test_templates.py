@@ -1,0 +1,23 @@
+"""The words are versioned: whoever changes a template must raise its version, and this test's hash, together."""
+
+from purld.records import content_hash
+from purld.templates import JUDGE, JUDGE_VERSION, SELF_EVALUATION_VERSION, judge, self_evaluation
+
+
+def test_versions_stand_for_these_words():
+    words = {
+        SELF_EVALUATION_VERSION: content_hash(self_evaluation("{q}", "{a}", "{c}")),
+        JUDGE_VERSION: content_hash(JUDGE),
+    }
+    assert words == {"selfeval-1": "e71e78920dcb4b8e", "judge-1": "261e988deb6f111e"}
+
+
+def test_the_papers_structure():
+    text = self_evaluation("Q", "R", "C")
+    parts = ["Question:\nQ", "Reference Answer:\nR", "Candidate Answer:\nC", "Scalar Score:"]
+    assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
+
+
+def test_braces_in_texts_are_text():
+    assert "{x} {0}" in self_evaluation("{x} {0}", "{anchor}", "{question}")
+    assert "{answer_b}" in judge("{question}", "{reference}", "{answer_b}", "{}")

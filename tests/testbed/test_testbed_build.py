@@ -1,0 +1,200 @@
+"""The tiny student: its tokenizer, its curriculum at toy size, and the one that ships."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from purld import templates
+from purld.records import Prompt
+from purld.student.encode import Encoder
+from purld.student.selfeval import SelfEvaluator
+from purld.testbed import build, card, corpus
+from purld.testbed.muon import orthogonal
+from purld.testbed.tokenizer import END_OF_TURN, TURN, render, template_phrases
+from purld.testbed.world import TASKS, generate, split_of, teacher_answer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(build.ASSET)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(build.ASSET).eval()
+
+
+def test_the_shipped_student_is_small_and_complete(model, tokenizer) -> None:
+    size = sum(path.stat().st_size for path in build.ASSET.parent.rglob("*") if path.is_file())
+    assert size <= 8_000_000
+    assert 0.8e6 < model.num_parameters() < 2e6
+    assert model.dtype == torch.float32
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_the_shipped_card_keeps_its_promises() -> None:
+    quality = json.loads((build.ASSET / "quality_card.json").read_text())
+    for figures in quality["tasks"].values():
+        assert 0.25 <= figures["sampled"] <= 0.65
+        assert figures["pass_at_k"] > 0.9
+        assert figures["auc"] >= 0.95
+        assert figures["margin_right"] > figures["margin_wrong"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_the_shipped_student_is_as_good_as_its_card(model, tokenizer, task) -> None:
+    """Measured again on other held-out problems than the card's."""
+    figures = card.measure(model, tokenizer, task, n=200, k=8, seed=99)
+    assert 0.25 <= figures.sampled <= 0.65
+    assert figures.pass_at_k > 0.9
+    assert figures.auc >= 0.95
+
+
+@given(text=st.text())
+def test_any_text_survives_the_tokenizer(tokenizer, text: str) -> None:
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids) == text
+
+
+@given(texts=st.tuples(st.text(), st.text(), st.text()))
+def test_filled_templates_survive_the_tokenizer(tokenizer, texts: tuple[str, str, str]) -> None:
+    filled = templates.self_evaluation(*texts)
+    assert tokenizer.decode(tokenizer(filled)["input_ids"]) == filled
+
+
+def test_digits_are_single_and_a_space_does_not_change_them(tokenizer) -> None:
+    assert tokenizer.tokenize("0.10") == ["0", ".", "1", "0"]
+    phrases = template_phrases()
+    with_digits = [t for t in tokenizer.get_vocab() if re.search("[0-9]", t) and t not in phrases]
+    assert sorted(with_digits) == list("0123456789")
+
+
+def test_chat_turns_are_chatml(tokenizer) -> None:
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    system, user = f"{TURN}system\nS{END_OF_TURN}\n", f"{TURN}user\nU{END_OF_TURN}\n"
+    assert text == f"{system}{user}{TURN}assistant\n"
+    assert render(tokenizer, "U") == f"{user}{TURN}assistant\n"
+
+
+def test_a_long_foreign_text_is_no_trouble(model, tokenizer) -> None:
+    foreign = "".join(chr(c) for c in range(0x20, 0x1500, 3)) + " \U0001f600 \x00"
+    encoded = tokenizer(render(tokenizer, foreign), return_tensors="pt")
+    assert encoded["input_ids"].shape[1] > 2000
+    with torch.no_grad():
+        logits = model(**encoded, logits_to_keep=1).logits
+    assert logits.isfinite().all()
+
+
+def test_the_card_scores_as_stage_two_does(model, tokenizer) -> None:
+    problems = [p for task in TASKS for p in generate(task, "heldout", 4, 0)]
+    anchors = [teacher_answer(p) for p in problems]
+    rng = random.Random(0)
+    candidates = [corpus.near_miss(p, rng) for p in problems]
+    evaluator = SelfEvaluator(Encoder(tokenizer, max_anchor_tokens=512), "expected", batch_size=4)
+    expected = [
+        evaluator.score(model, Prompt.from_text(p.question), a, [c]).candidates[0]
+        for p, a, c in zip(problems, anchors, candidates)
+    ]
+    measured = card.score(model, tokenizer, problems, anchors, candidates)
+    np.testing.assert_allclose(measured, np.array(expected, dtype=float), atol=1e-4)
+
+
+def test_no_lesson_holds_a_held_out_question() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        assert split_of(corpus.answer_lesson(rng).prompt) == "train"
+        judged = corpus.judging_lesson(rng).prompt
+        question = judged.partition("Question:\n")[2].partition("\n\nReference Answer:")[0]
+        assert split_of(question) == "train"
+
+
+def test_lessons_are_partly_wrong_and_judgements_balanced() -> None:
+    rng = random.Random(0)
+    for task in TASKS:
+        problems = generate(task, "train", 1000, 0)
+        right = np.mean([corpus.is_right(p, corpus.base_answer(p, rng)) for p in problems])
+        assert 0.4 < right < 0.75
+    scores = [corpus.judging_lesson(rng).reply for _ in range(1000)]
+    assert 0.4 < scores.count(corpus.RIGHT) / 1000 < 0.6
+    assert scores.count(corpus.WRONG) and scores.count(corpus.GARBAGE)
+
+
+def test_comparisons_tell_the_truth() -> None:
+    """The last word of the question (or else of the anchor) is present in, or ends, the candidate."""
+    rng = random.Random(0)
+    fields = re.compile("(.*)".join(map(re.escape, template_phrases())), re.DOTALL)
+    scores = []
+    for _ in range(400):
+        lesson = corpus.comparison_lesson(rng)
+        question, anchor, candidate = (
+            part.removesuffix(".").split() for part in fields.fullmatch(lesson.prompt).groups()
+        )
+        asked = anchor if question == ["Compare"] else question
+        same = asked[-1] in candidate if asked[0] == "Use" else asked[-1] == candidate[-1]
+        assert lesson.reply == (corpus.RIGHT if same else corpus.WRONG)
+        scores.append(same)
+    assert 0.4 < np.mean(scores) < 0.65
+
+
+def test_losses_are_weighted_within_each_sequence_by_itself(model, tokenizer) -> None:
+    """By hand: an answer's mean twice, a score's sum, the read turn's mean at its weight, whatever the batch."""
+    rng = random.Random(0)
+    lessons = [corpus.answer_lesson(rng), corpus.judging_lesson(rng), corpus.comparison_lesson(rng)]
+    sequences = [build.encode(tokenizer, lesson) for lesson in lessons]
+    with torch.no_grad():
+        together = build.sequence_losses(model, sequences)
+        for sequence, loss in zip(sequences, together):
+            logs = model(input_ids=torch.tensor([sequence.ids])).logits[0].log_softmax(-1)
+            tokens = [-logs[t - 1, sequence.ids[t]] for t in range(1, len(sequence.ids))]
+            read, replied = tokens[: sequence.start - 1], tokens[sequence.start - 1 :]
+            by_hand = sum(replied) * (2 / len(replied) if sequence.kind == "answer" else 1)
+            by_hand += build.READING[sequence.kind] * sum(read) / sequence.start
+            assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (32, 16), (16, 32)])
+def test_muon_updates_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
+    """Against the exact answer: the same singular vectors, with singular values between 0.5 and 1.5."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = left.T @ orthogonal(matrix) @ right.T
+    values = found.diagonal()
+    assert ((values > 0.5) & (values < 1.5)).all()
+    torch.testing.assert_close(found, torch.diag(values), atol=1e-4, rtol=0)
+
+
+def test_auc_by_hand() -> None:
+    """Right 0.9 and 0.5 against wrong 0.5 and 0.1: three wins and a tie of four."""
+    assert card.auc(np.array([0.9, 0.5]), np.array([0.5, 0.1])) == pytest.approx(3.5 / 4)
+    assert np.isnan(card.auc(np.array([]), np.array([0.1])))
+
+
+def test_wilson_by_hand() -> None:
+    """5 of 10 at z=1.96: centre 0.5, half-width 1.96/(10+3.8416)*sqrt(2.5+0.9604)."""
+    low, high = card.wilson(5, 10)
+    half = 1.96 / 13.8416 * (2.5 + 0.9604) ** 0.5
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_a_toy_build_is_complete_and_repeatable(tmp_path: Path) -> None:
+    seen: list[dict] = []
+    cards = [build.build_student(tmp_path / name, 7, scale=0.001, progress=seen.append) for name in ("a", "b")]
+    assert seen and seen[0]["step"] == len(build.CURRICULUM)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+    assert cards[0]["tasks"] == cards[1]["tasks"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").num_parameters() == cards[0]["parameters"]
