@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purld import templates
-from purld.records import Prompt
-from purld.student.encode import Encoder
-from purld.student.selfeval import SelfEvaluator
+from purld.student.selfeval import GroupScores
 from purld.testbed import build, card, corpus
 from purld.testbed.muon import orthogonal
 from purld.testbed.tokenizer import END_OF_TURN, TURN, render, template_phrases
-from purld.testbed.world import TASKS, generate, split_of, teacher_answer
+from purld.testbed.world import TASKS, generate, split_of
 
 
 @pytest.fixture(scope="module")
@@ -98,20 +96,6 @@ def test_a_long_foreign_text_is_no_trouble(model, tokenizer) -> None:
     assert logits.isfinite().all()
 
 
-def test_the_card_scores_as_stage_two_does(model, tokenizer) -> None:
-    problems = [p for task in TASKS for p in generate(task, "heldout", 4, 0)]
-    anchors = [teacher_answer(p) for p in problems]
-    rng = random.Random(0)
-    candidates = [corpus.near_miss(p, rng) for p in problems]
-    evaluator = SelfEvaluator(Encoder(tokenizer, max_anchor_tokens=512), "expected", batch_size=4)
-    expected = [
-        evaluator.score(model, Prompt.from_text(p.question), a, [c]).candidates[0]
-        for p, a, c in zip(problems, anchors, candidates)
-    ]
-    measured = card.score(model, tokenizer, problems, anchors, candidates)
-    np.testing.assert_allclose(measured, np.array(expected, dtype=float), atol=1e-4)
-
-
 def test_no_lesson_holds_a_held_out_question() -> None:
     rng = random.Random(0)
     for _ in range(300):
@@ -176,23 +160,33 @@ def test_muon_updates_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(found, torch.diag(values), atol=1e-4, rtol=0)
 
 
-def test_auc_by_hand() -> None:
-    """Right 0.9 and 0.5 against wrong 0.5 and 0.1: three wins and a tie of four."""
-    assert card.auc(np.array([0.9, 0.5]), np.array([0.5, 0.1])) == pytest.approx(3.5 / 4)
-    assert np.isnan(card.auc(np.array([]), np.array([0.1])))
+def test_figures_by_hand() -> None:
+    """Two problems, two samples each. Right 0.9 and 0.5 against wrong 0.5 and 0.1: three wins and a tie of four.
+
+    Within problems: 0.9 beats 0.5, and 0.5 beats 0.1. Margins over the anchor's 0.8: right -0.1, wrong -0.5.
+    """
+    judged = [GroupScores(0.8, [0.9, 0.5]), GroupScores(0.8, [0.1, 0.5])]
+    right = np.array([[True, False], [False, True]])
+    figures = card._figures(np.array([True, False]), right, judged, seed=0)
+    assert (figures.greedy, figures.sampled, figures.pass_at_k) == (0.5, 0.5, 1.0)
+    assert (figures.auc, figures.auc_within) == pytest.approx((3.5 / 4, 1.0))
+    assert (figures.margin_right, figures.margin_wrong) == pytest.approx((-0.1, -0.5))
 
 
-def test_wilson_by_hand() -> None:
-    """5 of 10 at z=1.96: centre 0.5, half-width 1.96/(10+3.8416)*sqrt(2.5+0.9604)."""
-    low, high = card.wilson(5, 10)
-    half = 1.96 / 13.8416 * (2.5 + 0.9604) ** 0.5
-    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+def test_what_could_not_be_measured_is_absent_from_the_card() -> None:
+    figures = card._figures(np.array([True]), np.array([[True]]), [GroupScores(0.8, [0.9])], seed=0)
+    written = card.to_json(figures)
+    assert {"auc", "auc_within", "margin_wrong"}.isdisjoint(written)
+    assert written["margin_right"] == pytest.approx(0.1)
 
 
 def test_a_toy_build_is_complete_and_repeatable(tmp_path: Path) -> None:
-    seen: list[dict] = []
-    cards = [build.build_student(tmp_path / name, 7, scale=0.001, progress=seen.append) for name in ("a", "b")]
-    assert seen and seen[0]["step"] == len(build.CURRICULUM)
+    seen: list[tuple] = []
+    cards = [
+        build.build_student(tmp_path / name, 7, scale=0.001, progress=lambda *told: seen.append(told))
+        for name in ("a", "b")
+    ]
+    assert seen and seen[0][:2] == (len(build.CURRICULUM), len(build.CURRICULUM))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
     assert cards[0]["tasks"] == cards[1]["tasks"]

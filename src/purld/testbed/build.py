@@ -1,7 +1,7 @@
 """Makes the tiny student from nothing: tokenizer, a Qwen2 of one million weights, a curriculum, a quality card.
 
 The curriculum is what lets so small a model judge: first the bare comparison, then judgements of whole answers, then
-everything mixed. The loss is averaged within a sequence, else a short score drowns among answer tokens.
+everything mixed. Each sequence is weighted by itself, else a short score drowns among answer tokens.
 On a machine with the same torch and thread count a seed gives the same student. The world's questions and answers are
 in `corpus`; nothing is downloaded.
 """
@@ -37,7 +37,8 @@ READING: dict[Kind, float] = {"answer": 1.0, "judgement": 0.3, "comparison": 0.0
 WARMUP_STEPS = 100
 LOG_EVERY = 50
 
-Progress = Callable[[dict[str, Any]], None]
+# Told (done, total, note) now and then, as the terminal's progress is.
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build_student(out: Path, seed: int = 0, scale: float = 1.0, progress: Progre
         out: replaced when the build is complete, not before.
         seed: of the weights, the corpus and the sampling.
         scale: multiplies the steps and the size of the quality card; tests use a small one.
-        progress: is given each row of the build log.
+        progress: told (steps done, steps in all, how it stands).
     """
     started = time.monotonic()
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -86,7 +87,7 @@ def build_student(out: Path, seed: int = 0, scale: float = 1.0, progress: Progre
     for row in train(model, tokenizer, rng, scale):
         append_rows(work / "build_log.jsonl", [row])
         if progress:
-            progress(row)
+            progress(row["step"], row["of"], f"answers {row['answer_loss']}, judgements {row['judge_loss']}")
     quality = quality_card(model, tokenizer, seed, scale) | {"seconds": round(time.monotonic() - started, 1)}
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
@@ -142,6 +143,7 @@ def train(
             losses.clear()
             yield {
                 "step": step,
+                "of": len(plan),
                 "phase": phase.name,
                 "answer_loss": round(answering, 4),
                 "judge_loss": round(judging, 4),
@@ -174,8 +176,8 @@ def lessons(phase: Phase, own: list[Sample], rng: random.Random) -> list[Lesson]
 def draw_own(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, n: int) -> list[Sample]:
     """Answers the student draws itself, to training questions."""
     problems = [corpus.training_problem(rng.choice(TASKS), rng) for _ in range(n)]
-    answers = card.answer(model, tokenizer, [p.question for p in problems])
-    return [Sample(problem, text) for problem, text in zip(problems, answers)]
+    drawn = card.answers(model, tokenizer, [p.question for p in problems])
+    return [Sample(problem, text) for problem, (text,) in zip(problems, drawn)]
 
 
 def update(
@@ -218,7 +220,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> Sequence:
 
 
 def sequence_losses(model: Qwen2ForCausalLM, part: list[Sequence]) -> torch.Tensor:
-    """Cross-entropy of each reply, shape (B,): the mean over an answer's tokens, the sum over a score's.
+    """Cross-entropy of each sequence in nats, shape (B,): twice the mean over an answer's tokens, the sum over a
+    score's, and the mean over the user turn at its READING weight.
 
     A score's tokens but one or two are always the same, and a mean would thin out the one that matters.
     """

@@ -1,11 +1,10 @@
 """What the tiny student can do, measured: its accuracy and whether it can tell its right answers from its wrong ones.
 
-All figures are on held-out problems; intervals are 95% (Wilson for shares, bootstrap over problems for the AUC).
+The sampler, the self-evaluation and the statistics are those of a run. All figures are on held-out problems.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,17 +13,26 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from purld import templates
-from purld.testbed.tokenizer import render
-from purld.testbed.world import Problem, Task, generate, is_right, teacher_answer
+from purld.evaluation.accuracy import accuracy
+from purld.evaluation.scores import ScoredGroup, score_quality
+from purld.records import Prompt
+from purld.student.encode import Encoder
+from purld.student.sample import Decoding, generate
+from purld.student.selfeval import GroupScores, SelfEvaluator
+from purld.testbed import world
+from purld.testbed.world import Task, is_right, teacher_answer
 
 # The longest right answer has about 45 tokens.
 MAX_NEW_TOKENS = 64
+_PROMPTS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of one task. Intervals are (low, high); margins are mean score minus the anchor's score."""
+    """The figures of one task. Intervals are 95%, (low, high); margins are mean score minus the anchor's score.
+
+    `auc` is over all pairs of a right and a wrong answer, `auc_within` over pairs of one problem.
+    """
 
     problems: int
     samples_per_problem: int
@@ -34,8 +42,9 @@ class Figures:
     sampled_ci: tuple[float, float]
     pass_at_k: float
     pass_at_k_ci: tuple[float, float]
-    auc: float
-    auc_ci: tuple[float, float]
+    auc: float | None
+    auc_within: float | None
+    auc_within_ci: tuple[float, float] | None
     anchor_score: float
     margin_right: float
     margin_wrong: float
@@ -45,128 +54,77 @@ def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, n: int, k: int, seed: int
 ) -> Figures:
     """Figures on `n` held-out problems with `k` sampled answers each. Changes torch's random state."""
-    problems = generate(task, "heldout", n, seed)
+    problems = world.generate(task, "heldout", n, seed)
     torch.manual_seed(seed)
     questions = [p.question for p in problems]
-    greedy = [is_right(p, a) for p, a in zip(problems, answer(model, tokenizer, questions, greedy=True))]
-    repeated = [p for p in problems for _ in range(k)]
-    samples = answer(model, tokenizer, [p.question for p in repeated])
-    right = np.array([is_right(p, a) for p, a in zip(repeated, samples)]).reshape(n, k)
-    anchors = [teacher_answer(p) for p in repeated]
-    scores = score(model, tokenizer, repeated, anchors, samples).reshape(n, k)
-    anchor_score = score(model, tokenizer, problems, anchors[::k], anchors[::k]).mean().item()
+    drawn = answers(model, tokenizer, questions, k)
+    right = np.array([[is_right(p, text) for text in texts] for p, texts in zip(problems, drawn)])
+    best = [is_right(p, text) for p, (text,) in zip(problems, answers(model, tokenizer, questions, greedy=True))]
+    evaluator = SelfEvaluator(_encoder(tokenizer), "expected", batch_size=k + 1)
+    judged = [
+        evaluator.score(model, Prompt.from_text(p.question), teacher_answer(p), texts)
+        for p, texts in zip(problems, drawn)
+    ]
+    return _figures(np.array(best), right, judged, seed)
+
+
+def _figures(best: np.ndarray, right: np.ndarray, judged: Sequence[GroupScores], seed: int) -> Figures:
+    """The figures from greedy (n,) and sampled (n, k) rights and the scores of the sampled ones."""
+    scores = np.array([group.candidates for group in judged], dtype=float)
+    anchor_scores = np.array([[group.anchor] for group in judged], dtype=float)
+    groups = [ScoredGroup(str(i), s.tolist(), r.tolist()) for i, (s, r) in enumerate(zip(scores, right))]
+    quality = score_quality(groups, seed)
+    greedy, greedy_ci = accuracy(best)
+    sampled, sampled_ci = accuracy(right)
+    passed, passed_ci = accuracy(right.any(axis=1))
     return Figures(
-        problems=n,
-        samples_per_problem=k,
-        greedy=float(np.mean(greedy)),
-        greedy_ci=wilson(sum(greedy), n),
-        sampled=float(right.mean()),
-        sampled_ci=_clustered(right.mean(1)),
-        pass_at_k=float(right.any(1).mean()),
-        pass_at_k_ci=wilson(int(right.any(1).sum()), n),
-        auc=auc(scores[right], scores[~right]),
-        auc_ci=_auc_interval(scores, right, seed),
-        anchor_score=anchor_score,
-        margin_right=_mean(scores[right]) - anchor_score,
-        margin_wrong=_mean(scores[~right]) - anchor_score,
+        *right.shape,
+        greedy,
+        greedy_ci,
+        sampled,
+        sampled_ci,
+        passed,
+        passed_ci,
+        quality.auc,
+        quality.auc_within,
+        quality.auc_within_ci,
+        float(anchor_scores.mean()),
+        _mean((scores - anchor_scores)[right]),
+        _mean((scores - anchor_scores)[~right]),
     )
 
 
-@torch.no_grad()
-def answer(
+def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
+    count: int = 1,
     *,
     greedy: bool = False,
-    batch: int = 256,
-) -> list[str]:
-    """One answer to each question, sampled at temperature 1 or greedy."""
-    answers: list[str] = []
-    for start in range(0, len(questions), batch):
-        prompts = [render(tokenizer, q) for q in questions[start : start + batch]]
-        encoded = tokenizer(prompts, return_tensors="pt", padding=True)
-        tokens = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            do_sample=not greedy,
-            top_k=0 if not greedy else None,
-            max_new_tokens=MAX_NEW_TOKENS,
-        )
-        answers += tokenizer.batch_decode(tokens[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
-
-
-@torch.no_grad()
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    anchors: Sequence[str],
-    candidates: Sequence[str],
-    batch: int = 256,
-) -> np.ndarray:
-    """The expected score of each candidate, shape (n,).
-
-    One forward pass with "0." put after the prompt: p("1") + p("0") times the expectation of the next digit / 10, with
-    the first two renormalised over "0" and "1" and the digits over themselves.
-    """
-    digits = tokenizer.convert_tokens_to_ids([str(d) for d in range(10)])
-    scores = []
-    for start in range(0, len(problems), batch):
-        part = slice(start, start + batch)
-        prompts = [
-            render(tokenizer, templates.self_evaluation(p.question, a, c)) + "0."
-            for p, a, c in zip(problems[part], anchors[part], candidates[part])
-        ]
-        logits = model(**tokenizer(prompts, return_tensors="pt", padding=True), logits_to_keep=3).logits
-        p0, p1 = logits[:, 0, digits[:2]].softmax(-1).T
-        fraction = logits[:, 2, digits].softmax(-1) @ torch.arange(10.0) / 10
-        scores.append((p1 + p0 * fraction).numpy())
-    return np.concatenate(scores)
-
-
-def auc(right: np.ndarray, wrong: np.ndarray) -> float:
-    """The chance that a right answer scores above a wrong one, ties half; nan if either is missing."""
-    if not len(right) or not len(wrong):
-        return math.nan
-    ordered = np.sort(wrong)
-    below = np.searchsorted(ordered, right, "left") + np.searchsorted(ordered, right, "right")
-    return float(below.mean() / 2 / len(wrong))
-
-
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson interval of a share."""
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
-
-
-def _clustered(shares: np.ndarray) -> tuple[float, float]:
-    half = 1.96 * float(shares.std(ddof=1)) / math.sqrt(len(shares))
-    return float(shares.mean()) - half, float(shares.mean()) + half
-
-
-def _auc_interval(scores: np.ndarray, right: np.ndarray, seed: int) -> tuple[float, float]:
-    rng = np.random.default_rng(seed)
-    resamples = rng.integers(0, len(scores), (200, len(scores)))
-    draws = np.array([auc(scores[rows][right[rows]], scores[rows][~right[rows]]) for rows in resamples])
-    draws = draws[~np.isnan(draws)]
-    if not len(draws):
-        return math.nan, math.nan
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return float(low), float(high)
+) -> list[list[str]]:
+    """`count` answers to each question, sampled at temperature 1 or greedy, from torch's random state."""
+    encoder = _encoder(tokenizer)
+    decoding = Decoding(temperature=0.0 if greedy else 1.0, max_new_tokens=MAX_NEW_TOKENS)
+    found: list[list[str]] = []
+    for start in range(0, len(questions), _PROMPTS_AT_A_TIME):
+        prompts = [encoder.prompt(Prompt.from_text(q)) for q in questions[start : start + _PROMPTS_AT_A_TIME]]
+        for completions in generate(model, encoder, prompts, count, decoding):
+            found.append([encoder.text(c.ids) for c in completions])
+    return found
 
 
 def to_json(figures: Figures) -> dict[str, Any]:
     """Figures rounded for reading; what could not be measured is absent."""
-    rounded = {
+    found = {key: value for key, value in asdict(figures).items() if value is not None and not np.isnan(value).any()}
+    return {
         key: [round(v, 4) for v in value] if isinstance(value, tuple) else round(value, 4)
-        for key, value in asdict(figures).items()
+        for key, value in found.items()
     }
-    return {key: value for key, value in rounded.items() if not np.isnan(value).any()}
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    return Encoder(tokenizer, max_anchor_tokens=128)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
