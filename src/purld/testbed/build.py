@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from purld.rundir import append_rows, write_json
 from purld.testbed import card, corpus
@@ -96,7 +96,7 @@ def build_student(out: Path, seed: int = 0, scale: float = 1.0, progress: Progre
     return quality
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """An untrained student; its weights follow torch's random state."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -122,7 +122,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 
 def train(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, scale: float
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rng: random.Random, scale: float
 ) -> Iterator[dict[str, Any]]:
     """Run the curriculum; yields rows for the build log."""
     plan = [phase for phase in CURRICULUM for _ in range(max(1, int(phase.steps * scale)))]
@@ -173,7 +173,7 @@ def lessons(phase: Phase, own: list[Sample], rng: random.Random) -> list[Lesson]
     return batch
 
 
-def draw_own(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, n: int) -> list[Sample]:
+def draw_own(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, rng: random.Random, n: int) -> list[Sample]:
     """Answers the student draws itself, to training questions."""
     problems = [corpus.training_problem(rng.choice(TASKS), rng) for _ in range(n)]
     drawn = card.answers(model, tokenizer, [p.question for p in problems])
@@ -182,7 +182,7 @@ def draw_own(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: r
 
 def update(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     optimizers: list[torch.optim.Optimizer],
     batch: list[Lesson],
 ) -> tuple[float, float]:
@@ -212,7 +212,7 @@ class Sequence:
     kind: Kind
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, lesson: Lesson) -> Sequence:
+def encode(tokenizer: PreTrainedTokenizerBase, lesson: Lesson) -> Sequence:
     """The lesson as the student will see it, closed by the end of the turn."""
     prompt = tokenizer(render(tokenizer, lesson.prompt))["input_ids"]
     reply = tokenizer(lesson.reply)["input_ids"]
@@ -242,7 +242,7 @@ def sequence_losses(model: Qwen2ForCausalLM, part: list[Sequence]) -> torch.Tens
 
 
 def quality_card(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, scale: float = 1.0
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, scale: float = 1.0
 ) -> dict[str, Any]:
     """The figures of both tasks with what is needed to make them again."""
     n = max(8, int(300 * min(1, scale)))
