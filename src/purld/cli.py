@@ -57,7 +57,11 @@ def demo(
     task: Annotated[str, typer.Option(help="counting or writing.")] = "counting",
     run_dir: RunDirOption = None,
 ) -> None:
-    """Run the whole loop on the testbed: anchors, SFT, LDL-GRPO, evaluation, report. Takes a few minutes."""
+    """Run the whole loop on the testbed.
+
+    Anchors, SFT, LDL-GRPO, evaluation, report: an ordinary run with a tiny student and a local teacher.
+    Takes about three minutes on two cores.
+    """
     from purld.testbed.demo import prepare
 
     reporter = _reporter()
@@ -73,13 +77,19 @@ def run(
     run_dir: RunDirOption = None,
     resend_unknown: ResendUnknown = False,
 ) -> None:
-    """Run every stage that is not finished: anchors, SFT, alignment, evaluation, report."""
+    """Run every stage that is not finished.
+
+    Anchors, SFT, alignment, evaluation, report.
+    """
     _execute(config, overrides, run_dir, None, resend_unknown)
 
 
 @app.command()
 def check(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
-    """Validate everything and show the plan: what will leave, what it may cost, what it takes. No network."""
+    """Validate everything and show the plan.
+
+    What will leave this machine, what it may cost, what it takes. Touches no network.
+    """
     from purld.plan.make import make_plan
     from purld.plan.sheet import show
 
@@ -125,7 +135,7 @@ def evaluate(
     run_dir: RunDirOption = None,
     resend_unknown: ResendUnknown = False,
 ) -> None:
-    """Answer the held-out prompts with every model, and judge the answers."""
+    """Answer the held-out prompts; judge the answers."""
     _execute(config, overrides, run_dir, ["evaluate"], resend_unknown)
 
 
@@ -141,7 +151,7 @@ def report(
         typer.Option("--out", help="Where to write; RUN/report.html for one run, report.html for several."),
     ] = None,
 ) -> None:
-    """Write the report of one run again, or of several side by side."""
+    """Write the report of one run or of several."""
     first, *overrides = runs
     if Path(first).is_file() or (first.endswith((".yaml", ".yml")) and not Path(first).is_dir()):
         _execute(Path(first), overrides, run_dir, ["report"])
@@ -159,7 +169,10 @@ def compare(
         bool, typer.Option("--judge", help="Ask RUN_A's judge about the two models' answers head to head.")
     ] = False,
 ) -> None:
-    """Say whether RUN_A's final model is better than RUN_B's, on the same held-out prompts."""
+    """Say whether one run's model beats another's.
+
+    RUN_A's final model against RUN_B's, paired on the same held-out prompts.
+    """
     from purld.compare import compare, show
 
     with _interruptible():
@@ -178,7 +191,10 @@ def sweep(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes the memory of one.")] = 1,
 ) -> None:
-    """Run every combination of the given values; runs share anchors and Stage I wherever they can."""
+    """Run every combination of the given values.
+
+    Runs share anchors and Stage I wherever they can.
+    """
     from purld.sweep import plan_sweep, run_sweep
 
     cells = plan_sweep(config, grid, run_dir or Path("runs") / f"{config.stem}-sweep")
@@ -214,7 +230,7 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="Where to write; RUN/export unless given.")] = None,
     stage: Annotated[str, typer.Option(help="align, or sft for Stage I's model.")] = "align",
 ) -> None:
-    """Write a run's final model as one servable directory, adapters merged."""
+    """Write a run's model for serving, adapters merged."""
     from purld.pipeline import export_model
 
     path = export_model(run_path, out, stage)
@@ -228,7 +244,10 @@ def ledger(
         Path | None, typer.Option("--export", help="Write every request and answer to this JSONL file.")
     ] = None,
 ) -> None:
-    """Show what left the building and what it cost; export every request and answer."""
+    """Show what left the building and what it cost.
+
+    With --export, every request and answer.
+    """
     from purld.pipeline import ledger_totals
 
     rows = ledger_totals(run_path, export_to)
