@@ -75,8 +75,9 @@ def demo_values(source: Path, base_url: str) -> dict[str, Any]:
         },
         "align": {
             "method": "ldl_grpo",
-            "steps": 60,
-            "learning_rate": 2.0e-4,
+            "steps": 120,
+            "learning_rate": 1.0e-4,
+            "schedule": "linear",
             "gamma": 10.0,
             "max_new_tokens": 64,
             "score_batch_size": 16,
