@@ -6,7 +6,6 @@ decides that one is right, is the business of the caller.
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from dataclasses import dataclass
 
@@ -77,8 +76,11 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Difference:
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p of McNemar's test, from the prompts that only one of two models got right."""
     n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return float(min(1.0, 2 * tail / 2**n))
+    tail = term = 1  # of the binomial coefficients up to min(only_a, only_b), each from the one before it
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
 
 
 def exact_match(prompt: Prompt, text: str) -> bool:
