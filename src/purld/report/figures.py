@@ -19,7 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from purld.report.read import Row, Run, title
+from purld.names import title
+from purld.report.read import Row, Run
 
 # Roles of colour; the page's style sheet has the same names with a value for light and one for dark.
 COLOURS = {

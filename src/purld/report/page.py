@@ -14,10 +14,11 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from purld.names import title
 from purld.report.browser import Browser, browser
 from purld.report.figures import drawings
 from purld.report.markup import Section, figures, text
-from purld.report.read import Run, read_run, title
+from purld.report.read import Run, read_run
 from purld.report.results import results_section
 from purld.report.sensitivity import sensitivity_section
 from purld.report.spend import spend_section

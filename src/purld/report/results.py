@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from purld.names import title
 from purld.report.markup import Section, table, text
-from purld.report.read import Run, title
+from purld.report.read import Run
 from purld.report.verdict import METRICS, percent, points
 
 _RATES = {

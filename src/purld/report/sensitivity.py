@@ -17,16 +17,11 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from purld.names import METRICS, title
 from purld.report.figures import COLOURS, STYLE, Drawing, as_svg
 from purld.report.markup import Section, figures
-from purld.report.read import Run, title
+from purld.report.read import Run
 
-METRICS = {
-    "accuracy": "accuracy",
-    "greedy_accuracy": "greedy accuracy",
-    "win_rate": "win rate",
-    "lc_win_rate": "win rate, length-controlled",
-}
 _SHAPING = ("student", "teacher", "anchors", "sft", "align", "data")  # what may change a result, seed apart
 _PLACES = frozenset({"path", "prompts", "eval_prompts", "base_url"})  # where things lie, not what they are
 _LOG_FROM = 20  # the ratio of largest to smallest value from which an axis is logarithmic
@@ -61,7 +56,7 @@ def sensitivity(runs: Sequence[Run]) -> list[Drawing]:
             points = list(_points(finals, key, [other for other in varying if other != key], metric))
             if len({point.x for point in points}) > 1:
                 figure = draw(points, key, label, _sft_level(finals, metric))
-                heading = f"{label.capitalize()} against {key}"
+                heading = f"{label[0].upper()}{label[1:]} against {key}"
                 caption = "Lines join the means over seeds; small dots are single runs. Dashed: the SFT models' mean."
                 found.append(Drawing(heading, caption, as_svg(figure, f"sensitivity-{len(found)}")))
     return found

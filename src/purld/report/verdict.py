@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from purld.report.read import Run, title
+from purld.names import title
+from purld.report.read import Run
 
 Tone = Literal["better", "worse", "open", "none"]
 
