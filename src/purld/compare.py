@@ -28,6 +28,7 @@ from purld.names import METRICS, title
 from purld.pipeline import TRANSPORT, open_run
 from purld.pools import load_pools
 from purld.records import Generation, Prompt, Verdict
+from purld.report.verdict import compared
 from purld.results import signed
 from purld.rundir import RunDir, read_rows
 from purld.student.encode import Encoder
@@ -122,12 +123,14 @@ def show(found: Comparison, console: Console | None = None) -> None:
             )
     if table.row_count:
         console.print(table)
+        console.print()
     for line in [*_conclusions(found), *found.notes]:
         console.print(line, soft_wrap=True, markup=False)
 
 
 def _conclusions(found: Comparison) -> list[str]:
-    lines = []
+    sentence = compared(("A", "B"), found.metrics, found.difference)
+    lines = [] if sentence is None else [sentence.text]
     if "accuracy_p" in found.difference or "greedy_accuracy_p" in found.difference:
         lines.append("p is McNemar's, exact and two-sided.")
     met = found.head_to_head

@@ -187,6 +187,7 @@ def convergence(run: Run, width: float = 11.5) -> Figure | None:
     with rc_context(STYLE):
         figure = Figure(figsize=(width, 3.6), layout="constrained")
         left = figure.add_subplot()
+        left.margins(x=0.02)
         left.set_xlabel("training step")
         left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         right = left.twinx() if len(losses[0]) and len(objectives[0]) else left

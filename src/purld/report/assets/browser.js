@@ -160,7 +160,7 @@
     const row = (name, value, kind, share) => {
       const bar = el("i", { hidden: share === undefined });
       if (share !== undefined) bar.style.width = `${100 * share}%`;
-      const dd = el("dd", {}, el("span", { textContent: value === null ? "–" : value.toFixed(3) }), bar);
+      const dd = el("dd", {}, el("span", { textContent: value === null ? "–" : value.toFixed(3).replace("-", "−") }), bar);
       return el("div", { class: kind }, el("dt", { textContent: name }), dd);
     };
     const rows = c.score === null
