@@ -27,7 +27,12 @@ def show(run: RunDir, console: Console | None = None) -> None:
     console.print(table)
     console.print()
     n = max(metrics["n"] for metrics in models.values())
-    lines = [f"On {n} held-out prompts, with 95% intervals.", *_differences(results), *_scores(results)]
+    lines = [
+        f"On {n} held-out prompts, with 95% intervals.",
+        *_differences(results),
+        *_unjudged(models),
+        *_scores(results),
+    ]
     for line in [*lines, _teacher(results["teacher"]), f"Report: {run.report}"]:
         console.print(line, soft_wrap=True, markup=False)
 
@@ -52,6 +57,11 @@ def _differences(results: dict[str, Any]) -> list[str]:
         parts = [f"{label} {signed(found, key)}" for key, label in METRICS.items() if key in found]
         lines.append(f"{ours} minus {theirs}: {', '.join(parts)}.")
     return lines
+
+
+def _unjudged(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    counts = [f"{title(name)} {metrics['unjudged']}" for name, metrics in models.items() if metrics.get("unjudged")]
+    return [f"Verdicts that were none, left out and kept with their words: {', '.join(counts)}."] if counts else []
 
 
 def _scores(results: dict[str, Any]) -> list[str]:
