@@ -141,7 +141,7 @@ def test_a_phone_needs_no_sideways_scrolling(page: Page) -> None:
 
 def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None:
     """500 prompts with 8 candidates of about 900 characters each, and 100 held-out ones."""
-    run = build(held_out=100, groups=500, words=170)
+    run = build(held_out=100, groups=500, words=170, logged=False)
     write_report([run], run.report)
     assert 4_000_000 < run.report.stat().st_size < 10_000_000
     with Page(tmp_path / "profile") as page:
@@ -156,7 +156,7 @@ def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None
 
 
 def test_a_linked_prompt_is_open(build: Build, tmp_path: Path) -> None:
-    run = build(held_out=3, groups=3)
+    run = build(held_out=3, groups=3, logged=False)
     write_report([run], run.report)
     with Page(tmp_path / "profile") as page:
         page.open(f"{run.report.as_uri()}#prompt-0-{4:016x}")

@@ -56,7 +56,7 @@ def test_nothing_on_the_page_points_elsewhere(build: Build) -> None:
 
 
 def test_the_policy_allows_the_pages_own_script_alone(build: Build) -> None:
-    page = written(build())
+    page = written(build(logged=False))
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
     assert policy and script
@@ -77,7 +77,7 @@ def test_a_run_that_has_only_begun_has_a_page(build: Build, tmp_path: Path) -> N
     [("metrics", "training-0"), ("config", "configuration"), ("results", "results")],
 )
 def test_a_missing_file_costs_its_section_only(build: Build, missing: str, section: str) -> None:
-    run = build()
+    run = build(logged=missing == "metrics")
     before = sections(written(run))
     getattr(run, missing).unlink()
     after = sections(written(run))
@@ -86,7 +86,7 @@ def test_a_missing_file_costs_its_section_only(build: Build, missing: str, secti
 
 
 def test_what_was_not_measured_is_absent_and_never_zero(build: Build) -> None:
-    run = build()
+    run = build(logged=False)
     results = read_json(run.results)
     for model in results["models"].values():
         for key in ("win_rate", "win_rate_ci", "lc_win_rate", "lc_win_rate_ci", "unjudged", "flip_rate"):
@@ -103,7 +103,7 @@ def test_what_was_not_measured_is_absent_and_never_zero(build: Build) -> None:
 
 
 def test_names_and_configuration_are_text(build: Build) -> None:
-    run = build(name="<b>run & co")
+    run = build(name="<b>run & co", logged=False)
     run.config.write_text("student: {model: '<script>alert(1)</script> \u202edesrever'}\n", encoding="utf-8")
     page = written(run)
     assert "<b>run" not in page
@@ -126,7 +126,7 @@ def test_several_runs_side_by_side(build: Build, tmp_path: Path) -> None:
 
 def test_a_model_that_runs_share_is_shown_once(build: Build) -> None:
     """Two runs of one Stage I: base and SFT come with the first, and the second has its own final model alone."""
-    first, second = build("first"), build("second")
+    first, second = build("first", logged=False), build("second", logged=False)
     results = read_json(second.results)
     results["models"]["ldl_grpo"]["accuracy"] = 0.512
     write_json(second.results, results)
@@ -140,7 +140,7 @@ def test_a_model_that_runs_share_is_shown_once(build: Build) -> None:
 
 
 def test_a_difference_has_a_tone_where_its_interval_excludes_zero_and_its_p(build: Build) -> None:
-    run = build()
+    run = build(logged=False)
     results = read_json(run.results)
     results["difference"]["ldl_grpo - sft"]["greedy_accuracy_p"] = 0.118
     write_json(run.results, results)
@@ -150,7 +150,7 @@ def test_a_difference_has_a_tone_where_its_interval_excludes_zero_and_its_p(buil
 
 
 def test_equal_runs_make_equal_pages(build: Build) -> None:
-    run = build()
+    run = build(logged=False)
     assert written(run) == written(run)
 
 
