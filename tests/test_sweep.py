@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from purld import sweep
 from purld.blackbox.ledger import Caps, Ledger, Request, Result
 from purld.cli import main
 from purld.errors import UserError
@@ -121,7 +122,7 @@ def calls(run: RunDir) -> int:
 
 
 def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed_config, tmp_path, monkeypatch, capsys):
-    """Two values of tau; then the same again, and then again with another configuration, which the runs refuse."""
+    """Two values of tau; then the same again, which leaves everything as it is."""
     folder = tmp_path / "sweep"
     arguments = ["sweep", testbed_config, "align.tau=0.6,1.2", "--jobs", 2, "--run-dir", folder]
     assert run_command(monkeypatch, *arguments) == 0
@@ -141,13 +142,24 @@ def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed
     assert run_command(monkeypatch, *arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
 
-    values = yaml.safe_load(testbed_config.read_text())
-    values["align"]["beta"] = 0.5
-    testbed_config.write_text(yaml.safe_dump(values))
+
+def test_what_failed_is_one_sentence_about_the_first_of_the_grid(tiny_config, tmp_path, monkeypatch, capsys):
+    """The second run fails at once and the first later, each in its own words; those that need no more are left alone.
+
+    A process that fails in this way stands in for purld itself.
+    """
+    folder = tmp_path / "sweep"
+    for tau in (0.6, 1.2):
+        RunDir(folder / f"tau={tau}").finish("sft", 1.0)
+    fails = (
+        "import sys, time; slow = 'align.tau=0.6' in sys.argv; time.sleep(slow); print('purld: slow', slow); exit(2)"
+    )
+    monkeypatch.setattr(sweep, "_PURLD", (sys.executable, "-c", fails))
+    arguments = ["sweep", tiny_config, "align.tau=0.6,1.2", "--jobs", 2, "--run-dir", folder]
     assert run_command(monkeypatch, *arguments) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("purld: ")]
-    assert len(said) == 1
-    assert "2 of 2 runs failed; tau=0.6" in said[0] and "align.beta: 0.01, and now it is 0.5" in said[0]
+    assert said == ["purld: 2 of 2 runs failed; tau=0.6: slow True."]
+    assert read_json(folder / "sweep.json")["failed"] == {"tau=0.6": "slow True", "tau=1.2": "slow False"}
 
 
 @pytest.mark.slow

@@ -24,20 +24,16 @@ from purld.errors import UserError
 from purld.evaluation.summary import Evaluated, difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
 from purld.method.table import METHODS
+from purld.names import METRICS, title
 from purld.pipeline import TRANSPORT, open_run
 from purld.pools import load_pools
 from purld.records import Generation, Prompt, Verdict
-from purld.report.read import title
+from purld.report.verdict import compared
+from purld.results import signed
 from purld.rundir import RunDir, read_rows
 from purld.student.encode import Encoder
 from purld.student.load import load_tokenizer
 
-_METRICS = {
-    "accuracy": "accuracy",
-    "greedy_accuracy": "greedy accuracy",
-    "win_rate": "win rate",
-    "lc_win_rate": "LC win rate",
-}
 _DRAWING = ("samples", "temperature", "top_p", "max_new_tokens")
 
 
@@ -116,23 +112,25 @@ def show(found: Comparison, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     console.print(f"A: {found.a}\nB: {found.b}\n{found.n} held-out prompts, with 95% intervals.\n", markup=False)
     table = Table("", "A", "B", "A minus B", "p", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for key, label in _METRICS.items():
+    for key, label in METRICS.items():
         if key in found.difference:
             p_value = found.difference.get(f"{key}_p")
             table.add_row(
                 label,
                 *(f"{metrics[key]:.3f}" for metrics in found.metrics),
-                _signed(found.difference, key),
+                signed(found.difference, key),
                 "" if p_value is None else f"{p_value:.3g}",
             )
     if table.row_count:
         console.print(table)
+        console.print()
     for line in [*_conclusions(found), *found.notes]:
         console.print(line, soft_wrap=True, markup=False)
 
 
 def _conclusions(found: Comparison) -> list[str]:
-    lines = []
+    sentence = compared(("A", "B"), found.metrics, found.difference)
+    lines = [] if sentence is None else [sentence.text]
     if "accuracy_p" in found.difference or "greedy_accuracy_p" in found.difference:
         lines.append("p is McNemar's, exact and two-sided.")
     met = found.head_to_head
@@ -149,11 +147,6 @@ def _conclusions(found: Comparison) -> list[str]:
     if not found.difference and not met:
         lines.append("Nothing that both runs measured can be compared; --judge asks A's judge about the answers.")
     return lines
-
-
-def _signed(found: dict[str, Any], key: str) -> str:
-    low, high = found[f"{key}_ci"]
-    return f"{found[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _side(path: Path) -> Side:
@@ -201,14 +194,14 @@ def _aligned(a: Side, b: Side) -> Side:
             f"({len(set(ours) - set(theirs))} are missing, {len(set(theirs) - set(ours))} are others), "
             "so the two cannot be compared."
         )
-    place = {prompt_id: n for n, prompt_id in enumerate(theirs)}
-    order = [place[prompt_id] for prompt_id in ours]
+    place_a, place_b = ({prompt_id: n for n, prompt_id in enumerate(ids)} for ids in (ours, theirs))
+    order = [place_b[prompt_id] for prompt_id in ours]
     found = b.answers
     return replace(
         b,
         answers=replace(
             found,
-            generations=sorted(found.generations, key=lambda g: (ours.index(g.prompt_id), g.sample)),
+            generations=sorted(found.generations, key=lambda g: (place_a[g.prompt_id], g.sample)),
             correct=None if found.correct is None else found.correct[order],
             greedy_correct=None if found.greedy_correct is None else found.greedy_correct[order],
         ),

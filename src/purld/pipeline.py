@@ -24,7 +24,7 @@ from purld.config import Config, OpenAIEndpoint, Teacher, TeacherAnchors, load_c
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.evaluation.evaluate import answer_prompts
-from purld.evaluation.scores import as_results, score_quality, scored_groups
+from purld.evaluation.scores import accuracy_by_step, as_results, checked_groups, score_quality
 from purld.evaluation.summary import Evaluated, difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
 from purld.method.table import METHODS
@@ -304,7 +304,7 @@ def _evaluate(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
         "teacher": finished["anchors"]["teacher"],
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _compared(models, opponents, config.seed),
-        "score_quality": _score_quality(pipeline, pools),
+        **_stage_two_checked(pipeline, pools),
         "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
         "templates": {"self_evaluation": SELF_EVALUATION_VERSION, "judge": JUDGE_VERSION},
     }
@@ -312,12 +312,15 @@ def _evaluate(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
     return {}
 
 
-def _score_quality(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
-    """How Stage II's scores agree with gold, where both are known."""
+def _stage_two_checked(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
+    """Stage II's candidates against gold: how many were right at each step, and how well scores agree with it."""
     if pipeline.check is None:
         return {}
-    groups = scored_groups(read_rows(pipeline.run.groups), pools.align, pipeline.check)
-    return as_results(score_quality(groups, pipeline.config.seed)) if groups else {}
+    groups = checked_groups(read_rows(pipeline.run.groups), pools.align, pipeline.check)
+    found: dict[str, Any] = {"training_accuracy": accuracy_by_step(groups)} if groups else {}
+    if any(score is not None for group in groups for score in group.scores):
+        found["score_quality"] = as_results(score_quality(groups, pipeline.config.seed))
+    return found
 
 
 def _compared(models: dict[str, Evaluated], opponents: dict[str, str], seed: int) -> dict[str, Any]:

@@ -1,22 +1,15 @@
-"""results.json as a person reads it: one table on the terminal."""
+"""results.json as a person reads it on a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from purld.names import METRICS, title
 from purld.rundir import RunDir, read_json
-
-NAMES = {"base": "base", "sft": "SFT", "ldl_grpo": "LDL-GRPO"}
-
-_METRICS = {
-    "accuracy": "accuracy",
-    "greedy_accuracy": "greedy accuracy",
-    "win_rate": "win rate",
-    "lc_win_rate": "LC win rate",
-}
 
 
 def show(run: RunDir, console: Console | None = None) -> None:
@@ -25,18 +18,29 @@ def show(run: RunDir, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     models = results["models"]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("", *(NAMES.get(name, name) for name in models)):
+    for heading in ("", *(title(name) for name in models)):
         table.add_column(heading, no_wrap=True)
-    for key, label in _METRICS.items():
+    for key, label in METRICS.items():
         if any(key in metrics for metrics in models.values()):
             table.add_row(label, *(_cell(metrics, key) for metrics in models.values()))
     console.print()
     console.print(table)
     console.print()
     n = max(metrics["n"] for metrics in models.values())
-    lines = [f"On {n} held-out prompts, with 95% intervals.", *_differences(results), *_scores(results)]
+    lines = [
+        f"On {n} held-out prompts, with 95% intervals.",
+        *_differences(results),
+        *_unjudged(models),
+        *_scores(results),
+    ]
     for line in [*lines, _teacher(results["teacher"]), f"Report: {run.report}"]:
         console.print(line, soft_wrap=True, markup=False)
+
+
+def signed(found: Mapping[str, Any], key: str) -> str:
+    """A difference of two models with its interval, both with their signs."""
+    low, high = found[f"{key}_ci"]
+    return f"{found[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _cell(metrics: dict[str, Any], key: str) -> str:
@@ -49,14 +53,15 @@ def _cell(metrics: dict[str, Any], key: str) -> str:
 def _differences(results: dict[str, Any]) -> list[str]:
     lines = []
     for pair, found in results.get("difference", {}).items():
-        ours, theirs = (NAMES.get(name, name) for name in pair.split(" - "))
-        parts = [
-            f"{_METRICS[key]} {found[key]:+.3f} [{found[f'{key}_ci'][0]:+.3f}, {found[f'{key}_ci'][1]:+.3f}]"
-            for key in _METRICS
-            if key in found
-        ]
+        ours, theirs = (title(name) for name in pair.split(" - "))
+        parts = [f"{label} {signed(found, key)}" for key, label in METRICS.items() if key in found]
         lines.append(f"{ours} minus {theirs}: {', '.join(parts)}.")
     return lines
+
+
+def _unjudged(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    counts = [f"{title(name)} {metrics['unjudged']}" for name, metrics in models.items() if metrics.get("unjudged")]
+    return [f"Verdicts that were none, left out and kept with their words: {', '.join(counts)}."] if counts else []
 
 
 def _scores(results: dict[str, Any]) -> list[str]:

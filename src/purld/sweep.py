@@ -33,14 +33,15 @@ from purld.config import Config, load_config
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.method.table import METHODS
+from purld.names import METRICS, title
 from purld.records import content_hash
 from purld.report.page import write_report
+from purld.results import signed
 from purld.rundir import RunDir, read_json, read_rows, sync_folder, write_json, write_rows
 
 _PURLD = (sys.executable, "-c", "from purld.cli import main; main()")
 _LOG = "sweep.log"
 _POLL_SECONDS = 0.2
-_SHOWN = {"accuracy": "accuracy", "greedy_accuracy": "greedy", "win_rate": "win rate", "lc_win_rate": "LC win rate"}
 
 
 @dataclass(frozen=True)
@@ -271,8 +272,8 @@ def _close(cells: Sequence[Cell], failed: Mapping[str, str], reporter: Reporter)
         write_report([cell.run for cell in done], page)
         print(f"Report: {page}")
     if failed:
-        name, reason = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(cells)} runs failed; {name}: {reason}.")
+        first = next(cell.name for cell in cells if cell.name in failed)
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed; {first}: {failed[first]}.")
 
 
 def _row(cell: Cell) -> dict[str, Any]:
@@ -290,19 +291,14 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """All runs in one table: the swept keys, the final model's metrics, and its difference to the model before."""
-    shown = [key for key in _SHOWN if any(key in row["metrics"] for row in rows)]
-    rival = {"sft": "SFT", "base": "base"}[rows[0]["difference"]["to"]]
-    heads = [*rows[0]["values"], *(_SHOWN[key] for key in shown), *([f"minus {rival}"] if shown else [])]
+    shown = [key for key in METRICS if any(key in row["metrics"] for row in rows)]
+    rival = title(rows[0]["difference"]["to"])
+    heads = [*rows[0]["values"], *(METRICS[key] for key in shown), *([f"minus {rival}"] if shown else [])]
     table = Table(*heads, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for row in rows:
         cells = [str(value) for value in row["values"].values()]
         cells += [f"{row['metrics'][key]:.3f}" if key in row["metrics"] else "-" for key in shown]
-        table.add_row(*cells, *([_difference(row["difference"], shown[0])] if shown else []))
+        if shown:
+            cells.append(signed(row["difference"], shown[0]) if shown[0] in row["difference"] else "-")
+        table.add_row(*cells)
     Console(highlight=False, soft_wrap=True).print(table)
-
-
-def _difference(found: Mapping[str, Any], key: str) -> str:
-    if key not in found:
-        return "-"
-    low, high = found[f"{key}_ci"]
-    return f"{found[key]:+.3f} [{low:+.3f}, {high:+.3f}]"

@@ -183,7 +183,7 @@ def test_equal_answers_tie_without_a_call() -> None:
     verdicts = judge_answers([PROMPT], [generation(PROMPT, "Paris")], {PROMPT.id: "Paris"}, judge)
     assert [v.outcome for v in verdicts] == ["tie", "tie"]
     assert judge.asked == []
-    assert preferences(verdicts).flip_rate == 0.0
+    assert preferences(verdicts).flip_rate is None  # no judge was asked, so none was consistent
 
 
 def test_a_missing_opponent_is_unjudged() -> None:

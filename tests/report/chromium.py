@@ -56,7 +56,7 @@ class Page:
 
     def press(self, key: str) -> None:
         """Press and release a key."""
-        code = {"ArrowDown": 40, "ArrowUp": 38, "/": 191}[key]
+        code = {"ArrowDown": 40, "ArrowUp": 38, "Home": 36, "End": 35, "/": 191}[key]
         for kind in ("rawKeyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 

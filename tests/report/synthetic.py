@@ -21,6 +21,7 @@ CONFIG = """\
 student: {model: ./models/clinic-1b-instruct, lora: {r: 16}}
 data: {prompts: prompts.jsonl, check: exact}
 teacher: {kind: openai, base_url: https://teacher.example/v1, model: gpt-4o, max_cost: 25.0}
+evaluate: {judge: {kind: openai, base_url: https://judge.example/v1, model: our-judge}, opponent: {kind: teacher}}
 align: {method: ldl_grpo, q: ratio, candidates: 8, prompts_per_step: 8, steps: 120, gamma: 5.0, tau: 1.2}
 seed: 0
 """
@@ -28,13 +29,19 @@ seed: 0
 Build = Callable[..., RunDir]
 
 
-def synthetic_run(path: Path, held_out: int = 30, groups: int = 40, words: int = 40, seed: int = 0) -> RunDir:
-    """A finished run: `held_out` prompts answered by three models and an opponent, and `groups` of Stage II."""
+def synthetic_run(
+    path: Path, held_out: int = 30, groups: int = 40, words: int = 40, seed: int = 0, logged: bool = True
+) -> RunDir:
+    """A finished run: `held_out` prompts answered by three models and an opponent, and `groups` of Stage II.
+
+    Without what training `logged` its page has no figures, which is most of what a page takes to write.
+    """
     run, rng = RunDir(path), random.Random(seed)
     with atomic_write(run.config) as handle:
         handle.write(CONFIG)
     write_json(run.results, results())
-    append_rows(run.metrics, metrics(rng))
+    if logged:
+        append_rows(run.metrics, metrics(rng))
     prompts = [(f"{i:016x}", question(rng, i)) for i in range(held_out + groups)]
     write_rows(run.anchors, [{"prompt_id": i, "text": prose(rng, words)} for i, _ in prompts[held_out:]])
     write_rows(run.groups, [group(rng, i, q, words, n + 1) for n, (i, q) in enumerate(prompts[held_out:])])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,8 +115,23 @@ def test_keys_walk_the_list_and_reach_the_search(page: Page) -> None:
     assert page.run("document.activeElement === document.querySelectorAll('.list button')[1]")
     assert page.run("document.querySelector('.list [aria-current]') === document.activeElement")
     assert "Case 1:" in page.run(DETAIL)
+    page.press("End")
+    assert page.run("document.activeElement === [...document.querySelectorAll('.list button')].at(-1)")
+    page.press("Home")
+    assert page.run("document.activeElement === document.querySelector('.list button')")
     page.press("/")
     assert page.run(f"document.activeElement === {SEARCH}")
+
+
+def test_tab_stops_once_at_the_list(page: Page) -> None:
+    """Whoever goes by keyboard does not pass 70 prompts to get to the answers."""
+    stops = "[...document.querySelectorAll('.list button')].filter((b) => b.tabIndex === 0)"
+    page.run("document.querySelectorAll('.list button')[2].click()")
+    assert page.run(f"{stops}.length") == 1
+    assert page.run(f"{stops}[0].getAttribute('aria-current')") == "true"
+    type_into(page, SEARCH, "input", "case 9:")  # the chosen prompt is not in the list
+    assert page.run(f"{stops}.length") == 1
+    type_into(page, SEARCH, "input", "")
 
 
 def test_a_phone_needs_no_sideways_scrolling(page: Page) -> None:
@@ -127,25 +141,22 @@ def test_a_phone_needs_no_sideways_scrolling(page: Page) -> None:
 
 def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None:
     """500 prompts with 8 candidates of about 900 characters each, and 100 held-out ones."""
-    run = build(held_out=100, groups=500, words=170)
+    run = build(held_out=100, groups=500, words=170, logged=False)
     write_report([run], run.report)
     assert 4_000_000 < run.report.stat().st_size < 10_000_000
     with Page(tmp_path / "profile") as page:
-        started = time.monotonic()
         page.open(run.report.as_uri())
         assert page.run(LISTED) == 600
-        assert time.monotonic() - started < 10
-        took = page.run(
-            f"(() => {{ const t = performance.now(); {SEARCH}.value = 'case 512:';"
-            f" {SEARCH}.dispatchEvent(new Event('input')); return performance.now() - t; }})()"
-        )
+        # What makes a page slow: only one prompt is ever laid out in full, beside a list of short lines.
+        assert page.run("document.querySelectorAll('main section#answers *').length") < 600 * 10
+        assert page.run("document.querySelectorAll('.candidate').length") <= 8
+        type_into(page, SEARCH, "input", "case 512:")
         assert page.run(LISTED) == 1
-        assert took < 1000  # milliseconds; about 20 on a quiet machine
         assert page.errors == []
 
 
 def test_a_linked_prompt_is_open(build: Build, tmp_path: Path) -> None:
-    run = build(held_out=3, groups=3)
+    run = build(held_out=3, groups=3, logged=False)
     write_report([run], run.report)
     with Page(tmp_path / "profile") as page:
         page.open(f"{run.report.as_uri()}#prompt-0-{4:016x}")

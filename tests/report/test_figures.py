@@ -65,6 +65,16 @@ def test_a_metric_that_was_not_logged_has_no_panel(build: Build) -> None:
     assert headings(logged(build, "sft")) == ["Two-stage convergence"]
 
 
+def test_accuracy_over_training_is_drawn_where_gold_checked_it(build: Build) -> None:
+    run = logged(build, "align")
+    assert "Accuracy over training" not in headings(run)
+    rows = [{"step": step, "n": 64, "right": 0.2 + 0.01 * step} for step in range(1, 41)]
+    checked = Run(**(vars(run) | {"results": {"training_accuracy": rows}}))
+    drawing = drawings(checked)[1]
+    assert drawing.heading == "Accuracy over training"
+    assert "60%" in drawing.svg and "right candidates" in drawing.svg
+
+
 def test_nothing_lost_is_not_drawn(build: Build) -> None:
     assert "Candidates lost" not in headings(logged(build, "align", truncated=0, unscored=0))
 

@@ -44,6 +44,7 @@ def test_a_finished_run_has_every_section(build: Build) -> None:
     assert "<b>74.5%</b> <small>70.4 – 78.3</small>" in page
     assert "<dd>184,220</dd><dt>tokens in</dt>" in page
     assert "7,680 candidates" in page  # 120 steps of 8 prompts with 8 candidates
+    assert "<dt>Opponent</dt><dd>the teacher</dd>" in page and "<dt>Judge</dt><dd>our-judge</dd>" in page
 
 
 def test_nothing_on_the_page_points_elsewhere(build: Build) -> None:
@@ -55,7 +56,7 @@ def test_nothing_on_the_page_points_elsewhere(build: Build) -> None:
 
 
 def test_the_policy_allows_the_pages_own_script_alone(build: Build) -> None:
-    page = written(build())
+    page = written(build(logged=False))
     policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)
     script = re.search(r"<script>(.*?)</script>", page, re.DOTALL)
     assert policy and script
@@ -76,7 +77,7 @@ def test_a_run_that_has_only_begun_has_a_page(build: Build, tmp_path: Path) -> N
     [("metrics", "training-0"), ("config", "configuration"), ("results", "results")],
 )
 def test_a_missing_file_costs_its_section_only(build: Build, missing: str, section: str) -> None:
-    run = build()
+    run = build(logged=missing == "metrics")
     before = sections(written(run))
     getattr(run, missing).unlink()
     after = sections(written(run))
@@ -85,7 +86,7 @@ def test_a_missing_file_costs_its_section_only(build: Build, missing: str, secti
 
 
 def test_what_was_not_measured_is_absent_and_never_zero(build: Build) -> None:
-    run = build()
+    run = build(logged=False)
     results = read_json(run.results)
     for model in results["models"].values():
         for key in ("win_rate", "win_rate_ci", "lc_win_rate", "lc_win_rate_ci", "unjudged", "flip_rate"):
@@ -102,7 +103,7 @@ def test_what_was_not_measured_is_absent_and_never_zero(build: Build) -> None:
 
 
 def test_names_and_configuration_are_text(build: Build) -> None:
-    run = build(name="<b>run & co")
+    run = build(name="<b>run & co", logged=False)
     run.config.write_text("student: {model: '<script>alert(1)</script> \u202edesrever'}\n", encoding="utf-8")
     page = written(run)
     assert "<b>run" not in page
@@ -117,14 +118,39 @@ def test_several_runs_side_by_side(build: Build, tmp_path: Path) -> None:
     page = written(first, second, third)
     assert "3 runs side by side" in page
     for name in ("clinic (1)", "clinic (2)", "other"):
-        assert f'<th scope="row">{name}</th>' in page
+        assert f'<th scope="rowgroup" rowspan="1">{name}</th>' in page or f'rowspan="3">{name}</th>' in page
     assert [s for s in sections(page) if s and s.startswith("training")] == ["training-0", "training-1", "training-2"]
     ids = [attributes["id"] for _, attributes in Elements(page).found if "id" in attributes]
     assert len(ids) == len(set(ids))
 
 
+def test_a_model_that_runs_share_is_shown_once(build: Build) -> None:
+    """Two runs of one Stage I: base and SFT come with the first, and the second has its own final model alone."""
+    first, second = build("first", logged=False), build("second", logged=False)
+    results = read_json(second.results)
+    results["models"]["ldl_grpo"]["accuracy"] = 0.512
+    write_json(second.results, results)
+    page = written(first, second)
+    rates = page[page.index('aria-label="Models and metrics"') : page.index("On the same prompts")]
+    assert rates.count('<th scope="row">SFT</th>') == rates.count('<th scope="row">Base</th>') == 1
+    assert rates.count('<th scope="row">LDL-GRPO</th>') == 2
+    assert '<th scope="rowgroup" rowspan="3">first</th>' in rates
+    assert '<th scope="rowgroup" rowspan="1">second</th>' in rates
+    assert "is not repeated" in page and "is not repeated" not in written(first)
+
+
+def test_a_difference_has_a_tone_where_its_interval_excludes_zero_and_its_p(build: Build) -> None:
+    run = build(logged=False)
+    results = read_json(run.results)
+    results["difference"]["ldl_grpo - sft"]["greedy_accuracy_p"] = 0.118
+    write_json(run.results, results)
+    page = written(run)
+    assert '<b class="better">+6.2</b> <small>+3.1 to +9.5</small>' in page
+    assert '<b class="open">+2.3</b> <small>−0.7 to +5.3; p = 0.12</small>' in page
+
+
 def test_equal_runs_make_equal_pages(build: Build) -> None:
-    run = build()
+    run = build(logged=False)
     assert written(run) == written(run)
 
 

@@ -55,6 +55,11 @@ def test_runs_that_differ_in_no_number_are_no_sweep(swept: Any) -> None:
     assert sensitivity([]) == []
 
 
+def test_runs_that_differ_in_two_keys_at_once_say_nothing_about_either(swept: Any) -> None:
+    low, _, _, high = swept(tau=[0.6, 1.2], beta=[0.001, 0.1])
+    assert sensitivity([low, high]) == []
+
+
 def test_where_things_lie_is_no_setting(swept: Any) -> None:
     assert "teacher.base_url" not in flat(swept(tau=[1.0])[0])
     assert flat(swept(tau=[1.0])[0])["align.tau"] == 1.0
@@ -88,6 +93,6 @@ def test_a_page_of_many_runs_stays_small(build: Build, swept: Any, tmp_path: Pat
     assert '<section id="sensitivity">' in text
     assert text.count("two-stage convergence</h3>") == 6
     assert text.count('<section id="training') == 1
-    assert "at 95%: 6 better." in text
+    assert "6 runs side by side: 6 better than the model it started from." in text
     assert "Gradient norm" not in text
     assert page.stat().st_size < 1_500_000

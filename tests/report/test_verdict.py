@@ -23,8 +23,8 @@ def test_better_only_when_the_interval_excludes_zero(build: Build) -> None:
     sentence = verdict(judged(build(), accuracy=0.062, accuracy_ci=[0.031, 0.095]))
     assert sentence.tone == "better"
     assert sentence.text == (
-        "LDL-GRPO is better than SFT: 74.5% right answers against 68.3%, +6.2 points, 95% interval +3.1 to +9.5, "
-        "over 300 held-out prompts."
+        "LDL-GRPO is better than SFT: 74.5% right answers against 68.3%, a difference of +6.2 points "
+        "(95% interval +3.1 to +9.5) over 300 held-out prompts."
     )
 
 
@@ -57,7 +57,7 @@ def test_a_second_metric_that_disagrees_is_not_left_out(build: Build) -> None:
         )
     )
     assert sentence.tone == "better"
-    assert sentence.text.endswith("; but −5.0 in right answers (greedy) (−8.0 to −2.0).")
+    assert sentence.text.endswith("; but −5.0 points in right greedy answers (−8.0 to −2.0).")
 
 
 def test_win_rates_speak_where_there_is_no_gold(build: Build) -> None:

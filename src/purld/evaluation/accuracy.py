@@ -1,4 +1,4 @@
-"""Accuracy against gold: a rate with its interval, the difference of two models, and how well scores agree.
+"""Accuracy against gold: a rate with its interval, and the difference of two models on the same prompts.
 
 Pure numpy but for `exact_match`, which compares texts. How answers were drawn, and which task-specific check
 decides that one is right, is the business of the caller.
@@ -6,7 +6,6 @@ decides that one is right, is the business of the caller.
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from dataclasses import dataclass
 
@@ -77,8 +76,11 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Difference:
 def mcnemar(only_a: int, only_b: int) -> float:
     """The exact two-sided p of McNemar's test, from the prompts that only one of two models got right."""
     n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
-    return float(min(1.0, 2 * tail / 2**n))
+    tail = term = 1  # of the binomial coefficients up to min(only_a, only_b), each from the one before it
+    for k in range(min(only_a, only_b)):
+        term = term * (n - k) // (k + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
 
 
 def exact_match(prompt: Prompt, text: str) -> bool:
@@ -90,31 +92,6 @@ def exact_match(prompt: Prompt, text: str) -> bool:
     if prompt.reference is None:
         raise ValueError(f"prompt {prompt.id} has no reference to compare an answer with")
     return _normal(text) == _normal(prompt.reference)
-
-
-def auc(scores: ArrayLike, positive: ArrayLike) -> float:
-    """The probability that a right answer's score exceeds a wrong one's, ties half (Mann and Whitney 1947).
-
-    0.5 is a score that knows nothing; this is the ceiling of everything that Stage II can learn from it.
-
-    Args:
-        scores: (n,) the self-evaluation's scores; leave out candidates that were not scored.
-        positive: (n,) whether each candidate is right.
-
-    Raises:
-        ValueError: shapes differ, a score is NaN, or the candidates are all right or all wrong.
-    """
-    values, right = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
-    if values.ndim != 1 or values.shape != right.shape:
-        raise ValueError(f"scores {values.shape} and positive {right.shape} must be of one length")
-    if np.isnan(values).any():
-        raise ValueError("scores must not hold NaN: leave out candidates that were not scored")
-    if right.all() or not right.any():
-        raise ValueError("the AUC needs at least one right and one wrong candidate")
-    wrong = np.sort(values[~right])
-    below = np.searchsorted(wrong, values[right], side="left")
-    not_above = np.searchsorted(wrong, values[right], side="right")
-    return float((below + not_above).mean() / (2 * len(wrong)))
 
 
 def _shares(values: ArrayLike, name: str) -> Array:

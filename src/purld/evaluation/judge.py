@@ -34,8 +34,8 @@ class Preferences:
         wins: per prompt id the mean probability of winning over samples and orders, a tie being half; None if
             none of its verdicts was judged.
         unjudged: how many verdicts were not.
-        flip_rate: among the answers judged in both orders, the share whose outcome changed with the order; None
-            if there is none.
+        flip_rate: among the answers that a judge saw and judged in both orders, the share whose outcome changed
+            with the order; None if there is none. Equal answers, which tie unasked, would flatter the judge.
         asked_again: how many verdicts took more than one question, judged in the end or not.
     """
 
@@ -159,7 +159,7 @@ def preferences(verdicts: Sequence[Verdict]) -> Preferences:
         judged = [v for v in of_answer if v.outcome != "unjudged"]
         if judged:
             by_prompt[prompt_id].append(sum(_WIN_PROBABILITY[v.outcome] for v in judged) / len(judged))
-        if len({v.model_is_a for v in judged}) == 2:
+        if len({v.model_is_a for v in judged if v.asked}) == 2:
             flips.append(len({v.outcome for v in judged}) > 1)
     return Preferences(
         wins={prompt_id: sum(p) / len(p) if p else None for prompt_id, p in by_prompt.items()},

@@ -1,5 +1,8 @@
 """How well the self-evaluation's scores agree with gold: the signal that everything in Stage II rests on.
 
+Groups are checked once, after training, which never sees gold; how many candidates are right at each step comes
+from the same checks.
+
 The AUC within prompts is the number to look at, because the label distribution compares candidates of one
 prompt only; the overall AUC also profits from knowing which prompts are hard. Calibration says whether a score
 may be read as a probability, which the method does not need but a person might. Pure numpy: scores and rights
@@ -10,13 +13,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from purld.evaluation.accuracy import auc
 from purld.evaluation.intervals import Array, Interval, bca_interval, bootstrap, constant_interval
 from purld.records import Prompt
 
@@ -24,11 +26,12 @@ BINS = 10
 
 
 @dataclass(frozen=True)
-class ScoredGroup:
-    """The scored candidates of one prompt at one step, and whether each is right; equal lengths, both (k,)."""
+class CheckedGroup:
+    """The candidates of one prompt at one step: their scores, None where unscored, and whether each is right, (k,)."""
 
     prompt_id: str
-    scores: Sequence[float]
+    step: int
+    scores: Sequence[float | None]
     right: Sequence[bool]
 
 
@@ -66,7 +69,7 @@ class ScoreQuality:
     bins: tuple[Bin, ...]
 
 
-def score_quality(groups: Sequence[ScoredGroup], seed: int = 0) -> ScoreQuality:
+def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality:
     """Measure scores against gold.
 
     Args:
@@ -76,6 +79,7 @@ def score_quality(groups: Sequence[ScoredGroup], seed: int = 0) -> ScoreQuality:
     Raises:
         ValueError: there is no scored candidate, or a score is not within [0, 1].
     """
+    groups = [_scored(group) for group in groups]
     scores = np.array([s for group in groups for s in group.scores], dtype=np.float64)
     right = np.array([r for group in groups for r in group.right], dtype=bool)
     if not len(scores) or not np.all((scores >= 0) & (scores <= 1)):
@@ -84,7 +88,7 @@ def score_quality(groups: Sequence[ScoredGroup], seed: int = 0) -> ScoreQuality:
     within, interval = _within(groups, seed)
     return ScoreQuality(
         n=len(scores),
-        prompts=len({group.prompt_id for group in groups}),
+        prompts=len({group.prompt_id for group in groups if group.scores}),
         right=float(right.mean()),
         auc=auc(scores, right) if right.any() and not right.all() else None,
         auc_within=within,
@@ -94,9 +98,42 @@ def score_quality(groups: Sequence[ScoredGroup], seed: int = 0) -> ScoreQuality:
     )
 
 
-def scored_groups(
+def auc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """The probability that a right answer's score exceeds a wrong one's, ties half (Mann and Whitney 1947).
+
+    0.5 is a score that knows nothing; this is the ceiling of everything that Stage II can learn from it.
+
+    Args:
+        scores: (n,) the self-evaluation's scores; leave out candidates that were not scored.
+        positive: (n,) whether each candidate is right.
+
+    Raises:
+        ValueError: shapes differ, a score is NaN, or the candidates are all right or all wrong.
+    """
+    values, right = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
+    if values.ndim != 1 or values.shape != right.shape:
+        raise ValueError(f"scores {values.shape} and positive {right.shape} must be of one length")
+    if np.isnan(values).any():
+        raise ValueError("scores must not hold NaN: leave out candidates that were not scored")
+    if right.all() or not right.any():
+        raise ValueError("the AUC needs at least one right and one wrong candidate")
+    wrong = np.sort(values[~right])
+    below = np.searchsorted(wrong, values[right], side="left")
+    not_above = np.searchsorted(wrong, values[right], side="right")
+    return float((below + not_above).mean() / (2 * len(wrong)))
+
+
+def accuracy_by_step(groups: Iterable[CheckedGroup]) -> list[dict[str, Any]]:
+    """The share of candidates that is right, scored or not, at each step in order: rows of step, n and right."""
+    right: dict[int, list[bool]] = defaultdict(list)
+    for group in groups:
+        right[group.step] += group.right
+    return [{"step": step, "n": len(r), "right": round(sum(r) / len(r), 6)} for step, r in sorted(right.items())]
+
+
+def checked_groups(
     rows: Iterable[Mapping[str, Any]], prompts: Iterable[Prompt], check: Callable[[Prompt, str], bool]
-) -> list[ScoredGroup]:
+) -> list[CheckedGroup]:
     """Stage II's groups as it logged them, checked against gold; prompts without gold are left out.
 
     Args:
@@ -105,14 +142,11 @@ def scored_groups(
         check: says whether an answer is right.
     """
     by_id = {p.id: p for p in prompts if p.reference is not None}
-    found = []
-    for row in rows:
-        prompt = by_id.get(row["prompt_id"])
-        scored = [(s, c) for s, c in zip(row["scores"], row["candidates"]) if s is not None]
-        if prompt is not None and scored:
-            right = [check(prompt, candidate) for _, candidate in scored]
-            found.append(ScoredGroup(prompt.id, [score for score, _ in scored], right))
-    return found
+    known = [(row, by_id[row["prompt_id"]]) for row in rows if row["prompt_id"] in by_id]
+    return [
+        CheckedGroup(prompt.id, row["step"], row["scores"], [check(prompt, text) for text in row["candidates"]])
+        for row, prompt in known
+    ]
 
 
 def as_results(quality: ScoreQuality) -> dict[str, Any]:
@@ -127,13 +161,19 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
+def _scored(group: CheckedGroup) -> CheckedGroup:
+    """The group without its unscored candidates."""
+    kept = [(score, right) for score, right in zip(group.scores, group.right) if score is not None]
+    return replace(group, scores=[score for score, _ in kept], right=[right for _, right in kept])
+
+
 def _bins(scores: Array, right: NDArray[np.bool_]) -> tuple[Bin, ...]:
     place = np.minimum((scores * BINS).astype(int), BINS - 1)
     inside = [place == b for b in range(BINS)]
     return tuple(Bin(int(i.sum()), float(scores[i].mean()), float(right[i].mean())) for i in inside if i.any())
 
 
-def _within(groups: Sequence[ScoredGroup], seed: int) -> tuple[float | None, Interval | None]:
+def _within(groups: Sequence[CheckedGroup], seed: int) -> tuple[float | None, Interval | None]:
     """Pairs won over pairs, summed by prompt: a ratio of sums, resampled by prompt."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for group in groups:

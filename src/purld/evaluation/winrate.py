@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from purld.evaluation.intervals import (
     Array,
@@ -19,6 +19,7 @@ from purld.evaluation.intervals import (
     bca_interval,
     bootstrap,
     constant_interval,
+    including,
     mean_interval,
 )
 
@@ -131,38 +132,21 @@ def length_controlled_difference(
     theirs, _, their_model = _checked(p_theirs_wins, reference_lengths, their_lengths)
     if np.isnan(ours).any() or np.isnan(theirs).any():
         raise ValueError("a paired difference needs prompts that were judged on both sides")
-    sides = ((ours, reference - our_model), (theirs, reference - their_model))
-    estimate, other = (_controlled_rate(*side) for side in sides)
-
-    def refitted(index: NDArray[np.intp]) -> Array:
-        a, b = (_sigmoid(_fit(wins[index], delta[index])[0]) for wins, delta in sides)
-        return a - b
-
-    difference = estimate - other
-    resampled = bootstrap(refitted, len(ours), seed)
-    if np.ptp(resampled) == 0:  # no pair differs: as wide as the exact interval of equal values
+    deltas = reference - our_model, reference - their_model
+    difference = _controlled_rate(ours, deltas[0]) - _controlled_rate(theirs, deltas[1])
+    if np.ptp(ours) == 0 and np.ptp(theirs) == 0:
         return difference, constant_interval(difference, len(ours), (-1.0, 1.0))
-    influence = _rate_influence(*sides[0]) - _rate_influence(*sides[1])
-    return difference, bca_interval(difference, resampled, influence)
-
-
-def _controlled_rate(wins: Array, delta: Array) -> float:
-    if np.ptp(wins) == 0:
-        return float(wins[0])
-    return float(_sigmoid(_fit(wins[None], delta[None])[0])[0])
-
-
-def _rate_influence(wins: Array, delta: Array) -> Array:
-    """How much each pair moves the length-controlled rate itself, (n,)."""
-    if np.ptp(wins) == 0:
-        return np.zeros_like(wins)
-    theta, phi, terms = (part[0] for part in _fit(wins[None], delta[None]))
-    p = _sigmoid(theta + phi * terms)
-    weight, ridge = p * (1 - p), 2 * RIDGE
-    determinant = weight.mean() * (np.mean(weight * terms**2) + ridge) - np.mean(weight * terms) ** 2
-    rate = _sigmoid(theta)
-    moved: Array = _influence(wins, terms, theta, phi) * rate * (1 - rate) / determinant
-    return moved
+    # Two imagined prompts with answers of equal length, one won by either side alone: see `intervals`.
+    a, b = (np.append(ours, [1.0, 0.0]), np.append(theirs, [0.0, 1.0]))
+    delta_a, delta_b = (np.append(delta, [0.0, 0.0]) for delta in deltas)
+    resampled = bootstrap(
+        lambda index: _controlled_rates(a[index], delta_a[index]) - _controlled_rates(b[index], delta_b[index]),
+        len(a),
+        seed,
+    )
+    imagined = _controlled_rate(a, delta_a) - _controlled_rate(b, delta_b)
+    influence = _influence(a, delta_a) - _influence(b, delta_b)
+    return difference, including(difference, bca_interval(imagined, resampled, influence))
 
 
 def _checked(p_model_wins: ArrayLike, reference: ArrayLike, model: ArrayLike) -> tuple[Array, Array, Array]:
@@ -197,16 +181,35 @@ def _matched(wins: Array, reference: Array, model: Array, seed: int) -> MatchedR
 
 def _length_controlled(wins: Array, delta: Array, seed: int) -> tuple[float, Interval]:
     """P(model wins) at equal lengths and its interval, the length model refitted on every resample."""
-    if np.ptp(wins) == 0:  # every pair ended alike: φ = 0 fits perfectly
-        return float(wins[0]), constant_interval(float(wins[0]), len(wins), (0.0, 1.0))
+    rate = _controlled_rate(wins, delta)
+    if np.ptp(wins) == 0:  # every pair ended alike
+        return rate, constant_interval(rate, len(wins), (0.0, 1.0))
+    resampled = bootstrap(lambda index: _controlled_rates(wins[index], delta[index]), len(wins), seed)
+    return rate, bca_interval(rate, resampled, _influence(wins, delta))
+
+
+def _controlled_rate(wins: Array, delta: Array) -> float:
+    """P(model wins) at equal lengths, from pairs (n,)."""
+    if np.ptp(wins) == 0:  # φ = 0 fits perfectly
+        return float(wins[0])
+    return float(_controlled_rates(wins[None], delta[None])[0])
+
+
+def _controlled_rates(wins: Array, delta: Array) -> Array:
+    """P(model wins) at equal lengths of many data sets at once, from (sets, n) to (sets,)."""
+    return _sigmoid(_fit(wins, delta)[0])
+
+
+def _influence(wins: Array, delta: Array) -> Array:
+    """How much each pair moves the length-controlled rate, (n,): dP/dθ times the first row of H⁻¹ times its score."""
+    if np.ptp(wins) == 0:
+        return np.zeros_like(wins)
     theta, phi, terms = (part[0] for part in _fit(wins[None], delta[None]))
-
-    def refitted(index: NDArray[np.intp]) -> Array:
-        return _sigmoid(_fit(wins[index], delta[index])[0])
-
-    rate = float(_sigmoid(theta))
-    influence = _influence(wins, terms, theta, phi)
-    return rate, bca_interval(rate, bootstrap(refitted, len(wins), seed), influence)
+    p, rate, ridge = _sigmoid(theta + phi * terms), _sigmoid(theta), 2 * RIDGE
+    weight, error = p * (1 - p), wins - p
+    theta_theta, theta_phi, phi_phi = weight.mean(), np.mean(weight * terms), np.mean(weight * terms**2) + ridge
+    moved: Array = phi_phi * error - theta_phi * (error * terms - ridge * phi)
+    return moved * rate * (1 - rate) / (theta_theta * phi_phi - theta_phi**2)
 
 
 def _fit(wins: Array, delta: Array) -> tuple[Array, Array, Array]:
@@ -265,15 +268,6 @@ def _loss(theta: Array, phi: Array, wins: Array, terms: Array) -> Array:
     cross_entropy = np.logaddexp(0.0, logit) - wins * logit
     mean: Array = cross_entropy.mean(axis=1) + RIDGE * phi**2
     return mean
-
-
-def _influence(wins: Array, terms: Array, theta: float, phi: float) -> Array:
-    """How each pair moves θ, up to a common factor: the first row of H⁻¹ times the pair's score, (n,)."""
-    p = _sigmoid(theta + phi * terms)
-    weight, error, ridge = p * (1 - p), wins - p, 2 * RIDGE
-    phi_phi, theta_phi = np.mean(weight * terms**2) + ridge, np.mean(weight * terms)
-    influence: Array = phi_phi * error - theta_phi * (error * terms - ridge * phi)
-    return influence
 
 
 def _sigmoid(x: Array) -> Array:

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from purld.report.read import OPPONENT, Row, Run, title
+from purld.names import title
+from purld.report.read import OPPONENT, Row, Run
 
 MAX_BYTES = 8_000_000  # of data in a page, so that the whole stays below 10 MB
 MAX_CHARACTERS = 6000  # of one text

@@ -17,9 +17,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from purld.report.read import Row, Run, title
+from purld.names import title
+from purld.report.read import Row, Run
 
 # Roles of colour; the page's style sheet has the same names with a value for light and one for dark.
 COLOURS = {
@@ -143,13 +144,12 @@ def drawings(run: Run, prefix: str = "figure", whole: bool = True) -> list[Drawi
     """
     found = []
     if (figure := convergence(run)) is not None:
-        caption = (
-            "Dots are the validation loss. The dashed line marks the change of stage; "
-            "the objectives have different units, hence two axes."
-        )
+        caption = "The loss of Stage I and the objective of Stage II have different units, hence two axes."
         found.append(Drawing("Two-stage convergence", caption, as_svg(figure, prefix), wide=True))
     if not whole:
         return found
+    if "training_accuracy" in run.results:
+        found.append(_training_accuracy(run.results["training_accuracy"], prefix))
     rows = run.stage("align")
     for place, panel in enumerate(PANELS):
         if any(_points(rows, key)[1].any() for key in panel.series):
@@ -161,20 +161,23 @@ def drawings(run: Run, prefix: str = "figure", whole: bool = True) -> list[Drawi
 
 
 def save_convergence(run: Run, path: Path) -> None:
-    """Save the two-stage convergence as a picture, in the format its suffix names, on a white ground.
+    """Save the two-stage convergence as a picture for a README, in the format its suffix names, on a white ground.
 
     Raises:
         ValueError: the run logged no training.
     """
-    figure = convergence(run)
+    figure = convergence(run, width=8.6)
     if figure is None:
         raise ValueError(f"{run.name} has logged no training to draw")
     with rc_context(STYLE):
         figure.savefig(path, dpi=200, facecolor="white")
 
 
-def convergence(run: Run) -> Figure | None:
-    """Stage I's loss (left axis) and Stage II's objective (right axis) over all steps, as in Figure 2."""
+def convergence(run: Run, width: float = 11.5) -> Figure | None:
+    """Stage I's loss (left axis) and Stage II's objective (right axis) over all steps, as in Figure 2.
+
+    `width` is in inches; text keeps its size. None if the run logged no training.
+    """
     first, second = run.stage("sft"), run.stage("align")
     losses, objectives = _points(first, "loss"), _points(second, "objective")
     validation = _points(first, "eval_loss")
@@ -182,32 +185,47 @@ def convergence(run: Run) -> Figure | None:
         return None
     turn = max((row["step"] for row in first), default=0)
     with rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 3.6), layout="constrained")
+        figure = Figure(figsize=(width, 3.6), layout="constrained")
         left = figure.add_subplot()
+        left.margins(x=0.02)
         left.set_xlabel("training step")
         left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         right = left.twinx() if len(losses[0]) and len(objectives[0]) else left
         right.grid(False)
         if len(losses[0]):
             _line(left, *losses, "stage1")
-            left.plot(*validation, "o", markersize=4, color=COLOURS["stage1"])
+            if len(validation[0]):
+                left.plot(*validation, "o", markersize=4.5, color=COLOURS["stage1"], label="validation loss")
+                left.legend(loc="lower left", bbox_to_anchor=(0, 1.01))
             _own_axis(left, "Stage I: SFT loss", "stage1")
         if len(objectives[0]):
             _line(right, objectives[0] + turn, objectives[1], "stage2")
             _own_axis(right, f"Stage II: {title(run.method or 'align')} objective", "stage2")
         if right is not left:
-            left.axvline(turn, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
+            _mark_turn(left, turn)
     return figure
+
+
+def _mark_turn(axes: Axes, turn: float) -> None:
+    """The line between the stages, which are named on either side of its head."""
+    axes.axvline(turn, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
+    for name, side, shift, role in (("Stage I", "right", -8, "stage1"), ("Stage II", "left", 8, "stage2")):
+        axes.annotate(
+            name,
+            (turn, 1.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(shift, 0),
+            textcoords="offset points",
+            ha=side,
+            va="bottom",
+            weight="bold",
+            color=COLOURS[role],
+        )
 
 
 def _draw(panel: Panel, rows: Sequence[Row]) -> Figure:
     with rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_xlabel("Stage II step")
-        axes.set_ylabel(panel.unit)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        figure, axes = _panel(panel.unit)
         if panel.baseline is not None:
             axes.axhline(panel.baseline, linewidth=1, color=COLOURS["muted"])
         for key, (label, role) in panel.series.items():
@@ -217,6 +235,27 @@ def _draw(panel: Panel, rows: Sequence[Row]) -> Figure:
         if len(panel.series) > 1:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1.01), ncols=len(panel.series))
     return figure
+
+
+def _training_accuracy(rows: Sequence[Row], prefix: str) -> Drawing:
+    """The share of Stage II's candidates that is right, over its steps."""
+    with rc_context(STYLE):
+        figure, axes = _panel("right candidates")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _line(axes, *_points(rows, "right"), "policy")
+    caption = "Sampled candidates that are right by the gold of the training prompts, which training never sees."
+    return Drawing("Accuracy over training", caption, as_svg(figure, f"{prefix}-accuracy"))
+
+
+def _panel(unit: str) -> tuple[Figure, Axes]:
+    """An empty small figure over the steps of Stage II."""
+    figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel("Stage II step")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    return figure, axes
 
 
 def _score_quality(found: Row, prefix: str) -> Drawing:

@@ -39,11 +39,14 @@ class Section:
         return f'<a href="#{self.ident}">{text(self.heading)}</a>'
 
 
+_SCROLLS = ' tabindex="0"'  # what scrolls sideways on a phone must do so by keyboard
+
+
 def figures(drawings: Sequence[Drawing]) -> str:
     """Figures as a grid; empty without any."""
     parts = [
         f'<figure class="{"wide" if d.wide else "panel"}"><h3>{text(d.heading)}</h3>'
-        f'<div class="plot" role="img" aria-label="{text(d.heading)}" tabindex="0">{d.svg}</div>'
+        f'<div class="plot" role="img" aria-label="{text(d.heading)}"{_SCROLLS if d.wide else ""}>{d.svg}</div>'
         f"<figcaption>{text(d.caption)}</figcaption></figure>\n"
         for d in drawings
     ]

@@ -14,10 +14,11 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+from purld.names import title
 from purld.report.browser import Browser, browser
 from purld.report.figures import drawings
 from purld.report.markup import Section, figures, text
-from purld.report.read import Run, read_run, title
+from purld.report.read import Run, read_run
 from purld.report.results import results_section
 from purld.report.sensitivity import sensitivity_section
 from purld.report.spend import spend_section
@@ -97,19 +98,24 @@ def _header(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     else:
         each = "".join(f'<p class="verdict {s.tone}"><b>{text(run.name)}:</b> {text(s.text)}</p>' for run, s in said)
         if len(runs) > _WHOLE_TRAINING:
-            each = f"<p>{_tally(said)}</p><details><summary>Each run in a sentence</summary>{each}</details>"
-        lines = f'<h1 class="verdict">{len(runs)} runs side by side</h1>{each}'
+            each = f"<details><summary>Each run in a sentence</summary>{each}</details>"
+        lines = f'<h1 class="verdict">{_tally(said)}</h1>{each}'
     links = "\n".join(section.link() for section in sections)
     brand = '<p class="brand">purld <span>report</span></p>'
     return f'<header>\n{brand}\n{lines}\n<nav aria-label="Sections">\n{links}\n</nav>\n</header>'
 
 
 def _tally(said: Sequence[tuple[Run, Sentence]]) -> str:
-    """How many runs came out which way, against the model that each is compared with."""
-    words: dict[Tone, str] = {"better": "better", "worse": "worse", "open": "not told apart", "none": "not evaluated"}
+    """How many runs came out which way, against the model that each started from."""
+    words: dict[Tone, str] = {
+        "better": "better than the model it started from",
+        "worse": "worse than the model it started from",
+        "open": "not told apart from the model it started from",
+        "none": "without a comparison",
+    }
     counts = Counter(sentence.tone for _, sentence in said)
     found = ", ".join(f"{counts[tone]} {word}" for tone, word in words.items() if counts[tone])
-    return f"Each final model against the one it started from, at 95%: {found}."
+    return f"{len(said)} runs side by side: {found}."
 
 
 def _facts(run: Run) -> str:
@@ -120,10 +126,20 @@ def _facts(run: Run) -> str:
         "Student": student.get("model"),
         "Teacher": teacher.get("model") or teacher.get("path"),
         "Method": title(run.method) if run.method else None,
+        **_judging(run),
         "Seed": run.results.get("seed", run.config.get("seed")),
     }
     items = (f"<div><dt>{name}</dt><dd>{text(v)}</dd></div>" for name, v in facts.items() if v is not None)
     return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def _judging(run: Run) -> dict[str, str | None]:
+    """Whose answers the models met, and who judged."""
+    settings = run.config.get("evaluate") or {}
+    judge, opponent = settings.get("judge"), settings.get("opponent")
+    if not judge or not opponent:
+        return {}
+    return {"Opponent": opponent.get("path", "the teacher"), "Judge": judge.get("model") or judge.get("path")}
 
 
 def _trainings(runs: Sequence[Run]) -> list[Section]:

@@ -15,18 +15,6 @@ Row = Mapping[str, Any]
 
 OPPONENT = "opponent"
 
-_NAMES = {
-    "base": "Base",
-    "sft": "SFT",
-    "sft_sft": "SFT→SFT",
-    "ldl_grpo": "LDL-GRPO",
-    "anchorrank_dpo": "AnchorRank-DPO",
-    "anchor_grpo": "Anchor-GRPO",
-    "self_ppo": "Self-PPO",
-    "singlepair_dpo": "SinglePair-DPO",
-    "teacher_judge_grpo": "Teacher-judge GRPO",
-    OPPONENT: "Opponent",
-}
 _FIRST = ("base", "sft")
 
 
@@ -91,11 +79,6 @@ def read_run(run: RunDir) -> Run:
         greedy=_rows(models, lambda model: run.generations(f"{model}.greedy")),
         verdicts=_rows(models, run.verdicts),
     )
-
-
-def title(model: str) -> str:
-    """How the page writes the name of a model."""
-    return _NAMES.get(model, model)
 
 
 def _rows(models: Sequence[str], place: Callable[[str], Path]) -> dict[str, Sequence[Row]]:

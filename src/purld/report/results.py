@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from purld.names import title
 from purld.report.markup import Section, table, text
-from purld.report.read import Run, title
+from purld.report.read import Run
 from purld.report.verdict import METRICS, percent, points
 
 _RATES = {
@@ -30,27 +33,80 @@ _COUNTS = {
 }
 _PERCENT = frozenset({"flip_rate", "overlap", "distinct_2", "unique_answers"})
 
+# A run, what a row is about, and its numbers.
+_Entry = tuple[Run, str, Mapping[str, Any]]
+
 
 def results_section(runs: Sequence[Run]) -> Section:
-    """Both tables; empty if nothing was evaluated."""
-    rows = [(run, model, metrics) for run in runs for model, metrics in run.results.get("models", {}).items()]
-    if not rows:
+    """The rates, the paired differences and the rest in a table each; empty if nothing was evaluated."""
+    entries = _entries(runs, "models")
+    if not entries:
         return Section("results", "Results", "")
-    rates = [key for key in _RATES if any(key in metrics for _, _, metrics in rows)]
-    counts = [key for key in _COUNTS if any(key in metrics for _, _, metrics in rows)]
+    several = len(runs) > 1
+    note = "Bars are 95% intervals over prompts, the dot is the estimate, and p is McNemar's, exact and two-sided."
+    if several:
+        note += " A row that an earlier run has as well, such as an SFT model that they share, is not repeated."
+    body = _rates(entries, several) + _differences(runs) + f'<p class="note">{note}</p>\n'
+    return Section("results", "Results", body + "<h3>The answers</h3>\n" + _counts(entries, several))
+
+
+def _rates(entries: Sequence[_Entry], several: bool) -> str:
+    keys = [key for key in _RATES if any(key in metrics for *_, metrics in entries)]
     scales = {
-        key: _scale(bound for _, _, m in rows for bound in (m.get(key), *m.get(f"{key}_ci", ()))) for key in rates
+        key: _scale(bound for *_, m in entries for bound in (m.get(key), *m.get(f"{key}_ci", ()))) for key in keys
     }
-    heads = [*(["Run"] if len(runs) > 1 else []), "Model", *(_RATES[k] for k in rates), *(_COUNTS[k] for k in counts)]
-    body = ""
-    for run, model, metrics in rows:
-        names = [run.name, title(model)] if len(runs) > 1 else [title(model)]
-        cells = "".join(f'<th scope="row">{text(name)}</th>' for name in names)
-        cells += "".join(_rate(metrics, key, scales[key]) for key in rates)
-        cells += "".join(_count(metrics, key) for key in counts)
-        body += f'<tr class="{"method" if model == run.method else "rival"}">{cells}</tr>\n'
-    note = '<p class="note">Bars are 95% intervals over prompts; the dot is the estimate.</p>'
-    return Section("results", "Results", table("Models and metrics", heads, body) + _differences(runs) + note)
+
+    def cells(metrics: Mapping[str, Any]) -> str:
+        return "".join(_rate(metrics, key, scales[key]) for key in keys)
+
+    return _models("Models and metrics", [_RATES[key] for key in keys], entries, cells, several) if keys else ""
+
+
+def _counts(entries: Sequence[_Entry], several: bool) -> str:
+    keys = [key for key in _COUNTS if any(key in metrics for *_, metrics in entries)]
+
+    def cells(metrics: Mapping[str, Any]) -> str:
+        return "".join(_count(metrics, key) for key in keys)
+
+    return _models("The answers", [_COUNTS[key] for key in keys], entries, cells, several)
+
+
+def _entries(runs: Sequence[Run], part: str) -> list[_Entry]:
+    """The rows of a part of results.json, run by run; what runs share comes once, with the first of them."""
+    found: list[_Entry] = []
+    seen: set[str] = set()
+    for run in runs:
+        for name, metrics in run.results.get(part, {}).items():
+            same = json.dumps([name, metrics], sort_keys=True)
+            if same not in seen or run.method in name.split(" - "):
+                found.append((run, name, metrics))
+            seen.add(same)
+    return found
+
+
+def _models(
+    label: str,
+    heads: Sequence[str],
+    entries: Sequence[_Entry],
+    cells: Callable[[Mapping[str, Any]], str],
+    several: bool,
+) -> str:
+    """A table with a row per model; with several runs each has its name beside its rows."""
+    counts = Counter(run.name for run, *_ in entries)
+    body, last = "", None
+    for run, model, metrics in entries:
+        first = several and run.name != last
+        last = run.name
+        names = _head(run.name, counts[run.name]) if first else ""
+        names += f'<th scope="row">{text(title(model))}</th>'
+        kind = "method" if model == run.method else "rival"
+        body += f'<tr class="{kind}{" first" if first else ""}">{names}{cells(metrics)}</tr>\n'
+    return table(label, [*(["Run"] if several else []), "Model", *heads], body)
+
+
+def _head(name: str, rows: int) -> str:
+    """The head of a group of rows."""
+    return f'<th scope="rowgroup" rowspan="{rows}">{text(name)}</th>'
 
 
 def _scale(values: Iterable[float | None]) -> tuple[float, float]:
@@ -94,25 +150,32 @@ def _bar(value: float, interval: Sequence[float], scale: tuple[float, float], ze
 
 
 def _differences(runs: Sequence[Run]) -> str:
-    rows = [
-        (run, pair, key, found[key], found[f"{key}_ci"])
-        for run in runs
-        for pair, found in run.results.get("difference", {}).items()
-        for key in METRICS
-        if key in found and f"{key}_ci" in found
+    """One model minus another on the same prompts, a row per metric."""
+    pairs = [
+        (run, pair, [key for key in METRICS if key in found and f"{key}_ci" in found], found)
+        for run, pair, found in _entries(runs, "difference")
     ]
-    if not rows:
+    intervals = [found[f"{key}_ci"] for *_, keys, found in pairs for key in keys]
+    if not intervals:
         return ""
-    scale = _scale([0.0, *(bound for *_, interval in rows for bound in interval)])
+    scale = _scale([0.0, *(bound for interval in intervals for bound in interval)])
     body = ""
-    for run, pair, key, value, interval in rows:
+    for run, pair, keys, found in pairs:
         names = " − ".join(title(model) for model in pair.split(" - "))
-        shown = f"{run.name}: {names}" if len(runs) > 1 else names
-        between = f"{points(interval[0])} to {points(interval[1])}"
-        body += (
-            f'<tr><th scope="row">{text(shown)}<small>{_RATES[key]}</small></th>'
-            f"<td><b>{points(value)}</b> <small>{between}</small></td>"
-            f'<td class="wide">{_bar(value, interval, scale, zero=True)}</td></tr>\n'
-        )
-    heads = ("Difference", "Percentage points", "")
+        for key in keys:
+            head = _head(f"{run.name}: {names}" if len(runs) > 1 else names, len(keys)) if key == keys[0] else ""
+            body += f"<tr{' class=first' if head else ''}>{head}{_difference(found, key, scale)}</tr>\n"
+    heads = ("Difference", "Metric", "Percentage points", "")
     return "<h3>On the same prompts</h3>\n" + table("Paired differences", heads, body)
+
+
+def _difference(found: Mapping[str, Any], key: str, scale: tuple[float, float]) -> str:
+    """The cells of one difference; it has a tone if its interval excludes zero."""
+    low, high = interval = found[f"{key}_ci"]
+    tone = "better" if low > 0 else "worse" if high < 0 else "open"
+    p_value = f"; p = {found[f'{key}_p']:.2g}" if f"{key}_p" in found else ""
+    return (
+        f'<th scope="row">{_RATES[key]}</th><td><b class="{tone}">{points(found[key])}</b> '
+        f"<small>{points(low)} to {points(high)}{p_value}</small></td>"
+        f'<td class="wide">{_bar(found[key], interval, scale, zero=True)}</td>'
+    )

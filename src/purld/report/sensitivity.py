@@ -15,18 +15,13 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
+from purld.names import METRICS, title
 from purld.report.figures import COLOURS, STYLE, Drawing, as_svg
 from purld.report.markup import Section, figures
-from purld.report.read import Run, title
+from purld.report.read import Run
 
-METRICS = {
-    "accuracy": "accuracy",
-    "greedy_accuracy": "greedy accuracy",
-    "win_rate": "win rate",
-    "lc_win_rate": "win rate, length-controlled",
-}
 _SHAPING = ("student", "teacher", "anchors", "sft", "align", "data")  # what may change a result, seed apart
 _PLACES = frozenset({"path", "prompts", "eval_prompts", "base_url"})  # where things lie, not what they are
 _LOG_FROM = 20  # the ratio of largest to smallest value from which an axis is logarithmic
@@ -36,11 +31,12 @@ _MARKERS = "osD^v"
 
 @dataclass(frozen=True)
 class _Point:
-    """One run: its value of the swept key, what else tells it from others, and its metric."""
+    """One run: its value of the swept key, what else tells it from others, its metric and that one's interval."""
 
     x: float
     setting: tuple[tuple[str, Any], ...]
     y: float
+    interval: tuple[float, float] | None = None
 
 
 def sensitivity_section(runs: Sequence[Run]) -> Section:
@@ -59,10 +55,11 @@ def sensitivity(runs: Sequence[Run]) -> list[Drawing]:
             continue
         for metric, label in METRICS.items():
             points = list(_points(finals, key, [other for other in varying if other != key], metric))
-            if len({point.x for point in points}) > 1:
+            if _joined(points):
                 figure = draw(points, key, label, _sft_level(finals, metric))
-                heading = f"{label.capitalize()} against {key}"
-                caption = "Lines join the means over seeds; small dots are single runs. Dashed: the SFT models' mean."
+                heading = f"{label[0].upper()}{label[1:]} against {key}"
+                caption = "Lines join the means over seeds; faint dots are runs with their 95% intervals."
+                caption += " Dashed: the SFT models' mean."
                 found.append(Drawing(heading, caption, as_svg(figure, f"sensitivity-{len(found)}")))
     return found
 
@@ -88,6 +85,7 @@ def draw(points: Sequence[_Point], key: str, label: str, sft: float | None) -> F
         axes.set_xlabel(key)
         axes.set_ylabel(label)
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         _x_axis(axes, sorted({point.x for point in points}))
         if sft is not None:
             axes.axhline(sft, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
@@ -96,6 +94,9 @@ def draw(points: Sequence[_Point], key: str, label: str, sft: float | None) -> F
             xs = sorted({point.x for point in of_line})
             means = [np.mean([point.y for point in of_line if point.x == x]) for x in xs]
             axes.plot([p.x for p in of_line], [p.y for p in of_line], ".", color=colour, alpha=0.4, markersize=5)
+            ranges = [(p.x, *p.interval) for p in of_line if p.interval is not None]
+            if ranges:
+                axes.vlines(*zip(*ranges, strict=True), color=colour, alpha=0.25, linewidth=1)
             name = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in setting)
             marker = _MARKERS[place % len(_MARKERS)]
             axes.plot(xs, means, marker=marker, markersize=4.5, linewidth=1.8, color=colour, label=name or None)
@@ -121,9 +122,18 @@ def _varying(runs: Sequence[Run]) -> list[str]:
 def _points(runs: Sequence[Run], key: str, others: Sequence[str], metric: str) -> Iterator[_Point]:
     for run in runs:
         setting = flat(run)
-        value = run.results["models"][run.method].get(metric)
-        if value is not None and key in setting:
-            yield _Point(float(setting[key]), tuple((other, _shown(setting.get(other))) for other in others), value)
+        metrics = run.results["models"][run.method]
+        if metric in metrics and key in setting:
+            names = tuple((other, _shown(setting.get(other))) for other in others)
+            yield _Point(float(setting[key]), names, metrics[metric], metrics.get(f"{metric}_ci"))
+
+
+def _joined(points: Sequence[_Point]) -> bool:
+    """Whether any line has two ends: runs that differ in several keys at once say nothing about one of them."""
+    reached: dict[Any, set[float]] = defaultdict(set)
+    for point in points:
+        reached[point.setting].add(point.x)
+    return any(len(xs) > 1 for xs in reached.values())
 
 
 def _shown(value: Any) -> Any:

@@ -29,7 +29,9 @@ def spend_section(runs: Sequence[Run]) -> Section:
 def _tiles(run: Run) -> str:
     teacher = run.results.get("teacher", {})
     tiles = "".join(
-        f"<div><dd>{_amount(teacher[key])}</dd><dt>{name}</dt></div>" for key, name in _SPEND.items() if key in teacher
+        f"<div><dd>{_amount(teacher[key])}</dd><dt>{name}</dt></div>"
+        for key, name in _SPEND.items()
+        if key in teacher and (key != "cost" or teacher[key])
     )
     return f'<h3>Asked of the teacher</h3><dl class="tiles">{tiles}</dl>\n' if tiles else ""
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from purld.report.read import Run, title
+from purld.names import title
+from purld.report.read import Run
 
 Tone = Literal["better", "worse", "open", "none"]
 
 # What a difference may be measured in, the most trustworthy first, and how a sentence names it.
 METRICS = {
     "accuracy": "right answers",
-    "greedy_accuracy": "right answers (greedy)",
+    "greedy_accuracy": "right greedy answers",
     "lc_win_rate": "length-controlled wins",
     "win_rate": "wins",
 }
@@ -35,18 +36,26 @@ def verdict(run: Run) -> Sentence:
         return Sentence("This run has not been evaluated yet.", "none")
     rival = "base" if method == "sft" else "sft"
     found = run.results.get("difference", {}).get(f"{method} - {rival}", {})
+    metrics = models.get(method, {}), models.get(rival, {})
+    return compared((title(method), title(rival)), metrics, found) or _uncompared(method, rival, models)
+
+
+def compared(
+    names: tuple[str, str], metrics: tuple[Mapping[str, Any], Mapping[str, Any]], found: Mapping[str, Any]
+) -> Sentence | None:
+    """Whether one model is better than another on the same prompts; None if nothing was measured of both.
+
+    Args:
+        names: of the two.
+        metrics: of the two, named as in results.json.
+        found: the first minus the second, named likewise.
+    """
     measured = [key for key in METRICS if key in found and f"{key}_ci" in found]
-    if measured:
-        return _compared(method, rival, measured, found, models)
-    return _uncompared(method, rival, models)
-
-
-def _compared(
-    method: str, rival: str, measured: list[str], found: Mapping[str, Any], models: Mapping[str, Any]
-) -> Sentence:
+    if not measured:
+        return None
     key = measured[0]
     low, high = found[f"{key}_ci"]
-    ours, theirs = title(method), title(rival)
+    ours, theirs = names
     claim: str
     tone: Tone
     if low > 0:
@@ -55,8 +64,8 @@ def _compared(
         claim, tone = f"{ours} is worse than {theirs}", "worse"
     else:
         claim, tone = f"{ours} and {theirs} cannot be told apart", "open"
-    text = f"{claim}: {_levels(key, method, rival, models)}{points(found[key])} points, 95% interval "
-    text += f"{points(low)} to {points(high)}{_prompts(models.get(method, {}))}"
+    text = f"{claim}: {_levels(key, *metrics)} {points(found[key])} points "
+    text += f"(95% interval {points(low)} to {points(high)}){_prompts(metrics[0])}"
     return Sentence(text + _contradiction(measured[1:], found, tone) + ".", tone)
 
 
@@ -65,7 +74,7 @@ def _contradiction(others: list[str], found: Mapping[str, Any], tone: Tone) -> s
     for key in others:
         low, high = found[f"{key}_ci"]
         if (low > 0 and tone != "better") or (high < 0 and tone != "worse"):
-            return f"; but {points(found[key])} in {METRICS[key]} ({points(low)} to {points(high)})"
+            return f"; but {points(found[key])} points in {METRICS[key]} ({points(low)} to {points(high)})"
     return ""
 
 
@@ -83,14 +92,14 @@ def _uncompared(method: str, rival: str, models: Mapping[str, Any]) -> Sentence:
     return Sentence(text, "open")
 
 
-def _levels(key: str, method: str, rival: str, models: Mapping[str, Any]) -> str:
-    if key not in models.get(method, {}) or key not in models.get(rival, {}):
-        return f"{METRICS[key]} "
-    return f"{percent(models[method][key])} {METRICS[key]} against {percent(models[rival][key])}, "
+def _levels(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    if key not in ours or key not in theirs:
+        return f"a difference in {METRICS[key]} of"
+    return f"{percent(ours[key])} {METRICS[key]} against {percent(theirs[key])}, a difference of"
 
 
 def _prompts(metrics: Mapping[str, Any]) -> str:
-    return f", over {metrics['n']:,} held-out prompts" if "n" in metrics else ""
+    return f" over {metrics['n']:,} held-out prompts" if "n" in metrics else ""
 
 
 def percent(share: float) -> str:

@@ -160,7 +160,7 @@
     const row = (name, value, kind, share) => {
       const bar = el("i", { hidden: share === undefined });
       if (share !== undefined) bar.style.width = `${100 * share}%`;
-      const dd = el("dd", {}, el("span", { textContent: value === null ? "–" : value.toFixed(3) }), bar);
+      const dd = el("dd", {}, el("span", { textContent: value === null ? "–" : value.toFixed(3).replace("-", "−") }), bar);
       return el("div", { class: kind }, el("dt", { textContent: name }), dd);
     };
     const rows = c.score === null
@@ -200,10 +200,18 @@
     return text;
   }
 
+  // Tab stops at one prompt of the list, the chosen one where it is shown, and the arrows go on from there.
+  function reachable() {
+    const buttons = [...list.querySelectorAll("button")];
+    const stop = buttons.find((b) => b.hasAttribute("aria-current")) ?? buttons[0];
+    for (const b of buttons) b.tabIndex = b === stop ? 0 : -1;
+  }
+
   function show(entry) {
     for (const other of list.querySelectorAll('[aria-current="true"]')) other.removeAttribute("aria-current");
     entry.button.setAttribute("aria-current", "true");
     pane.replaceChildren(...detail(entry));
+    reachable();
   }
 
   function choose(entry) {
@@ -217,20 +225,22 @@
     const shown = entries.filter((e) => passes(e) && e.haystack.includes(wanted));
     list.replaceChildren(...shown.map((e) => el("li", {}, e.button)));
     count.textContent = `${shown.length} of ${entries.length}`;
+    reachable();
     if (!shown.length) list.append(el("li", { class: "none", textContent: "No prompt matches." }));
   }
 
-  // Arrow keys walk the list, "/" goes to the search.
+  // Arrow keys, Home and End walk the list, "/" goes to the search.
   function onKey(event) {
     if (event.key === "/" && !/INPUT|SELECT/.test(document.activeElement.tagName)) {
       event.preventDefault();
       search.focus();
       return;
     }
-    const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
-    if (!step || !list.contains(document.activeElement)) return;
+    if (!list.contains(document.activeElement)) return;
     const buttons = [...list.querySelectorAll("button")];
-    const next = buttons[buttons.indexOf(document.activeElement) + step];
+    const at = buttons.indexOf(document.activeElement);
+    const place = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: buttons.length - 1 }[event.key];
+    const next = buttons[place];
     if (!next) return;
     event.preventDefault();
     next.focus();
