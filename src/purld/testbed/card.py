@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from purld.evaluation.accuracy import accuracy
-from purld.evaluation.scores import ScoredGroup, score_quality
+from purld.evaluation.scores import CheckedGroup, score_quality
 from purld.records import Prompt
 from purld.student.encode import Encoder
 from purld.student.sample import Decoding, generate
@@ -72,7 +72,7 @@ def _figures(best: np.ndarray, right: np.ndarray, judged: Sequence[GroupScores],
     """The figures from greedy (n,) and sampled (n, k) rights and the scores of the sampled ones."""
     scores = np.array([group.candidates for group in judged], dtype=float)
     anchor_scores = np.array([[group.anchor] for group in judged], dtype=float)
-    groups = [ScoredGroup(str(i), s.tolist(), r.tolist()) for i, (s, r) in enumerate(zip(scores, right))]
+    groups = [CheckedGroup(str(i), 0, s.tolist(), r.tolist()) for i, (s, r) in enumerate(zip(scores, right))]
     quality = score_quality(groups, seed)
     greedy, greedy_ci = accuracy(best)
     sampled, sampled_ci = accuracy(right)
