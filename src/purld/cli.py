@@ -330,7 +330,7 @@ def _dry_run(config: Path, overrides: Sequence[str] | None, run_dir: Path | None
     settings, run = _open(config, overrides, run_dir)
     reporter = _reporter()
     pools = load_pools(settings, Pipeline(settings, run, reporter).encoder, reporter.say)
-    count, size = write_dry_run(sys.stdout, settings, pools, run.ledger, resend_unknown)
+    count, size = write_dry_run(sys.stdout, settings, pools, run, resend_unknown)
     reporter.say(f"{count:,} requests of {size:,} bytes would leave this machine; nothing was sent.")
 
 

@@ -168,7 +168,7 @@ class OpenAIEndpoint(Section):
     @field_validator("extra_body")
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
-        ours = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "stream", "n"}
+        ours = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "stream", "n", "best_of"}
         if taken := sorted(ours & extra.keys()):
             raise ValueError(f"{', '.join(taken)} cannot be set here")
         return extra

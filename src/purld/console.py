@@ -70,7 +70,7 @@ class Reporter:
                 # By the speed since the line before: what an earlier run had done arrives at once.
                 left = (total - done) * (now - last) / max(1, done - last_done)
                 more = f"  about {_duration(left)} left" if left else ""
-                self.console.print(f"  {what} {done}/{total}  {note}{more}".rstrip(), markup=False)
+                self.console.print(f"  {what} {done}/{total}  {note}{more}".rstrip(), markup=False, soft_wrap=True)
                 last, last_done = now, done
 
         yield update

@@ -200,7 +200,7 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, A
 def _collect(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
     """The teacher's one answer to each prompt, and to the held-out ones where it is the opponent."""
     config, run = pipeline.config, pipeline.run
-    with Ledger(run.ledger) as ledger:
+    with Ledger(run.ledger, run.ledgers_beside()) as ledger:
         collection = _ask_teacher(pipeline, ledger, "teacher", pools.train, "answers")
         if isinstance(config.evaluate.opponent, TeacherAnchors):
             opponent = _ask_teacher(pipeline, ledger, "opponent", pools.held_out, "held-out prompts answered")
@@ -391,7 +391,7 @@ def _judged(
     """The models with a judge's verdicts on their first sample of each prompt."""
     run = pipeline.run
     first = {name: [g for g in model.generations if g.sample == 0] for name, model in models.items()}
-    with Ledger(run.ledger) as ledger:
+    with Ledger(run.ledger, run.ledgers_beside()) as ledger:
         verdicts = collect_verdicts(
             pipeline.config.evaluate,
             pools.held_out,

@@ -21,7 +21,7 @@ class Pools:
 
     The teacher is asked about `train`. Its anchors serve Stage I for `sft` and Stage II for `align`: each the whole
     of `train`, or with `data.sft_fraction` two parts of it that do not overlap. `rows` were read, `duplicates` of
-    them repeated a prompt.
+    them repeated a prompt. `tokens` has the length of each prompt, by its id.
     """
 
     train: list[Prompt]
@@ -30,6 +30,7 @@ class Pools:
     align: list[Prompt]
     rows: int
     duplicates: int
+    tokens: dict[str, int]
 
     @property
     def fingerprint(self) -> str:
@@ -49,8 +50,9 @@ def load_pools(config: Config, encoder: Encoder, say: Say) -> Pools:
         _tell(part, data.source if part is loaded else data.eval_prompts or data.source, say)
     train, held_out = _part(config, loaded, published, say)
     limit = config.student.max_prompt_tokens
-    train = _that_fit(train, encoder, limit, "training", say)[: data.max_prompts]
-    held_out = _that_fit(held_out, encoder, limit, "held-out", say)[: data.max_eval_prompts]
+    measured = {prompt.id: len(encoder.prompt(prompt)) for prompt in train + held_out}
+    train = _that_fit(train, measured, limit, "training", say)[: data.max_prompts]
+    held_out = _that_fit(held_out, measured, limit, "held-out", say)[: data.max_eval_prompts]
     if not train:
         raise UserError(f"{data.source}: no prompts are left to train on.")
     if not held_out:
@@ -58,7 +60,9 @@ def load_pools(config: Config, encoder: Encoder, say: Say) -> Pools:
             f"{data.source}: no prompts are held out; give data.eval_prompts or a larger data.eval_fraction."
         )
     parts = [loaded] if published is None else [loaded, published]
-    return Pools(train, held_out, *_stages(config, train), sum(p.rows for p in parts), sum(p.duplicates for p in parts))
+    rows, duplicates = sum(p.rows for p in parts), sum(p.duplicates for p in parts)
+    tokens = {prompt.id: measured[prompt.id] for prompt in train + held_out}
+    return Pools(train, held_out, *_stages(config, train), rows, duplicates, tokens)
 
 
 def _load(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
@@ -104,9 +108,9 @@ def _stages(config: Config, train: list[Prompt]) -> tuple[list[Prompt], list[Pro
     return sft, align
 
 
-def _that_fit(prompts: list[Prompt], encoder: Encoder, limit: int, kind: str, say: Say) -> list[Prompt]:
+def _that_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int, kind: str, say: Say) -> list[Prompt]:
     """Leave out prompts that are too long before a teacher is paid for them: a cut question is another one."""
-    fitting = [p for p in prompts if len(encoder.prompt(p)) <= limit]
+    fitting = [p for p in prompts if tokens[p.id] <= limit]
     if len(fitting) < len(prompts):
         say(
             f"{len(prompts) - len(fitting)} of {len(prompts)} {kind} prompts have more than {limit} tokens "

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 Outcome = Literal["win", "loss", "tie", "unjudged"]
@@ -41,7 +42,7 @@ class Prompt:
     reference: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A hash of what the model is shown; gold and metadata do not change it."""
         return content_hash([[[m.role, m.content] for m in self.messages], list(self.images)])

@@ -36,6 +36,11 @@ class RunDir:
         self.report = self.path / "report.html"
         self.manifest = self.path / "manifest.json"
 
+    def ledgers_beside(self) -> list[Path]:
+        """The ledgers of the other runs in the same folder: what one of them bought is not bought again."""
+        own = self.ledger.absolute()
+        return [path for path in sorted(own.parent.parent.glob(f"*/{own.name}")) if path != own]
+
     def generations(self, model: str) -> Path:
         """The held-out answers of `base`, `sft` or a method."""
         return self.path / "generations" / f"{model}.jsonl"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -107,6 +108,9 @@ def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):
     input_tokens, output_tokens = worst_case(endpoint(max_tokens_per_answer=7), prompt)
     assert input_tokens >= len("Snaïve 🤝".encode()) + 2 * 8
     assert output_tokens == 7
+    schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "é" * 100}}}
+    more, _ = worst_case(endpoint(extra_body=schema), prompt)
+    assert more >= input_tokens + 200, "what goes along with every request is read, too"
 
 
 # What a server does on each arrival; the reply; the last call's error; calls that left; tokens that count.
@@ -222,15 +226,13 @@ def test_retry_after_is_waited_for_by_all(server, endpoint, ledger, form):
     started = time.monotonic()
     ask(endpoint(concurrency=1), ledger, ["first", "second"])
     assert len(arrivals) == 2
-    assert 0.9 < min(arrivals) - started < 3
+    assert min(arrivals) - started > 0.9
 
 
 def test_a_long_retry_after_is_bounded(server, endpoint, ledger, monkeypatch):
     monkeypatch.setattr(pace, "LONGEST_WAIT", 0.05)
     server.script["q"] = [error(429, headers={"Retry-After": "86400"})]
-    started = time.monotonic()
     assert ask(endpoint(), ledger, ["q"])[0].state == "answered"
-    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize(
@@ -319,29 +321,34 @@ def test_cost_follows_the_reported_usage(server, endpoint, ledger):
 
 
 def test_no_more_calls_at_once_than_configured(server, endpoint, ledger):
-    most = []
+    at_once, most, mutex = 0, [], threading.Lock()
 
     def slow(handler):
-        most.append(len(server.arrived) - len(server.finished))
-        time.sleep(0.02)
+        nonlocal at_once
+        with mutex:
+            at_once += 1
+            most.append(at_once)
+        time.sleep(0.05)
+        with mutex:
+            at_once -= 1
         handler.reply(completion())
 
     server.default = slow
-    EndpointClient(endpoint(concurrency=3), ledger, "teacher").ask(numbered(20))
-    assert max(most) == 3
+    EndpointClient(endpoint(concurrency=3, timeout=60), ledger, "teacher").ask(numbered(20))
+    assert 1 < max(most) <= 3
 
 
 def test_requests_are_paced(server, endpoint, ledger):
     started = time.monotonic()
     EndpointClient(endpoint(requests_per_minute=600), ledger, "teacher").ask(numbered(6))
-    assert 0.45 < time.monotonic() - started < 2
+    assert time.monotonic() - started > 0.45
 
 
 def test_tokens_are_paced_and_unused_ones_given_back(server, endpoint, ledger):
     started = time.monotonic()
-    config = endpoint(tokens_per_minute=60 * 600, max_tokens_per_answer=400, concurrency=1)
+    config = endpoint(tokens_per_minute=60 * 60, max_tokens_per_answer=400, concurrency=1)
     EndpointClient(config, ledger, "teacher").ask(numbered(6))
-    assert time.monotonic() - started < 1.5, "6 × 500 tokens at 600 a second take 5 s; 6 × 15 do not"
+    assert 1.2 < time.monotonic() - started < 30, "6 × 500 tokens at 60 a second take 40 s and more; 5 × 15 take 1.25 s"
 
 
 def test_lone_surrogates_and_nul_in_an_answer_are_survived(server, endpoint, ledger):
@@ -356,13 +363,19 @@ def test_no_file_of_a_run_and_no_message_holds_the_key(server, endpoint, tmp_pat
     def echo(handler):
         handler.reply({"error": {"message": handler.headers["Authorization"], "code": "x"}}, 403)
 
+    def escaped(handler):
+        key = "".join(f"\\u{ord(letter):04X}" if letter.isalpha() else letter for letter in SECRET)
+        handler.reply(f'{{"error": {{"message": "not {key}"}}}}'.replace("/", "\\/").encode(), 400)
+
     server.script = {
         "echo": [echo],
+        "escaped": [escaped],
+        "an answer": [lambda h: h.reply(completion(h.headers["Authorization"]))],
         "503": [lambda h: h.reply(h.headers["Authorization"].encode(), 503)],
         "lost": [reset],
     }
     with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
-        replies = ask(endpoint(), ledger, ["plain", "echo", "503", "lost"])
+        replies = ask(endpoint(), ledger, ["plain", "echo", "escaped", "an answer", "503", "lost"])
         server.default = error(401, message=f"Bearer {SECRET}")
         with pytest.raises(UserError) as stopped:
             ask(endpoint(), ledger, ["wrong"])
@@ -370,11 +383,42 @@ def test_no_file_of_a_run_and_no_message_holds_the_key(server, endpoint, tmp_pat
         files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
     out, err = capfd.readouterr()
+    assert [replies[2].detail, replies[3].text] == ["http_400: not [key]", "Bearer [key]"]
     said = repr(replies) + str(stopped.value) + repr(stopped.value.__context__) + out + err + caplog.text
     assert {path.name for path in files} >= {"ledger.sqlite", "ledger.sqlite-wal", "export.jsonl"}
     for text in [said.encode(), *files.values()]:
         assert SECRET.encode() not in text
         assert SECRET.replace("/", "\\/").encode() not in text
+
+
+def test_a_placeholder_for_a_key_is_left_alone_in_answers(server, endpoint, ledger, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "content")
+    server.default = lambda handler: handler.reply(completion("The content is EMPTY."))
+    assert ask(endpoint(), ledger, ["q"])[0].text == "The content is EMPTY."
+
+
+def test_what_a_run_beside_this_one_bought_is_not_bought_again(server, endpoint, tmp_path):
+    server.script["lost"] = [hang_up]
+    server.script["failed"] = [raw(b"oops")]
+    first, second = tmp_path / "a.sqlite", tmp_path / "b.sqlite"
+    (tmp_path / "damaged.sqlite").write_bytes(b"no ledger" * 100)
+    with Ledger(first) as ledger:
+        ask(endpoint(), ledger, ["known", "lost", "failed", "unasked"])
+    for _ in range(2):
+        with Ledger(second, [tmp_path / "damaged.sqlite", first]) as ledger:
+            replies = ask(endpoint(max_calls=2), ledger, ["known", "lost", "failed", "new"])
+            totals = ledger.totals("teacher")
+    assert [reply.state for reply in replies] == ["answered", "unknown", "answered", "answered"]
+    assert sorted(server.arrived) == sorted(["known", "lost", "failed", "unasked", "failed", "new"])
+    assert {name: totals[name] for name in ("prompts", "answered", "unknown", "calls")} == {
+        "prompts": 4, "answered": 3, "unknown": 1, "calls": 2,
+    }  # fmt: skip
+    assert (totals["input_tokens"], totals["unsettled_cost"]) == (20, 0), (
+        "what another run paid for cost this one nothing"
+    )
+    with Ledger(second, [first]) as ledger:
+        assert ask(endpoint(), ledger, ["lost"], resend_unknown=True)[0].state == "answered"
+        assert len(list(ledger.rows())) == 4
 
 
 def test_no_key_of_another_service_is_sent(server, ledger, monkeypatch):

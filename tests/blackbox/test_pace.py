@@ -36,6 +36,14 @@ def test_without_limits_nothing_waits_until_a_pause():
     assert pacer.book(1, now=10.0) == LONGEST_WAIT
 
 
+def test_tokens_given_back_do_not_shorten_a_pause():
+    pacer = Pacer(None, 600)
+    pacer.book(300, now=0.0)
+    pacer.pause(20.0, now=1.0)
+    pacer.give_back(300, used=0)
+    assert pacer.book(1, now=1.0) == 20.0
+
+
 @pytest.mark.parametrize("attempt", [0, 1, 5, 50])
 def test_back_off_doubles_within_bounds_and_is_jittered(attempt):
     full = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)

@@ -104,6 +104,18 @@ def test_what_was_lost_is_sent_again_only_when_asked_and_until_it_is_trained_on(
     assert "done before" in purld("anchors", config, "--resend-unknown", *there).stderr
 
 
+def test_a_run_beside_this_one_has_paid(config, server, tmp_path):
+    purld("anchors", config, "--run-dir", tmp_path / "runs" / "one")
+    there = ["--run-dir", tmp_path / "runs" / "two"]
+    assert "teacher: 0 calls" in purld("check", config, *there).stdout
+    assert purld("anchors", config, "--dry-run", *there).stdout == ""
+    purld("anchors", config, "sft.epochs=2", *there)
+    assert len(server.bodies) == 24
+    assert RunDir(tmp_path / "runs" / "two").finished()["anchors"]["teacher"] == {
+        "prompts": 16, "answered": 16, "calls": 0, "input_tokens": 0, "output_tokens": 0, "cost": 0.0,
+    }  # fmt: skip
+
+
 def test_answers_from_a_file_send_nothing_and_their_gaps_are_told(tiny_config, tmp_path):
     rows = (tmp_path / "answers.jsonl").read_text().splitlines()
     (tmp_path / "answers.jsonl").write_text("\n".join(rows[:10]))

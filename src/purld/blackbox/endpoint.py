@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 STOP_AFTER = 10  # suspect failures in a row: the endpoint is down, or every request is wrong in the same way
 CONNECT_SECONDS = 10.0
+PLACEHOLDER = 16  # a key of fewer characters may be a word, such as EMPTY, that an answer may hold, too
 
 
 class EndpointClient:
@@ -45,7 +47,8 @@ class EndpointClient:
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """See `Client.ask`. On Ctrl-C the calls under way become `unknown`; all that was answered is kept."""
-        keys = (request_of(self.endpoint, prompt).key for prompt in prompts)
+        keys = [request_of(self.endpoint, prompt).key for prompt in prompts]
+        self.ledger.adopt(dict.fromkeys(keys), self.role)
         delivery = Delivery(keys, on_reply)
         wanted: deque[Prompt] = deque()
         for key, place in delivery.questions():
@@ -217,5 +220,13 @@ async def _post(http: AsyncOpenAI, body: str, endpoint: OpenAIEndpoint, key: str
     except (openai.APIError, TimeoutError) as error:
         return read_exception(error)
     text = content.decode("utf-8", "replace")
-    # Some servers quote the key when they refuse it.
-    return read_response(status, headers, text.replace(key, "[key]") if key else text, endpoint, time.time())
+    # Some servers quote the key, most of them when they refuse it.
+    if key and (status != 200 or len(key) >= PLACEHOLDER):
+        text = _without_key(text, key)
+    return read_response(status, headers, text, endpoint, time.time())
+
+
+def _without_key(text: str, key: str) -> str:
+    """`text` without the key, also where JSON writes its characters as escapes."""
+    written = (rf"\\*(?:{re.escape(letter)}|u00(?i:{ord(letter):02x}))" for letter in key)
+    return re.sub("".join(written), "[key]", text)

@@ -25,7 +25,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Self
@@ -71,6 +71,10 @@ SELECT * FROM (
     SELECT *, ROW_NUMBER() OVER (PARTITION BY key ORDER BY state = 'answered' DESC, id DESC) AS place FROM calls
 ) WHERE place = 1
 """
+
+
+_WORTH = {"failed": 0, "unknown": 1, "answered": 2}  # of what is known of a request
+_ADOPTED = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
 
 
 class CapReachedError(Exception):
@@ -156,13 +160,17 @@ class Result:
 class LedgerView:
     """A ledger to look at, also while another process writes it.
 
+    `beside` are the ledgers of other runs: what one of them holds need not be bought again. One that cannot be
+    read is passed over.
+
     Raises:
         UserError: there is no ledger at `path`, or the file is something else.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, beside: Sequence[Path] = ()) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
+        self._beside = list(_open_views(beside))
         if not self.path.exists():
             raise UserError(f"{self.path}: there is no ledger here.")
         with _readable(self.path):
@@ -176,6 +184,8 @@ class LedgerView:
         """Give the file back; closing twice is harmless."""
         with self._mutex:
             self._db.close()
+        for other in self._beside:
+            other.close()
 
     def __enter__(self) -> Self:
         return self
@@ -196,14 +206,28 @@ class LedgerView:
             partial.unlink(missing_ok=True)
 
     def find(self, key: str) -> Result | None:
-        """How the request stands, if it was ever sent: its answer, or the end of its last call."""
+        """How the request stands, if it was ever sent, here or beside: its answer, or the end of its last call."""
+        _, call = self._best(key)
+        return _result(call) if call else None
+
+    def _best(self, key: str) -> tuple[LedgerView, sqlite3.Row | None]:
+        """Where most is known of a request, and its call there."""
+        calls = [(ledger, ledger._last(key)) for ledger in (self, *self._beside)]
+        return max(calls, key=lambda found: _WORTH[found[1]["state"]] if found[1] else -1)
+
+    def _last(self, key: str) -> sqlite3.Row | None:
         with self._mutex, _readable(self.path):
-            row = self._db.execute(
+            row: sqlite3.Row | None = self._db.execute(
                 "SELECT * FROM calls WHERE key = ? AND ended_at IS NOT NULL"
                 " ORDER BY state = 'answered' DESC, id DESC LIMIT 1",
                 (key,),
             ).fetchone()
-        return _result(row) if row else None
+        return row
+
+    def _request(self, key: str) -> sqlite3.Row:
+        with self._mutex, _readable(self.path):
+            row: sqlite3.Row = self._db.execute("SELECT * FROM requests WHERE key = ?", (key,)).fetchone()
+        return row
 
     def totals(self, role: Role) -> dict[str, float]:
         """What the role's requests came to.
@@ -235,7 +259,7 @@ class LedgerView:
             keys = self._db.execute("SELECT key FROM calls GROUP BY key ORDER BY MIN(id)").fetchall()
         for (key,) in keys:
             with self._mutex, _readable(self.path):
-                request = self._db.execute("SELECT * FROM requests WHERE key = ?", (key,)).fetchone()
+                request = self._request(key)
                 calls = self._db.execute("SELECT * FROM calls WHERE key = ? ORDER BY id", (key,)).fetchall()
             yield _export_row(dict(request), [dict(call) for call in calls])
 
@@ -266,9 +290,10 @@ class Ledger(LedgerView):
         UserError: another process has the ledger open, or the file is no ledger.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, beside: Sequence[Path] = ()) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
+        self._beside = list(_open_views(beside))
         self._booked: dict[str, Booked] = {}
         self._open: dict[int, tuple[Role, Booked]] = {}
         self._lock = _exclusive(self.path.with_name(self.path.name + ".lock"))
@@ -284,6 +309,25 @@ class Ledger(LedgerView):
         """Give the file and its lock back; closing twice is harmless."""
         super().close()
         self._lock.close()
+
+    def adopt(self, keys: Iterable[str], role: Role) -> None:
+        """Copy what the ledgers beside this one know of these questions: answers, and calls that were lost.
+
+        The copies are calls that never left here: they cost this run nothing and count towards no cap.
+        """
+        if not self._beside:
+            return
+        with self._mutex, self._transaction():
+            for key in keys:
+                ledger, call = self._best(key)
+                if ledger is self or call is None or call["state"] == "failed":
+                    continue
+                self._db.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", tuple(ledger._request(key)))
+                self._db.execute(
+                    "INSERT INTO calls (key, role, state, booked_tokens, booked_cost, text, finish_reason, error, raw,"
+                    " reserved_at, ended_at) VALUES (?, ?, ?, 0, 0.0, ?, ?, ?, ?, ?, ?)",
+                    (key, role, *(call[name] for name in _ADOPTED)),
+                )
 
     def reserve(self, request: Request, role: Role, tokens: int, cost: float, caps: Caps) -> int:
         """Book the worst case of one call and return the call's number.
@@ -390,6 +434,12 @@ class Ledger(LedgerView):
     def _close_call(self, call: int, role: Role, freed: Booked) -> None:
         del self._open[call]
         self._booked[PURSES[role]] = self._booked[PURSES[role]] - freed
+
+
+def _open_views(paths: Sequence[Path]) -> Iterator[LedgerView]:
+    for path in paths:
+        with contextlib.suppress(UserError):
+            yield LedgerView(path)
 
 
 def _actual(result: Result, worst: Booked) -> Booked:

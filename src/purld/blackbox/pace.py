@@ -15,10 +15,11 @@ class Pacer:
         self._per_request = 60 / requests_per_minute if requests_per_minute else 0.0
         self._per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
         self._free = 0.0
+        self._paused = 0.0  # kept apart, so that tokens given back do not shorten a pause
 
     def book(self, tokens: int, now: float) -> float:
         """Book the next departure, of a call of at most `tokens`, and return how long to wait for it."""
-        departure = max(self._free, now)
+        departure = max(self._free, self._paused, now)
         self._free = departure + max(self._per_request, tokens * self._per_token)
         return departure - now
 
@@ -29,7 +30,7 @@ class Pacer:
 
     def pause(self, seconds: float, now: float) -> None:
         """Let nothing leave for so long: the endpoint said that it is too much."""
-        self._free = max(self._free, now + min(seconds, LONGEST_WAIT))
+        self._paused = max(self._paused, now + min(seconds, LONGEST_WAIT))
 
 
 def back_off(attempt: int, retry_after: float | None) -> float:

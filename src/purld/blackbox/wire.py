@@ -53,6 +53,8 @@ def worst_case(endpoint: OpenAIEndpoint, prompt: Prompt) -> tuple[int, int]:
     texts = [message.content for message in prompt.messages] + [endpoint.system or ""]
     input_tokens = TOKENS_PER_CALL + TOKENS_PER_MESSAGE * len(texts) + TOKENS_PER_IMAGE * len(prompt.images)
     input_tokens += sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if endpoint.extra_body:
+        input_tokens += len(json.dumps(endpoint.extra_body, ensure_ascii=False).encode("utf-8", "replace"))  # a schema
     return input_tokens, endpoint.max_tokens_per_answer
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO
 
 from purld.blackbox.answers import FileClient
@@ -19,6 +18,7 @@ from purld.config import AnswerFile, Config, LdlGrpo, LocalModel, OpenAIEndpoint
 from purld.plan.sheet import Plan
 from purld.pools import Pools
 from purld.records import Prompt
+from purld.rundir import RunDir
 from purld.student.encode import Encoder
 from purld.templates import judge as judge_turn
 
@@ -35,9 +35,11 @@ class Question:
 
 
 def outgoing(
-    endpoint: OpenAIEndpoint, config: Config, pools: Pools, ledger: Path, resend_unknown: bool = False
+    endpoint: OpenAIEndpoint, config: Config, pools: Pools, run: RunDir, resend_unknown: bool = False
 ) -> Iterator[Question]:
-    """The questions that `purld anchors` would send now, in their order: those that `ledger` cannot answer.
+    """The questions that `purld anchors` would send now, each once, in their order.
+
+    What the ledger of this run or of one beside it can answer is not among them.
 
     Raises:
         UserError: the ledger cannot be read.
@@ -45,15 +47,20 @@ def outgoing(
     asked: list[tuple[Role, Prompt]] = [("teacher", prompt) for prompt in pools.train]
     if isinstance(config.evaluate.opponent, TeacherAnchors):
         asked += [("opponent", prompt) for prompt in pools.held_out]
-    with LedgerView(ledger) if ledger.exists() else nullcontext() as known:
+    ledgers = [path for path in (run.ledger, *run.ledgers_beside()) if path.exists()]
+    with LedgerView(ledgers[0], ledgers[1:]) if ledgers else nullcontext() as known:
+        seen = set[str]()
         for role, prompt in asked:
             request = request_of(endpoint, prompt)
-            if known is None or known_reply(known, request.key, resend_unknown) is None:
+            if (key := request.key) in seen:
+                continue
+            seen.add(key)
+            if known is None or known_reply(known, key, resend_unknown) is None:
                 yield Question(role, prompt, request)
 
 
 def write_dry_run(
-    handle: IO[str], config: Config, pools: Pools, ledger: Path, resend_unknown: bool = False
+    handle: IO[str], config: Config, pools: Pools, run: RunDir, resend_unknown: bool = False
 ) -> tuple[int, int]:
     """Write one line {"role", "url", "body"} per request that would leave; `body` is the request's, byte for byte.
 
@@ -62,7 +69,7 @@ def write_dry_run(
     """
     count = size = 0
     if isinstance(config.teacher, OpenAIEndpoint):
-        for question in outgoing(config.teacher, config, pools, ledger, resend_unknown):
+        for question in outgoing(config.teacher, config, pools, run, resend_unknown):
             request = question.request
             url = json.dumps(f"{request.base_url}/chat/completions")
             # Not dumped again: what is read here is what is sent.
@@ -72,15 +79,15 @@ def write_dry_run(
     return count, size
 
 
-def plan_leaving(plan: Plan, config: Config, encoder: Encoder, pools: Pools, ledger: Path) -> None:
-    """What each remote model will be sent at most, without what the run's ledger can answer already.
+def plan_leaving(plan: Plan, config: Config, encoder: Encoder, pools: Pools, run: RunDir) -> None:
+    """What each remote model will be sent at most, without what ledgers can answer already.
 
     Raises:
         UserError: the ledger or an answer file cannot be read.
     """
     match config.teacher:
         case OpenAIEndpoint() as endpoint:
-            _teacher(plan, endpoint, encoder, list(outgoing(endpoint, config, pools, ledger)))
+            _teacher(plan, endpoint, pools, outgoing(endpoint, config, pools, run))
         case LocalModel(model=model):
             plan.add(_HEADING, f"teacher: nothing; answers come from {model}")
         case AnswerFile(path=path) as file:
@@ -106,21 +113,24 @@ def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: st
     return f"{role}: {file.path} answers {len(found)} of {len(prompts)} prompts{more}"
 
 
-def _teacher(plan: Plan, endpoint: OpenAIEndpoint, encoder: Encoder, questions: list[Question]) -> None:
-    roles = Counter(question.role for question in questions)
-    bounds = [worst_case(endpoint, question.prompt) for question in questions]
-    read, written = sum(read for read, _ in bounds), sum(written for _, written in bounds)
-    estimate = sum(len(encoder.prompt(question.prompt)) for question in questions)
-    cost = price(endpoint, read, written)
-    size = sum(len(question.request.body.encode()) for question in questions)
-    held_out = f", {roles['opponent']} of them about held-out prompts" if roles["opponent"] else ""
+def _teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: Pools, questions: Iterable[Question]) -> None:
+    calls, size, estimate, read, written = Counter[Role](), 0, 0, 0, 0
+    for question in questions:
+        calls[question.role] += 1
+        size += len(question.request.body.encode())
+        estimate += pools.tokens[question.prompt.id]
+        bound = worst_case(endpoint, question.prompt)
+        read, written = read + bound[0], written + bound[1]
+    held_out = f", {calls['opponent']:,} of them about held-out prompts" if calls["opponent"] else ""
+    likely, cost = price(endpoint, estimate, written), price(endpoint, read, written)
     plan.add(
         _HEADING,
-        f"teacher: {len(questions)} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {size:,} bytes",
-        f"  about {estimate:,} tokens in (by the student's tokenizer)",
+        f"teacher: {calls.total():,} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {size:,} bytes",
+        f"  about {estimate:,} tokens in (by the student's tokenizer)"
+        + _in_cost(endpoint, likely, "with answers of full length about"),
         f"  at most {read:,} tokens in and {written:,} out{_in_cost(endpoint, cost, 'at most')}",
     )
-    _caps(plan, endpoint, len(questions), read + written, cost)
+    _caps(plan, endpoint, calls.total(), read + written, cost)
 
 
 def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: Pools) -> None:

@@ -31,17 +31,17 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     encoder = Encoder(load_tokenizer(config.student), config.student.max_anchor_tokens)
     check_context(config)
     pools = load_pools(config, encoder, lambda line: plan.add("Prompts", line))
-    _prompts(plan, encoder, pools)
+    _prompts(plan, pools)
     _gold(plan, config, pools)
-    plan_leaving(plan, config, encoder, pools, run.ledger)
+    plan_leaving(plan, config, encoder, pools, run)
     _training(plan, config, pools)
     plan_machine(plan, config, run.path)
     _run(plan, run)
     return plan
 
 
-def _prompts(plan: Plan, encoder: Encoder, pools: Pools) -> None:
-    lengths = sorted(len(encoder.prompt(p)) for p in pools.train + pools.held_out)
+def _prompts(plan: Plan, pools: Pools) -> None:
+    lengths = sorted(pools.tokens.values())
     plan.add(
         "Prompts",
         f"{pools.rows} rows, {pools.duplicates} of them duplicates",
