@@ -7,9 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from purld.report.read import title
 from purld.rundir import RunDir, read_json
-
-NAMES = {"base": "base", "sft": "SFT", "ldl_grpo": "LDL-GRPO"}
 
 _METRICS = {
     "accuracy": "accuracy",
@@ -25,7 +24,7 @@ def show(run: RunDir, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     models = results["models"]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("", *(NAMES.get(name, name) for name in models)):
+    for heading in ("", *map(title, models)):
         table.add_column(heading, no_wrap=True)
     for key, label in _METRICS.items():
         if any(key in metrics for metrics in models.values()):
@@ -49,7 +48,7 @@ def _cell(metrics: dict[str, Any], key: str) -> str:
 def _differences(results: dict[str, Any]) -> list[str]:
     lines = []
     for pair, found in results.get("difference", {}).items():
-        ours, theirs = (NAMES.get(name, name) for name in pair.split(" - "))
+        ours, theirs = map(title, pair.split(" - "))
         parts = [
             f"{_METRICS[key]} {found[key]:+.3f} [{found[f'{key}_ci'][0]:+.3f}, {found[f'{key}_ci'][1]:+.3f}]"
             for key in _METRICS

@@ -108,7 +108,7 @@ def scored_groups(
     found = []
     for row in rows:
         prompt = by_id.get(row["prompt_id"])
-        scored = [(s, c) for s, c in zip(row["scores"], row["candidates"]) if s is not None]
+        scored = [(s, c) for s, c in zip(row["scores"] or (), row["candidates"]) if s is not None]
         if prompt is not None and scored:
             right = [check(prompt, candidate) for _, candidate in scored]
             found.append(ScoredGroup(prompt.id, [score for score, _ in scored], right))
