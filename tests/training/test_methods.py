@@ -8,11 +8,9 @@ from misbehaving import completion, serving
 
 from purld.config import load_config
 from purld.console import Reporter
-from purld.errors import UserError
 from purld.method.table import METHODS
 from purld.pipeline import Pipeline
-from purld.report.read import read_run
-from purld.rundir import RunDir, read_json, read_rows
+from purld.rundir import RunDir, read_rows
 
 SECOND_STAGE = [name for name, method in METHODS.items() if method.stage_two]
 SEVERAL_UPDATES = [f"{name}+2" for name in ("anchor_grpo", "self_ppo")]
@@ -24,7 +22,7 @@ class KilledError(BaseException):
 
 def rate(handler):
     """A teacher that likes long candidates."""
-    question, _, candidate = handler.prompt.partition("Candidate Answer:\n")
+    _, _, candidate = handler.prompt.partition("Candidate Answer:\n")
     handler.reply(completion(f"{min(1.0, len(candidate) / 100):.2f}" if candidate else "An answer."))
 
 
