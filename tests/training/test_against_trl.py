@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from purld.method.credit import group_advantages
 from purld.method.losses import dpo_loss, grpo_loss
 from purld.student.load import Roles
-from purld.training.update import GroupUpdate, Members
+from purld.training.update import GroupUpdate
 
 HEAD_LENGTH, LENGTHS = 19, (5, 12, 9, 12)
 TOLERANCE = 1e-5
