@@ -59,7 +59,7 @@ def theirs(policy, loss):
 
 def agree(ours, theirs):
     (our_loss, our_gradient), (their_loss, their_gradient) = ours, theirs
-    # The parts of a GRPO loss are of size 1 and cancel to 0 where every ratio is 1.
+    # The parts of a GRPO loss are of size 1 and cancel, wholly where every ratio is 1: 1e-6 is relative to them.
     assert our_loss == pytest.approx(their_loss, rel=TOLERANCE, abs=1e-6)
     assert their_gradient.norm() > 1e-3
     assert (our_gradient - their_gradient).norm() / their_gradient.norm() < TOLERANCE
