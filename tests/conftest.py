@@ -64,6 +64,16 @@ def random_student(tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny_config(random_student, tmp_path) -> Path:
     """A whole run that takes seconds: 24 prompts whose answers are in a file, 8 of them held out."""
+    return write_tiny_config(random_student, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_config(random_student, tmp_path_factory) -> Path:
+    """The same, shared by the tests of a module, which leave it as it is."""
+    return write_tiny_config(random_student, tmp_path_factory.mktemp("shared"))
+
+
+def write_tiny_config(random_student: Path, folder: Path) -> Path:
     import json
 
     import yaml
@@ -74,10 +84,10 @@ def tiny_config(random_student, tmp_path) -> Path:
         {"prompt": p.question, "reference": p.truth, "answer": teacher_answer(p)}
         for p in generate("counting", "train", 24, 0)
     ]
-    prompts, held_out = tmp_path / "prompts.jsonl", tmp_path / "held_out.jsonl"
+    prompts, held_out = folder / "prompts.jsonl", folder / "held_out.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[16:]))
-    answers = tmp_path / "answers.jsonl"
+    answers = folder / "answers.jsonl"
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
         "student": {"model": str(random_student), "max_prompt_tokens": 256, "max_anchor_tokens": 128},
@@ -94,6 +104,6 @@ def tiny_config(random_student, tmp_path) -> Path:
         },
         "evaluate": {"samples": 2, "max_new_tokens": 8, "batch_size": 4},
     }
-    path = tmp_path / "run.yaml"
+    path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

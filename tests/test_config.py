@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from purld.config import Config, LdlGrpo, SftOnly, load_config, parse_config
+from purld.config import Config, LdlGrpo, load_config, parse_config
 from purld.errors import UserError
+from purld.method.table import METHODS
 
 MINIMAL = {
     "student": {"model": "m"},
@@ -33,11 +34,30 @@ def test_defaults_are_the_vetted_method():
     assert (config.align.tau, config.align.beta) == (1.2, 0.01)
 
 
-def test_method_may_be_left_out_and_changes_the_known_keys():
+def test_method_may_be_left_out():
     assert parse_config(with_values(align={"tau": 0.9}), "x").align.tau == 0.9
-    assert isinstance(parse_config(with_values(align={"method": "sft"}), "x").align, SftOnly)
-    with pytest.raises(UserError, match=r"unknown key align\.tau"):
-        parse_config(with_values(align={"method": "sft", "tau": 0.9}), "x")
+
+
+ALIGN = {"candidates": 4, "gamma": 3.0, "tau": 0.9, "beta": 0.02, "steps": 7, "learning_rate": 1e-4, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_changing_the_method_is_enough(method):
+    """What all methods have is kept, what only others have is set aside, what none has is an error."""
+    values = MINIMAL | {"teacher": {"kind": "local", "model": "t"}}
+    section = parse_config(values | {"align": ALIGN | {"method": method}}, "x").align
+    assert section.method == method
+    kept = {key: value for key, value in ALIGN.items() if key in type(section).model_fields}
+    assert kept == {key: getattr(section, key) for key in kept}
+    assert method == "sft" or {"steps", "learning_rate"} <= kept.keys()
+    with pytest.raises(UserError, match=r"unknown key align\.temprature"):
+        parse_config(values | {"align": ALIGN | {"method": method, "temprature": 1.0}}, "x")
+
+
+def test_updates_count_their_candidates_once():
+    settings = {"method": "anchor_grpo", "steps": 10, "updates_per_rollout": 4, "checkpoint_steps": 4}
+    section = parse_config(with_values(align=settings | {"candidates": 3, "prompts_per_step": 2}), "x").align
+    assert section.candidates_in_all == 3 * 2 * 3  # three rollouts of two prompts and three candidates
 
 
 @pytest.mark.parametrize(
@@ -54,6 +74,13 @@ def test_method_may_be_left_out_and_changes_the_known_keys():
         ({"align": {"candidates": 1}}, "align.candidates"),
         ({"align": {"method": "ppo2"}}, "align.method is 'ppo2'"),
         ({"align": {"q": "prob"}}, "align.q"),
+        ({"align": {"method": "anchorrank_dpo", "beta": 0}}, "align.beta: Input should be greater than 0"),
+        ({"align": {"method": "anchor_grpo", "clip": 1.0}}, "align.clip"),
+        (
+            {"align": {"method": "anchor_grpo", "updates_per_rollout": 4}},
+            "align: checkpoint_steps (50) must be a multiple of updates_per_rollout (4)",
+        ),
+        ({"align": {"method": "teacher_judge_grpo"}}, "teacher.kind file holds answers only"),
         ({"data": {"prompts": "p", "eval_fraction": 1.0}}, "data.eval_fraction"),
         ({"data": {}}, "data: give either prompts, or task and path"),
         ({"data": {"prompts": "p", "task": "aokvqa_mc", "path": "d"}}, "data: give either prompts, or task and path"),

@@ -124,7 +124,7 @@ def sft(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption =
 
 @app.command()
 def align(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
-    """Stage II: align on self-ranked candidates. Uses no network."""
+    """Stage II: align by align.method. Uses no network, unless the teacher judges candidates."""
     _execute(config, overrides, run_dir, ["align"])
 
 

@@ -153,7 +153,7 @@ def _side(path: Path) -> Side:
     run, config = open_run(path)
     if "evaluate" not in run.finished():
         raise UserError(f"{path}: stage evaluate is not finished; run `purld evaluate` first.")
-    model = config.align.method if METHODS[config.align.method].second_stage else "sft"
+    model = config.align.method if METHODS[config.align.method].stage_two else "sft"
     return Side(run, config, model, read_evaluated(run, model))
 
 

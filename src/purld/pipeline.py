@@ -6,8 +6,9 @@ manifest calls finished is skipped; a configuration that contradicts what a run 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from purld.blackbox.clients import ReplyState, open_client
+from purld.blackbox.clients import Client, ReplyState, open_client
 from purld.blackbox.collect import Collection, collect_anchors
-from purld.blackbox.ledger import Ledger, LedgerView, Role
+from purld.blackbox.ledger import PURSES, Ledger, LedgerView, Role
 from purld.checks import find_check, missing_gold
-from purld.config import Config, OpenAIEndpoint, Teacher, TeacherAnchors, load_config
+from purld.config import Config, OpenAIEndpoint, StageTwo, Teacher, TeacherAnchors, TeacherJudgeGrpo, load_config
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.evaluation.evaluate import answer_prompts
@@ -34,7 +35,7 @@ from purld.rundir import RunDir, atomic_write, read_rows, stopwatch, write_json,
 from purld.student.encode import Encoder
 from purld.student.load import context_length, load_model, load_tokenizer, save_model
 from purld.student.sample import Decoding
-from purld.templates import JUDGE_VERSION, SELF_EVALUATION_VERSION
+from purld.templates import JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
 from purld.training.trackers import check_trackers, tracked
 
 STAGES = ("anchors", "sft", "align", "evaluate", "report")
@@ -42,7 +43,7 @@ STAGES = ("anchors", "sft", "align", "evaluate", "report")
 _TITLES = {
     "anchors": "Anchors: one teacher answer per prompt",
     "sft": "Stage I: SFT on the anchors",
-    "align": "Stage II: alignment on self-ranked candidates",
+    "align": "Stage II: alignment",
     "evaluate": "Evaluation on held-out prompts",
     "report": "Report",
 }
@@ -110,6 +111,7 @@ class Pipeline:
             UserError: the input, the configuration or an earlier stage does not allow it.
         """
         pools = load_pools(self.config, self.encoder, self.reporter.say)
+        check_judging(self.config, pools)
         if missing := missing_gold(self.config.data, pools.held_out):
             raise UserError(missing)
         with self.run.lock():
@@ -138,7 +140,7 @@ class Pipeline:
         return stage == "report" or (stage == "anchors" and self.resend_unknown and "sft" not in self.run.begun())
 
     def _takes_part(self, stage: str) -> bool:
-        return stage != "align" or METHODS[self.config.align.method].second_stage
+        return stage != "align" or METHODS[self.config.align.method].stage_two is not None
 
     def _adopt_config(self) -> None:
         """Write config.yaml, or see that it agrees with the one this run began with."""
@@ -179,6 +181,26 @@ def check_context(config: Config) -> None:
             f"student.max_prompt_tokens, student.max_anchor_tokens and max_new_tokens add up to {lengths} tokens "
             f"with the self-evaluation template, more than the {context} that {config.student.model} reads; "
             "lower one of them."
+        )
+
+
+def check_judging(config: Config, pools: Pools) -> None:
+    """See that the teacher's cap on calls covers a stage in which it judges every candidate.
+
+    Raises:
+        UserError: it does not; what tokens will cost is not known before they are drawn.
+    """
+    if not isinstance(config.align, TeacherJudgeGrpo) or not isinstance(config.teacher, OpenAIEndpoint):
+        return
+    anchors = len(pools.train)
+    if isinstance(config.evaluate.opponent, TeacherAnchors):
+        anchors += len(pools.held_out)
+    calls, cap = config.align.candidates_in_all, config.teacher.max_calls
+    if cap is not None and calls + anchors > cap:
+        raise UserError(
+            f"align.method {config.align.method} asks the teacher {anchors:,} prompts and about {calls:,} candidates, "
+            f"and teacher.max_calls is {cap:,}; raise it, or lower align.steps, align.prompts_per_step or "
+            "align.candidates."
         )
 
 
@@ -265,7 +287,8 @@ def _align(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
     from purld.training.align import align
 
     config, run, reporter = pipeline.config, pipeline.run, pipeline.reporter
-    with reporter.progress("steps") as progress:
+    assert isinstance(config.align, StageTwo)
+    with _judging_teacher(pipeline) as teacher, reporter.progress("steps") as progress:
         facts = align(
             config.student,
             config.align,
@@ -275,11 +298,25 @@ def _align(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
             config.seed,
             progress,
             config.report_to,
+            teacher,
         )
-    reporter.say(f"{facts.steps} steps over {facts.prompts} prompts, {facts.candidates} candidates scored.")
+    drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
+    reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")
     for warning in facts.warnings:
         reporter.warn(warning)
     return asdict(facts)
+
+
+@contextlib.contextmanager
+def _judging_teacher(pipeline: Pipeline) -> Iterator[Client | None]:
+    """The teacher as the judge of candidates, for the one method that pays for it."""
+    settings, teacher = pipeline.config.align, pipeline.config.teacher
+    if not isinstance(settings, TeacherJudgeGrpo):
+        yield None
+        return
+    with Ledger(pipeline.run.ledger) as ledger:
+        short = teacher.model_copy(update={"max_tokens_per_answer": settings.max_tokens_per_score})
+        yield open_client(short, ledger, "scorer", pipeline.resend_unknown)
 
 
 def _examples(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anchor]]:
@@ -291,7 +328,7 @@ def _examples(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anchor]]:
 def _evaluate(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
     config, run = pipeline.config, pipeline.run
     places: dict[str, str | Path] = {"base": config.student.model, "sft": run.sft}
-    if METHODS[config.align.method].second_stage:
+    if METHODS[config.align.method].stage_two is not None:
         places[config.align.method] = run.align
     opponents = _opponents(pipeline, pools)
     models = {name: _answers(pipeline, pools, name, place) for name, place in places.items()}
@@ -301,15 +338,29 @@ def _evaluate(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
     results = {
         "method": config.align.method,
         "seed": config.seed,
-        "teacher": finished["anchors"]["teacher"],
+        "teacher": _teacher_spend(pipeline),
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _compared(models, opponents, config.seed),
         **_stage_two_checked(pipeline, pools),
         "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
-        "templates": {"self_evaluation": SELF_EVALUATION_VERSION, "judge": JUDGE_VERSION},
+        "templates": {
+            "self_evaluation": SELF_EVALUATION_VERSION,
+            "rating": RATING_VERSION,
+            "judge": JUDGE_VERSION,
+        },
     }
     write_json(run.results, {key: value for key, value in results.items() if value != {}})
     return {}
+
+
+def _teacher_spend(pipeline: Pipeline) -> dict[str, Any]:
+    """What training took of the teacher: the anchors, and the scores of candidates where it gave them."""
+    spend: dict[str, Any] = pipeline.run.finished()["anchors"]["teacher"]
+    if not isinstance(pipeline.config.align, TeacherJudgeGrpo):
+        return spend
+    with LedgerView(pipeline.run.ledger) as ledger:
+        scores = ledger.totals("scorer")
+    return spend | {key: spend[key] + scores[key] for key in ("calls", "input_tokens", "output_tokens", "cost")}
 
 
 def _stage_two_checked(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
@@ -471,7 +522,8 @@ def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]
     with LedgerView(run.ledger) as ledger:
         if export_to:
             ledger.export(export_to)
-        return [{"role": role} | ledger.totals(role) for role in ("teacher", "opponent", "judge")]
+        totals = [{"role": role} | ledger.totals(role) for role in PURSES]
+    return [row for row in totals if row["role"] != "scorer" or row["prompts"]]
 
 
 def open_run(run_path: Path) -> tuple[RunDir, Config]:

@@ -97,7 +97,8 @@ class Generation:
 class Group:
     """One prompt's K candidates in Stage II with everything the update saw, for logs and the report.
 
-    Every list is of length K; `None` marks a candidate that the evaluator did not score.
+    Every list is of length K; in it, `None` marks a candidate without a score. What a method does not have, such as
+    labels in one that learns from advantages, is `None` as a whole.
     """
 
     step: int
@@ -105,12 +106,13 @@ class Group:
     anchor: str
     candidates: Sequence[str]
     lengths: Sequence[int]
-    scores: Sequence[float | None]
-    anchor_score: float
-    margins: Sequence[float | None]
-    confidences: Sequence[float | None]
-    labels: Sequence[float]
-    policy_before: Sequence[float]
+    scores: Sequence[float | None] | None = None
+    anchor_score: float | None = None
+    margins: Sequence[float | None] | None = None
+    confidences: Sequence[float | None] | None = None
+    labels: Sequence[float | None] | None = None
+    policy_before: Sequence[float | None] | None = None
+    advantages: Sequence[float | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -279,7 +279,7 @@ def _close(cells: Sequence[Cell], failed: Mapping[str, str], reporter: Reporter)
 def _row(cell: Cell) -> dict[str, Any]:
     results = read_json(cell.run.results)
     method = results["method"]
-    model, rival = (method, "sft") if METHODS[method].second_stage else ("sft", "base")
+    model, rival = (method, "sft") if METHODS[method].stage_two else ("sft", "base")
     return {
         "run": cell.name,
         "values": dict(cell.values),

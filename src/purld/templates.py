@@ -6,6 +6,7 @@ Change a text and you change what is measured: raise its version in the same com
 from __future__ import annotations
 
 SELF_EVALUATION_VERSION = "selfeval-1"
+RATING_VERSION = "rating-1"
 JUDGE_VERSION = "judge-1"
 
 # Appendix C.4: question, reference answer, candidate answer, scalar score. Everything up to the candidate is
@@ -19,6 +20,15 @@ SELF_EVALUATION_HEAD = (
     "Candidate Answer:\n"
 )
 SELF_EVALUATION_TAIL = "\n\nScalar Score:"
+
+# The same question without a reference: what the student (self_ppo) or the teacher (teacher_judge_grpo) is asked.
+RATING_HEAD = (
+    "Rate the candidate answer.\n"
+    "Reply with one number between 0.00 and 1.00: 1.00 if the candidate answers the question as well as can be, "
+    "0.00 if it is wrong or useless.\n\n"
+    "Question:\n{question}\n\n"
+    "Candidate Answer:\n"
+)
 
 # Appendix C.1, Figure C.4.
 JUDGE = (
@@ -44,6 +54,11 @@ def self_evaluation(question: str, anchor: str, candidate: str) -> str:
     # One pass of str.format: braces inside the texts are not fields.
     head = SELF_EVALUATION_HEAD.format(question=question, anchor=anchor)
     return head + candidate + SELF_EVALUATION_TAIL
+
+
+def rating(question: str, candidate: str) -> str:
+    """The user turn that asks a model to score `candidate` without a reference."""
+    return RATING_HEAD.format(question=question) + candidate + SELF_EVALUATION_TAIL
 
 
 def judge(question: str, reference: str, answer_a: str, answer_b: str) -> str:

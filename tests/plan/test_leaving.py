@@ -125,3 +125,12 @@ def test_answers_from_a_file_send_nothing_and_their_gaps_are_told(tiny_config, t
     assert "6 × no row of the answer file matches" in shown
     assert purld("anchors", tiny_config, "--dry-run", "--run-dir", tmp_path / "run").stdout == ""
     assert not RunDir(tmp_path / "run").path.exists()
+
+
+def test_a_teacher_that_judges_is_asked_about_every_candidate(config, server, tmp_path):
+    judged = ["align.method=teacher_judge_grpo", "--run-dir", tmp_path / "run"]
+    shown = purld("check", config, *judged).stdout
+    assert "Stage II: at most 36 calls to m at" in shown and "at most 576 out" in shown
+    refused = CliRunner().invoke(app, ["check", str(config), "teacher.max_calls=59", *map(str, judged)])
+    assert "24 prompts and about 36 candidates, and teacher.max_calls is 59" in str(refused.exception)
+    assert "Stage I and Stage II: nothing" in purld("check", config, "--run-dir", tmp_path / "run").stdout

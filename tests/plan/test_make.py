@@ -54,3 +54,20 @@ def test_an_adapter_trains_few_weights_and_a_wrong_one_is_told(plan):
     assert any("LoRA r=2" in line for line in plan("student.lora={r: 2}").sections["Student"])
     with pytest.raises(UserError, match=r"^student\.lora: no adapter can be made"):
         plan("student.lora={r: 2, target_modules: [nowhere]}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["align.method=ldl_grpo"], "6 steps of 2 prompts × 3 candidates (36 in all, 0.8 passes"),
+        (
+            ["align.method=anchor_grpo", "align.updates_per_rollout=2"],
+            "6 steps of 2 prompts × 3 candidates, 2 on the same candidates (18 in all, 0.4 passes",
+        ),
+        (["align.method=self_ppo"], "6 steps of 2 prompts, one candidate each (12 in all, 0.8 passes"),
+        (["align.method=sft_sft"], "6 steps of 2 prompts (0.8 passes over the prompts), sft_sft"),
+    ],
+)
+def test_stage_two_of_every_kind(plan, overrides, words):
+    [line] = [line for line in plan(*overrides).sections["Training"] if line.startswith("Stage II")]
+    assert words in line

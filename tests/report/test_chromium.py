@@ -161,3 +161,22 @@ def test_a_linked_prompt_is_open(build: Build, tmp_path: Path) -> None:
     with Page(tmp_path / "profile") as page:
         page.open(f"{run.report.as_uri()}#prompt-0-{4:016x}")
         assert "Case 4:" in page.run(DETAIL)
+
+
+def test_a_group_shows_what_its_method_has(build: Build, tmp_path: Path) -> None:
+    """Advantages and no labels (GRPO); then no score at all, and one candidate (SinglePair-DPO)."""
+    run = build(held_out=0, groups=2)
+    absent = dict.fromkeys(("confidences", "labels", "policy_before", "anchor_score", "margins"))
+    first, second = (row | absent for row in read_rows(run.groups))
+    single = {key: second[key][:1] for key in ("candidates", "lengths")}
+    write_rows(run.groups, [first | {"advantages": [0.5] * 8}, second | single | {"scores": None}])
+    write_report([run], run.report)
+    with Page(tmp_path / "profile") as page:
+        page.open(run.report.as_uri())
+        shown = page.run(DETAIL)
+        assert "8 candidates, best score first" in shown and "A0.500" in shown
+        assert "label distribution" not in shown and "scored" not in shown
+        page.run("[...document.querySelectorAll('.list button')].at(1).click()")
+        shown = page.run(DETAIL)
+        assert "The student's candidate" in shown and "unscored" not in shown and "score" not in shown
+        assert page.errors == []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from purld.errors import UserError
 from purld.records import Message, Prompt
 from purld.student.encode import Encoder, pad_left, pad_right
-from purld.templates import self_evaluation
+from purld.templates import rating, self_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +80,10 @@ def test_a_tokenizer_without_chat_template_is_refused(shipped_student):
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         Encoder(bare, 32)
+
+
+def test_a_frame_without_an_anchor_is_the_rating_template(encoder, tokenizer):
+    frame = encoder.evaluation_frame(Prompt.from_text("How many {things}?"), None)
+    turn = [{"role": "user", "content": rating("How many {things}?", "Four.")}]
+    expected = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(frame.head + encoder.literal("Four.") + frame.tail) == expected

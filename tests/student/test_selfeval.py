@@ -91,3 +91,13 @@ def test_the_shipped_student_says_what_it_thinks(shipped_student, encoder):
         )
         assert scores.candidates[0] > 0.8
         assert scores.candidates[1] < 0.4
+
+
+@pytest.mark.parametrize("kind", ["expected", "verbal"])
+def test_without_an_anchor_every_candidate_is_rated_on_its_own(random_student, encoder, kind):
+    student = AutoModelForCausalLM.from_pretrained(random_student).eval()
+    evaluator, prompt = SelfEvaluator(encoder, kind, 2), Prompt.from_text("How many?")
+    together = evaluator.score(student, prompt, None, ["4", "It is 5.", "none"])
+    alone = [evaluator.score(student, prompt, None, [text]).candidates[0] for text in ("4", "It is 5.", "none")]
+    assert together.anchor is None
+    assert together.candidates == pytest.approx(alone, abs=1e-5) if kind == "expected" else together.candidates == alone

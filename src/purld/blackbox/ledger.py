@@ -32,9 +32,10 @@ from typing import IO, Any, Literal, Self
 
 from purld.errors import UserError
 
-Role = Literal["teacher", "opponent", "judge"]
-# Roles that spend from one purse share its caps: the opponent is the teacher, asked about held-out prompts.
-PURSES: dict[Role, str] = {"teacher": "teacher", "opponent": "teacher", "judge": "judge"}
+Role = Literal["teacher", "scorer", "opponent", "judge"]
+# Roles that spend from one purse share its caps: the scorer is the teacher, asked about candidates, and so is the
+# opponent, asked about held-out prompts.
+PURSES: dict[Role, str] = {"teacher": "teacher", "scorer": "teacher", "opponent": "teacher", "judge": "judge"}
 SCHEMA_VERSION = 1
 SCHEMA = f"""
 CREATE TABLE requests (

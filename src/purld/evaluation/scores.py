@@ -142,11 +142,13 @@ def checked_groups(
         check: says whether an answer is right.
     """
     by_id = {p.id: p for p in prompts if p.reference is not None}
-    known = [(row, by_id[row["prompt_id"]]) for row in rows if row["prompt_id"] in by_id]
-    return [
-        CheckedGroup(prompt.id, row["step"], row["scores"], [check(prompt, text) for text in row["candidates"]])
-        for row, prompt in known
-    ]
+    found = []
+    for row in rows:
+        if prompt := by_id.get(row["prompt_id"]):
+            texts = row["candidates"]
+            right = [check(prompt, text) for text in texts]
+            found.append(CheckedGroup(prompt.id, row["step"], row["scores"] or [None] * len(texts), right))
+    return found
 
 
 def as_results(quality: ScoreQuality) -> dict[str, Any]:
@@ -180,7 +182,7 @@ def _within(groups: Sequence[CheckedGroup], seed: int) -> tuple[float | None, In
         right = np.asarray(group.right, dtype=bool)
         pairs = int(right.sum() * (~right).sum())
         if pairs:
-            sums[group.prompt_id][0] += auc(group.scores, right) * pairs
+            sums[group.prompt_id][0] += auc(np.array(group.scores, dtype=np.float64), right) * pairs
             sums[group.prompt_id][1] += pairs
     if not sums:
         return None, None

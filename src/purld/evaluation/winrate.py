@@ -209,7 +209,8 @@ def _influence(wins: Array, delta: Array) -> Array:
     weight, error = p * (1 - p), wins - p
     theta_theta, theta_phi, phi_phi = weight.mean(), np.mean(weight * terms), np.mean(weight * terms**2) + ridge
     moved: Array = phi_phi * error - theta_phi * (error * terms - ridge * phi)
-    return moved * rate * (1 - rate) / (theta_theta * phi_phi - theta_phi**2)
+    influence: Array = moved * rate * (1 - rate) / (theta_theta * phi_phi - theta_phi**2)
+    return influence
 
 
 def _fit(wins: Array, delta: Array) -> tuple[Array, Array, Array]:

@@ -7,9 +7,25 @@ happen elsewhere.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+
+@dataclass(frozen=True)
+class PuLabels:
+    """What a group is taught by LDL-GRPO: log D_x of Eq. 2 and the confidences u_k in it, each (K,)."""
+
+    log_distribution: Tensor
+    confidences: Tensor
+
+
+def pu_labels(scores: Tensor, anchor_score: float, gamma: float, tau: float) -> PuLabels:
+    """Eq. 2 from (K,) scores s_k and the anchor's own score s*; see `log_label_distribution`."""
+    margin = margins(scores, anchor_score)
+    return PuLabels(log_label_distribution(margin, gamma, tau), confidences(margin, gamma))
 
 
 def margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:

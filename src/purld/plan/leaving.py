@@ -14,13 +14,14 @@ from purld.blackbox.answers import FileClient
 from purld.blackbox.clients import known_reply
 from purld.blackbox.ledger import LedgerView, Request, Role
 from purld.blackbox.wire import price, request_of, worst_case
-from purld.config import AnswerFile, Config, LdlGrpo, LocalModel, OpenAIEndpoint, TeacherAnchors
+from purld.config import AnswerFile, Config, LocalModel, OpenAIEndpoint, StageTwo, TeacherAnchors, TeacherJudgeGrpo
 from purld.plan.sheet import Plan
 from purld.pools import Pools
 from purld.records import Prompt
 from purld.rundir import RunDir
 from purld.student.encode import Encoder
 from purld.templates import judge as judge_turn
+from purld.templates import rating
 
 _HEADING = "What leaves this machine"
 
@@ -99,7 +100,7 @@ def plan_leaving(plan: Plan, config: Config, encoder: Encoder, pools: Pools, run
         plan.add("Prompts", _answers(config.evaluate.opponent, encoder, pools.held_out, "opponent"))
     if isinstance(config.evaluate.judge, OpenAIEndpoint):
         _judge(plan, config.evaluate.judge, config, encoder, pools)
-    plan.add(_HEADING, "Stage I and Stage II: nothing")
+    _stages(plan, config, encoder, pools)
 
 
 def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
@@ -133,9 +134,29 @@ def _teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: Pools, questions: Iter
     _caps(plan, endpoint, calls.total(), read + written, cost)
 
 
+def _stages(plan: Plan, config: Config, encoder: Encoder, pools: Pools) -> None:
+    """Training sends nothing, but for the method in which the teacher judges."""
+    settings, teacher = config.align, config.teacher
+    if not isinstance(settings, TeacherJudgeGrpo) or not isinstance(teacher, OpenAIEndpoint):
+        plan.add(_HEADING, "Stage I and Stage II: nothing")
+        return
+    calls = settings.candidates_in_all
+    asked = sum(len(encoder.literal(rating(p.question, ""))) for p in pools.align) / len(pools.align)
+    read, written = int(calls * (asked + settings.max_new_tokens)), calls * settings.max_tokens_per_score
+    cost = price(teacher, read, written)
+    plan.add(
+        _HEADING,
+        "Stage I: nothing",
+        f"Stage II: at most {calls:,} calls to {teacher.model} at {teacher.base_url}, one per candidate",
+        f"  about {read:,} tokens in with candidates of full length, at most {written:,} out"
+        + _in_cost(teacher, cost, "about"),
+    )
+    _caps(plan, teacher, len(pools.train) + calls, read + written, cost)
+
+
 def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: Pools) -> None:
     """An estimate: the answers that will be judged do not exist yet."""
-    times = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, LdlGrpo) else 2)
+    times = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, StageTwo) else 2)
     calls = times * len(pools.held_out)
     texts = (encoder.literal(judge_turn(p.question, p.reference or "", "", "")) for p in pools.held_out)
     answers = config.evaluate.max_new_tokens + config.student.max_anchor_tokens

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from purld.config import Config, LdlGrpo, Student
+from purld.config import Config, StageTwo, Student
 from purld.errors import UserError
 from purld.plan.sheet import Plan
 from purld.student.load import lora_config
@@ -35,7 +35,7 @@ def plan_machine(plan: Plan, config: Config, run: Path) -> None:
         f"{student.model}: {count / 1e6:,.1f} M parameters, {mode}",
         f"about {_size(memory)} for weights, gradients and optimiser, activations on top",
     )
-    stages = 2 if isinstance(config.align, LdlGrpo) else 1
+    stages = 2 if isinstance(config.align, StageTwo) else 1
     disk = 4 * trained * (stages + 3 * _CHECKPOINTS)
     free = shutil.disk_usage(_existing(run)).free
     plan.add("Student", f"about {_size(disk)} of disk at most, checkpoints included; {_size(free)} are free")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from purld.checks import find_check, missing_gold
-from purld.config import Config, LdlGrpo
-from purld.pipeline import STAGES, check_context
+from purld.config import Config, LdlGrpo, StageTwo
+from purld.pipeline import STAGES, check_context, check_judging
 from purld.plan.leaving import plan_leaving
 from purld.plan.machine import plan_machine
 from purld.plan.sheet import Plan
@@ -31,6 +31,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     encoder = Encoder(load_tokenizer(config.student), config.student.max_anchor_tokens)
     check_context(config)
     pools = load_pools(config, encoder, lambda line: plan.add("Prompts", line))
+    check_judging(config, pools)
     _prompts(plan, pools)
     _gold(plan, config, pools)
     plan_leaving(plan, config, encoder, pools, run)
@@ -80,16 +81,21 @@ def _training(plan: Plan, config: Config, pools: Pools) -> None:
         "Training",
         f"Stage I: {steps} steps of {sft.batch_size} anchors ({sft.epochs:g} epochs), {validation} for validation",
     )
-    if isinstance(align, LdlGrpo):
-        candidates = align.steps * align.prompts_per_step * align.candidates
-        passes = align.steps * align.prompts_per_step / len(pools.align)
-        plan.add(
-            "Training",
-            f"Stage II: {align.steps} steps of {align.prompts_per_step} prompts × {align.candidates} candidates "
-            f"({candidates:,} in all, {passes:.1f} passes over the prompts), {align.method} with q={align.q}",
-        )
+    if isinstance(align, StageTwo):
+        plan.add("Training", _stage_two(align, len(pools.align)))
     if config.data.sft_fraction is not None:
         plan.add("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
+
+
+def _stage_two(align: StageTwo, prompts: int) -> str:
+    each, in_all = f"{align.prompts_per_step} prompts", ""
+    if align.drawn:
+        each += f" × {align.drawn} candidates" if align.drawn > 1 else ", one candidate each"
+        in_all = f"{align.candidates_in_all:,} in all, "
+    passes = align.steps / align.updates * align.prompts_per_step / prompts
+    more = f", {align.updates} on the same candidates" if align.updates > 1 else ""
+    method = getattr(align, "method", "") + (f" with q={align.q}" if isinstance(align, LdlGrpo) else "")
+    return f"Stage II: {align.steps} steps of {each}{more} ({in_all}{passes:.1f} passes over the prompts), {method}"
 
 
 def _run(plan: Plan, run: RunDir) -> None:

@@ -134,12 +134,13 @@ def _sample(row: Row, verdicts: Sequence[Row]) -> dict[str, Any]:
 def _group(group: Row) -> dict[str, Any]:
     columns = {
         "text": [_clip(text) for text in group["candidates"]],
-        "score": group["scores"],
-        "margin": group["margins"],
-        "u": group["confidences"],
-        "D": group["labels"],
-        "q": group["policy_before"],
+        "score": group.get("scores"),
+        "margin": group.get("margins"),
+        "u": group.get("confidences"),
+        "D": group.get("labels"),
+        "q": group.get("policy_before"),
         "after": group.get("policy_after"),
+        "advantage": group.get("advantages"),
         "tokens": group["lengths"],
     }
     names = [name for name, values in columns.items() if values is not None]

@@ -96,10 +96,10 @@ PANELS = (
         baseline=0,
     ),
     Panel(
-        "Self-evaluated scores",
+        "Scores",
         "score",
         {"anchor_score": ("anchor", "labels"), "score": ("candidates", "policy")},
-        "The frozen SFT model's score of the teacher's anchor and of the policy's own candidates.",
+        "The scores of the teacher's anchor, where it has one, and of the policy's own candidates.",
     ),
     Panel(
         "Margin to the anchor",
@@ -120,6 +120,26 @@ PANELS = (
         {"length_correlation": ("correlation", "policy")},
         "Strongly negative: q sits on the shortest candidates, whatever their worth.",
         baseline=0,
+    ),
+    Panel(
+        "Clipped tokens",
+        "share",
+        {"clipped": ("clipped", "policy")},
+        "Tokens whose gradient the clip cut off: zero while every update has candidates of its own.",
+        baseline=0,
+    ),
+    Panel(
+        "Error of the critic",
+        "squared",
+        {"value_loss": ("critic", "policy")},
+        "Half the squared distance of the critic's values from the returns.",
+        baseline=0,
+    ),
+    Panel(
+        "Pairs in the right order",
+        "share",
+        {"pair_accuracy": ("chosen above rejected", "policy")},
+        "Pairs whose chosen member the policy has raised above the rejected one since the SFT model.",
     ),
     Panel(
         "Candidates lost",

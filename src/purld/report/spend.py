@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from purld.method.table import METHODS
 from purld.report.markup import Section, text
 from purld.report.read import Run
 
@@ -45,7 +46,10 @@ def _candidates(run: Run) -> str:
     align, steps = run.config.get("align", {}), run.stage("align")
     if not steps or "candidates" not in align or "prompts_per_step" not in align:
         return ""
-    scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"]
+    stage = METHODS[align["method"]].stage_two if align.get("method") in METHODS else None
+    if stage is not None and stage.scorer == "teacher":
+        return '<p class="note">The teacher scored every candidate: its calls are among those above.</p>\n'
+    scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"] // align.get("updates_per_rollout", 1)
     return (
         f'<p class="note">Stage II sampled and scored {scored:,} candidates without the teacher; '
         f"with the teacher as judge each of them would have been one more call.</p>\n"

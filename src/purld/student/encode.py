@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from purld.errors import UserError
 from purld.records import Message, Prompt
-from purld.templates import SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
+from purld.templates import RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 
 # Stands for a slot while the chat template is rendered around it; no tokeniser ever sees it.
 _SLOT = "\ue000slot\ue000"
@@ -71,17 +71,21 @@ class Encoder:
             return Answer(ids[: self.max_anchor_tokens], cut=True)
         return Answer([*ids, self.end], cut=False)
 
-    def evaluation_frame(self, prompt: Prompt, anchor: str) -> EvaluationFrame:
-        """The self-evaluation prompt (appendix C.4) around a slot for the candidate.
+    def evaluation_frame(self, prompt: Prompt, anchor: str | None) -> EvaluationFrame:
+        """The self-evaluation prompt (appendix C.4) around a slot for the candidate; without an anchor, a bare rating.
 
         The anchor is cut like a training target, so that the frame fits wherever the anchor did.
         """
-        head_text, _, rest = SELF_EVALUATION_HEAD.partition("{question}")
-        middle_text, _, before_candidate = rest.partition("{anchor}")
-        turn = Message("user", _SLOT.join([head_text, middle_text, before_candidate, SELF_EVALUATION_TAIL]))
-        opening, middle, last, closing = self._chat([turn]).split(_SLOT)
-        head = self._rendered(opening) + self.literal(prompt.question)
-        head += self._rendered(middle) + self.literal(anchor)[: self.max_anchor_tokens] + self._rendered(last)
+        template, texts = RATING_HEAD, {"question": self.literal(prompt.question)}
+        if anchor is not None:
+            template = SELF_EVALUATION_HEAD
+            texts["anchor"] = self.literal(anchor)[: self.max_anchor_tokens]
+        words = template.format(**dict.fromkeys(texts, _SLOT))
+        turn = Message("user", words + _SLOT + SELF_EVALUATION_TAIL)
+        *around, closing = self._chat([turn]).split(_SLOT)
+        head = self._rendered(around[0])
+        for text, following in zip(texts.values(), around[1:], strict=True):
+            head += text + self._rendered(following)
         return EvaluationFrame(head, self._rendered(closing))
 
     def literal(self, text: str) -> list[int]:

@@ -16,14 +16,19 @@ from torch import Tensor
 from purld.student.encode import pad_left, pad_right
 
 
-def sequence_log_probs(model: Any, head: Sequence[int], completions: Sequence[Sequence[int]], pad: int) -> Tensor:
-    """log p(y_k | x) in nats of K completions of one prompt, summed over tokens: (K,), float32.
+def token_log_probs(
+    model: Any, head: Sequence[int], completions: Sequence[Sequence[int]], pad: int
+) -> tuple[Tensor, Tensor]:
+    """log p(y_kt | x, y_k<t) in nats of K completions of one prompt: (K, C), float32, and its (K, C) mask.
 
     Args:
         model: a causal language model; gradients flow if they are enabled.
         head: token ids of the prompt.
         completions: K non-empty completions as token ids, end-of-turn included where it was sampled.
-        pad: a token id to pad with; padding does not count.
+        pad: a token id to pad with.
+
+    Returns:
+        The log-probabilities, 0 after a completion's end, and a mask that is 1 on its tokens and 0 after them.
     """
     device = next(model.parameters()).device
     # A completion's last token is predicted but predicts nothing.
@@ -38,8 +43,13 @@ def sequence_log_probs(model: Any, head: Sequence[int], completions: Sequence[Se
         logits = torch.cat([first, output], dim=1)  # (K, C, V)
     logits = logits.float()
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (K, C)
-    per_token = chosen - torch.logsumexp(logits, dim=-1)
-    return (per_token * counted).sum(dim=1)
+    return (chosen - torch.logsumexp(logits, dim=-1)) * counted, counted
+
+
+def sequence_log_probs(model: Any, head: Sequence[int], completions: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """log p(y_k | x) in nats of K completions of one prompt: (K,), `token_log_probs` summed over tokens."""
+    log_probs, _ = token_log_probs(model, head, completions, pad)
+    return log_probs.sum(dim=1)
 
 
 def closing_logits(model: Any, head: Sequence[int], tails: Sequence[Sequence[int]], count: int, pad: int) -> Tensor:

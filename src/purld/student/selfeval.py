@@ -1,5 +1,6 @@
 """Anchor-conditioned self-evaluation: s = g(x, a, y), the frozen p_sft's score of a candidate (section 3.3).
 
+Without an anchor it is the bare self-reward of Self-PPO.
 Two kinds. `verbal` lets the evaluator write the number and reads it; a reply without a number leaves the
 candidate unscored, never zero. `expected` reads the number off the evaluator's own distribution in one forward
 pass: with "0." appended to the prompt, the logits before "0" weigh 0 against 1 and the logits after "0." weigh
@@ -29,7 +30,7 @@ _VERBAL_TOKENS = 8
 
 @dataclass(frozen=True)
 class GroupScores:
-    """The anchor's own score s* and the K candidates' scores; None where the evaluator gave none."""
+    """The anchor's own score s* and the K candidates' scores; None where there is none."""
 
     anchor: float | None
     candidates: list[float | None]
@@ -54,15 +55,19 @@ class SelfEvaluator:
         self._reader = _ScoreReader(encoder) if kind == "expected" else None
 
     @torch.no_grad()
-    def score(self, model: Any, prompt: Prompt, anchor: str, candidates: Sequence[str]) -> GroupScores:
-        """Score the anchor against itself, then every candidate, in [0, 1] (appendix C.4)."""
+    def score(self, model: Any, prompt: Prompt, anchor: str | None, candidates: Sequence[str]) -> GroupScores:
+        """Score the anchor against itself, then every candidate, in [0, 1] (appendix C.4).
+
+        Without an anchor, candidates are rated on their own.
+        """
         frame = self._encoder.evaluation_frame(prompt, anchor)
-        tails = [self._encoder.literal(text) + frame.tail for text in (anchor, *candidates)]
+        texts = candidates if anchor is None else (anchor, *candidates)
+        tails = [self._encoder.literal(text) + frame.tail for text in texts]
         if self._reader is not None:
             scores = self._expected(model, frame.head, tails, self._reader)
         else:
             scores = self._verbal(model, frame.head, tails)
-        return GroupScores(scores[0], scores[1:])
+        return GroupScores(None, scores) if anchor is None else GroupScores(scores[0], scores[1:])
 
     def _expected(
         self, model: Any, head: list[int], tails: list[list[int]], reader: _ScoreReader

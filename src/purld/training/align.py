@@ -1,35 +1,46 @@
-"""Stage II: the policy samples, the frozen p_sft scores, the labels pull (section 3.3, Algorithm 1).
+"""Stage II: the policy samples, somebody scores, the signal pulls (section 3.3, Algorithm 1).
 
-One step takes a batch of prompts; for each it draws K candidates from the moving policy, scores them against
-the anchor with p_sft, forms the label distribution D, and accumulates the group's gradient.
-`transformers.Trainer` supplies what is not ours: the optimiser, the schedule, clipping, checkpoints, devices.
-Nothing here talks to a network.
+One step takes a batch of prompts; for each it draws candidates from the moving policy, has them scored, makes a signal
+of the scores, and accumulates the gradient of the method's objective. What differs between methods is in a row of
+`purld.method.table`. `transformers.Trainer` supplies what is not ours: the optimiser, the schedule, clipping,
+checkpoints, devices. Only a method that the teacher judges talks to a network here.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler as IndexSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from purld.config import LdlGrpo, Student
+from purld.blackbox.clients import Client
+from purld.config import SelfPpo, Student
+from purld.config import SelfScoring as SelfScoringSettings
+from purld.config import StageTwo as Settings
 from purld.errors import UserError
-from purld.method.labels import log_label_distribution, margins
+from purld.method.losses import Loss, Tokens
+from purld.method.table import METHODS, StageTwo
 from purld.records import Anchor, Prompt
 from purld.rundir import RunDir, append_rows, read_rows
+from purld.student.critic import ValueHead, hidden_size
 from purld.student.encode import Encoder
 from purld.student.load import Roles, load_roles, save_policy
-from purld.student.sample import Completion, Decoding, GenerateSampler, Sampler, seed_from
+from purld.student.sample import Decoding, GenerateSampler, Sampler, seed_from
 from purld.student.selfeval import SelfEvaluator
 from purld.training.checkpoints import Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.measures import LOGGED, StepMeasures, group_record
+from purld.training.rollout import Drawing, Question, Rollout
+from purld.training.scoring import Scoring, SelfScoring, TeacherScoring, unscored
 from purld.training.trackers import tracker_arguments
 from purld.training.update import GroupUpdate
+
+_CRITIC = "critic.pt"
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,9 @@ class AlignFacts:
         if self.truncated > self.candidates // 10:
             found.append(f"{self.truncated} of {self.candidates} candidates met the limit align.max_new_tokens.")
         if self.unscored:
-            found.append(f"{self.unscored} of {self.candidates} candidates got no score from the evaluator.")
+            found.append(f"{self.unscored} of {self.candidates} candidates got no score.")
         if self.dropped_groups:
-            found.append(f"{self.dropped_groups} groups were left out: fewer than two members had a score.")
+            found.append(f"{self.dropped_groups} groups were left out: their scores gave no signal to learn from.")
         if self.sharper_than_labels > 0.5:
             found.append(
                 f"in {self.sharper_than_labels:.0%} of the groups the policy was sharper than its labels, so the "
@@ -62,29 +73,21 @@ class AlignFacts:
         return found
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt with its anchor, tokenised once for the whole stage."""
-
-    prompt: Prompt
-    anchor: str
-    head: list[int]
-
-
 def align(
     student: Student,
-    settings: LdlGrpo,
+    settings: Settings,
     examples: Sequence[tuple[Prompt, Anchor]],
     encoder: Encoder,
     run: RunDir,
     seed: int,
     progress: Progress,
     report_to: Sequence[str] = (),
+    teacher: Client | None = None,
 ) -> AlignFacts:
-    """Align p_sft on its own candidates and save the policy to `run.align`; resumes like Stage I.
+    """Align p_sft by the method that `settings` are of and save the policy to `run.align`; resumes like Stage I.
 
     Raises:
-        UserError: there are no anchors, or the evaluator never gave a usable score.
+        UserError: there are no anchors, or no group ever gave a signal.
     """
     if not examples:
         raise UserError("Stage II: there are no anchors to align with.")
@@ -98,20 +101,21 @@ def align(
         [Question(p, a.text, encoder.prompt(p)) for p, a in examples],
         settings,
         run,
-        _arguments(settings, str(checkpoints), seed, tracker_arguments(report_to, run, "align")),
+        _arguments(settings, len(examples), str(checkpoints), seed, tracker_arguments(report_to, run, "align")),
+        teacher=teacher,
         callbacks=[RunCallback(run, "align", LOGGED, progress)],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    facts = _facts(run, settings, len(examples))
-    if facts.dropped_groups == settings.steps * settings.prompts_per_step:
-        raise UserError("Stage II: the evaluator never gave a score; use align.score=expected with this student.")
+    rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
+    if not any("objective" in row for row in rows):
+        raise UserError(_no_signal(rows, settings))
     save_policy(student, roles, run.sft, encoder.tokenizer, run.align)
     shutil.rmtree(checkpoints)
-    return facts
+    return _facts(rows, settings, len(examples))
 
 
 class AlignTrainer(Trainer):
-    """A Trainer whose step is one LDL-GRPO update of `prompts_per_step` groups.
+    """A Trainer whose step is one update on `prompts_per_step` groups.
 
     Args:
         roles: the policy and the frozen p_sft.
@@ -121,6 +125,7 @@ class AlignTrainer(Trainer):
         run: where groups are logged.
         args: the trainer's own arguments.
         sampler: draws candidates; transformers' `generate` unless another engine is given.
+        teacher: whom to ask about candidates, for a method that does.
     """
 
     def __init__(
@@ -128,10 +133,11 @@ class AlignTrainer(Trainer):
         roles: Roles,
         encoder: Encoder,
         questions: Sequence[Question],
-        settings: LdlGrpo,
+        settings: Settings,
         run: RunDir,
         args: TrainingArguments,
         sampler: Sampler | None = None,
+        teacher: Client | None = None,
         **trainer_options: Any,
     ) -> None:
         super().__init__(
@@ -142,80 +148,159 @@ class AlignTrainer(Trainer):
             **trainer_options,
         )
         self.remove_callback(PrinterCallback)
-        self._roles = roles
-        self._encoder = encoder
         self._questions = questions
         self._settings = settings
         self._run = run
         self._measures = StepMeasures()
-        self._evaluator = SelfEvaluator(encoder, settings.score, settings.score_batch_size)
-        decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
-        self._sampler = sampler or GenerateSampler(encoder, decoding)
-        self._group_update = GroupUpdate(
-            roles,
-            settings.q,
-            settings.beta,
-            settings.micro_batch_size,
-            encoder.pad,
-            backward=self.accelerator.backward,
-            autocast=self.accelerator.autocast,
+        self._method = stage_two(settings)
+        self._critic = _critic(roles.policy) if self._method.critic else None
+        accelerator = self.accelerator
+        self._update = GroupUpdate(
+            roles, settings.micro_batch_size, encoder.pad, accelerator.backward, accelerator.autocast, self._critic
         )
+        scoring = _scoring(self._method, settings, encoder, roles, self._update, teacher)
+        sample = sampler or GenerateSampler(encoder, _decoding(settings))
+        self._draw = Drawing(self._method, settings, encoder, sample, scoring, self._update)
+        self._rollouts: list[Rollout] = []
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Sample, score, label, accumulate the gradient of a batch of prompts; returns Eq. 4's value."""
+        """Draw groups if the last ones are used up, accumulate their gradient; returns the objective's mean."""
         model.eval()  # dropout off: the policy that is updated is the one that was sampled
-        questions = [self._questions[i] for i in inputs["questions"]]
-        seed = seed_from("candidates", self.args.seed, self.state.global_step)
-        with self.accelerator.autocast():
-            heads = [question.head for question in questions]
-            groups = self._sampler(model, heads, self._settings.candidates, seed)
-        values = [
-            self._step_group(model, question, completions, share=1.0 / len(questions))
-            for question, completions in zip(questions, groups)
-        ]
+        if self._critic is not None:
+            self._critic.zero_grad()  # the trainer does it for its own model alone
+        fresh = self.state.global_step % self._settings.updates == 0
+        if fresh:
+            seed = seed_from("candidates", self.args.seed, self.state.global_step)
+            with self.accelerator.autocast():
+                self._rollouts = self._draw(model, [self._questions[i] for i in inputs["questions"]], seed)
+            for rollout in self._rollouts:
+                self._measures.add_rollout(rollout, scored=self._method.scorer is not None)
+        values = [self._step_group(model, rollout, fresh) for rollout in self._rollouts]
         return torch.stack(values).mean()
 
-    def _step_group(self, model: Any, question: Question, completions: list[Completion], share: float) -> Tensor:
-        """Add one group's gradient, times `share`; returns the group's objective, zero if it is left out."""
-        settings = self._settings
-        texts = [self._encoder.text(c.ids) for c in completions]
-        with self._roles.frozen() as evaluator, self.accelerator.autocast():
-            scores = self._evaluator.score(evaluator, question.prompt, question.anchor, texts)
-        scored = [(c.ids, s) for c, s in zip(completions, scores.candidates) if s is not None]
-        used = scores.anchor is not None and len(scored) >= 2
-        self._measures.add_scores(completions, scores, used)
-        if not used:
+    def _step_group(self, model: Any, rollout: Rollout, fresh: bool) -> Tensor:
+        """Add one group's gradient; returns the group's objective, zero if it is left out."""
+        if rollout.members is None or not rollout.usable:
             return torch.zeros((), device=self.args.device)
-        ids = [i for i, _ in scored]
-        margin = margins(torch.tensor([s for _, s in scored]), scores.anchor or 0.0)
-        log_labels = log_label_distribution(margin, settings.gamma, settings.tau)
-        objective = self._group_update(model, question.head, ids, log_labels, share)
-        self._measures.add_update(objective, log_labels, margin, torch.tensor([float(len(i)) for i in ids]))
-        group = group_record(
-            self.state.global_step + 1,
-            question.prompt,
-            question.anchor,
-            texts,
-            completions,
-            scores,
-            log_labels,
-            objective,
-            settings.gamma,
-        )
-        append_rows(self._run.groups, [asdict(group) | {"prompt": question.prompt.question}])
-        return objective.value
+
+        def objective(tokens: Tokens) -> Loss:
+            loss: Loss = self._method.loss(tokens, rollout.signal, self._settings)
+            return loss
+
+        loss, tokens = self._update(model, rollout.members, objective, share=1.0 / len(self._rollouts))
+        self._measures.add_update(loss, tokens, candidates=len(rollout.places))
+        if fresh and rollout.completions:
+            group = group_record(self.state.global_step + 1, rollout, loss.members)
+            append_rows(self._run.groups, [asdict(group) | {"prompt": rollout.question.prompt.question}])
+        return loss.value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was measured since the last log to the trainer's own values."""
         logs.update(self._measures.drain())
         super().log(logs, start_time)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The trainer's own, with the critic's weights and their learning rate beside the policy's."""
+        optimizer = super().create_optimizer(model)
+        if self._critic is not None and isinstance(self._settings, SelfPpo):
+            rate = self._settings.value_learning_rate
+            optimizer.add_param_group({"params": list(self._critic.parameters()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
-def _arguments(settings: LdlGrpo, folder: str, seed: int, reporting: dict[str, Any]) -> TrainingArguments:
+    def _get_train_sampler(self, train_dataset: Any = None) -> IndexSampler[int] | None:
+        if self._settings.updates == 1:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        return RepeatedBatches(len(self._questions), batch, self._settings.updates, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._critic is not None and output_dir is not None:
+            torch.save(self._critic.state_dict(), Path(output_dir) / _CRITIC)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._critic is not None:
+            self._critic.load_state_dict(torch.load(Path(resume_from_checkpoint) / _CRITIC, weights_only=True))
+
+
+class RepeatedBatches(IndexSampler[int]):
+    """Places of prompts in a random order, each batch of them `times` over; an epoch's incomplete batch is left out.
+
+    Args:
+        count: how many prompts there are, at least `batch`.
+        batch: prompts of a step, on all devices.
+        times: steps on the same batch.
+        seed: of the order, which is another one in every epoch.
+    """
+
+    def __init__(self, count: int, batch: int, times: int, seed: int) -> None:
+        self._count, self._batch, self._times, self._seed = count, batch, times, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the trainer, also when it resumes within an epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed_from("order", self._seed, self._epoch))
+        order = torch.randperm(self._count, generator=generator).tolist()
+        for start in range(0, self._count - self._batch + 1, self._batch):
+            yield from order[start : start + self._batch] * self._times
+
+    def __len__(self) -> int:
+        return self._count // self._batch * self._batch * self._times
+
+
+def stage_two(settings: Settings) -> StageTwo[Any]:
+    """The row of the table that `settings` are of.
+
+    Raises:
+        ValueError: the method has no second stage.
+    """
+    name = getattr(settings, "method", None)
+    row = METHODS[name].stage_two if name in METHODS else None
+    if row is None:
+        raise ValueError(f"{name} has no second stage")
+    return row
+
+
+def _critic(policy: Any) -> ValueHead:
+    with torch.random.fork_rng(devices=[]):  # a method with a critic sees the prompts in the order of the others
+        return ValueHead(hidden_size(policy)).to(next(policy.parameters()).device)
+
+
+def _decoding(settings: Settings) -> Decoding:
+    if not settings.drawn:
+        return Decoding(0.0, 1)
+    return Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
+
+
+def _scoring(
+    method: StageTwo[Any],
+    settings: Settings,
+    encoder: Encoder,
+    roles: Roles,
+    update: GroupUpdate,
+    teacher: Client | None,
+) -> Scoring:
+    if isinstance(settings, SelfScoringSettings):
+        evaluator = SelfEvaluator(encoder, settings.score, settings.score_batch_size)
+        return SelfScoring(roles, evaluator, method.scorer == "anchored", update.autocast)
+    if method.scorer != "teacher":
+        return unscored
+    if teacher is None:
+        raise ValueError("this method asks a teacher, and there is none")
+    return TeacherScoring(teacher)
+
+
+def _arguments(
+    settings: Settings, prompts: int, folder: str, seed: int, reporting: dict[str, Any]
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.prompts_per_step,
+        per_device_train_batch_size=min(settings.prompts_per_step, prompts),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup_ratio,
@@ -230,18 +315,25 @@ def _arguments(settings: LdlGrpo, folder: str, seed: int, reporting: dict[str, A
     )
 
 
-def _facts(run: RunDir, settings: LdlGrpo, prompts: int) -> AlignFacts:
-    rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
+def _total(rows: Sequence[dict[str, Any]], key: str) -> float:
+    return sum(row.get(key, 0.0) for row in rows)
 
-    def total(key: str) -> float:
-        return sum(row.get(key, 0.0) for row in rows)
 
+def _no_signal(rows: Sequence[dict[str, Any]], settings: Settings) -> str:
+    if any("score" in row for row in rows):
+        return "Stage II: no two candidates of a prompt ever had scores that differ enough; lower align.margin."
+    if isinstance(settings, SelfScoringSettings):
+        return "Stage II: the evaluator never gave a score; use align.score=expected with this student."
+    return "Stage II: the teacher never answered with a score between 0 and 1; purld ledger shows what it said."
+
+
+def _facts(rows: Sequence[dict[str, Any]], settings: Settings, prompts: int) -> AlignFacts:
     return AlignFacts(
         prompts=prompts,
         steps=settings.steps,
-        candidates=settings.steps * settings.prompts_per_step * settings.candidates,
-        truncated=int(total("truncated")),
-        unscored=int(total("unscored")),
-        dropped_groups=int(total("dropped_groups")),
-        sharper_than_labels=total("sharper_than_labels") / max(1, len(rows)),
+        candidates=settings.candidates_in_all,
+        truncated=int(_total(rows, "truncated")),
+        unscored=int(_total(rows, "unscored")),
+        dropped_groups=int(_total(rows, "dropped_groups")),
+        sharper_than_labels=_total(rows, "sharper_than_labels") / max(1, len(rows)),
     )

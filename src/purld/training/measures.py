@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from purld.method.labels import confidences, entropy
-from purld.method.losses import GroupObjective
-from purld.records import Group, Prompt
-from purld.student.sample import Completion
-from purld.student.selfeval import GroupScores
+from purld.method.losses import Loss, Tokens
+from purld.records import Group
+from purld.training.rollout import Rollout
 
 _SUMMED = frozenset({"truncated", "unscored", "dropped_groups"})
 LOGGED = frozenset(
@@ -28,6 +26,10 @@ LOGGED = frozenset(
         "score",
         "margin",
         "anchor_score",
+        "clipped",
+        "value_loss",
+        "pairs",
+        "pair_accuracy",
         "learning_rate",
         "grad_norm",
     }
@@ -41,32 +43,27 @@ class StepMeasures:
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
 
-    def add_scores(self, completions: Sequence[Completion], scores: GroupScores, used: bool) -> None:
-        """Note what came of sampling and scoring one group, and whether it is updated on."""
-        self._values["truncated"] += [float(not c.finished) for c in completions]
-        self._values["unscored"] += [float(s is None) for s in scores.candidates]
-        self._values["dropped_groups"].append(float(not used))
-        self._values["score"] += [s for s in scores.candidates if s is not None]
-        self._values["anchor_score"] += [] if scores.anchor is None else [scores.anchor]
+    def add_rollout(self, rollout: Rollout, scored: bool) -> None:
+        """Note what came of sampling and scoring one group; `scored` if the method has a scorer at all."""
+        scores = [s for s in rollout.scores.candidates if s is not None]
+        self._values["truncated"] += [float(not c.finished) for c in rollout.completions]
+        self._values["length"] += [float(len(c.ids)) for c in rollout.completions]
+        self._values["dropped_groups"].append(float(not rollout.usable))
+        self._values["score"] += scores
+        if scored:
+            self._values["unscored"].append(float(len(rollout.completions) - len(scores)))
+        if rollout.scores.anchor is not None:
+            self._values["anchor_score"].append(rollout.scores.anchor)
+            self._values["margin"] += [s - rollout.scores.anchor for s in scores]
 
-    def add_update(self, objective: GroupObjective, log_labels: Tensor, margin: Tensor, lengths: Tensor) -> None:
-        """Note the objective of one group; the tensors are (K,) over its scored candidates."""
-        labels_entropy, policy_entropy = entropy(log_labels).item(), entropy(objective.log_q).item()
-        values = {
-            "objective": objective.value.item(),
-            "ldl": objective.divergence.item(),
-            "kl": objective.kl.item(),
-            "entropy_labels": labels_entropy,
-            "entropy_policy": policy_entropy,
-            "sharper_than_labels": float(policy_entropy < labels_entropy),
-            "length": lengths.mean().item(),
-            "margin": margin.mean().item(),
-        }
-        correlation = _correlation(objective.log_q.exp().cpu(), lengths)
-        if correlation is not None:
-            values["length_correlation"] = correlation
-        for name, value in values.items():
-            self._values[name].append(value)
+    def add_update(self, loss: Loss, tokens: Tokens, candidates: int) -> None:
+        """Note the objective of one group, of whose members the last `candidates` were drawn from the policy."""
+        self._values["objective"].append(loss.value.item())
+        for name, metric in loss.metrics.items():
+            self._values[name].append(metric.item())
+        if candidates:
+            log_ratios = tokens.sequences(tokens.policy - tokens.reference)[-candidates:]
+            self._values["kl"].append(log_ratios.mean().item())
 
     def drain(self) -> dict[str, float]:
         """The step's values, and start over."""
@@ -79,46 +76,32 @@ class StepMeasures:
         return found
 
 
-def group_record(
-    step: int,
-    prompt: Prompt,
-    anchor: str,
-    texts: Sequence[str],
-    completions: Sequence[Completion],
-    scores: GroupScores,
-    log_labels: Tensor,
-    objective: GroupObjective,
-    gamma: float,
-) -> Group:
-    """One group as the report shows it; candidates without a score carry no label and no weight.
+def group_record(step: int, rollout: Rollout, members: Mapping[str, Tensor]) -> Group:
+    """One group as the report shows it.
 
-    Raises:
-        ValueError: the anchor has no score, so the group was not updated on.
+    Args:
+        step: of the update that it was first part of.
+        rollout: the group.
+        members: (K,) columns of the objective's members, by name of the record's field; a candidate that is no member
+            has None there.
     """
-    if scores.anchor is None:
-        raise ValueError("a group without an anchor score has no margins")
-    margins = [None if s is None else s - scores.anchor for s in scores.candidates]
-    labels, policy = [0.0] * len(texts), [0.0] * len(texts)
-    scored = [i for i, s in enumerate(scores.candidates) if s is not None]
-    for place, label, q in zip(scored, log_labels.exp().tolist(), objective.log_q.exp().tolist()):
-        labels[place], policy[place] = label, q
+    scores, anchor_score = rollout.scores.candidates, rollout.scores.anchor
+    columns: dict[str, list[float | None]] = {}
+    for name, column in members.items():
+        columns[name] = [None] * len(rollout.texts)
+        for place, value in zip(rollout.places, column.tolist()[-len(rollout.places) :]):
+            columns[name][place] = value
+    optional: dict[str, Any] = columns
+    if anchor_score is not None:
+        optional["margins"] = [None if s is None else s - anchor_score for s in scores]
+    if any(s is not None for s in scores):
+        optional["scores"] = scores
     return Group(
         step=step,
-        prompt_id=prompt.id,
-        anchor=anchor,
-        candidates=texts,
-        lengths=[len(c.ids) for c in completions],
-        scores=scores.candidates,
-        anchor_score=scores.anchor,
-        margins=margins,
-        confidences=[None if m is None else confidences(torch.tensor(m), gamma).item() for m in margins],
-        labels=labels,
-        policy_before=policy,
+        prompt_id=rollout.question.prompt.id,
+        anchor=rollout.question.anchor,
+        candidates=rollout.texts,
+        lengths=[len(c.ids) for c in rollout.completions],
+        anchor_score=anchor_score,
+        **optional,
     )
-
-
-def _correlation(x: Tensor, y: Tensor) -> float | None:
-    """Pearson's correlation of two (K,) tensors; None where one of them is constant."""
-    if x.std() < 1e-8 or y.std() < 1e-8:
-        return None
-    return float(torch.corrcoef(torch.stack([x, y]))[0, 1])

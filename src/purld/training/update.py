@@ -1,7 +1,8 @@
-"""One group's gradient: log-likelihoods, the objective's coefficients, and candidates backward in micro-batches.
+"""One group's passes and its gradient, for every objective.
 
-The objective's gradient is sum_k c_k grad log p_theta(y_k|x), so no graph over the whole group is needed: the
-result does not depend on the size of the micro-batches (Eq. 4 and 5; see `purld.method.losses`).
+An objective's gradient is sum_kt c_kt grad log p_theta(y_kt|x, y_k<t) (see `purld.method.losses`), so no graph over the
+whole group is needed: log-probabilities without one give the coefficients, then members go backward in micro-batches,
+and the result does not depend on their size.
 """
 
 from __future__ import annotations
@@ -14,77 +15,118 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purld.method.losses import GroupObjective, QForm, group_objective
-from purld.student.group import micro_batches, sequence_log_probs
+from purld.method.losses import Loss, Tokens, differentiate
+from purld.student.critic import ValueHead, prefix_states
+from purld.student.group import micro_batches, token_log_probs
 from purld.student.load import Roles
 
 
 @dataclass(frozen=True)
-class GroupUpdate:
-    """Adds a group's gradient to the policy's.
+class Members:
+    """A group's members and what does not change while they are updated on; tensors are (K, C).
 
     Attributes:
-        roles: whose frozen p_sft is the reference.
-        form: how the policy is mapped onto the group.
-        beta: weight of KL(p_theta || p_sft).
-        micro_batch_size: candidates per forward and backward pass.
+        head: token ids of the prompt.
+        ids: the K members' token ids.
+        reference: log-probabilities under p_sft.
+        mask: 1 on a member's tokens.
+        old: log-probabilities under the policy that drew them; None if that is the policy of the update.
+        states: (K, C, H) what the critic reads; None without a critic.
+        old_values: the critic's values when the members were drawn.
+    """
+
+    head: Sequence[int]
+    ids: Sequence[Sequence[int]]
+    reference: Tensor
+    mask: Tensor
+    old: Tensor | None = None
+    states: Tensor | None = None
+    old_values: Tensor | None = None
+
+    def tokens(self, policy: Tensor, values: Tensor | None = None) -> Tokens:
+        """The members as an objective sees them, with (K, C) log-probabilities under the policy as it is."""
+        old = policy.detach() if self.old is None else self.old
+        return Tokens(policy, self.reference, old, self.mask, values, self.old_values)
+
+
+@dataclass(frozen=True)
+class GroupUpdate:
+    """Measures groups, and adds a group's gradient to the policy's and the critic's.
+
+    Attributes:
+        roles: whose frozen p_sft is the reference, and the critic's trunk.
+        micro_batch_size: members per forward and backward pass.
         pad: a token id to pad with.
         backward: sends a scalar backward.
         autocast: the precision to compute in, the same for policy and reference.
+        critic: the value head, for a method that has one.
     """
 
     roles: Roles
-    form: QForm
-    beta: float
     micro_batch_size: int
     pad: int
     backward: Callable[[Tensor], None]
     autocast: Callable[[], AbstractContextManager[Any]]
+    critic: ValueHead | None = None
+
+    @torch.no_grad()
+    def members(self, policy: Any, head: Sequence[int], ids: Sequence[Sequence[int]], keep_old: bool) -> Members:
+        """Measure a group; `keep_old` if it will be updated on by another policy than the one that drew it."""
+        with self.roles.frozen() as reference:
+            log_probs, mask = self._without_graph(reference, head, ids)
+            states = None
+            if self.critic is not None:
+                with self.autocast():
+                    states = prefix_states(reference, head, ids, self.pad)
+        old = self._without_graph(policy, head, ids)[0] if keep_old else None
+        values = None if self.critic is None or states is None else self.critic(states)
+        return Members(head, ids, log_probs, mask, old, states, values)
 
     def __call__(
-        self,
-        policy: Any,
-        head: Sequence[int],
-        completions: Sequence[Sequence[int]],
-        log_labels: Tensor,
-        share: float,
-    ) -> GroupObjective:
-        """Accumulate `share` times the gradient of Eq. 4 on one group.
+        self, policy: Any, members: Members, objective: Callable[[Tokens], Loss], share: float
+    ) -> tuple[Loss, Tokens]:
+        """Accumulate `share` times the gradient of an objective on one group.
 
         Args:
             policy: the model to differentiate.
-            head: token ids of the prompt.
-            completions: the K scored candidates' token ids.
-            log_labels: (K,) log D.
-            share: weight of the group in the batch.
+            members: the group, see `members`.
+            objective: what to minimise.
+            share: weight of the group in the step.
 
         Returns:
-            The objective at the policy as it is, with its (K,) coefficients.
+            The objective at the policy as it is, and the tokens it was taken at.
         """
-        with self.roles.frozen() as reference:
-            reference_log_probs = self._no_grad(reference, head, completions)
-        lengths = torch.tensor([len(c) for c in completions], device=reference_log_probs.device)
+        values = None if self.critic is None or members.states is None else self.critic(members.states)
+        one_pass = len(members.ids) <= self.micro_batch_size
+        if one_pass:  # gives both the coefficients and the graph
+            log_probs = self._log_probs(policy, members.head, members.ids)[0]
+            tokens = members.tokens(log_probs.detach(), values)
+        else:
+            tokens = members.tokens(self._without_graph(policy, members.head, members.ids)[0], values)
+        loss, coefficients, value_coefficients = differentiate(objective, tokens)
+        if one_pass:
+            self.backward((share * coefficients * log_probs).sum())
+        else:
+            for rows in micro_batches(len(members.ids), self.micro_batch_size):
+                log_probs = self._log_probs(policy, members.head, members.ids[rows])[0]
+                self.backward((share * coefficients[rows, : log_probs.shape[1]] * log_probs).sum())
+        if values is not None and value_coefficients is not None:
+            self.backward((share * value_coefficients * values).sum())
+        return loss, tokens
 
-        def objective_at(log_probs: Tensor) -> GroupObjective:
-            labels = log_labels.to(log_probs.device)
-            return group_objective(labels, log_probs, reference_log_probs, lengths, form=self.form, beta=self.beta)
-
-        if len(completions) <= self.micro_batch_size:  # one pass gives both the coefficients and the graph
-            log_probs = self._log_probs(policy, head, completions)
-            objective = objective_at(log_probs)
-            self.backward((share * objective.coefficients * log_probs).sum())
-            return objective
-        objective = objective_at(self._no_grad(policy, head, completions))
-        for rows in micro_batches(len(completions), self.micro_batch_size):
-            log_probs = self._log_probs(policy, head, completions[rows])
-            self.backward((share * objective.coefficients[rows] * log_probs).sum())
-        return objective
-
-    def _log_probs(self, model: Any, head: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
+    def _log_probs(self, model: Any, head: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         with self.autocast():
-            return sequence_log_probs(model, head, completions, self.pad)
+            return token_log_probs(model, head, ids, self.pad)
 
     @torch.no_grad()
-    def _no_grad(self, model: Any, head: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
-        rows = micro_batches(len(completions), self.micro_batch_size)
-        return torch.cat([self._log_probs(model, head, completions[r]) for r in rows])
+    def _without_graph(self, model: Any, head: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(K, C) log-probabilities and their mask, in micro-batches."""
+        parts = [self._log_probs(model, head, ids[rows]) for rows in micro_batches(len(ids), self.micro_batch_size)]
+        width = max(map(len, ids))
+        log_probs, masks = (torch.cat([_widened(part, width) for part in column]) for column in zip(*parts))
+        return log_probs, masks.float()
+
+
+def _widened(rows: Tensor, width: int) -> Tensor:
+    """(k, c) rows with zeros appended to (k, width)."""
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))

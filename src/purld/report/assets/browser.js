@@ -100,7 +100,8 @@
   }
 
   function anchor(entry) {
-    const score = entry.group ? `, scored ${entry.group.anchor_score.toFixed(2)} by the frozen SFT model` : "";
+    const own = entry.group?.anchor_score ?? null; // a method without self-evaluation has none
+    const score = own === null ? "" : `, scored ${own.toFixed(2)} by the frozen SFT model`;
     return [
       el("h3", { textContent: `The teacher's anchor${score}` }),
       el("div", { class: "anchor" }, words(entry.anchor)),
@@ -147,10 +148,12 @@
 
   function candidates(group) {
     const sorted = [...group.candidates].sort((a, b) => (b.score ?? -1) - (a.score ?? -1));
-    const largest = Math.max(...sorted.flatMap((c) => [c.D, c.q, c.after ?? 0]));
+    const largest = Math.max(...sorted.flatMap((c) => [c.D ?? 0, c.q ?? 0, c.after ?? 0]));
+    const heading = sorted.length === 1 ? "The student's candidate" : `The student's ${sorted.length} candidates`;
+    const order = sorted.length > 1 && sorted[0].score !== undefined ? ", best score first" : "";
     return [
-      el("h3", { textContent: `The student's ${sorted.length} candidates, best score first` }),
-      el("p", { class: "note", textContent: NOTE }),
+      el("h3", { textContent: heading + order }),
+      sorted[0].D === undefined ? null : el("p", { class: "note", textContent: NOTE }),
       el("ol", { class: "candidates" }, ...sorted.map((c) =>
         el("li", { class: "candidate" }, measures(c, largest), words(c.text || "(empty)")))),
     ];
@@ -163,16 +166,18 @@
       const dd = el("dd", {}, el("span", { textContent: value === null ? "–" : value.toFixed(3).replace("-", "−") }), bar);
       return el("div", { class: kind }, el("dt", { textContent: name }), dd);
     };
+    const share = (value) => (value === null ? undefined : value / largest);
     const rows = c.score === null
       ? [el("div", {}, chip("unscored", "open"))]
-      : [
-          row("score", c.score, "score"),
-          row("margin", c.margin, "margin"),
-          row("u", c.u, "u"),
-          row("D", c.D, "D", c.D / largest),
-          row("q before", c.q, "q", c.q / largest),
-          c.after === undefined ? null : row("q after", c.after, "after", c.after / largest),
-        ];
+      : [ // what the method does not have is undefined
+          ["score", c.score, "score"],
+          ["margin", c.margin, "margin"],
+          ["u", c.u, "u"],
+          ["D", c.D, "D", share(c.D)],
+          ["q before", c.q, "q", share(c.q)],
+          ["q after", c.after, "after", share(c.after)],
+          ["A", c.advantage, "advantage"],
+        ].filter(([, value]) => value !== undefined).map((columns) => row(...columns));
     return el("dl", { class: "measures" }, ...rows, el("div", {}, el("dt", { textContent: "tokens" }),
       el("dd", {}, el("span", { textContent: c.tokens }))));
   }

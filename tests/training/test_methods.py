@@ -1,0 +1,199 @@
+"""Every method through the real pipeline with a tiny student: same prompts and updates, the same bits after a kill."""
+
+import itertools
+import shutil
+
+import pytest
+from misbehaving import completion, serving
+
+from purld.config import load_config
+from purld.console import Reporter
+from purld.errors import UserError
+from purld.method.table import METHODS
+from purld.pipeline import Pipeline
+from purld.report.read import title
+from purld.rundir import RunDir, read_json, read_rows
+from purld.training.align import AlignTrainer, RepeatedBatches
+
+SECOND_STAGE = [name for name, method in METHODS.items() if method.stage_two]
+RECORDED = {  # what a group has in its record, where not all have it
+    "ldl_grpo": {"scores", "margins", "confidences", "labels", "policy_before"},
+    "anchorrank_dpo": {"scores", "margins"},
+    "anchor_grpo": {"scores", "margins", "advantages"},
+    "self_ppo": {"scores", "advantages"},
+    "singlepair_dpo": set(),
+    "teacher_judge_grpo": {"scores", "advantages"},
+}
+SEVERAL_UPDATES = [f"{name}+2" for name in ("anchor_grpo", "self_ppo")]
+
+
+class KilledError(BaseException):
+    """In the place of a SIGKILL: nothing catches it."""
+
+
+def rate(handler):
+    """A teacher that likes long candidates."""
+    _, _, candidate = handler.prompt.partition("Candidate Answer:\n")
+    handler.reply(completion(f"{min(1.0, len(candidate) / 100):.2f}" if candidate else "An answer."))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    with serving() as server:
+        server.default = rate
+        yield server
+
+
+@pytest.fixture(scope="module")
+def after_stage_one(module_config, teacher, tmp_path_factory):
+    """Makes runs of four steps whose anchors and p_sft are there already; `method+2` makes two updates per rollout."""
+    teacher_section = f"teacher={{kind: openai, base_url: '{teacher.url}', model: m, max_calls: 100}}"
+
+    def pipeline(run, method, *overrides):
+        name, _, updates = method.partition("+")
+        chosen = [teacher_section, "align.steps=4", f"align.method={name}", *overrides]
+        chosen += [f"align.updates_per_rollout={updates}"] if updates else []
+        return Pipeline(load_config(module_config, chosen), run, Reporter())
+
+    base = RunDir(tmp_path_factory.mktemp("runs") / "base")
+    pipeline(base, "ldl_grpo").execute(["anchors", "sft"])
+    count = itertools.count()
+
+    def make(method, *overrides):
+        run = RunDir(base.path.with_name(f"run{next(count)}"))
+        shutil.copytree(base.path, run.path)
+        return pipeline(run, method, *overrides)
+
+    return make
+
+
+def outcome(run):
+    """What two equal Stage II runs share: weights, metrics, groups."""
+    weights = (run.align / "model.safetensors").read_bytes()
+    return weights, read_rows(run.metrics), read_rows(run.groups)
+
+
+def killed_at(pipeline, step, monkeypatch):
+    """Run Stage II until `step` is logged, and no further."""
+    log = RunDir.log
+
+    def kill(self, stage, at, values):
+        log(self, stage, at, values)
+        if stage == "align" and at == step:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "log", kill)
+        with pytest.raises(KilledError):
+            pipeline.execute(["align"])
+
+
+@pytest.mark.parametrize("method", [*SECOND_STAGE, *SEVERAL_UPDATES])
+def test_killed_in_stage_two_a_run_ends_with_the_same_bits(method, teacher, after_stage_one, monkeypatch):
+    calm, killed = after_stage_one(method), after_stage_one(method)
+    before = len(teacher.arrived)
+    calm.execute(["align"])
+    bought = len(teacher.arrived) - before
+    killed_at(killed, 3, monkeypatch)
+    Pipeline(killed.config, killed.run, Reporter()).execute(["align"])
+    assert outcome(killed.run) == outcome(calm.run)
+    # What was scored before the kill is not paid for again, and nobody but the judged method pays.
+    assert len(teacher.arrived) - before == 2 * bought
+    assert (bought > 0) == (method == "teacher_judge_grpo")
+    check_groups(read_rows(calm.run.groups), method)
+
+
+def check_groups(groups, method):
+    name, _, updates = method.partition("+")
+    drawn = {"sft_sft": 0, "singlepair_dpo": 1, "self_ppo": 1}.get(name, 3)
+    assert len(groups) == (2 * 4 // int(updates or 1) if drawn else 0)
+    optional = set().union(*RECORDED.values())
+    for group in groups:
+        assert {column for column in optional if group[column] is not None} == RECORDED[name]
+        assert len(group["candidates"]) == drawn
+
+
+def test_all_methods_see_the_same_prompts_in_the_same_order(after_stage_one):
+    """Nothing that only one of them has may move the state that the order is drawn from."""
+    seen = {}
+    for method in ("ldl_grpo", "self_ppo", "sft_sft"):
+        seen[method] = prompts_seen(after_stage_one(method, "align.steps=3"))
+    assert seen["ldl_grpo"] == seen["self_ppo"] == seen["sft_sft"]
+    assert len(set(seen["ldl_grpo"])) == 6
+
+
+def prompts_seen(pipeline):
+    """Run Stage II and give the places of the prompts of every step."""
+    seen = []
+    step = AlignTrainer.training_step
+
+    def noting(self, model, inputs, num_items_in_batch=None):
+        seen.extend(inputs["questions"])
+        return step(self, model, inputs, num_items_in_batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignTrainer, "training_step", noting)
+        pipeline.execute(["align"])
+    return seen
+
+
+@pytest.mark.parametrize("method", ["sft_sft", "singlepair_dpo", "teacher_judge_grpo"])
+def test_results_and_report_cope_with_every_method(method, after_stage_one):
+    pipeline = after_stage_one(method, "align.steps=2")
+    pipeline.execute()
+    results = read_json(pipeline.run.results)
+    assert list(results["models"]) == ["base", "sft", method]
+    assert results["method"] == method
+    assert title(method) in pipeline.run.report.read_text()
+    asked = results["teacher"]["calls"] - 16
+    assert 0 < asked <= 2 * 2 * 3 if method == "teacher_judge_grpo" else asked == 0
+
+
+def test_a_cap_that_cannot_cover_the_judging_is_refused_before_anything_is_bought(after_stage_one, teacher):
+    """16 anchors and 4 steps of 2 prompts and 3 candidates are 40 calls."""
+    before = len(teacher.arrived)
+    with pytest.raises(UserError, match=r"16 prompts and about 24 candidates, and teacher.max_calls is 39"):
+        after_stage_one("teacher_judge_grpo", "teacher.max_calls=39").execute(["align"])
+    assert len(teacher.arrived) == before
+    after_stage_one("teacher_judge_grpo", "teacher.max_calls=40").execute(["align"])
+
+
+def test_a_cap_that_is_reached_ends_the_run_and_a_higher_one_goes_on_from_there(after_stage_one, teacher):
+    run = after_stage_one("teacher_judge_grpo", "teacher.max_tokens=1000")
+    before = len(teacher.arrived)
+    with pytest.raises(UserError, match=r"teacher.max_tokens \(1000\) is reached with \d+ candidates"):
+        run.execute(["align"])
+    bought = len(teacher.arrived) - before
+    assert 0 < bought < 24
+    more = load_config(run.run.config, ["teacher.max_tokens=100000"])
+    Pipeline(more, run.run, Reporter()).execute(["align"])
+    assert "align" in run.run.finished()
+    assert len(teacher.arrived) - before <= 24
+
+
+def test_a_teacher_that_gives_no_score_leaves_candidates_unscored(after_stage_one, teacher):
+    teacher.default, usual = lambda handler: handler.reply(completion("Quite good.")), teacher.default
+    try:
+        with pytest.raises(UserError, match="never answered with a score between 0 and 1"):
+            after_stage_one("teacher_judge_grpo", "align.steps=2", "seed=0").execute(["align"])
+    finally:
+        teacher.default = usual
+
+
+def test_pairs_that_never_differ_enough_are_told(after_stage_one):
+    with pytest.raises(UserError, match=r"lower align\.margin"):
+        after_stage_one("anchorrank_dpo", "align.margin=1.0", "align.steps=1").execute(["align"])
+
+
+def test_repeated_batches_are_whole_and_follow_the_epoch():
+    sampler = RepeatedBatches(count=7, batch=3, times=2, seed=0)
+    first = list(sampler)
+    assert len(first) == len(sampler) == 12
+    assert first[:3] == first[3:6] and first[6:9] == first[9:]
+    assert len(set(first)) == 6
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first
+    again = RepeatedBatches(count=7, batch=3, times=2, seed=0)
+    again.set_epoch(1)
+    assert list(again) == second
