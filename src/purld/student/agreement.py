@@ -61,16 +61,16 @@ def _disagreement(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]]
         raise
     except Exception as error:  # whatever an unknown architecture may raise
         return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    # Rounding differs where shapes do. Log-probabilities come off hidden states in the precision of the weights or
-    # of autocast; half of its digits must agree.
+    # Rounding differs where shapes do, and grows on its way back; a cache that is read wrongly, or cut off from its
+    # gradient, is off by about 1. The precision is that of the weights or of autocast.
     tolerance = max(torch.finfo(_precision(model)).eps ** 0.5, 1e-3)
-    for name, found, expected in (
-        ("log-probabilities", shared, plain),
-        ("gradients", shared_gradient, plain_gradient),
+    for name, found, expected, allowed in (
+        ("log-probabilities", shared, plain, tolerance),
+        ("gradients", shared_gradient, plain_gradient, 4 * tolerance),
     ):
-        error_size = ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
-        if not error_size <= tolerance:
-            return f"its {name} are off by {error_size:.1e} of their size"
+        off_by = ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+        if not off_by <= allowed:
+            return f"its {name} are off by {off_by:.1e} of their size"
     return None
 
 

@@ -44,11 +44,6 @@ def sequence_log_probs(model: Any, head: Sequence[int], completions: Sequence[Se
     return token_log_probs(model, head, completions, pad)[0].sum(dim=1)
 
 
-def closing_logits(model: Any, head: Sequence[int], tails: Sequence[Sequence[int]], count: int, pad: int) -> Tensor:
-    """The logits at the last `count` positions of head + tail, for B tails: (B, count, V), float32."""
-    return prefix_of(model, head, tails, pad).closing_logits(tails, count)
-
-
 def micro_batches(count: int, size: int) -> Iterator[slice]:
     """Slices of at most `size` that cover `count` rows."""
     for start in range(0, count, size):

@@ -15,12 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from purld.student.cache import ReadOnly, plain_layers
 from purld.student.encode import pad_right
 from purld.student.halves import Halves
-
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class Prefix(Protocol):
@@ -58,7 +56,7 @@ class SharedPrefix:
         self._pad = pad
         self._device = next(model.parameters()).device
         output = self._halves.hidden_states(torch.tensor([list(head)], device=self._device))
-        self._layers = _checked(output.past_key_values)
+        self._layers = plain_layers(output.past_key_values)
         self._last = output.last_hidden_state[:, -1:]  # (1, 1, H): predicts the first token
         self._output = copy.copy(output)  # what the head needs of it, and not the whole prompt's hidden states
         self._output.last_hidden_state = self._output.past_key_values = None
@@ -96,7 +94,7 @@ class SharedPrefix:
         """Hidden states (B, L, H) of right-padded continuations (B, L)."""
         if ids.shape[1] == 0:
             return self._last.new_empty(ids.shape[0], 0, self._last.shape[-1])
-        hidden: Tensor = self._halves.hidden_states(ids, _ReadFrom(self._layers)).last_hidden_state
+        hidden: Tensor = self._halves.hidden_states(ids, ReadOnly(self._layers)).last_hidden_state
         return hidden
 
     def _cut(self, whole: Tensor) -> Tensor:
@@ -137,28 +135,6 @@ class FullSequences:
         kept = ids.shape[1] - len(self._head) + 1
         logits: Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
         return logits[:, -kept:].float()
-
-
-class _ReadFrom(Cache):
-    """A cache of batch size 1 as B continuations see it, which keeps nothing of theirs."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, heads, P + L, width) of the prefix and a continuation."""
-        layer = copy.copy(self.layers[layer_idx])
-        layer.keys = layer.keys.expand(key_states.shape[0], -1, -1, -1)
-        layer.values = layer.values.expand(key_states.shape[0], -1, -1, -1)
-        keys, values = layer.update(key_states, value_states, *args, **kwargs)
-        return keys, values
-
-
-def _checked(cache: Any) -> list[Any]:
-    layers = list(getattr(cache, "layers", []))
-    odd = {type(layer).__name__ for layer in layers if type(layer) not in _PLAIN_LAYERS}
-    if odd or not layers:
-        raise TypeError(f"its cache is not a plain one ({', '.join(sorted(odd)) or type(cache).__name__})")
-    return layers
 
 
 def _closing_positions(tails: Sequence[Sequence[int]], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
