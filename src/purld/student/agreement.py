@@ -30,9 +30,9 @@ def may_share(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pa
         rows: its continuations.
         pad: a token id to pad with.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = _causal(model)
     verdicts = _verdicts.setdefault(causal, {})
-    case = _windows_outgrown(causal, len(head) + max(map(len, rows)))
+    case = windows_outgrown(model, len(head) + max(map(len, rows)))
     if case not in verdicts:
         problem = _disagreement(model, head, sorted(rows, key=len)[:: max(1, len(rows) - 1)], pad)
         verdicts[case] = problem is None
@@ -45,11 +45,15 @@ def may_share(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pa
     return verdicts[case]
 
 
-def _windows_outgrown(causal: Any, length: int) -> int:
-    """How many of the sizes that may limit attention are exceeded by `length` tokens."""
-    config = causal.config.get_text_config()
+def windows_outgrown(model: Any, length: int) -> int:
+    """How many of the sizes that may limit a model's attention are exceeded by `length` tokens."""
+    config = _causal(model).config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return sum(length > size for size in sizes if isinstance(size, int))
+
+
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _disagreement(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pad: int) -> str | None:

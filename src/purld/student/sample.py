@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from purld.student.agreement import may_share
+from purld.student.agreement import may_share, windows_outgrown
 from purld.student.cache import repeat_with_room
 from purld.student.encode import Encoder, pad_left
 
@@ -83,18 +83,19 @@ def generate(
         decoding: how they are drawn.
         head: token ids that come before each of the prompts.
     """
-    if head and not may_share(model, head, prompts, encoder.pad):
+    # Padding goes between the head and a shorter prompt. No position counts it, but a sliding window would.
+    width = len(head) + max(map(len, prompts)) + decoding.max_new_tokens
+    if head and (windows_outgrown(model, width) or not may_share(model, head, prompts, encoder.pad)):
         prompts, head = [[*head, *prompt] for prompt in prompts], ()
     ids, mask = pad_left(prompts, encoder.pad, next(model.parameters()).device)
-    if head:  # padding goes between the head and a shorter prompt, where no position counts it
-        ids, mask = _before(ids, head), _before(mask, [1] * len(head))
+    ids, mask = _before(ids, head), _before(mask, [1] * len(head))
+    ready: dict[str, Any] = {}
+    if head:
+        ready = _prefilled(model, encoder, ids[:1, : len(head)], mask[:1, : len(head)], len(ids), width)
+    elif count > 1 and may_share(model, *_stand_in(prompts), encoder.pad):
+        # All but the last token, which `generate` wants to see for itself.
+        ready = _prefilled(model, encoder, ids[:, :-1], mask[:, :-1], count, width)
     with _plain_generation_config(model, encoder, decoding) as (inner, ends):
-        ready, width = {}, ids.shape[1] + decoding.max_new_tokens
-        if head:
-            ready = {"past_key_values": _prefilled(model, ids[:1, : len(head)], mask[:1, : len(head)], len(ids), width)}
-        elif count > 1 and may_share(model, *_stand_in(prompts), encoder.pad):
-            # All but the last token, which `generate` wants to see for itself.
-            ready = {"past_key_values": _prefilled(model, ids[:, :-1], mask[:, :-1], count, width)}
         inner.generation_config.num_return_sequences = count
         output = model.generate(input_ids=ids, attention_mask=mask, **ready)
     rows = [_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
@@ -103,15 +104,16 @@ def generate(
 
 def _before(rows: Tensor, head: Sequence[int]) -> Tensor:
     """(B, P + L): the same P numbers put before each of B rows."""
-    return torch.cat([torch.tensor([list(head)], device=rows.device).expand(len(rows), -1), rows], dim=1)
-
-
-def _prefilled(model: Any, ids: Tensor, mask: Tensor, copies: int, width: int) -> Any:
-    """The cache of left-padded rows of token ids, each row's repeated, with room for `width` tokens in all."""
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=1, return_dict_in_generate=True
+    return torch.cat(
+        [torch.tensor([list(head)], dtype=rows.dtype, device=rows.device).expand(len(rows), -1), rows], dim=1
     )
-    return repeat_with_room(output.past_key_values, copies, width - ids.shape[1])
+
+
+def _prefilled(model: Any, encoder: Encoder, ids: Tensor, mask: Tensor, copies: int, width: int) -> dict[str, Any]:
+    """The cache of left-padded rows, as an argument of `generate`: each row's repeated, room for `width` tokens."""
+    with _plain_generation_config(model, encoder, Decoding(temperature=0.0, max_new_tokens=1)):
+        output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True)
+    return {"past_key_values": repeat_with_room(output.past_key_values, copies, width - ids.shape[1])}
 
 
 def _stand_in(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
