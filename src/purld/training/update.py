@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from purld.method.losses import GroupObjective, QForm, group_objective
-from purld.student.group import micro_batches, sequence_log_probs
+from purld.student.group import micro_batches, prefix_of
 from purld.student.load import Roles
+from purld.student.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -61,30 +62,34 @@ class GroupUpdate:
         Returns:
             The objective at the policy as it is, with its (K,) coefficients.
         """
-        with self.roles.frozen() as reference:
-            reference_log_probs = self._no_grad(reference, head, completions)
+        with self.roles.frozen() as reference, self.autocast():
+            frozen_prompt = prefix_of(reference, head, completions, self.pad)
+            reference_log_probs = self._no_grad(frozen_prompt, completions)
         lengths = torch.tensor([len(c) for c in completions], device=reference_log_probs.device)
 
         def objective_at(log_probs: Tensor) -> GroupObjective:
             labels = log_labels.to(log_probs.device)
             return group_objective(labels, log_probs, reference_log_probs, lengths, form=self.form, beta=self.beta)
 
+        with self.autocast():
+            prompt = prefix_of(policy, head, completions, self.pad, cut=True)
         if len(completions) <= self.micro_batch_size:  # one pass gives both the coefficients and the graph
-            log_probs = self._log_probs(policy, head, completions)
+            log_probs = self._sums(prompt, completions)
             objective = objective_at(log_probs)
             self.backward((share * objective.coefficients * log_probs).sum())
-            return objective
-        objective = objective_at(self._no_grad(policy, head, completions))
-        for rows in micro_batches(len(completions), self.micro_batch_size):
-            log_probs = self._log_probs(policy, head, completions[rows])
-            self.backward((share * objective.coefficients[rows] * log_probs).sum())
+        else:
+            objective = objective_at(self._no_grad(prompt, completions))
+            for rows in micro_batches(len(completions), self.micro_batch_size):
+                log_probs = self._sums(prompt, completions[rows])
+                self.backward((share * objective.coefficients[rows] * log_probs).sum())
+        prompt.backward()
         return objective
 
-    def _log_probs(self, model: Any, head: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
+    def _sums(self, prompt: Prefix, completions: Sequence[Sequence[int]]) -> Tensor:
         with self.autocast():
-            return sequence_log_probs(model, head, completions, self.pad)
+            return prompt.token_log_probs(completions)[0].sum(dim=1)
 
     @torch.no_grad()
-    def _no_grad(self, model: Any, head: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
+    def _no_grad(self, prompt: Prefix, completions: Sequence[Sequence[int]]) -> Tensor:
         rows = micro_batches(len(completions), self.micro_batch_size)
-        return torch.cat([self._log_probs(model, head, completions[r]) for r in rows])
+        return torch.cat([self._sums(prompt, completions[r]) for r in rows])
