@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from purld.student.group import closing_logits, micro_batches, sequence_log_probs
+from purld.student.group import micro_batches, prefix_of, sequence_log_probs, token_log_probs
 
 LENGTHS = (1, 5, 9, 9, 3)
 
@@ -53,6 +53,17 @@ def test_log_probs_and_gradients_equal_the_plain_ones(model, group):
     assert (found - expected).norm() / expected.norm() < 1e-5
 
 
+def test_sequences_are_sums_of_tokens_and_padding_counts_nothing(model, group):
+    head, completions = group
+    with torch.no_grad():
+        log_probs, mask = token_log_probs(model, head, completions, pad=0)
+        assert torch.equal(log_probs.sum(dim=1), sequence_log_probs(model, head, completions, pad=0))
+    assert mask.sum(dim=1).tolist() == list(LENGTHS)
+    assert log_probs.dtype == torch.float32
+    assert (log_probs[mask == 1] < 0).all()
+    assert (log_probs[mask == 0] == 0).all()
+
+
 def test_padding_is_inert(model, group):
     head, completions = group
     with torch.no_grad():
@@ -65,7 +76,7 @@ def test_closing_logits_equal_the_plain_ones(model, group):
     head, completions = group
     tails = [c for c in completions if len(c) >= 3]
     with torch.no_grad():
-        found = closing_logits(model, head, tails, count=3, pad=0)
+        found = prefix_of(model, head, tails, pad=0).closing_logits(tails, count=3)
         for tail, logits in zip(tails, found):
             plain = model(input_ids=torch.tensor([head + tail])).logits[0, -3:]
             assert torch.allclose(logits, plain, atol=1e-4)

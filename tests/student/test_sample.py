@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from purld.records import Prompt
+from purld.student import sample
 from purld.student.encode import Encoder
 from purld.student.group import sequence_log_probs
-from purld.student.sample import Decoding, GenerateSampler, seed_from
+from purld.student.sample import Decoding, GenerateSampler, generate, seed_from
+
+real = sample._prefilled
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,44 @@ def test_greedy_takes_the_likeliest_token_despite_the_models_own_defaults(model,
             assert model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item() == token
         ids.append(token)
     assert model.generation_config.repetition_penalty == 1.5
+
+
+@pytest.fixture(params=["full attention", "sliding window"])
+def sharing_model(request, model, encoder):
+    if request.param == "full attention":
+        return model
+    torch.manual_seed(2)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(encoder.tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=8,
+            initializer_range=0.2,
+        )
+    ).eval()
+
+
+def test_a_shared_prefill_draws_what_a_repeated_one_draws(sharing_model, encoder, heads, monkeypatch):
+    sampler = GenerateSampler(encoder, Decoding(1.0, 12))
+    prefilled = []
+    monkeypatch.setattr(sample, "_prefilled", lambda *a: prefilled.append(a[2].shape) or real(*a))
+    shared = sampler(sharing_model, heads, 3, seed=5)
+    assert prefilled == [(2, max(map(len, heads)) - 1)]
+    monkeypatch.setattr(sample, "may_share", lambda *_: False)
+    assert sampler(sharing_model, heads, 3, seed=5) == shared
+
+
+def test_a_common_head_is_prefilled_once_for_replies_of_any_length(sharing_model, encoder, heads, monkeypatch):
+    greedy = Decoding(0.0, 10)
+    head, tails = heads[1], [heads[0], heads[0][:3], heads[1][:7]]
+    shared = generate(sharing_model, encoder, tails, 1, greedy, head)
+    assert shared == generate(sharing_model, encoder, [head + tail for tail in tails], 1, greedy)
+    monkeypatch.setattr(sample, "may_share", lambda *_: False)
+    assert generate(sharing_model, encoder, tails, 1, greedy, head) == shared
 
 
 def test_frequencies_are_the_policys_probabilities(model, encoder, heads):

@@ -3,6 +3,8 @@
 The decoding is what a run's configuration says and nothing else: a model directory's own generation defaults
 (a repetition penalty, a top-k) are set aside, because Stage II's estimators take candidates to be draws from
 the policy. Another engine can take this one's place behind `Sampler`.
+
+What sequences have in common is computed once and its cache repeated; then all of them decode together.
 """
 
 from __future__ import annotations
@@ -14,9 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig
 
+from purld.student.agreement import may_share, windows_outgrown
+from purld.student.cache import repeat_with_room
 from purld.student.encode import Encoder, pad_left
+
+_STAND_IN_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -59,16 +66,60 @@ class GenerateSampler:
 
 @torch.no_grad()
 def generate(
-    model: Any, encoder: Encoder, prompts: Sequence[Sequence[int]], count: int, decoding: Decoding
+    model: Any,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    decoding: Decoding,
+    head: Sequence[int] = (),
 ) -> list[list[Completion]]:
-    """`count` completions for each of the prompts (token ids), from torch's global random state."""
-    device = next(model.parameters()).device
-    ids, mask = pad_left(prompts, encoder.pad, device)
+    """`count` completions for each of the prompts (token ids), from torch's global random state.
+
+    Args:
+        model: a causal language model.
+        encoder: the run's encoder.
+        prompts: token ids.
+        count: completions per prompt; 1 where there is a head.
+        decoding: how they are drawn.
+        head: token ids that come before each of the prompts.
+    """
+    # Padding goes between the head and a shorter prompt. No position counts it, but a sliding window would.
+    width = len(head) + max(map(len, prompts)) + decoding.max_new_tokens
+    if head and (windows_outgrown(model, width) or not may_share(model, head, prompts, encoder.pad)):
+        prompts, head = [[*head, *prompt] for prompt in prompts], ()
+    ids, mask = pad_left(prompts, encoder.pad, next(model.parameters()).device)
+    ids, mask = _before(ids, head), _before(mask, [1] * len(head))
+    ready: dict[str, Any] = {}
+    if head:
+        ready = _prefilled(model, encoder, ids[:1, : len(head)], mask[:1, : len(head)], len(ids), width)
+    elif count > 1 and may_share(model, *_stand_in(prompts), encoder.pad):
+        # All but the last token, which `generate` wants to see for itself.
+        ready = _prefilled(model, encoder, ids[:, :-1], mask[:, :-1], count, width)
     with _plain_generation_config(model, encoder, decoding) as (inner, ends):
         inner.generation_config.num_return_sequences = count
-        output = model.generate(input_ids=ids, attention_mask=mask)
+        output = model.generate(input_ids=ids, attention_mask=mask, **ready)
     rows = [_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
     return [rows[i : i + count] for i in range(0, len(rows), count)]
+
+
+def _before(rows: Tensor, head: Sequence[int]) -> Tensor:
+    """(B, P + L): the same P numbers put before each of B rows."""
+    return torch.cat(
+        [torch.tensor([list(head)], dtype=rows.dtype, device=rows.device).expand(len(rows), -1), rows], dim=1
+    )
+
+
+def _prefilled(model: Any, encoder: Encoder, ids: Tensor, mask: Tensor, copies: int, width: int) -> dict[str, Any]:
+    """The cache of left-padded rows, as an argument of `generate`: each row's repeated, room for `width` tokens."""
+    with _plain_generation_config(model, encoder, Decoding(temperature=0.0, max_new_tokens=1)):
+        output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True)
+    return {"past_key_values": repeat_with_room(output.past_key_values, copies, width - ids.shape[1])}
+
+
+def _stand_in(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """A head and continuations to try sharing on before there are any completions."""
+    longest = list(max(prompts, key=len))
+    return longest, [longest[:1], longest[:_STAND_IN_TOKENS]]
 
 
 def seed_from(*parts: object) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from purld.errors import UserError
 from purld.records import Prompt
 from purld.student.encode import Encoder
-from purld.student.group import closing_logits, micro_batches
+from purld.student.group import micro_batches, prefix_of
 from purld.student.sample import Decoding, generate
 
 _NUMBER = re.compile(r"\s*(1(?:\.0+)?|0(?:\.\d+)?|\.\d+)(?![\d.]*\d)")
@@ -73,17 +73,17 @@ class SelfEvaluator:
         self, model: Any, head: list[int], tails: list[list[int]], reader: _ScoreReader
     ) -> list[float | None]:
         scores: list[float | None] = []
+        tails = [tail + reader.opening for tail in tails]
+        prefix = prefix_of(model, head, tails, self._encoder.pad)
         for rows in micro_batches(len(tails), self._batch_size):
-            batch = [tail + reader.opening for tail in tails[rows]]
-            logits = closing_logits(model, head, batch, 3, self._encoder.pad)
-            scores += reader.expectation(logits).tolist()
+            scores += reader.expectation(prefix.closing_logits(tails[rows], 3)).tolist()
         return scores
 
     def _verbal(self, model: Any, head: list[int], tails: list[list[int]]) -> list[float | None]:
         scores: list[float | None] = []
         greedy = Decoding(temperature=0.0, max_new_tokens=_VERBAL_TOKENS)
         for rows in micro_batches(len(tails), self._batch_size):
-            replies = generate(model, self._encoder, [head + tail for tail in tails[rows]], 1, greedy)
+            replies = generate(model, self._encoder, tails[rows], 1, greedy, head)
             scores += [parse_score(self._encoder.text(reply.ids)) for (reply,) in replies]
         return scores
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from purld.method.losses import Loss, Tokens, differentiate
 from purld.student.critic import ValueHead, prefix_states
-from purld.student.group import micro_batches, token_log_probs
+from purld.student.group import micro_batches, prefix_of
 from purld.student.load import Roles
+from purld.student.prefix import Prefix
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class GroupUpdate:
     def members(self, policy: Any, head: Sequence[int], ids: Sequence[Sequence[int]], keep_old: bool) -> Members:
         """Measure a group; `keep_old` if it will be updated on by another policy than the one that drew it."""
         with self.roles.frozen() as reference:
-            log_probs, mask = self._without_graph(reference, head, ids)
+            log_probs, mask = self._measured(reference, head, ids)
             states = None
             if self.critic is not None:
                 with self.autocast():
                     states = prefix_states(reference, head, ids, self.pad)
-        old = self._without_graph(policy, head, ids)[0] if keep_old else None
+        old = self._measured(policy, head, ids)[0] if keep_old else None
         values = None if self.critic is None or states is None else self.critic(states)
         return Members(head, ids, log_probs, mask, old, states, values)
 
@@ -97,31 +98,40 @@ class GroupUpdate:
             The objective at the policy as it is, and the tokens it was taken at.
         """
         values = None if self.critic is None or members.states is None else self.critic(members.states)
+        with self.autocast():
+            prompt = prefix_of(policy, members.head, members.ids, self.pad, cut=True)
         one_pass = len(members.ids) <= self.micro_batch_size
         if one_pass:  # gives both the coefficients and the graph
-            log_probs = self._log_probs(policy, members.head, members.ids)[0]
+            log_probs = self._log_probs(prompt, members.ids)[0]
             tokens = members.tokens(log_probs.detach(), values)
         else:
-            tokens = members.tokens(self._without_graph(policy, members.head, members.ids)[0], values)
+            tokens = members.tokens(self._without_graph(prompt, members.ids)[0], values)
         loss, coefficients, value_coefficients = differentiate(objective, tokens)
         if one_pass:
             self.backward((share * coefficients * log_probs).sum())
         else:
             for rows in micro_batches(len(members.ids), self.micro_batch_size):
-                log_probs = self._log_probs(policy, members.head, members.ids[rows])[0]
+                log_probs = self._log_probs(prompt, members.ids[rows])[0]
                 self.backward((share * coefficients[rows, : log_probs.shape[1]] * log_probs).sum())
+        prompt.backward()
         if values is not None and value_coefficients is not None:
             self.backward((share * value_coefficients * values).sum())
         return loss, tokens
 
-    def _log_probs(self, model: Any, head: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _measured(self, model: Any, head: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """(K, C) log-probabilities of a group under a model, without a graph, and their mask."""
         with self.autocast():
-            return token_log_probs(model, head, ids, self.pad)
+            prompt = prefix_of(model, head, ids, self.pad)
+        return self._without_graph(prompt, ids)
+
+    def _log_probs(self, prompt: Prefix, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        with self.autocast():
+            return prompt.token_log_probs(ids)
 
     @torch.no_grad()
-    def _without_graph(self, model: Any, head: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _without_graph(self, prompt: Prefix, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(K, C) log-probabilities and their mask, in micro-batches."""
-        parts = [self._log_probs(model, head, ids[rows]) for rows in micro_batches(len(ids), self.micro_batch_size)]
+        parts = [self._log_probs(prompt, ids[rows]) for rows in micro_batches(len(ids), self.micro_batch_size)]
         width = max(map(len, ids))
         log_probs, masks = (torch.cat([_widened(part, width) for part in column]) for column in zip(*parts))
         return log_probs, masks.float()

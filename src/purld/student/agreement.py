@@ -1,0 +1,106 @@
+"""Whether a model may share a head: tried out on the first group it meets, against full sequences.
+
+Compared are the log-probabilities of two of the group's rows and their gradient at the prompt's embeddings, which
+passes through every key and value of the cache. A model that disagrees, or cannot do it at all, works on full
+sequences from then on, and says so once. A sliding window that a group outgrows is another case and is tried out
+again. The verdict depends on the model and not on which group came first, short of a bug that only some groups show.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from purld.student.prefix import FullSequences, Prefix, SharedPrefix
+
+_verdicts: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
+
+
+def may_share(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pad: int) -> bool:
+    """Whether `SharedPrefix` gives this model's numbers and gradients.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        head: token ids of the head in question.
+        rows: its continuations.
+        pad: a token id to pad with.
+    """
+    causal = _causal(model)
+    verdicts = _verdicts.setdefault(causal, {})
+    case = windows_outgrown(model, len(head) + max(map(len, rows)))
+    if case not in verdicts:
+        problem = _disagreement(model, head, sorted(rows, key=len)[:: max(1, len(rows) - 1)], pad)
+        verdicts[case] = problem is None
+        if problem is not None:
+            warnings.warn(
+                f"{type(causal).__name__}: a group's prompt is computed anew for every candidate, because sharing "
+                f"it does not work with this model: {problem}.",
+                stacklevel=2,
+            )
+    return verdicts[case]
+
+
+def windows_outgrown(model: Any, length: int) -> int:
+    """How many of the sizes that may limit a model's attention are exceeded by `length` tokens."""
+    config = _causal(model).config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return sum(length > size for size in sizes if isinstance(size, int))
+
+
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _disagreement(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pad: int) -> str | None:
+    """What is wrong with sharing, in a clause; None if nothing is."""
+    plain, plain_gradient = _numbers(model, lambda: FullSequences(model, head, pad), rows, len(head))
+    try:
+        shared, shared_gradient = _numbers(model, lambda: SharedPrefix(model, head, pad), rows, len(head))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an unknown architecture may raise
+        return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    # Rounding differs where shapes do, and grows on its way back; a cache that is read wrongly, or cut off from its
+    # gradient, is off by about 1. The precision is that of the weights or of autocast.
+    tolerance = max(torch.finfo(_precision(model)).eps ** 0.5, 1e-3)
+    for name, found, expected, allowed in (
+        ("log-probabilities", shared, plain, tolerance),
+        ("gradients", shared_gradient, plain_gradient, 4 * tolerance),
+    ):
+        off_by = ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+        if not off_by <= allowed:
+            return f"its {name} are off by {off_by:.1e} of their size"
+    return None
+
+
+@torch.enable_grad()
+def _numbers(
+    model: Any, prefix: Callable[[], Prefix], rows: Sequence[Sequence[int]], head_length: int
+) -> tuple[Tensor, Tensor]:
+    """(R, C) log-probabilities of rows, and the gradient (P, H) of their mean at the head's embeddings."""
+    embedded: list[Tensor] = []
+
+    def keep(_: Any, __: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())  # the graph begins here, whatever is frozen below
+        return embedded[-1]
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        log_probs, mask = prefix().token_log_probs(rows)
+    finally:
+        handle.remove()
+    # The first embeddings hold the head: alone (1, P, H), or with every continuation (R, P + C, H).
+    (gradient,) = torch.autograd.grad(log_probs.sum() / mask.sum(), embedded[0])
+    return log_probs.detach(), gradient[:, :head_length].float().sum(dim=0)
+
+
+def _precision(model: Any) -> torch.dtype:
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return model.get_input_embeddings().weight.dtype
