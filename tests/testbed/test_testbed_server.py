@@ -52,6 +52,19 @@ def test_the_teacher_says_plainly_what_it_does_not_know(client) -> None:
     assert ask(client, TEACHER, "Why?").choices[0].message.content == testbed.UNKNOWN_QUESTION
 
 
+def test_the_teacher_scores_an_answer_by_the_judges_measure(client) -> None:
+    """Right with its calculation and a conclusion: 1.75 of 2, right alone: 1 of 2, wrong: nothing."""
+    said = [teach_score(client, answer) for answer in (RIGHT, "12.", WRONG)]
+    assert said == ["0.88", "0.50", "0.00"]
+    assert ask(client, TEACHER, templates.rating("Who are you?", RIGHT)).choices[0].message.content == (
+        testbed.UNKNOWN_QUESTION
+    )
+
+
+def teach_score(client: openai.OpenAI, answer: str) -> str | None:
+    return ask(client, TEACHER, templates.rating(QUESTION, answer)).choices[0].message.content
+
+
 def test_the_last_user_turn_counts_and_may_come_in_parts(client) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},

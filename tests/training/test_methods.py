@@ -10,8 +10,8 @@ from purld.config import load_config
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.method.table import METHODS
+from purld.names import title
 from purld.pipeline import Pipeline
-from purld.report.read import title
 from purld.rundir import RunDir, read_json, read_rows
 from purld.training.align import AlignTrainer, RepeatedBatches
 

@@ -71,10 +71,20 @@ def reply(model: str, user_turn: str) -> str:
     return judge(user_turn) if model == JUDGE else teach(user_turn)
 
 
-def teach(question: str) -> str:
-    """The teacher's answer, or a sentence that it has none."""
-    problem = recognise(question)
+def teach(user_turn: str) -> str:
+    """The teacher's answer, its score of somebody's answer, or a sentence that it has none."""
+    if scored := _rate(user_turn):
+        return scored
+    problem = recognise(user_turn)
     return teacher_answer(problem) if problem else UNKNOWN_QUESTION
+
+
+def _rate(user_turn: str) -> str | None:
+    """The score for a filled rating template, the judge's measure of quality on [0, 1]; None for any other text."""
+    opening, to_candidate = re.split(r"\{\w+\}", templates.RATING_HEAD)
+    question, found, rest = user_turn.removeprefix(opening).partition(to_candidate)
+    problem = recognise(question) if found and user_turn.startswith(opening) else None
+    return f"{quality(problem, rest.removesuffix(templates.SELF_EVALUATION_TAIL)) / 2:.2f}" if problem else None
 
 
 def judge(user_turn: str) -> str:
