@@ -54,6 +54,7 @@ class AlignFacts:
     unscored: int
     dropped_groups: int
     sharper_than_labels: float
+    against_flattening: str
 
     @property
     def warnings(self) -> list[str]:
@@ -68,7 +69,7 @@ class AlignFacts:
         if self.sharper_than_labels > 0.5:
             found.append(
                 f"in {self.sharper_than_labels:.0%} of the groups the policy was sharper than its labels, so the "
-                "update flattened it; raise align.gamma, lower align.tau, or use align.q=ratio."
+                f"update flattened it; {self.against_flattening}."
             )
         return found
 
@@ -336,4 +337,12 @@ def _facts(rows: Sequence[dict[str, Any]], settings: Settings, prompts: int) -> 
         unscored=int(_total(rows, "unscored")),
         dropped_groups=int(_total(rows, "dropped_groups")),
         sharper_than_labels=_total(rows, "sharper_than_labels") / max(1, len(rows)),
+        against_flattening=_advice(settings),
     )
+
+
+def _advice(settings: Settings) -> str:
+    """What mends a policy that is sharper than its labels: against p_sft that is noise, else what it knew before."""
+    if getattr(settings, "q", None) == "ratio":
+        return "lower align.learning_rate or let it decay (align.schedule)"
+    return "raise align.gamma, lower align.tau, or use align.q=ratio"
