@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.11 or newer with venv, pip, git and gcc; all else they install.
+# `make demo` and `make test` need Python 3.11 or newer with venv, pip and git; all else they install.
 PYTHON ?= python3
 BIN := .venv/bin
 
