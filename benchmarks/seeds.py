@@ -66,7 +66,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["task"],
             str(row["seed"]),
             *(_interval(model, "accuracy") for model in (base, sft, ours)),
-            _interval(row["difference"]["ldl_grpo - sft"], "accuracy", sign="+"),
+            _interval(row["difference"]["ldl_grpo - sft"], "accuracy", "+.3f"),
             *(f"{model['greedy_accuracy']:.3f}" for model in (sft, ours)),
             *(f"{model['win_rate']:.3f}" for model in (sft, ours)),
         ]
@@ -74,9 +74,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _interval(found: dict[str, Any], key: str, sign: str = "") -> str:
+def _interval(found: dict[str, Any], key: str, style: str = ".3f") -> str:
     low, high = found[f"{key}_ci"]
-    return f"{found[key]:{sign}.3f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+    return f"{found[key]:{style}} [{low:{style}}, {high:{style}}]"
 
 
 if __name__ == "__main__":
