@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from purld.blackbox.clients import Client, ReplyState, open_client
+from purld.blackbox.clients import open_client
 from purld.blackbox.collect import Collection, collect_anchors
 from purld.blackbox.ledger import PURSES, Ledger, LedgerView, Role
+from purld.blackbox.replies import Client, ReplyState
 from purld.checks import find_check, missing_gold
 from purld.config import Config, OpenAIEndpoint, StageTwo, Teacher, TeacherAnchors, TeacherJudgeGrpo, load_config
 from purld.console import Reporter
@@ -288,6 +289,8 @@ def _align(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
 
     config, run, reporter = pipeline.config, pipeline.run, pipeline.reporter
     assert isinstance(config.align, StageTwo)
+    if config.set_aside:
+        reporter.say(config.set_aside)
     with _judging_teacher(pipeline) as teacher, reporter.progress("steps") as progress:
         facts = align(
             config.student,

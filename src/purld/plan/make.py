@@ -83,6 +83,8 @@ def _training(plan: Plan, config: Config, pools: Pools) -> None:
     )
     if isinstance(align, StageTwo):
         plan.add("Training", _stage_two(align, len(pools.align)))
+    if config.set_aside:
+        plan.add("Training", config.set_aside)
     if config.data.sft_fraction is not None:
         plan.add("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
 
