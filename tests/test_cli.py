@@ -14,8 +14,9 @@ from purld.blackbox.ledger import Caps, Ledger, Request, Result, Usage
 from purld.cli import app
 from purld.config import OpenAIEndpoint, load_config
 from purld.console import Reporter
-from purld.pipeline import Pipeline, _standing
+from purld.pipeline import Pipeline
 from purld.rundir import RunDir
+from purld.stages import _standing
 from purld.tasks.paper import TASKS
 
 

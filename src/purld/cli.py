@@ -158,7 +158,7 @@ def report(
     if Path(first).is_file() or (first.endswith((".yaml", ".yml")) and not Path(first).is_dir()):
         _execute(Path(first), overrides, run_dir, ["report"])
     else:
-        from purld.pipeline import report_runs
+        from purld.finished import report_runs
 
         print(report_runs([Path(run) for run in runs], out))
 
@@ -233,7 +233,7 @@ def export(
     stage: Annotated[str, typer.Option(help="align, or sft for Stage I's model.")] = "align",
 ) -> None:
     """Write a run's model for serving, adapters merged."""
-    from purld.pipeline import export_model
+    from purld.finished import export_model
 
     path = export_model(run_path, out, stage)
     print(path)
@@ -250,7 +250,7 @@ def ledger(
 
     With --export, every request and answer.
     """
-    from purld.pipeline import ledger_totals
+    from purld.finished import ledger_totals
 
     rows = ledger_totals(run_path, export_to)
     names = [name for name in rows[0] if name != "role"]

@@ -201,6 +201,25 @@ class LocalModel(Section):
     batch_size: Count = 8
 
 
+TRANSPORT = frozenset(
+    {
+        "base_url",
+        "api_key_env",
+        "api_key_file",
+        "max_calls",
+        "max_tokens",
+        "max_cost",
+        "input_price",
+        "output_price",
+        "concurrency",
+        "timeout",
+        "retries",
+        "requests_per_minute",
+        "tokens_per_minute",
+    }
+)
+"""How an endpoint is reached and what it may cost: no answer depends on it, so it can change at any time."""
+
 Teacher = Annotated[OpenAIEndpoint | AnswerFile | LocalModel, Field(discriminator="kind")]
 # A file holds the verdicts A, B or T on the pairs that purld writes out for it.
 Judge = Annotated[OpenAIEndpoint | AnswerFile | LocalModel, Field(discriminator="kind")]

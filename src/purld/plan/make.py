@@ -8,7 +8,8 @@ from pathlib import Path
 
 from purld.checks import find_check, missing_gold
 from purld.config import Config, LdlGrpo, StageTwo
-from purld.pipeline import STAGES, check_context, check_judging
+from purld.limits import check_context, check_judging
+from purld.pipeline import STAGES
 from purld.plan.leaving import plan_leaving
 from purld.plan.machine import plan_machine
 from purld.plan.sheet import Plan
