@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -12,8 +14,9 @@ from purld.blackbox.ledger import Caps, Ledger, Request, Result, Usage
 from purld.cli import app
 from purld.config import OpenAIEndpoint, load_config
 from purld.console import Reporter
-from purld.pipeline import Pipeline, _standing
+from purld.pipeline import Pipeline
 from purld.rundir import RunDir
+from purld.stages import _standing
 from purld.tasks.paper import TASKS
 
 
@@ -65,3 +68,13 @@ def test_progress_tells_states_calls_in_flight_and_what_was_spent(tmp_path, pric
         ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps())
         standing = _standing(Counter(answered=1, failed=2, refused=0), ledger, "teacher", endpoint)
     assert standing == f"1 answered, 2 failed, 1 in flight, {spent}"
+
+
+def test_our_own_warnings_are_a_plain_line():
+    code = (
+        "import warnings; from purld import cli, errors; cli._settle_warnings();"
+        "warnings.warn('a model is slow.', errors.PlainWarning); warnings.warn('of others')"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
+    assert said[0] == "  Warning: a model is slow."
+    assert "UserWarning: of others" in said[1]

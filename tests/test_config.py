@@ -54,6 +54,16 @@ def test_changing_the_method_is_enough(method):
         parse_config(values | {"align": ALIGN | {"method": method, "temprature": 1.0}}, "x")
 
 
+def test_what_only_other_methods_have_is_named():
+    values = with_values(align={"method": "anchor_grpo", "gamma": 3.0, "tau": 0.9, "clip": 0.1})
+    assert parse_config(values, "x").set_aside == (
+        "align.gamma and align.tau are set aside: only other methods than anchor_grpo have such a setting."
+    )
+    alone = parse_config(with_values(align={"margin": 0.1}), "x").set_aside
+    assert alone == "align.margin is set aside: only other methods than ldl_grpo have such a setting."
+    assert parse_config(with_values(align={"gamma": 3.0}), "x").set_aside is None
+
+
 def test_updates_count_their_candidates_once():
     settings = {"method": "anchor_grpo", "steps": 10, "updates_per_rollout": 4, "checkpoint_steps": 4}
     section = parse_config(with_values(align=settings | {"candidates": 3, "prompts_per_step": 2}), "x").align

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from purld.errors import UserError
+from purld.errors import PlainWarning, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +45,7 @@ ResendUnknown = Annotated[
 def main() -> None:
     """Entry point of the `purld` command."""
     _settle_libraries()
+    _settle_warnings()
     try:
         app()
     except UserError as error:
@@ -156,7 +158,7 @@ def report(
     if Path(first).is_file() or (first.endswith((".yaml", ".yml")) and not Path(first).is_dir()):
         _execute(Path(first), overrides, run_dir, ["report"])
     else:
-        from purld.pipeline import report_runs
+        from purld.finished import report_runs
 
         print(report_runs([Path(run) for run in runs], out))
 
@@ -231,7 +233,7 @@ def export(
     stage: Annotated[str, typer.Option(help="align, or sft for Stage I's model.")] = "align",
 ) -> None:
     """Write a run's model for serving, adapters merged."""
-    from purld.pipeline import export_model
+    from purld.finished import export_model
 
     path = export_model(run_path, out, stage)
     print(path)
@@ -248,7 +250,7 @@ def ledger(
 
     With --export, every request and answer.
     """
-    from purld.pipeline import ledger_totals
+    from purld.finished import ledger_totals
 
     rows = ledger_totals(run_path, export_to)
     names = [name for name in rows[0] if name != "role"]
@@ -362,7 +364,20 @@ def _settle_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.warnoptions:
-        import warnings
 
+
+def _settle_warnings() -> None:
+    """Our own warnings are a line for the user; what libraries say of their future is for their own callers."""
+    show_others = warnings.showwarning
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+    ) -> None:
+        if issubclass(category, PlainWarning):
+            _reporter().warn(str(message))
+        else:
+            show_others(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|torch|accelerate")

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from purld.blackbox.ledger import Ledger
-from purld.config import Config
+from purld.config import TRANSPORT, Config
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.evaluation.summary import Evaluated, difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
+from purld.finished import open_run
 from purld.method.table import METHODS
 from purld.names import METRICS, title
-from purld.pipeline import TRANSPORT, open_run
 from purld.pools import load_pools
 from purld.records import Generation, Prompt, Verdict
 from purld.report.verdict import compared

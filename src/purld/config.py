@@ -8,13 +8,22 @@ Secrets are never part of it: a key is named by the environment variable or the 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from purld.errors import UserError
@@ -191,6 +200,25 @@ class LocalModel(Section):
     max_tokens_per_answer: Count = 1024
     batch_size: Count = 8
 
+
+TRANSPORT = frozenset(
+    {
+        "base_url",
+        "api_key_env",
+        "api_key_file",
+        "max_calls",
+        "max_tokens",
+        "max_cost",
+        "input_price",
+        "output_price",
+        "concurrency",
+        "timeout",
+        "retries",
+        "requests_per_minute",
+        "tokens_per_minute",
+    }
+)
+"""How an endpoint is reached and what it may cost: no answer depends on it, so it can change at any time."""
 
 Teacher = Annotated[OpenAIEndpoint | AnswerFile | LocalModel, Field(discriminator="kind")]
 # A file holds the verdicts A, B or T on the pairs that purld writes out for it.
@@ -411,13 +439,28 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     report_to: list[Tracker] = []  # trackers beside metrics.jsonl; some of them talk to a network
     seed: int = 0
+    _set_aside: tuple[str, ...] = PrivateAttr(())
 
-    @model_validator(mode="before")
+    @property
+    def set_aside(self) -> str | None:
+        """A sentence if the file holds settings that only other methods have; they are not in force."""
+        if not self._set_aside:
+            return None
+        *others, last = (f"align.{name}" for name in self._set_aside)
+        keys, verb = (f"{', '.join(others)} and {last}", "are") if others else (last, "is")
+        return f"{keys} {verb} set aside: only other methods than {self.align.method} have such a setting."
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _settings_of_the_method(cls, values: Any) -> Any:
+    def _settings_of_the_method(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        others: tuple[str, ...] = ()
         if isinstance(values, dict) and isinstance(values.get("align"), dict):
-            values = values | {"align": _without_others({"method": "ldl_grpo"} | values["align"])}
-        return values
+            align = {"method": "ldl_grpo"} | values["align"]
+            others = _of_other_methods(align)
+            values = values | {"align": {name: value for name, value in align.items() if name not in others}}
+        config = validate(values)
+        config._set_aside = others
+        return config
 
     @model_validator(mode="after")
     def _a_file_cannot_judge(self) -> Config:
@@ -435,14 +478,14 @@ class Config(Section):
         return self
 
 
-def _without_others(align: dict[str, Any]) -> dict[str, Any]:
-    """`align` without the settings that only other methods have, so that changing the method is enough."""
+def _of_other_methods(align: Mapping[str, Any]) -> tuple[str, ...]:
+    """The settings that only other methods have; they are set aside, so that changing the method is enough."""
     sections = _models_of(Align)
     own = next((section.model_fields for section in sections if align["method"] in _tags_of(section)), None)
     if own is None:
-        return align
+        return ()
     known = {name for section in sections for name in section.model_fields}
-    return {name: value for name, value in align.items() if name in own or name not in known}
+    return tuple(name for name in align if name in known and name not in own)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -125,7 +125,7 @@ def run_sweep(config: Path, cells: Sequence[Cell], jobs: int, reporter: Reporter
         reporter.say(f"{shared} runs were given the anchors and Stage I of another.")
     ready = [cell for cell in cells if "sft" in cell.run.finished() and not cell.finished]
     _run_each(config, "run", ready, jobs, reporter, failed)
-    _close(cells, failed, reporter)
+    _close(cells, failed)
 
 
 def share_stage_one(source: RunDir, target: RunDir) -> None:
@@ -260,7 +260,7 @@ def _last_words(cell: Cell, status: int) -> str:
     return said[-1] if said and status == 2 else f"it ended with status {status}, see {log}"
 
 
-def _close(cells: Sequence[Cell], failed: Mapping[str, str], reporter: Reporter) -> None:
+def _close(cells: Sequence[Cell], failed: Mapping[str, str]) -> None:
     """The table, sweep.json and the page about what is finished; then what failed."""
     folder = cells[0].run.path.parent
     done = [cell for cell in cells if "evaluate" in cell.run.finished()]

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 import pytest
 
-from purld.blackbox.clients import OnReply, Reply, open_client
+from purld.blackbox.clients import open_client
 from purld.blackbox.ledger import Ledger
+from purld.blackbox.replies import OnReply, Reply
 from purld.config import OpenAIEndpoint
 from purld.evaluation.judge import ASKED_AGAIN, NO_REFERENCE, judge_answers, judge_questions, preferences
 from purld.records import Generation, Prompt, Verdict

@@ -121,7 +121,7 @@ def test_answers_from_a_file_send_nothing_and_their_gaps_are_told(tiny_config, t
     (tmp_path / "answers.jsonl").write_text("\n".join(rows[:10]))
     shown = purld("check", tiny_config, "student.max_anchor_tokens=4", "--run-dir", tmp_path / "run").stdout
     assert "answers.jsonl answers 10 of 16 prompts" in shown
-    assert "10 × anchor will be cut at 4 tokens (student.max_anchor_tokens)" in shown
+    assert "10 anchors will be cut at 4 tokens (student.max_anchor_tokens)" in shown
     assert "6 × no row of the answer file matches" in shown
     assert purld("anchors", tiny_config, "--dry-run", "--run-dir", tmp_path / "run").stdout == ""
     assert not RunDir(tmp_path / "run").path.exists()

@@ -29,6 +29,12 @@ def test_rows_duplicates_and_stages(plan, tmp_path):
     assert any("others for Stage II" in line for line in sheet.sections["Training"])
 
 
+def test_settings_of_other_methods_are_told(plan):
+    assert not any("set aside" in line for line in plan().sections["Training"])
+    told = plan("align.method=anchor_grpo", "align.gamma=3", "align.q=mean").sections["Training"]
+    assert any("align.q" in line and "set aside" in line for line in told)
+
+
 def test_a_check_without_gold_is_told(plan, tmp_path):
     assert not any("reference" in line for line in plan().sections["Prompts"])
     rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]

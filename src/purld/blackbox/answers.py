@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from purld.blackbox.clients import OnReply, Reply
+from purld.blackbox.replies import OnReply, Reply
 from purld.config import AnswerFile, FileColumns
 from purld.errors import UserError
 from purld.records import Prompt
@@ -27,7 +27,7 @@ class _Answer:
 
 
 class FileClient:
-    """Finds a prompt's answer by the prompt itself, or else by its id; see `purld.blackbox.clients.Client`.
+    """Finds a prompt's answer by the prompt itself, or else by its id; see `purld.blackbox.replies.Client`.
 
     The id is `metadata["id"]` or the content hash `Prompt.id`. A row with the right id and another prompt is
     not taken: ids repeat between data sets, and a wrong anchor is worse than none.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from purld.blackbox.clients import Client, Reply, ReplyState
+from purld.blackbox.replies import Client, Reply, ReplyState
 from purld.config import AnchorPolicy
 from purld.errors import UserError
 from purld.records import Anchor, Prompt

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from purld.blackbox.clients import Delivery, OnReply, Reply, in_words, known_reply, reply_of
 from purld.blackbox.faults import Outcome, read_exception, read_response
 from purld.blackbox.ledger import CapReachedError, Caps, Ledger, Request, Result, Role
 from purld.blackbox.pace import Pacer, back_off
+from purld.blackbox.replies import Delivery, OnReply, Reply, in_words, known_reply, reply_of
 from purld.blackbox.wire import price, read_key, request_of, worst_case
 from purld.config import OpenAIEndpoint
 from purld.errors import UserError
@@ -36,7 +36,7 @@ PLACEHOLDER = 16  # a key of fewer characters may be a word, such as EMPTY, that
 
 
 class EndpointClient:
-    """Asks an OpenAI-compatible endpoint; see `purld.blackbox.clients.Client`."""
+    """Asks an OpenAI-compatible endpoint; see `purld.blackbox.replies.Client`."""
 
     def __init__(self, endpoint: OpenAIEndpoint, ledger: Ledger, role: Role, resend_unknown: bool = False) -> None:
         self.endpoint = endpoint

@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from purld.blackbox.clients import Delivery, OnReply, Reply, reply_of
 from purld.blackbox.ledger import Caps, Ledger, Request, Result, Role, Usage
+from purld.blackbox.replies import Delivery, OnReply, Reply, reply_of
 from purld.config import LocalModel
 from purld.errors import UserError
 from purld.records import Prompt
@@ -24,7 +24,7 @@ LOCAL = "local:"  # in the ledger, in the place of an endpoint's address
 
 
 class LocalClient:
-    """Generates answers in batches; see `purld.blackbox.clients.Client`. Weights load at the first question."""
+    """Generates answers in batches; see `purld.blackbox.replies.Client`. Weights load at the first question."""
 
     def __init__(self, config: LocalModel, ledger: Ledger, role: Role) -> None:
         self.config = config

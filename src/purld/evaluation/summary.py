@@ -103,11 +103,9 @@ def _win_rates(model: Evaluated, opponents: Mapping[str, str], seed: int) -> dic
         found["flip_rate"] = round(said.flip_rate, 4)
     if not found["judged"]:
         return found
-    judged = [prompt_id for prompt_id, wins in said.wins.items() if wins is not None]
+    wins = {prompt_id: won for prompt_id, won in said.wins.items() if won is not None}
     lengths = _lengths(model)
-    rates = summarize(
-        [said.wins[i] for i in judged], [len(opponents[i]) for i in judged], [lengths[i] for i in judged], seed=seed
-    )
+    rates = summarize(list(wins.values()), [len(opponents[i]) for i in wins], [lengths[i] for i in wins], seed=seed)
     found |= measured("win_rate", rates.win_rate, rates.win_rate_ci)
     found |= measured("lc_win_rate", rates.lc_win_rate, rates.lc_win_rate_ci)
     if rates.matched is not None:

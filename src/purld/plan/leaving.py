@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import IO
 
 from purld.blackbox.answers import FileClient
-from purld.blackbox.clients import known_reply
 from purld.blackbox.ledger import LedgerView, Request, Role
+from purld.blackbox.replies import known_reply
 from purld.blackbox.wire import price, request_of, worst_case
 from purld.config import AnswerFile, Config, LocalModel, OpenAIEndpoint, StageTwo, TeacherAnchors, TeacherJudgeGrpo
 from purld.plan.sheet import Plan
@@ -108,9 +108,10 @@ def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: st
     replies = FileClient(file).ask(prompts)
     remarks = Counter(reply.detail for reply in replies if reply.detail)
     found = [reply.text for reply in replies if reply.text is not None]
+    more = "".join(f"; {count:,} × {remark}" for remark, count in remarks.most_common())
     if role == "teacher" and (cut := sum(encoder.answer(text).cut for text in found)):
-        remarks[f"anchor will be cut at {encoder.max_anchor_tokens} tokens (student.max_anchor_tokens)"] = cut
-    more = "".join(f"; {count} × {remark}" for remark, count in remarks.most_common())
+        anchors = f"{cut:,} anchors" if cut > 1 else "1 anchor"
+        more += f"; {anchors} will be cut at {encoder.max_anchor_tokens} tokens (student.max_anchor_tokens)"
     return f"{role}: {file.path} answers {len(found)} of {len(prompts)} prompts{more}"
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from purld.config import Config, StageTwo, Student
 from purld.errors import UserError
 from purld.plan.sheet import Plan
-from purld.student.load import lora_config
+from purld.student.load import count_parameters, lora_config
 
 _CHECKPOINTS = 3  # two are kept, and the next is whole before the older one goes
 
@@ -47,7 +47,7 @@ def _parameters(student: Student) -> tuple[int, int]:
     """How many weights the student has, and how many of them, or beside them, are trained."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student.model))
-        count = sum(p.numel() for p in model.parameters())
+        count = count_parameters(model)
         if student.lora is None:
             return count, count
         try:

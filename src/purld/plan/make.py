@@ -8,7 +8,8 @@ from pathlib import Path
 
 from purld.checks import find_check, missing_gold
 from purld.config import Config, LdlGrpo, StageTwo
-from purld.pipeline import STAGES, check_context, check_judging
+from purld.limits import check_context, check_judging
+from purld.pipeline import STAGES
 from purld.plan.leaving import plan_leaving
 from purld.plan.machine import plan_machine
 from purld.plan.sheet import Plan
@@ -83,6 +84,8 @@ def _training(plan: Plan, config: Config, pools: Pools) -> None:
     )
     if isinstance(align, StageTwo):
         plan.add("Training", _stage_two(align, len(pools.align)))
+    if config.set_aside:
+        plan.add("Training", config.set_aside)
     if config.data.sft_fraction is not None:
         plan.add("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
 

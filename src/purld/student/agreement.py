@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from purld.errors import PlainWarning
 from purld.student.prefix import FullSequences, Prefix, SharedPrefix
 
 _verdicts: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
@@ -40,6 +41,7 @@ def may_share(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pa
             warnings.warn(
                 f"{type(causal).__name__}: a group's prompt is computed anew for every candidate, because sharing "
                 f"it does not work with this model: {problem}.",
+                PlainWarning,
                 stacklevel=2,
             )
     return verdicts[case]

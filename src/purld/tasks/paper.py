@@ -60,7 +60,8 @@ def load_task(
     task = TASKS[name]
     splits = dict(task.read(path))
     if len(splits) == 1:
-        return gather(*splits.values(), task.parse, path, bad_rows), None
+        (only,) = splits.values()
+        return gather(only, task.parse, path, bad_rows), None
     held_out = next((splits[split] for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or held_out is None:
         raise UserError(f"{path}: has the splits {', '.join(splits)}; train and one of test or validation are needed.")

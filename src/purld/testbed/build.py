@@ -127,8 +127,13 @@ def train(
     """Run the curriculum; yields rows for the build log."""
     plan = [phase for phase in CURRICULUM for _ in range(max(1, int(phase.steps * scale)))]
     optimizers = make_optimizers(model)
-    shape = {"num_warmup_steps": min(WARMUP_STEPS, len(plan) // 10 + 1), "num_decay_steps": round(0.4 * len(plan))}
-    schedules = [transformers.get_wsd_schedule(o, num_training_steps=len(plan) + 1, **shape) for o in optimizers]
+    warmup, decay = min(WARMUP_STEPS, len(plan) // 10 + 1), round(0.4 * len(plan))
+    schedules = [
+        transformers.get_wsd_schedule(
+            o, num_warmup_steps=warmup, num_decay_steps=decay, num_training_steps=len(plan) + 1
+        )
+        for o in optimizers
+    ]
     own: list[Sample] = []
     losses: list[tuple[float, float]] = []
     started = time.monotonic()

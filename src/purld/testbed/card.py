@@ -78,7 +78,8 @@ def _figures(best: np.ndarray, right: np.ndarray, judged: Sequence[GroupScores],
     sampled, sampled_ci = accuracy(right)
     passed, passed_ci = accuracy(right.any(axis=1))
     return Figures(
-        *right.shape,
+        right.shape[0],
+        right.shape[1],
         greedy,
         greedy_ci,
         sampled,

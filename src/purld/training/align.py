@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler as IndexSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from purld.blackbox.clients import Client
+from purld.blackbox.replies import Client
 from purld.config import SelfPpo, Student
 from purld.config import SelfScoring as SelfScoringSettings
 from purld.config import StageTwo as Settings

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from purld.blackbox.clients import Client, Reply
+from purld.blackbox.replies import Client, Reply
 from purld.errors import UserError
 from purld.records import Message, Prompt
 from purld.student.load import Roles
