@@ -25,6 +25,7 @@ from purld.config import Config, OpenAIEndpoint, StageTwo, Teacher, TeacherAncho
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.evaluation.evaluate import answer_prompts
+from purld.evaluation.movement import label_divergence
 from purld.evaluation.scores import accuracy_by_step, as_results, checked_groups, score_quality
 from purld.evaluation.summary import Evaluated, difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
@@ -342,6 +343,7 @@ def _evaluate(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _compared(models, opponents, config.seed),
         **_stage_two_checked(pipeline, pools),
+        "label_divergence": label_divergence(read_rows(run.groups), read_rows(run.revisited)),
         "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
         "templates": {
             "self_evaluation": SELF_EVALUATION_VERSION,
