@@ -59,7 +59,7 @@ def test_a_prompt_seen_again_shows_the_group_that_was_measured_again(build: Buil
     first = read_rows(run.groups)[0]
     append_rows(run.groups, [first | {"step": 99}])
     shown = entries(browser([read_run(run)]).json)
-    assert [(e["id"], e["group"]["step"]) for e in shown][0] == (first["prompt_id"], 1)
+    assert [(e["id"], e["group"]["step"]) for e in shown][:1] == [(first["prompt_id"], 1)]
     assert len(shown) == 2
 
 

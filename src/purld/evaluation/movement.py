@@ -19,8 +19,8 @@ def label_divergence(
         `groups` that were measured twice, the means `before` and `after`, and how many came `closer`; empty without
         such groups, as in a method without q.
     """
-    drawn = {(row["step"], row["prompt_id"]): row["label_divergence"] for row in groups}
-    pairs = [(drawn[row["step"], row["prompt_id"]], row["label_divergence"]) for row in revisited]
+    drawn = {(row["step"], row["prompt_id"]): row for row in groups}
+    pairs = [(drawn[row["step"], row["prompt_id"]]["label_divergence"], row["label_divergence"]) for row in revisited]
     if not pairs:
         return {}
     before, after = (sum(column) / len(pairs) for column in zip(*pairs))

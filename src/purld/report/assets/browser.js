@@ -184,7 +184,7 @@
           ["margin", c.margin, "margin"],
           ["u", c.u, "u"],
           ["D", c.D, "D", share(c.D)],
-          ["q before", c.q, "q", share(c.q)],
+          [c.after === undefined ? "q" : "q before", c.q, "q", share(c.q)],
           ["q after", c.after, "after", share(c.after)],
           ["A", c.advantage, "advantage"],
         ].filter(([, value]) => value !== undefined).map((columns) => row(...columns));
