@@ -110,6 +110,21 @@ def test_killed_in_stage_two_a_run_ends_with_the_same_bits(method, teacher, afte
     assert calm.run.revisited.exists() == (method == "ldl_grpo")
 
 
+def test_killed_after_its_last_step_a_run_takes_no_other_and_measures_again(after_stage_one, monkeypatch):
+    def kill(*_):
+        raise KilledError
+
+    calm, killed = after_stage_one("ldl_grpo"), after_stage_one("ldl_grpo")
+    calm.execute(["align"])
+    with monkeypatch.context() as patch:
+        patch.setattr("purld.training.align.save_policy", kill)
+        with pytest.raises(KilledError):
+            killed.execute(["align"])
+    assert killed.run.revisited.exists()
+    Pipeline(killed.config, killed.run, Reporter()).execute(["align"])
+    assert outcome(killed.run) == outcome(calm.run)
+
+
 def test_q_after_is_that_of_the_saved_model(after_stage_one):
     """Of the ids as drawn, against p_sft."""
     pipeline = after_stage_one("ldl_grpo")

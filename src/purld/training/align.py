@@ -107,7 +107,7 @@ def align(
         teacher=teacher,
         callbacks=[RunCallback(run, "align", LOGGED, progress)],
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.go_on(checkpoint, step)
     rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
@@ -165,6 +165,13 @@ class AlignTrainer(Trainer):
         sample = sampler or GenerateSampler(encoder, _decoding(settings))
         self._draw = Drawing(self._method, settings, encoder, sample, scoring, self._update)
         self._rollouts: list[Rollout] = []
+
+    def go_on(self, checkpoint: Path | None, step: int) -> None:
+        """Train from a checkpoint at `step`, or from the start; at the last step it only loads it."""
+        if checkpoint is not None and step >= self.args.max_steps:
+            self._load_from_checkpoint(str(checkpoint))  # `train` would take a step before it sees that it is done
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Draw groups if the last ones are used up, accumulate their gradient; returns the objective's mean."""
