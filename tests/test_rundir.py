@@ -76,6 +76,15 @@ def test_rewinding_drops_what_a_resumed_stage_will_log_again(tmp_path):
     assert [r["step"] for r in read_rows(run.groups)] == [1, 2]
 
 
+def test_what_was_measured_at_the_end_goes_when_its_stage_is_resumed(tmp_path):
+    run = RunDir(tmp_path)
+    write_rows(run.revisited, [{"step": 1}])
+    run.rewind_log("sft", 0)
+    assert run.revisited.exists()
+    run.rewind_log("align", 2)
+    assert not run.revisited.exists()
+
+
 def test_two_processes_do_not_share_a_run(tmp_path):
     with RunDir(tmp_path).lock(), pytest.raises(UserError, match="another purld process"), RunDir(tmp_path).lock():
         pass

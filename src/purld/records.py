@@ -98,7 +98,8 @@ class Group:
     """One prompt's K candidates in Stage II with everything the update saw, for logs and the report.
 
     Every list is of length K; in it, `None` marks a candidate without a score. What a method does not have, such as
-    labels in one that learns from advantages, is `None` as a whole.
+    labels in one that learns from advantages, is `None` as a whole. `label_divergence` is KL(D || q) of the group, and
+    `completions` the candidates as token ids, for the groups that are measured again at the end.
     """
 
     step: int
@@ -113,6 +114,8 @@ class Group:
     labels: Sequence[float | None] | None = None
     policy_before: Sequence[float | None] | None = None
     advantages: Sequence[float | None] | None = None
+    label_divergence: float | None = None
+    completions: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class RunDir:
         self.align = self.path / "align"
         self.metrics = self.path / "metrics.jsonl"
         self.groups = self.path / "generations" / "groups.jsonl"
+        self.revisited = self.path / "generations" / "revisited.jsonl"
         self.to_judge = self.path / "to_judge.jsonl"
         self.results = self.path / "results.json"
         self.report = self.path / "report.html"
@@ -87,6 +88,8 @@ class RunDir:
             kept = [r for r in rows if r.get("stage", "align") != stage or r["step"] <= step]
             if len(kept) != len(rows):
                 write_rows(path, kept)
+        if stage == "align":  # measured at its end, on what it logged
+            self.revisited.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from purld.blackbox.replies import Client, ReplyState
 from purld.config import Config, OpenAIEndpoint, StageTwo, Teacher, TeacherAnchors, TeacherJudgeGrpo
 from purld.console import Reporter
 from purld.evaluation.evaluate import Check, answer_prompts
+from purld.evaluation.movement import label_divergence
 from purld.evaluation.scores import accuracy_by_step, as_results, checked_groups, score_quality
 from purld.evaluation.summary import Evaluated, difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
@@ -188,6 +189,7 @@ def run_evaluate(job: Job) -> dict[str, Any]:
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _compared(models, opponents, config.seed),
         **_stage_two_checked(job),
+        "label_divergence": label_divergence(read_rows(run.groups), read_rows(run.revisited)),
         "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
         "templates": {
             "self_evaluation": SELF_EVALUATION_VERSION,

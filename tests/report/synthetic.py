@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from purld.records import Generation, Group, Verdict
-from purld.rundir import RunDir, append_rows, atomic_write, write_json, write_rows
+from purld.rundir import RunDir, append_rows, atomic_write, read_rows, write_json, write_rows
 
 HOSTILE = "<script>window.injected = true; alert(1)</script></script><!-- <img src=x onerror='window.injected=true'>"
 REVERSED = "transfer \u202egnirts desrever\u202c to \u2066isolated\u2069 \x1b[31mred\x07 soft\u00adhyphen \ud83d lone"
@@ -26,6 +26,7 @@ align: {method: ldl_grpo, q: ratio, candidates: 8, prompts_per_step: 8, steps: 1
 seed: 0
 """
 
+REVISITED = 5  # groups at most that were measured again
 Build = Callable[..., RunDir]
 
 
@@ -45,6 +46,7 @@ def synthetic_run(
     prompts = [(f"{i:016x}", question(rng, i)) for i in range(held_out + groups)]
     write_rows(run.anchors, [{"prompt_id": i, "text": prose(rng, words)} for i, _ in prompts[held_out:]])
     write_rows(run.groups, [group(rng, i, q, words, n + 1) for n, (i, q) in enumerate(prompts[held_out:])])
+    write_rows(run.revisited, [revisited(row) for row in read_rows(run.groups)[:REVISITED]])
     for model, skill in (("base", 0.35), ("sft", 0.6), ("ldl_grpo", 0.75)):
         rows = [answer(rng, i, q, words, skill) for i, q in prompts[:held_out]]
         write_rows(run.generations(model), rows)
@@ -149,8 +151,16 @@ def group(rng: random.Random, prompt_id: str, prompt: str, words: int, step: int
         confidences=[None if m is None else 1 / (1 + math.exp(-5 * m)) for m in margins],
         labels=[w / sum(weights) for w in weights],
         policy_before=[p / sum(policy) for p in policy],
+        label_divergence=0.3 + 0.01 * step,
     )
     return asdict(row) | {"prompt": prompt}
+
+
+def revisited(row: dict[str, Any]) -> dict[str, Any]:
+    """The group under a policy that has come half of the way to D."""
+    after = [None if s is None else (d + q) / 2 for s, d, q in zip(row["scores"], row["labels"], row["policy_before"])]
+    divergence = row["label_divergence"] / 3
+    return {key: row[key] for key in ("step", "prompt_id")} | {"policy_after": after, "label_divergence": divergence}
 
 
 def answer(rng: random.Random, prompt_id: str, prompt: str, words: int, skill: float) -> dict[str, Any]:

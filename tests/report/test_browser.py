@@ -8,7 +8,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import HOSTILE, REVERSED, Build
+from synthetic import HOSTILE, REVERSED, REVISITED, Build
 
 from purld.report import browser as module
 from purld.report.browser import MAX_CHARACTERS, browser, safe_json
@@ -43,15 +43,33 @@ def test_an_entry_holds_the_whole_group(build: Build) -> None:
     assert "after" not in candidates[0]
 
 
-def test_q_after_is_there_when_it_was_logged(build: Build) -> None:
-    run = build(held_out=0, groups=1)
-    write_rows(run.groups, [row | {"policy_after": [0.125] * 8} for row in read_rows(run.groups)])
-    (entry,) = entries(browser([read_run(run)]).json)
-    assert entry["group"]["candidates"][0]["after"] == 0.125
+def test_q_after_is_there_where_it_was_measured(build: Build) -> None:
+    run = build(held_out=0, groups=REVISITED + 1)
+    row = read_rows(run.revisited)[REVISITED - 1]
+    *_, entry, other = entries(browser([read_run(run)]).json)
+    candidates = entry["group"]["candidates"]
+    assert [c["after"] for c in candidates] == pytest.approx(row["policy_after"], abs=1e-4)
+    assert entry["group"]["divergence"] == pytest.approx([0.35, 0.35 / 3], abs=1e-4)
+    assert "divergence" not in other["group"]
+    assert "after" not in other["group"]["candidates"][0]
+
+
+def test_a_prompt_seen_again_shows_the_group_that_was_measured_again(build: Build) -> None:
+    run = build(held_out=0, groups=2)
+    first = read_rows(run.groups)[0]
+    append_rows(run.groups, [first | {"step": 99}])
+    shown = entries(browser([read_run(run)]).json)
+    assert [(e["id"], e["group"]["step"]) for e in shown][:1] == [(first["prompt_id"], 1)]
+    assert len(shown) == 2
+
+
+def test_what_was_measured_again_is_no_models_answer(build: Build) -> None:
+    assert list(read_run(build()).answers) == ["base", "sft", "ldl_grpo", "opponent"]
 
 
 def test_a_prompt_seen_twice_shows_its_last_group(build: Build) -> None:
     run = build(held_out=0, groups=2)
+    run.revisited.unlink()
     first = read_rows(run.groups)[0]
     append_rows(run.groups, [first | {"step": 99}])
     steps = {e["id"]: e["group"]["step"] for e in entries(browser([read_run(run)]).json)}

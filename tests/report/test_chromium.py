@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chromium import EXECUTABLE, Page
-from synthetic import HOSTILE, REVERSED, Build, synthetic_run
+from synthetic import HOSTILE, REVERSED, REVISITED, Build, synthetic_run
 
 from purld.report.page import write_report
 from purld.rundir import RunDir, read_rows, write_rows
@@ -163,6 +163,22 @@ def test_a_linked_prompt_is_open(build: Build, tmp_path: Path) -> None:
         assert "Case 4:" in page.run(DETAIL)
 
 
+def test_q_stands_before_and_after_where_it_was_measured_again(build: Build, tmp_path: Path) -> None:
+    """The first candidates' q of the policy that drew them, and of the final one; one q where there is no other."""
+    run = build(held_out=0, groups=REVISITED + 1, logged=False)
+    write_report([run], run.report)
+    with Page(tmp_path / "profile") as page:
+        page.open(run.report.as_uri())
+        shown = page.run(DETAIL)
+        assert "KL(D‖q) 0.310 before, 0.103 after" in shown
+        assert shown.count("q before") == 1 + 8 and shown.count("q after") == 1 + 8  # the note, and each candidate
+        assert f"q before and after ({REVISITED})" in page.run("document.querySelector('.controls select').textContent")
+        page.run("[...document.querySelectorAll('.list button')].at(-1).click()")
+        shown = page.run(DETAIL)
+        assert "before" not in shown and "after" not in shown and "KL(D" not in shown
+        assert page.errors == []
+
+
 def test_a_group_shows_what_its_method_has(build: Build, tmp_path: Path) -> None:
     """Advantages and no labels (GRPO); then no score at all, and one candidate (SinglePair-DPO)."""
     run = build(held_out=0, groups=2)
@@ -170,12 +186,13 @@ def test_a_group_shows_what_its_method_has(build: Build, tmp_path: Path) -> None
     first, second = (row | absent for row in read_rows(run.groups))
     single = {key: second[key][:1] for key in ("candidates", "lengths")}
     write_rows(run.groups, [first | {"advantages": [0.5] * 8}, second | single | {"scores": None}])
+    run.revisited.unlink()
     write_report([run], run.report)
     with Page(tmp_path / "profile") as page:
         page.open(run.report.as_uri())
         shown = page.run(DETAIL)
         assert "8 candidates, best score first" in shown and "A0.500" in shown
-        assert "label distribution" not in shown and "scored" not in shown
+        assert "label distribution" not in shown and "scored" not in shown and "KL" not in shown
         page.run("[...document.querySelectorAll('.list button')].at(1).click()")
         shown = page.run(DETAIL)
         assert "The student's candidate" in shown and "unscored" not in shown and "score" not in shown

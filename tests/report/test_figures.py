@@ -123,6 +123,19 @@ def test_a_picture_for_a_readme(build: Build, tmp_path: Path) -> None:
         assert tuple(bytes.fromhex(COLOURS[role][1:])) in colours
 
 
+def test_the_way_of_q_towards_d_is_drawn_and_said(build: Build) -> None:
+    run = logged(build, "align")
+    assert "KL(D‖q) before and after" not in headings(run)
+    found = {"groups": 5, "before": 0.33, "after": 0.11, "closer": 4}
+    measured = Run(**(vars(run) | {"results": {"label_divergence": found}}))
+    drawing = drawings(measured)[-1]
+    assert drawing.heading == "KL(D‖q) before and after"
+    assert "first 5 groups the mean was 0.330 under the policy that drew them and is 0.110" in drawing.caption
+    assert "in 4 of them" in drawing.caption
+    without = Run(**(vars(measured) | {"groups": []}))
+    assert "KL(D‖q) before and after" not in headings(without)
+
+
 def test_score_quality_is_drawn_and_said(build: Build) -> None:
     bins = [{"n": 30, "score": 0.15, "right": 0.1}, {"n": 10, "score": 0.95, "right": 0.9}]
     found = {"n": 40, "prompts": 8, "right": 0.3, "auc": 0.91, "auc_within": 0.882, "auc_within_ci": [0.81, 0.94]}

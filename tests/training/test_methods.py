@@ -4,20 +4,26 @@ import itertools
 import shutil
 
 import pytest
+import torch
 from misbehaving import completion, serving
 
 from purld.config import load_config
 from purld.console import Reporter
 from purld.errors import UserError
+from purld.evaluation.movement import label_divergence
 from purld.method.table import METHODS
 from purld.names import title
 from purld.pipeline import Pipeline
+from purld.records import Prompt
 from purld.rundir import RunDir, read_json, read_rows
+from purld.student.group import sequence_log_probs
+from purld.student.load import load_model
 from purld.training.align import AlignTrainer, RepeatedBatches
 
+AGAIN = ("label_divergence", "completions")
 SECOND_STAGE = [name for name, method in METHODS.items() if method.stage_two]
 RECORDED = {  # what a group has in its record, where not all have it
-    "ldl_grpo": {"scores", "margins", "confidences", "labels", "policy_before"},
+    "ldl_grpo": {"scores", "margins", "confidences", "labels", "policy_before", *AGAIN},
     "anchorrank_dpo": {"scores", "margins"},
     "anchor_grpo": {"scores", "margins", "advantages"},
     "self_ppo": {"scores", "advantages"},
@@ -68,9 +74,9 @@ def after_stage_one(module_config, teacher, tmp_path_factory):
 
 
 def outcome(run):
-    """What two equal Stage II runs share: weights, metrics, groups."""
+    """What two equal Stage II runs share: weights, metrics, groups, and what was measured of them at the end."""
     weights = (run.align / "model.safetensors").read_bytes()
-    return weights, read_rows(run.metrics), read_rows(run.groups)
+    return weights, read_rows(run.metrics), read_rows(run.groups), read_rows(run.revisited)
 
 
 def killed_at(pipeline, step, monkeypatch):
@@ -101,6 +107,40 @@ def test_killed_in_stage_two_a_run_ends_with_the_same_bits(method, teacher, afte
     assert len(teacher.arrived) - before == 2 * bought
     assert (bought > 0) == (method == "teacher_judge_grpo")
     check_groups(read_rows(calm.run.groups), method)
+    assert calm.run.revisited.exists() == (method == "ldl_grpo")
+
+
+def test_killed_after_its_last_step_a_run_takes_no_other_and_measures_again(after_stage_one, monkeypatch):
+    def kill(*_):
+        raise KilledError
+
+    calm, killed = after_stage_one("ldl_grpo"), after_stage_one("ldl_grpo")
+    calm.execute(["align"])
+    with monkeypatch.context() as patch:
+        patch.setattr("purld.training.align.save_policy", kill)
+        with pytest.raises(KilledError):
+            killed.execute(["align"])
+    assert killed.run.revisited.exists()
+    Pipeline(killed.config, killed.run, Reporter()).execute(["align"])
+    assert outcome(killed.run) == outcome(calm.run)
+
+
+def test_q_after_is_that_of_the_saved_model(after_stage_one):
+    """Of the ids as drawn, against p_sft."""
+    pipeline = after_stage_one("ldl_grpo")
+    pipeline.execute(["align"])
+    run, encoder, student = pipeline.run, pipeline.encoder, pipeline.config.student
+    policy, frozen = (load_model(student, path) for path in (run.align, run.sft))
+    groups, again = read_rows(run.groups), read_rows(run.revisited)
+    assert [(g["step"], g["prompt_id"]) for g in groups] == [(r["step"], r["prompt_id"]) for r in again]
+    for group, row in zip(groups, again):
+        head, ids = encoder.prompt(Prompt.from_text(group["prompt"])), [c["ids"] for c in group["completions"]]
+        with torch.no_grad():
+            ours, theirs = (sequence_log_probs(model, head, ids, encoder.pad) for model in (policy, frozen))
+        assert row["policy_after"] == pytest.approx((ours - theirs).softmax(0).tolist(), abs=1e-5)
+        assert row["policy_after"] != pytest.approx(group["policy_before"], abs=1e-5)
+    found = label_divergence(groups, again)
+    assert found["groups"] == 8 and found["after"] != found["before"]
 
 
 def check_groups(groups, method):

@@ -76,7 +76,7 @@ def _turns(per_run: Sequence[list[Any]]) -> Iterable[list[Any]]:
 
 
 def _entries(run: Run, place: int) -> Iterable[dict[str, Any]]:
-    groups = {group["prompt_id"]: group for group in run.groups}  # the last of each prompt
+    groups = _group_of_each(run.groups)
     answers, verdicts = _by_prompt(run), _verdicts(run)
     for prompt_id in dict.fromkeys([*answers, *groups]):
         group, answered = groups.get(prompt_id), answers.get(prompt_id, {})
@@ -92,6 +92,12 @@ def _entries(run: Run, place: int) -> Iterable[dict[str, Any]]:
             ],
         }
         yield {key: value for key, value in entry.items() if value is not None}
+
+
+def _group_of_each(groups: Sequence[Row]) -> dict[str, Row]:
+    """The group of each prompt that was measured again at the end, or else its last."""
+    found = {group["prompt_id"]: group for group in groups}
+    return found | {group["prompt_id"]: group for group in groups if "policy_after" in group}
 
 
 def _by_prompt(run: Run) -> dict[str, dict[str, list[Row]]]:
@@ -145,7 +151,10 @@ def _group(group: Row) -> dict[str, Any]:
     }
     names = [name for name, values in columns.items() if values is not None]
     candidates = [dict(zip(names, map(_rounded, row))) for row in zip(*(columns[name] for name in names))]
-    return {"step": group["step"], "anchor_score": _rounded(group["anchor_score"]), "candidates": candidates}
+    found = {"step": group["step"], "anchor_score": _rounded(group["anchor_score"]), "candidates": candidates}
+    if "policy_after" in group:
+        found["divergence"] = [_rounded(group["label_divergence"]), _rounded(group["label_divergence_after"])]
+    return found
 
 
 def _rounded(value: Any) -> Any:

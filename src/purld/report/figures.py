@@ -175,6 +175,8 @@ def drawings(run: Run, prefix: str = "figure", whole: bool = True) -> list[Drawi
         if any(_points(rows, key)[1].any() for key in panel.series):
             svg = as_svg(_draw(panel, rows), f"{prefix}-{place}")
             found.append(Drawing(panel.heading, panel.caption, svg))
+    if "label_divergence" in run.results:
+        found += _movement(run, f"{prefix}-movement")
     if "score_quality" in run.results:
         found.append(_score_quality(run.results["score_quality"], prefix))
     return found
@@ -310,6 +312,33 @@ def score_quality_line(found: Row) -> str:
         parts.append(f"AUC over all prompts {found['auc']:.3f}.")
     parts.append(f"Calibration error {found['ece']:.3f} over {found['n']:,} candidates, {found['right']:.0%} right.")
     return " ".join(parts)
+
+
+def _movement(run: Run, prefix: str) -> list[Drawing]:
+    """KL(D || q) of the groups that were measured twice: below the diagonal, q came closer to D. None if none is."""
+    twice = [(g["label_divergence"], g["label_divergence_after"]) for g in run.groups if "label_divergence_after" in g]
+    pairs = [pair for pair in twice if np.isfinite(pair).all()]
+    if not pairs:
+        return []
+    top = 1.05 * max(value for pair in pairs for value in pair)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xlabel("nats before")
+        axes.set_ylabel("nats after")
+        axes.plot([0, top], [0, top], linewidth=1, color=COLOURS["muted"])
+        axes.scatter(*zip(*pairs), s=20, alpha=0.6, linewidths=0, color=COLOURS["policy"])
+    caption = movement_line(run.results["label_divergence"])
+    return [Drawing("KL(D‖q) before and after", caption, as_svg(figure, prefix))]
+
+
+def movement_line(found: Row) -> str:
+    """In words, what Stage II did to its objective on the candidates of its first groups."""
+    return (
+        f"On the candidates of the first {found['groups']} groups the mean was {found['before']:.3f} under the policy "
+        f"that drew them and is {found['after']:.3f} under the final one; q came closer to D, below the line, in "
+        f"{found['closer']} of them."
+    )
 
 
 def _own_axis(axes: Axes, label: str, role: str) -> None:

@@ -29,7 +29,8 @@ class Run:
         results: results.json.
         metrics: the rows of metrics.jsonl.
         anchors: the teacher's answer by prompt id.
-        groups: Stage II's groups, oldest first.
+        groups: Stage II's groups, oldest first; those measured again at its end have `policy_after` and
+            `label_divergence_after` too.
         answers: held-out answers by model: base, sft, the method, the opponent.
         greedy: the greedy answers beside them, where there are any.
         verdicts: the judge's verdicts by model.
@@ -65,7 +66,8 @@ def read_run(run: RunDir) -> Run:
     """
     config_text = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
     folder = run.groups.parent
-    stems = {path.name.split(".")[0] for path in folder.glob("*.jsonl") if path != run.groups}
+    no_answers = (run.groups, run.revisited)
+    stems = {path.name.split(".")[0] for path in folder.glob("*.jsonl") if path not in no_answers}
     models = sorted(stems, key=_place)
     return Run(
         name=run.path.resolve().name,
@@ -74,11 +76,22 @@ def read_run(run: RunDir) -> Run:
         results=read_json(run.results) if run.results.exists() else {},
         metrics=read_rows(run.metrics),
         anchors={row["prompt_id"]: row["text"] for row in read_rows(run.anchors)},
-        groups=read_rows(run.groups),
+        groups=_groups(run),
         answers=_rows(models, run.generations),
         greedy=_rows(models, lambda model: run.generations(f"{model}.greedy")),
         verdicts=_rows(models, run.verdicts),
     )
+
+
+def _groups(run: RunDir) -> list[Row]:
+    after = {
+        (row["step"], row["prompt_id"]): {
+            "policy_after": row["policy_after"],
+            "label_divergence_after": row["label_divergence"],
+        }
+        for row in read_rows(run.revisited)
+    }
+    return [row | after.get((row["step"], row["prompt_id"]), {}) for row in read_rows(run.groups)]
 
 
 def _rows(models: Sequence[str], place: Callable[[str], Path]) -> dict[str, Sequence[Row]]:

@@ -27,7 +27,7 @@ from purld.errors import UserError
 from purld.method.losses import Loss, Tokens
 from purld.method.table import METHODS, StageTwo
 from purld.records import Anchor, Prompt
-from purld.rundir import RunDir, append_rows, read_rows
+from purld.rundir import RunDir, append_rows, read_rows, write_rows
 from purld.student.critic import ValueHead, hidden_size
 from purld.student.encode import Encoder
 from purld.student.load import Roles, load_roles, save_policy
@@ -35,6 +35,7 @@ from purld.student.sample import Decoding, GenerateSampler, Sampler, seed_from
 from purld.student.selfeval import SelfEvaluator
 from purld.training.checkpoints import Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.measures import LOGGED, StepMeasures, group_record
+from purld.training.revisit import REVISITED, revisit
 from purld.training.rollout import Drawing, Question, Rollout
 from purld.training.scoring import Scoring, SelfScoring, TeacherScoring, unscored
 from purld.training.trackers import tracker_arguments
@@ -106,10 +107,11 @@ def align(
         teacher=teacher,
         callbacks=[RunCallback(run, "align", LOGGED, progress)],
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.go_on(checkpoint, step)
     rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
+    trainer.revisit()
     save_policy(student, roles, run.sft, encoder.tokenizer, run.align)
     shutil.rmtree(checkpoints)
     return _facts(rows, settings, len(examples))
@@ -164,6 +166,13 @@ class AlignTrainer(Trainer):
         self._draw = Drawing(self._method, settings, encoder, sample, scoring, self._update)
         self._rollouts: list[Rollout] = []
 
+    def go_on(self, checkpoint: Path | None, step: int) -> None:
+        """Train from a checkpoint at `step`, or from the start; at the last step it only loads it."""
+        if checkpoint is not None and step >= self.args.max_steps:
+            self._load_from_checkpoint(str(checkpoint))  # `train` would take a step before it sees that it is done
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Draw groups if the last ones are used up, accumulate their gradient; returns the objective's mean."""
         model.eval()  # dropout off: the policy that is updated is the one that was sampled
@@ -191,9 +200,17 @@ class AlignTrainer(Trainer):
         loss, tokens = self._update(model, rollout.members, objective, share=1.0 / len(self._rollouts))
         self._measures.add_update(loss, tokens, candidates=len(rollout.places))
         if fresh and rollout.completions:
-            group = group_record(self.state.global_step + 1, rollout, loss.members)
+            early = self.state.global_step * self._settings.prompts_per_step < REVISITED
+            group = group_record(self.state.global_step + 1, rollout, loss, keep_ids=early)
             append_rows(self._run.groups, [asdict(group) | {"prompt": rollout.question.prompt.question}])
         return loss.value
+
+    def revisit(self) -> None:
+        """Measure the run's first groups under the policy as it is now, if the method has a q to measure."""
+        self.model.eval()
+        found = list(revisit(self.model, self._draw, self._questions, read_rows(self._run.groups)))
+        if found:
+            write_rows(self._run.revisited, found)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was measured since the last log to the trainer's own values."""

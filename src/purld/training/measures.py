@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +36,7 @@ LOGGED = frozenset(
     }
     | _SUMMED
 )
+Q = "policy_before"  # the member column that holds the policy's distribution over the group, in a method that has one
 
 
 class StepMeasures:
@@ -76,22 +78,21 @@ class StepMeasures:
         return found
 
 
-def group_record(step: int, rollout: Rollout, members: Mapping[str, Tensor]) -> Group:
+def group_record(step: int, rollout: Rollout, loss: Loss, keep_ids: bool) -> Group:
     """One group as the report shows it.
 
     Args:
         step: of the update that it was first part of.
         rollout: the group.
-        members: (K,) columns of the objective's members, by name of the record's field; a candidate that is no member
-            has None there.
+        loss: the objective on it.
+        keep_ids: whether it may be measured again, which needs token ids: a text does not always encode to its own.
     """
     scores, anchor_score = rollout.scores.candidates, rollout.scores.anchor
-    columns: dict[str, list[float | None]] = {}
-    for name, column in members.items():
-        columns[name] = [None] * len(rollout.texts)
-        for place, value in zip(rollout.places, column.tolist()[-len(rollout.places) :]):
-            columns[name][place] = value
-    optional: dict[str, Any] = columns
+    optional: dict[str, Any] = dict(member_columns(rollout, loss.members))
+    if (divergence := label_divergence(loss)) is not None:
+        optional["label_divergence"] = divergence
+    if keep_ids and Q in loss.members:
+        optional["completions"] = [asdict(c) for c in rollout.completions]
     if anchor_score is not None:
         optional["margins"] = [None if s is None else s - anchor_score for s in scores]
     if any(s is not None for s in scores):
@@ -105,3 +106,18 @@ def group_record(step: int, rollout: Rollout, members: Mapping[str, Tensor]) -> 
         anchor_score=anchor_score,
         **optional,
     )
+
+
+def member_columns(rollout: Rollout, members: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """The objective's (K,) columns by name, a value per candidate; one that is no member has None there."""
+    columns: dict[str, list[float | None]] = {}
+    for name, column in members.items():
+        columns[name] = [None] * len(rollout.texts)
+        for place, value in zip(rollout.places, column.tolist()[-len(rollout.places) :]):
+            columns[name][place] = value
+    return columns
+
+
+def label_divergence(loss: Loss) -> float | None:
+    """KL(D || q) of one group, None where the objective has no labels; from logarithms, which outlive a q of 0."""
+    return loss.metrics["ldl"].item() if "ldl" in loss.metrics else None

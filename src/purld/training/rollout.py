@@ -83,11 +83,12 @@ class Drawing:
         texts = [[self.encoder.text(c.ids) for c in completions] for completions in drawn]
         scores = self.scoring([Unscored(q.prompt, q.anchor, t) for q, t in zip(questions, texts)])
         rollouts = [
-            self._with_signal(policy, Rollout(*parts)) for parts in zip(questions, drawn, texts, scores, strict=True)
+            self.with_signal(policy, Rollout(*parts)) for parts in zip(questions, drawn, texts, scores, strict=True)
         ]
         return self._across(rollouts)
 
-    def _with_signal(self, policy: Any, rollout: Rollout) -> Rollout:
+    def with_signal(self, policy: Any, rollout: Rollout) -> Rollout:
+        """A group that was drawn and scored, with its members and what the method makes of its scores, if anything."""
         places = list(range(len(rollout.completions)))
         if self.method.scorer is not None:
             places = [place for place in places if rollout.scores.candidates[place] is not None]

@@ -97,7 +97,7 @@ class GroupUpdate:
         Returns:
             The objective at the policy as it is, and the tokens it was taken at.
         """
-        values = None if self.critic is None or members.states is None else self.critic(members.states)
+        values = self._values(members)
         with self.autocast():
             prompt = prefix_of(policy, members.head, members.ids, self.pad, cut=True)
         one_pass = len(members.ids) <= self.micro_batch_size
@@ -117,6 +117,15 @@ class GroupUpdate:
         if values is not None and value_coefficients is not None:
             self.backward((share * value_coefficients * values).sum())
         return loss, tokens
+
+    @torch.no_grad()
+    def tokens(self, policy: Any, members: Members) -> Tokens:
+        """A group as an objective sees it at the policy as it is, without a graph."""
+        return members.tokens(self._measured(policy, members.head, members.ids)[0], self._values(members))
+
+    def _values(self, members: Members) -> Tensor | None:
+        """(K, C) values by the critic as it is; None without one."""
+        return None if self.critic is None or members.states is None else self.critic(members.states)
 
     def _measured(self, model: Any, head: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(K, C) log-probabilities of a group under a model, without a graph, and their mask."""

@@ -10,6 +10,7 @@
 
   const NOTE = "u is the confidence that a candidate is as good as the anchor, D the label distribution over the " +
     "group, q the policy's own distribution over it.";
+  const AFTER = "q before is that of the policy that drew the candidates, q after that of the final policy.";
 
   const FILTERS = {
     all: ["All prompts", () => true],
@@ -21,6 +22,7 @@
     tie: ["Judge: tie", (e) => e.outcome === "tie"],
     loss: ["Judge: method loses", (e) => e.outcome === "loss"],
     unjudged: ["Unjudged", (e) => e.outcome === "unjudged"],
+    revisited: ["q before and after", (e) => Boolean(e.group?.divergence)],
     unscored: ["Unscored candidates", (e) => e.group?.candidates.some((c) => c.score === null)],
     cut: ["Cut off", (e) => e.answers.some((a) => a.samples.some((s) => s.finished === false))],
   };
@@ -153,10 +155,18 @@
     const order = sorted.length > 1 && sorted[0].score !== undefined ? ", best score first" : "";
     return [
       el("h3", { textContent: heading + order }),
-      sorted[0].D === undefined ? null : el("p", { class: "note", textContent: NOTE }),
+      sorted[0].D === undefined ? null : el("p", { class: "note", textContent: group.divergence ? `${NOTE} ${AFTER}` : NOTE }),
+      group.divergence ? el("div", { class: "chips" }, movement(...group.divergence)) : null,
       el("ol", { class: "candidates" }, ...sorted.map((c) =>
         el("li", { class: "candidate" }, measures(c, largest), words(c.text || "(empty)")))),
     ];
+  }
+
+  // How the objective on the group moved; an infinite or undefined value has become null.
+  function movement(before, after) {
+    const [from, to] = [before, after].map((value) => (value === null ? "–" : value.toFixed(3)));
+    const closer = before !== null && after !== null && after !== before;
+    return chip(`KL(D‖q) ${from} before, ${to} after`, closer ? (after < before ? "good" : "bad") : "open");
   }
 
   function measures(c, largest) {
@@ -174,7 +184,7 @@
           ["margin", c.margin, "margin"],
           ["u", c.u, "u"],
           ["D", c.D, "D", share(c.D)],
-          ["q before", c.q, "q", share(c.q)],
+          [c.after === undefined ? "q" : "q before", c.q, "q", share(c.q)],
           ["q after", c.after, "after", share(c.after)],
           ["A", c.advantage, "advantage"],
         ].filter(([, value]) => value !== undefined).map((columns) => row(...columns));
