@@ -1,7 +1,10 @@
 """What single commands print."""
 
+import errno
 import io
 import json
+import os
+import sys
 from collections import Counter
 
 import pytest
@@ -9,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from purld.blackbox.ledger import Caps, Ledger, Request, Result, Usage
-from purld.cli import app
+from purld.cli import app, main
 from purld.config import OpenAIEndpoint, load_config
 from purld.console import Reporter
 from purld.pipeline import Pipeline, _standing
@@ -65,3 +68,17 @@ def test_progress_tells_states_calls_in_flight_and_what_was_spent(tmp_path, pric
         ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps())
         standing = _standing(Counter(answered=1, failed=2, refused=0), ledger, "teacher", endpoint)
     assert standing == f"1 answered, 2 failed, 1 in flight, {spent}"
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_shows(tiny_config, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(sys, "argv", ["purld", "anchors", str(tiny_config), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "purld: the disk is full (No space left on device); make room, and the same command goes on from here."
+    )

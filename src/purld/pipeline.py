@@ -228,6 +228,8 @@ def _collect(pipeline: Pipeline, pools: Pools) -> dict[str, Any]:
             opponent = _ask_teacher(pipeline, ledger, "opponent", pools.held_out, "held-out prompts answered")
             write_rows(run.opponent, map(asdict, opponent.anchors))
         booked = ledger.totals("teacher")
+        for path in ledger.passed_over:
+            pipeline.reporter.warn(f"{path}: cannot be read, so what it holds may have been bought again.")
     write_rows(run.anchors, map(asdict, collection.anchors))
     totals = {"prompts": len(pools.train), "answered": len(collection.anchors)}
     spent = {key: booked[key] for key in ("calls", "input_tokens", "output_tokens", "cost")}
