@@ -1,7 +1,9 @@
 """What single commands print."""
 
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from purld.blackbox.ledger import Caps, Ledger, Request, Result, Usage
-from purld.cli import app
+from purld.cli import app, main
 from purld.config import OpenAIEndpoint, load_config
 from purld.console import Reporter
 from purld.pipeline import Pipeline
@@ -78,3 +80,17 @@ def test_our_own_warnings_are_a_plain_line():
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
     assert said[0] == "  Warning: a model is slow."
     assert "UserWarning: of others" in said[1]
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_shows(tiny_config, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(sys, "argv", ["purld", "anchors", str(tiny_config), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "purld: the disk is full (No space left on device); make room, and the same command goes on from here."
+    )

@@ -7,6 +7,7 @@ command goes on where it stopped.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import warnings
@@ -50,6 +51,15 @@ def main() -> None:
         app()
     except UserError as error:
         print(f"purld: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"purld: {where}the disk is full ({error.strerror}); make room, and the same command goes on from here.",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 

@@ -70,6 +70,8 @@ def run_anchors(job: Job) -> dict[str, Any]:
             opponent = _ask_teacher(job, ledger, "opponent", job.pools.held_out, "held-out prompts answered")
             write_rows(run.opponent, map(asdict, opponent.anchors))
         booked = ledger.totals("teacher")
+        for path in ledger.passed_over:
+            job.reporter.warn(f"{path}: cannot be read, so what it holds may have been bought again.")
     write_rows(run.anchors, map(asdict, collection.anchors))
     totals = {"prompts": len(job.pools.train), "answered": len(collection.anchors)}
     spent = {key: booked[key] for key in ("calls", "input_tokens", "output_tokens", "cost")}

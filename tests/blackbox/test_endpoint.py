@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import sqlite3
+import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from misbehaving import SECRET, answer, completion, date_in, drip, error, hang_u
 from purld.blackbox import endpoint as endpoint_module
 from purld.blackbox import pace
 from purld.blackbox.endpoint import EndpointClient
-from purld.blackbox.ledger import Ledger
+from purld.blackbox.ledger import Ledger, LedgerView
 from purld.blackbox.wire import TOKENS_PER_CALL, TOKENS_PER_MESSAGE, request_of, worst_case
 from purld.config import OpenAIEndpoint
 from purld.errors import UserError
@@ -449,6 +451,32 @@ def test_a_key_file(server, endpoint, ledger, tmp_path: Path):
 
 def test_a_full_disk_is_one_sentence_and_stops_the_run(server, endpoint, ledger):
     ledger._db.execute("PRAGMA max_page_count = 12")
-    with pytest.raises(UserError, match=r"ledger.sqlite: the ledger cannot be used \(database or disk is full\)"):
+    with pytest.raises(UserError, match="the disk is full; make room"):
         EndpointClient(endpoint(), ledger, "teacher").ask(prompts(*(f"{n}" * 3000 for n in range(30))))
     assert len(server.arrived) < 30
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_costs_no_answer(server, endpoint, small_disk):
+    prompts = [Prompt.from_text(f"question {n}") for n in range(40)]
+    server.default = lambda handler: (time.sleep(0.2), handler.reply(completion("x" * 200_000)))
+    with Ledger(small_disk / "l.sqlite") as ledger, pytest.raises(UserError, match="the disk is full"):
+        EndpointClient(endpoint(concurrency=8), ledger, "teacher").ask(prompts)
+    assert 8 <= len(server.arrived) < 40
+    with LedgerView(small_disk / "l.sqlite") as ledger:
+        assert ledger.totals("teacher")["answered"] == len(server.arrived) == len(server.finished)
+    (small_disk / "filler").write_bytes(bytes(2**20))
+    with pytest.raises(UserError, match="no room of 16 MiB"):
+        Ledger(small_disk / "l.sqlite")
+    assert not (small_disk / "l.sqlite.room").exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -12,7 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from purld.blackbox.ledger import Booked, CapReachedError, Caps, Ledger, LedgerView, Request, Result, Usage
+from purld.blackbox.ledger import (
+    SCHEMA_VERSION,
+    Booked,
+    CapReachedError,
+    Caps,
+    Ledger,
+    LedgerView,
+    Request,
+    Result,
+    Usage,
+)
 from purld.errors import UserError
 
 
@@ -259,3 +271,20 @@ def test_the_books_balance_whatever_happens(tmp_path_factory, events, caps):
     booked = ledger.booked("teacher")
     assert (after.calls, after.tokens) == (booked.calls, booked.tokens)
     assert after.cost == pytest.approx(booked.cost, abs=1e-9)
+
+
+def test_a_neighbour_that_cannot_be_read_is_passed_over_and_named(tmp_path):
+    """Also one whose damage shows only when it is asked."""
+    whole, odd = tmp_path / "whole" / "l.sqlite", tmp_path / "odd.sqlite"
+    with Ledger(whole) as ledger:
+        call = ledger.reserve(request("a"), "teacher", 1, 0.0, Caps())
+        ledger.sent(call)
+        ledger.settle(call, Result("answered", "x"))
+    with contextlib.closing(sqlite3.connect(odd)) as db:
+        db.execute("CREATE TABLE calls (id)")
+        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    (text := tmp_path / "text.sqlite").write_text("no ledger" * 1000)
+    with Ledger(tmp_path / "own.sqlite", [odd, text, whole]) as ledger:
+        ledger.adopt([request("a").key], "teacher")
+        assert ledger.find(request("a").key).text == "x"
+        assert set(ledger.passed_over) == {odd, text}

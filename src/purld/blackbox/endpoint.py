@@ -109,6 +109,10 @@ class _Purchase:
                 call = await self._reserve(request, input_tokens, output_tokens)
             except CapReachedError as cap:
                 return reply_of(outcome.result) if outcome else Reply("capped", detail=f"{cap} is reached")
+            except UserError as full:
+                # The disk is: nothing more may leave, but what is under way may be paid for and is waited for.
+                self._stop(str(full))
+                break
             outcome = await self._call(http, request, call, input_tokens + output_tokens)
             if outcome is None or not outcome.repeat or attempt == self.endpoint.retries:
                 break
@@ -170,9 +174,13 @@ class _Purchase:
         reason = outcome.stop
         if self.suspects >= STOP_AFTER:
             reason = f"{self.endpoint.base_url}: {self.suspects} prompts in a row failed ({in_words(outcome.result)})."
-        if reason and not self.stop:
-            self.stop = reason
-            self.stopped.set()
+        if reason:
+            self._stop(reason)
+
+    def _stop(self, reason: str) -> None:
+        """Let nothing more leave, and wait for what is under way; the first reason is the one that is told."""
+        self.stop = self.stop or reason
+        self.stopped.set()
 
     async def _sleep(self, seconds: float) -> None:
         """Wait, but no longer than until the purchase is stopped."""

@@ -10,6 +10,9 @@ byte leaves, so a call that a kill interrupts is known to be lost: whether it wa
 it becomes `unknown` on the next open. Settling replaces the booking by the reported usage; without one (lost
 calls, servers that report none) the worst case stays booked, so a cap is never passed.
 
+A full disk costs no answer: room for the answers under way is held on disk before anything leaves, and given up
+when it is needed. From then on nothing is reserved.
+
 The ledger holds no headers and no keys, waits for nobody and decides no policy: retries, pacing and waiting
 for room under a cap are its callers' business.
 """
@@ -74,8 +77,14 @@ SELECT * FROM (
 """
 
 
+# For the answers under way: 64 of them, of 200 KB each, with the pages that SQLite writes around them.
+ROOM = 16 * 2**20
 _WORTH = {"failed": 0, "unknown": 1, "answered": 2}  # of what is known of a request
+_REQUEST = ("key", "prompt_id", "base_url", "model", "body")
 _ADOPTED = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
+
+
+_FULL = "{}: the disk is full; make room, and the same command goes on from here."
 
 
 class CapReachedError(Exception):
@@ -162,7 +171,7 @@ class LedgerView:
     """A ledger to look at, also while another process writes it.
 
     `beside` are the ledgers of other runs: what one of them holds need not be bought again. One that cannot be
-    read is passed over.
+    read is passed over, and `passed_over` names it.
 
     Raises:
         UserError: there is no ledger at `path`, or the file is something else.
@@ -171,7 +180,7 @@ class LedgerView:
     def __init__(self, path: str | Path, beside: Sequence[Path] = ()) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
-        self._beside = list(_open_views(beside))
+        self._open_beside(beside)
         if not self.path.exists():
             raise UserError(f"{self.path}: there is no ledger here.")
         with _readable(self.path):
@@ -211,15 +220,32 @@ class LedgerView:
         _, call = self._best(key)
         return _result(call) if call else None
 
+    def _open_beside(self, paths: Sequence[Path]) -> None:
+        self.passed_over: list[Path] = []
+        self._beside: list[LedgerView] = []
+        for path in paths:
+            try:
+                self._beside.append(LedgerView(path))
+            except UserError:
+                self.passed_over.append(path)
+
     def _best(self, key: str) -> tuple[LedgerView, sqlite3.Row | None]:
         """Where most is known of a request, and its call there."""
-        calls = [(ledger, ledger._last(key)) for ledger in (self, *self._beside)]
+        calls: list[tuple[LedgerView, sqlite3.Row | None]] = [(self, self._last(key))]
+        for other in tuple(self._beside):
+            try:
+                calls.append((other, other._last(key)))
+            except UserError:  # damaged further in than its first page, or locked
+                self._beside.remove(other)
+                self.passed_over.append(other.path)
+                other.close()
         return max(calls, key=lambda found: _WORTH[found[1]["state"]] if found[1] else -1)
 
     def _last(self, key: str) -> sqlite3.Row | None:
+        """The request and its answered call, or else the last that ended."""
         with self._mutex, _readable(self.path):
             row: sqlite3.Row | None = self._db.execute(
-                "SELECT * FROM calls WHERE key = ? AND ended_at IS NOT NULL"
+                "SELECT * FROM calls JOIN requests USING (key) WHERE key = ? AND ended_at IS NOT NULL"
                 " ORDER BY state = 'answered' DESC, id DESC LIMIT 1",
                 (key,),
             ).fetchone()
@@ -288,17 +314,19 @@ class Ledger(LedgerView):
     Calls that a dead process had sent become `unknown`; what it had only reserved is released.
 
     Raises:
-        UserError: another process has the ledger open, or the file is no ledger.
+        UserError: another process has the ledger open, the file is no ledger, or the disk is full.
     """
 
     def __init__(self, path: str | Path, beside: Sequence[Path] = ()) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
-        self._beside = list(_open_views(beside))
+        self._open_beside(beside)
         self._booked: dict[str, Booked] = {}
         self._open: dict[int, tuple[Role, Booked]] = {}
         self._lock = _exclusive(self.path.with_name(self.path.name + ".lock"))
+        self._room = self.path.with_name(self.path.name + ".room")
         try:
+            _allocate(self._room)
             with _readable(self.path):
                 self._db = _connect(self.path)
                 self._recover()
@@ -309,6 +337,8 @@ class Ledger(LedgerView):
     def close(self) -> None:
         """Give the file and its lock back; closing twice is harmless."""
         super().close()
+        if not self._lock.closed:  # after that, the room is another process's
+            self._room.unlink(missing_ok=True)
         self._lock.close()
 
     def adopt(self, keys: Iterable[str], role: Role) -> None:
@@ -323,7 +353,9 @@ class Ledger(LedgerView):
                 ledger, call = self._best(key)
                 if ledger is self or call is None or call["state"] == "failed":
                     continue
-                self._db.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", tuple(ledger._request(key)))
+                self._db.execute(
+                    "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", tuple(call[name] for name in _REQUEST)
+                )
                 self._db.execute(
                     "INSERT INTO calls (key, role, state, booked_tokens, booked_cost, text, finish_reason, error, raw,"
                     " reserved_at, ended_at) VALUES (?, ?, ?, 0, 0.0, ?, ?, ?, ?, ?, ?)",
@@ -335,7 +367,10 @@ class Ledger(LedgerView):
 
         Raises:
             CapReachedError: with this call the role's purse might pass a cap.
+            UserError: the disk is full.
         """
+        if not self._room.exists():
+            raise UserError(_FULL.format(self.path))
         worst = Booked(1, tokens, cost)
         with self._mutex:
             total = self.booked(role) + worst
@@ -358,8 +393,7 @@ class Ledger(LedgerView):
 
     def sent(self, call: int) -> None:
         """Say that the call's first byte is about to leave."""
-        with self._mutex, self._transaction():
-            self._db.execute("UPDATE calls SET state = 'sent', sent_at = ? WHERE id = ?", (time.time(), call))
+        self._write("UPDATE calls SET state = 'sent', sent_at = ? WHERE id = ?", (time.time(), call))
 
     def settle(self, call: int, result: Result) -> None:
         """Record how the call ended and replace its booking by what it cost."""
@@ -367,25 +401,23 @@ class Ledger(LedgerView):
             role, worst = self._open[call]
             actual = _actual(result, worst)
             usage = result.usage
-            with self._transaction():
-                self._db.execute(
-                    "UPDATE calls SET state = ?, text = ?, finish_reason = ?, error = ?, raw = ?,"
-                    " input_tokens = ?, output_tokens = ?, cost = ?, booked_tokens = ?, booked_cost = ?,"
-                    " ended_at = ?, sent_at = CASE WHEN ? THEN sent_at END WHERE id = ?",
-                    (
-                        *(result.state, result.text, result.finish_reason, result.error, result.raw),
-                        *((usage.input_tokens, usage.output_tokens, usage.cost) if usage else (None, None, None)),
-                        *(actual.tokens, actual.cost, time.time(), result.left, call),
-                    ),
-                )
+            self._write(
+                "UPDATE calls SET state = ?, text = ?, finish_reason = ?, error = ?, raw = ?,"
+                " input_tokens = ?, output_tokens = ?, cost = ?, booked_tokens = ?, booked_cost = ?,"
+                " ended_at = ?, sent_at = CASE WHEN ? THEN sent_at END WHERE id = ?",
+                (
+                    *(result.state, result.text, result.finish_reason, result.error, result.raw),
+                    *((usage.input_tokens, usage.output_tokens, usage.cost) if usage else (None, None, None)),
+                    *(actual.tokens, actual.cost, time.time(), result.left, call),
+                ),
+            )
             self._close_call(call, role, worst - actual)
 
     def release(self, call: int) -> None:
         """Take back a reservation that was not sent."""
         with self._mutex:
             role, worst = self._open[call]
-            with self._transaction():
-                self._db.execute("DELETE FROM calls WHERE id = ? AND state = 'reserved'", (call,))
+            self._write("DELETE FROM calls WHERE id = ? AND state = 'reserved'", (call,))
             self._close_call(call, role, worst)
 
     def booked(self, role: Role) -> Booked:
@@ -404,17 +436,36 @@ class Ledger(LedgerView):
         with self._mutex:
             return sum(of == role for of, _ in self._open.values())
 
+    def _write(self, statement: str, values: Sequence[Any]) -> None:
+        """Write of a call that is reserved. On a full disk, that takes the room that is held for it."""
+        with self._mutex, _readable(self.path):
+            try:
+                self._commit(statement, values)
+            except sqlite3.OperationalError:
+                if not self._room.exists():
+                    raise
+                self._room.unlink()
+                self._commit(statement, values)
+
+    def _commit(self, statement: str, values: Sequence[Any]) -> None:
+        with self._begun():
+            self._db.execute(statement, values)
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _readable(self.path):
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-                raise
+        with _readable(self.path), self._begun():
+            yield
+
+    @contextlib.contextmanager
+    def _begun(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
 
     def _recover(self) -> None:
         with self._transaction():
@@ -435,12 +486,6 @@ class Ledger(LedgerView):
     def _close_call(self, call: int, role: Role, freed: Booked) -> None:
         del self._open[call]
         self._booked[PURSES[role]] = self._booked[PURSES[role]] - freed
-
-
-def _open_views(paths: Sequence[Path]) -> Iterator[LedgerView]:
-    for path in paths:
-        with contextlib.suppress(UserError):
-            yield LedgerView(path)
 
 
 def _actual(result: Result, worst: Booked) -> Booked:
@@ -483,6 +528,19 @@ def _exclusive(path: Path) -> IO[str]:
     return handle
 
 
+def _allocate(room: Path) -> None:
+    """Hold `ROOM` bytes of disk in a file that can be given up."""
+    try:
+        with room.open("ab") as handle:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, ROOM)
+            else:  # macOS
+                handle.write(bytes(max(0, ROOM - handle.tell())))
+    except OSError as error:
+        room.unlink(missing_ok=True)
+        raise UserError(f"{room}: no room of {ROOM // 2**20} MiB for answers under way ({error.strerror}).") from None
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
@@ -509,4 +567,6 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            raise UserError(_FULL.format(path)) from None
         raise UserError(f"{path}: the ledger cannot be used ({error}).") from None
