@@ -87,7 +87,7 @@ def demo_values(source: Path, base_url: str) -> dict[str, Any]:
             "max_new_tokens": 64,
         },
         "evaluate": {
-            "samples": 8,
+            "samples": 4,
             "max_new_tokens": 64,
             "batch_size": 256,
             "judge": endpoint | {"model": "testbed-judge", "max_tokens_per_answer": 4},
