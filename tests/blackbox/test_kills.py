@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import random
 import signal
 import subprocess
@@ -15,28 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from collecting import collect
 from misbehaving import Handler, Server, completion
 
-from purld.blackbox.endpoint import EndpointClient
 from purld.blackbox.ledger import Ledger
-from purld.config import OpenAIEndpoint
 from purld.records import Prompt
 
 PER_ROUND = 40
-
-
-def collect(url: str, ledger_path: Path, count: int, heard: Path) -> None:
-    """Ask for all prompts; note every reply that was announced, as one whole line."""
-    config = OpenAIEndpoint(kind="openai", base_url=url, model="m", concurrency=16)
-    file = os.open(heard, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-    def note(place: int, reply: object) -> None:
-        if reply.state == "answered":
-            os.write(file, f"{place}\n".encode())
-
-    with Ledger(ledger_path) as ledger:
-        prompts = [Prompt.from_text(f"question {n}") for n in range(count)]
-        EndpointClient(config, ledger, "teacher").ask(prompts, note)
 
 
 class Round:
@@ -59,7 +43,7 @@ class Round:
 def test_kill_at_any_moment(server: Server, tmp_path: Path, kills: int):
     """Every round asks more prompts than are answered and is killed at a random moment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["openai", "purld.blackbox.endpoint"])
+    context.set_forkserver_preload(["collecting"])
     ledger_path, heard, rng = tmp_path / "l.sqlite", tmp_path / "heard", random.Random(0)
     for kill in range(1, kills + 1):
         answered_before = states(ledger_path)
@@ -89,7 +73,8 @@ def states(ledger_path: Path) -> dict[str, str]:
 
 def wait_until(true: Callable[[], object]) -> None:
     deadline = time.monotonic() + 60
-    while not true() and time.monotonic() < deadline:
+    while not true():
+        assert time.monotonic() < deadline, "what was waited for never came"
         time.sleep(0.001)
 
 
@@ -116,7 +101,7 @@ def test_ctrl_c_ends_promptly_and_keeps_the_books(server: Server, tmp_path: Path
     prompts = [f"question {n}" for n in range(40)]
     server.script = {prompt: [lambda handler: time.sleep(90)] for prompt in prompts[20:]}
     code = (
-        "import sys; from pathlib import Path; from test_kills import collect;"
+        "import sys; from pathlib import Path; from collecting import collect;"
         "collect(sys.argv[1], Path(sys.argv[2]), 40, Path(sys.argv[3]))"
     )
     process = subprocess.Popen(
