@@ -97,7 +97,11 @@ def results_of(run):
 def start(config, run):
     command = [sys.executable, "-c", "from purld.cli import main; main()", "run", config, "--run-dir", run.path]
     return subprocess.Popen(
-        list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+        list(map(str, command)),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
 
 

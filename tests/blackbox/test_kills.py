@@ -109,6 +109,7 @@ def test_ctrl_c_ends_promptly_and_keeps_the_books(server: Server, tmp_path: Path
         cwd=Path(__file__).parent,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
     # Twenty answered and heard of, sixteen in silence.
     wait_until(lambda: len(server.arrived) == 36 and len((tmp_path / "heard").read_text().split()) == 20)
