@@ -37,6 +37,8 @@ from purld.student.load import load_model
 from purld.student.sample import Decoding
 from purld.templates import JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
 
+_SPENT = ("calls", "input_tokens", "output_tokens", "cost")  # what results.json says of the teacher's bill
+
 
 @dataclass(frozen=True)
 class Job:
@@ -74,7 +76,7 @@ def run_anchors(job: Job) -> dict[str, Any]:
             job.reporter.warn(f"{path}: cannot be read, so what it holds may have been bought again.")
     write_rows(run.anchors, map(asdict, collection.anchors))
     totals = {"prompts": len(job.pools.train), "answered": len(collection.anchors)}
-    spent = {key: booked[key] for key in ("calls", "input_tokens", "output_tokens", "cost")}
+    spent = {key: booked[key] for key in _SPENT}
     return {"pool": job.pools.fingerprint, "teacher": totals | spent}
 
 
@@ -183,15 +185,15 @@ def run_evaluate(job: Job) -> dict[str, Any]:
     models = {name: _answers(job, name, place) for name, place in places.items()}
     if config.evaluate.judge is not None:
         models = _judged(job, models, opponents)
-    finished = run.finished()
+    finished, groups = run.finished(), read_rows(run.groups)
     results = {
         "method": config.align.method,
         "seed": config.seed,
         "teacher": _teacher_spend(job),
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _compared(models, opponents, config.seed),
-        **_stage_two_checked(job),
-        "label_divergence": label_divergence(read_rows(run.groups), read_rows(run.revisited)),
+        **_stage_two_checked(job, groups),
+        "label_divergence": label_divergence(groups, read_rows(run.revisited)),
         "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
         "templates": {
             "self_evaluation": SELF_EVALUATION_VERSION,
@@ -210,14 +212,14 @@ def _teacher_spend(job: Job) -> dict[str, Any]:
         return spend
     with LedgerView(job.run.ledger) as ledger:
         scores = ledger.totals("scorer")
-    return spend | {key: spend[key] + scores[key] for key in ("calls", "input_tokens", "output_tokens", "cost")}
+    return spend | {key: spend[key] + scores[key] for key in _SPENT}
 
 
-def _stage_two_checked(job: Job) -> dict[str, Any]:
+def _stage_two_checked(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Stage II's candidates against gold: how many were right at each step, and how well scores agree with it."""
     if job.check is None:
         return {}
-    groups = checked_groups(read_rows(job.run.groups), job.pools.align, job.check)
+    groups = checked_groups(rows, job.pools.align, job.check)
     found: dict[str, Any] = {"training_accuracy": accuracy_by_step(groups)} if groups else {}
     if any(score is not None for group in groups for score in group.scores):
         found["score_quality"] = as_results(score_quality(groups, job.config.seed))

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from purld.blackbox.answers import FileClient
-from purld.blackbox.clients import Delivery, Reply, open_client
+from purld.blackbox.clients import open_client
 from purld.blackbox.endpoint import EndpointClient
+from purld.blackbox.replies import Delivery, Reply
 from purld.config import AnswerFile, parse_config
 from purld.errors import UserError
 

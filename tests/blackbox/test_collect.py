@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from purld.blackbox.clients import Reply
 from purld.blackbox.collect import collect_anchors
+from purld.blackbox.replies import Reply
 from purld.config import AnchorPolicy
 from purld.errors import UserError
 from purld.records import Anchor, Prompt

@@ -6,10 +6,8 @@ from purld.blackbox.answers import FileClient
 from purld.blackbox.endpoint import EndpointClient
 from purld.blackbox.ledger import Ledger, Role
 from purld.blackbox.local import LocalClient
-from purld.blackbox.replies import Client, Delivery, Reply
+from purld.blackbox.replies import Client
 from purld.config import AnswerFile, LocalModel, OpenAIEndpoint
-
-__all__ = ["Client", "Delivery", "Reply", "open_client"]
 
 
 def open_client(
