@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 Outcome = Literal["win", "loss", "tie", "unjudged"]
 
+# Where an image stands in a message: Unicode's object replacement character, which no text has a use for.
+IMAGE = "\ufffc"
+
 
 def content_hash(value: object) -> str:
     """The first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
@@ -22,8 +25,21 @@ def content_hash(value: object) -> str:
 
 
 @dataclass(frozen=True)
+class Image:
+    """A picture of a prompt, known by its content: the file `path`, or the encoded bytes `data` where there is none.
+
+    `digest` is of the encoded bytes. `size` is (width, height) in pixels, upright.
+    """
+
+    digest: str
+    size: tuple[int, int] = field(compare=False)
+    path: str | None = field(default=None, compare=False)
+    data: bytes | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat; each IMAGE in `content` stands for the next of the prompt's images."""
 
     role: str
     content: str
@@ -33,23 +49,32 @@ class Message:
 class Prompt:
     """A question to the student and the teacher.
 
-    `reference` is gold that only the evaluation may read. `images` are paths; they belong to the first
-    user turn. `metadata` is whatever else the row held.
+    `images` are those of all its messages, in the order of their marks. `reference` is gold that only the evaluation
+    may read. `metadata` is whatever else the row held, and `place` says where the row is ("pool.jsonl, line 7").
+
+    Raises:
+        ValueError: the messages do not have one IMAGE for each image.
     """
 
     messages: tuple[Message, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[Image, ...] = ()
     reference: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    place: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        marks = sum(m.content.count(IMAGE) for m in self.messages)
+        if marks != len(self.images):
+            raise ValueError(f"a prompt of {len(self.images)} images has {marks} places for them")
 
     @cached_property
     def id(self) -> str:
-        """A hash of what the model is shown; gold and metadata do not change it."""
-        return content_hash([[[m.role, m.content] for m in self.messages], list(self.images)])
+        """A hash of what the model is shown; gold, metadata and the names of files do not change it."""
+        return content_hash([[[m.role, m.content] for m in self.messages], [i.digest for i in self.images]])
 
     @property
     def question(self) -> str:
-        """The conversation as one text, for templates that quote it: turns after the first are labelled."""
+        """The conversation as one text with its IMAGE marks, for templates that quote it: several turns are labelled."""
         if len(self.messages) == 1:
             return self.messages[0].content
         return "\n\n".join(f"[{m.role}]\n{m.content}" for m in self.messages)
@@ -58,20 +83,6 @@ class Prompt:
     def from_text(cls, text: str, **fields: Any) -> Prompt:
         """A prompt of one user turn."""
         return cls(messages=(Message("user", text),), **fields)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready form that `from_json` reads back."""
-        return {"id": self.id} | asdict(self)
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Prompt:
-        """The prompt that `to_json` wrote."""
-        return cls(
-            messages=tuple(Message(m["role"], m["content"]) for m in row["messages"]),
-            images=tuple(row["images"]),
-            reference=row["reference"],
-            metadata=row["metadata"],
-        )
 
 
 @dataclass(frozen=True)
