@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +17,13 @@ from purld.chats import parse_chat, place_images
 from purld.config import Columns
 from purld.errors import UserError
 from purld.images import read_image
+from purld.parallel import in_order
 from purld.records import Image, Prompt
 from purld.rows import BadRowError, Row, check_text, iter_rows
 
 Parse = Callable[[Row], Prompt | None]
 
 _BATCH = 16  # rows that one thread parses at a time
-_AHEAD = 8  # batches for each thread that are read before they are wanted
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def gather(
     prompts: dict[str, Prompt] = {}
     images: dict[str, Image] = {}  # bytes that rows share are kept once
     used, problems = 0, list[str]()
-    for prompt in _parsed(rows, parse):
+    for prompt in in_order(lambda row: _outcome(row, parse), rows, _BATCH):  # images decode outside of Python's lock
         if isinstance(prompt, BadRowError):
             if bad_rows == "fail":
                 raise UserError(f"{prompt}.")
@@ -135,39 +132,6 @@ def without(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Promp
     """`prompts` less those that are also in `held_out`: what is evaluated on is never trained on."""
     barred = {prompt.id for prompt in held_out}
     return [prompt for prompt in prompts if prompt.id not in barred]
-
-
-def _parsed(rows: Iterable[Row], parse: Parse) -> Iterator[Prompt | BadRowError | None]:
-    """What `parse` makes of every row, in their order, on all cores: images decode outside of Python's lock.
-
-    What stops the reading of the rows is raised after what was read before it.
-    """
-
-    def work(batch: Sequence[Row]) -> list[Prompt | BadRowError | None]:
-        return [_outcome(row, parse) for row in batch]
-
-    threads = min(8, os.cpu_count() or 1)
-    pending = deque[Future[list[Prompt | BadRowError | None]]]()
-    pool = ThreadPoolExecutor(threads)
-    batch, failure = list[Row](), None
-    try:
-        try:
-            for row in rows:
-                batch.append(row)
-                if len(batch) == _BATCH:
-                    pending.append(pool.submit(work, batch))
-                    batch = []
-                if len(pending) > threads * _AHEAD:
-                    yield from pending.popleft().result()
-        except UserError as error:
-            failure = error
-        pending.append(pool.submit(work, batch))
-        for future in pending:
-            yield from future.result()
-        if failure is not None:
-            raise failure
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _outcome(row: Row, parse: Parse) -> Prompt | BadRowError | None:
