@@ -141,10 +141,12 @@ class _Writer:
 
 
 def _request_of(config: LocalModel, prompt: Prompt) -> Request:
-    body = {
+    body: dict[str, Any] = {
         "model": config.model,
         "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],
         "temperature": config.temperature,
         "max_tokens": config.max_tokens_per_answer,
     }
+    if prompt.images:
+        body["images"] = [image.digest for image in prompt.images]  # nothing leaves, so that their bytes need not stay
     return Request(LOCAL, config.model, json.dumps(body, separators=(",", ":")), prompt.id)
