@@ -45,7 +45,7 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _WIDER = (5, 6, 7, 8)  # its values that turn a picture by a quarter
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 _QUALITIES = (90, 80, 70)  # of JPEG, until the picture is small enough
-_JPEG: Mapping[str, Any] = {"format": "JPEG", "subsampling": 0, "optimize": True}
+_JPEG: Mapping[str, Any] = {"format": "JPEG", "subsampling": 0}  # Pillow's `optimize` fails on noise
 
 
 class _UnusableError(ValueError):
