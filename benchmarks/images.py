@@ -40,6 +40,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from purld.records import IMAGE, Image, Prompt
+from purld.student import pictures
 from purld.student.encode import Encoder
 from purld.student.pictures import vision_modules
 from purld.student.processor import images_alone
@@ -106,9 +107,8 @@ def llava(shape: Shape, text: PreTrainedTokenizerFast) -> tuple[Any, Any]:
 def qwen2_5_vl(shape: Shape, text: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     """The same for Qwen2.5-VL: four patches make a token, so its vision runs on 2,500."""
     side = SIDE * 2 * PATCH
-    pixels = Qwen2VLImageProcessorPil(
-        patch_size=PATCH, merge_size=2, size={"shortest_edge": 1, "longest_edge": side**2}
-    )
+    size = {"shortest_edge": 1, "longest_edge": side**2}
+    pixels = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size=size)
     text.image_token, text.video_token = "<image>", "<video>"
     text.image_token_id, text.video_token_id = text.convert_tokens_to_ids(["<image>", "<video>"])
     processor = images_alone(Qwen2_5_VLProcessor)(pixels, text, None, chat_template=_TEMPLATE)
@@ -141,6 +141,15 @@ def noise(side: int) -> Image:
     return Image(hashlib.sha256(data).hexdigest()[:16], (side, side), data=data)
 
 
+class PictureBench(Bench):
+    """A bench whose steps begin with pictures that nothing has looked at."""
+
+    def sample_shared(self) -> list[list[int]]:
+        """See `Bench`."""
+        pictures._seen.clear()  # a run meets other pictures at every step
+        return super().sample_shared()
+
+
 def bench(architecture: str, shape: Shape, cell: Cell, frozen: bool, options: argparse.Namespace) -> Bench:
     """The model of an architecture and a prompt with one picture."""
     torch.manual_seed(0)
@@ -154,7 +163,7 @@ def bench(architecture: str, shape: Shape, cell: Cell, frozen: bool, options: ar
             module.requires_grad_(False)
     side = SIDE * PATCH * (1 if architecture == "llava" else 2)
     prompt = Prompt.from_text(f"{IMAGE} {words(QUESTION, random.Random(1))}", images=(noise(side),))
-    return Bench(Encoder(processor, cell.completion), base, prompt, cell, lora=False)
+    return PictureBench(Encoder(processor, cell.completion), base, prompt, cell, lora=False)
 
 
 def line(row: dict[str, Any]) -> str:
