@@ -124,11 +124,11 @@ def test_a_prompt_with_a_picture_that_is_too_long_names_its_row(config, tmp_path
     write_rows(tmp_path / "pool.jsonl", rows)
     status, _, err = purld("check", config, "student.max_prompt_tokens=40")
     assert status == 2
-    assert re.fullmatch(
-        rf"purld: {re.escape(str(tmp_path))}/pool\.jsonl, line 2: the prompt has \d+ tokens with its 1 image\(s\), more "
-        r"than 40; raise student\.max_prompt_tokens, lower student\.max_image_pixels, or .* data\.bad_rows=skip\.\n",
-        err,
-    ), err
+    assert err.startswith(f"purld: {tmp_path}/pool.jsonl, line 2: the prompt has ")
+    assert err.endswith(
+        " tokens with its 1 image(s), more than 40; raise student.max_prompt_tokens, lower student.max_image_pixels, "
+        "or leave such rows out with data.bad_rows=skip.\n"
+    )
     status, out, _ = purld("check", config, "student.max_prompt_tokens=40", "data.bad_rows=skip")
     assert status == 0
     assert "2 of 3 training prompts have more than 40 tokens" in " ".join(out.split())
@@ -179,8 +179,8 @@ def test_verdicts_on_pictures_are_asked_for_by_name(config, tmp_path, purld):
     verdicts = f"{{kind: file, path: {tmp_path / 'verdicts.jsonl'}}}"
     run = RunDir(tmp_path / "run")
     status, _, err = purld(
-        "run", config, f"teacher={file}", f"evaluate.opponent={file}", f"evaluate.judge={verdicts}", "align={method: sft}",
-        "sft.validation_fraction=0.0", "--run-dir", run.path,
+        "run", config, f"teacher={file}", f"evaluate.opponent={file}", f"evaluate.judge={verdicts}",
+        "align={method: sft}", "sft.validation_fraction=0.0", "--run-dir", run.path,
     )  # fmt: skip
     assert status == 2 and "has no verdict on" in err
     for row in read_rows(run.to_judge):
