@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Literal
 
 from purld.errors import UserError
-from purld.records import Prompt, content_hash
+from purld.records import IMAGE, Prompt, content_hash
 from purld.rundir import write_rows
-from purld.testbed import counting, writing
+from purld.testbed import counting, seeing, writing
+from purld.testbed.scenes import Scene, draw_scene
 
-Task = Literal["counting", "writing"]
+Task = Literal["counting", "writing", "scenes-mc", "scenes-rationale"]
 Split = Literal["train", "heldout"]
-TASKS: tuple[Task, ...] = ("counting", "writing")
+TEXT_TASKS: tuple[Task, ...] = ("counting", "writing")
+SCENE_TASKS: tuple[Task, ...] = ("scenes-mc", "scenes-rationale")
+TASKS = TEXT_TASKS + SCENE_TASKS
 
 # One question in this many is held out.
 _HELD_OUT_SHARE = 5
@@ -32,18 +35,34 @@ _PATIENCE = 2000
 class Problem:
     """A question with what is known of it.
 
-    `truth` is the answer of a counting problem ("4/12") or what a piece of writing must do.
+    `truth` is the answer of a counting problem ("4/12"), what a piece of writing must do, or what a picture is asked
+    for ("blue"). `scene` is what stands at the question's IMAGE.
     """
 
     task: Task
     family: str
     question: str
     truth: str
+    scene: Scene | None = None
+
+    def asked(self) -> seeing.Question:
+        """The question about the scene."""
+        assert self.scene is not None
+        question = seeing.parse(self.question.replace(IMAGE, ""), self.scene)
+        assert question is not None
+        return question
 
 
-def split_of(question: str) -> Split:
-    """The split a question belongs to, from a hash of its text."""
-    return "heldout" if int(content_hash(question), 16) % _HELD_OUT_SHARE == 0 else "train"
+def split_of(problem: Problem) -> Split:
+    """The split a problem belongs to, from a hash of its question and of what its picture shows."""
+    return "heldout" if int(_identity(problem), 16) % _HELD_OUT_SHARE == 0 else "train"
+
+
+def _identity(problem: Problem) -> str:
+    """A hash of all that is asked."""
+    if problem.scene is None:
+        return content_hash(problem.question)
+    return content_hash([problem.question, problem.scene.describe()])
 
 
 def generate(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
@@ -56,27 +75,42 @@ def generate(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
     found: dict[str, Problem] = {}
     failures = 0
     while len(found) < n:
-        question = draw_question(task, rng)
-        if split_of(question) != split or question in found:
+        problem = draw_problem(task, rng)
+        identity = _identity(problem)
+        if split_of(problem) != split or identity in found:
             failures += 1
             if failures > _PATIENCE:
                 raise UserError(f"testbed: task {task} has no {n} distinct problems in split {split}.")
             continue
         failures = 0
-        problem = recognise(question)
-        assert problem is not None
-        found[question] = problem
+        found[identity] = problem
     return list(found.values())
 
 
-def draw_question(task: Task, rng: random.Random) -> str:
-    """A random question of either split."""
-    return writing.draw(rng) if task == "writing" else counting.draw(rng)
+def draw_problem(task: Task, rng: random.Random) -> Problem:
+    """A random problem of either split."""
+    if task in SCENE_TASKS:
+        return scene_problem(task, draw_scene(rng), rng)
+    problem = recognise(writing.draw(rng) if task == "writing" else counting.draw(rng))
+    assert problem is not None
+    return problem
 
 
-def recognise(question: str) -> Problem | None:
-    """The problem a text asks, or None if it is not of this world."""
+def scene_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
+    """A random problem about a scene."""
+    problem = recognise(IMAGE + seeing.draw(scene, task == "scenes-mc", rng), scene)
+    assert problem is not None
+    return problem
+
+
+def recognise(question: str, scene: Scene | None = None) -> Problem | None:
+    """The problem that a text asks, about a scene if its one IMAGE shows one; None if it is not of this world."""
     question = question.strip()
+    if scene is not None:
+        seen = seeing.parse(question.replace(IMAGE, "", 1).strip(), scene)
+        if seen is None:
+            return None
+        return Problem("scenes-mc" if seen.options else "scenes-rationale", seen.ask.family, question, seen.value, scene)
     if counted := counting.parse(question):
         family, slots = counted
         return Problem("counting", family.name, question, family.solve(slots).answer)
@@ -100,6 +134,8 @@ def check(prompt: Prompt, text: str) -> bool:
 
 def is_right(problem: Problem, text: str) -> bool:
     """Whether `text` answers the problem: by value in counting, by rule in writing."""
+    if problem.scene is not None:
+        return seeing.is_right(problem.asked(), text)
     if problem.task == "counting":
         return counting.final_answer(text) == Fraction(problem.truth)
     return writing.fulfils(_brief(problem), text)
@@ -107,11 +143,13 @@ def is_right(problem: Problem, text: str) -> bool:
 
 def teacher_answer(problem: Problem) -> str:
     """The teacher's answer: always right, in words that depend on the question alone."""
-    return right_answer(problem, random.Random(content_hash(problem.question)))
+    return right_answer(problem, random.Random(_identity(problem)))
 
 
 def right_answer(problem: Problem, rng: random.Random) -> str:
     """A right answer in randomly chosen words; in counting one that shows how it comes about."""
+    if problem.scene is not None:
+        return seeing.right_answer(problem.asked(), rng)
     if problem.task == "writing":
         return writing.compose(_brief(problem), rng)
     parsed = counting.parse(problem.question)
