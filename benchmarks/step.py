@@ -45,6 +45,7 @@ from purld.records import Prompt
 from purld.student.encode import Encoder, pad_left
 from purld.student.group import micro_batches, prefix_of
 from purld.student.load import Roles
+from purld.student.pictures import Head
 from purld.student.prefix import FullSequences, Prefix
 from purld.student.sample import Decoding, GenerateSampler
 from purld.student.selfeval import SelfEvaluator
@@ -121,7 +122,7 @@ class Bench:
         self.question = self.words(cell.prompt - len(self.encoder.prompt(Prompt.from_text(""))))
         self.anchor = self.words(cell.completion)
         self.prompt = Prompt.from_text(self.question)
-        self.prefix_ids = self.encoder.prompt(self.prompt)
+        self.prompt_head = self.encoder.prompt(self.prompt)
         self.completions = [self.encoder.literal(self.words(cell.completion)) for _ in range(cell.candidates)]
         self.texts = [self.encoder.text(c) for c in self.completions]
 
@@ -136,13 +137,13 @@ class Bench:
 
     def sample_shared(self) -> list[list[int]]:
         """K candidates, the prompt prefilled once."""
-        (group,) = self.sampler(self.policy, [self.prefix_ids], self.cell.candidates, seed=0)
+        (group,) = self.sampler(self.policy, [self.prompt_head], self.cell.candidates, seed=0)
         return [c.ids for c in group]
 
     @torch.no_grad()
     def sample_plain(self) -> None:
         """K candidates, the prompt prefilled K times."""
-        ids, mask = pad_left([self.prefix_ids], self.encoder.pad, self.device)
+        ids, mask = pad_left([self.prompt_head.ids], self.encoder.pad, self.device)
         self.policy.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -162,7 +163,7 @@ class Bench:
         """The same scores from full texts, as a reward function would find them."""
         frame = self.encoder.evaluation_frame(self.prompt, self.anchor)
         opening = self.encoder.literal("0.")
-        rows = [frame.head + self.encoder.literal(t) + frame.tail + opening for t in (self.anchor, *texts)]
+        rows = [frame.head.ids + self.encoder.literal(t) + frame.tail + opening for t in (self.anchor, *texts)]
         ids, mask = pad_left(rows, self.encoder.pad, self.device)
         logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3).logits.float()
         zero, one = self.encoder.literal("0")[0], self.encoder.literal("1")[0]
@@ -191,7 +192,7 @@ class Bench:
 
     def update_plain(self) -> None:
         """The update on full sequences."""
-        plain = FullSequences(self.policy, self.prefix_ids, self.encoder.pad)
+        plain = FullSequences(self.policy, self.prompt_head, self.encoder.pad)
         self.update(plain, self.completions, self.advantages())
 
     def step(self) -> None:
@@ -204,7 +205,7 @@ class Bench:
 
     def shared_prefix(self, completions: Sequence[Sequence[int]]) -> Prefix:
         """The prompt of a group, once."""
-        return prefix_of(self.policy, self.prefix_ids, completions, self.encoder.pad, cut=True)
+        return prefix_of(self.policy, self.prompt_head, completions, self.encoder.pad, cut=True)
 
     def advantages(self) -> Tensor:
         """Some advantages of both signs."""
@@ -357,7 +358,7 @@ def peak_of_update(shape: Shape, cell: Cell, form: str, options: argparse.Namesp
     bench = Bench(shape, cell, options)
     bench.optimiser.zero_grad = lambda: None  # type: ignore[method-assign]  # gradients stay, as part of what is held
     few = [c[:4] for c in bench.completions[:2]]
-    head = bench.prefix_ids[:16]
+    head = Head(bench.prompt_head.ids[:16])
     bench.update(prefix_of(bench.policy, head, few, bench.encoder.pad, cut=True), few, bench.advantages()[:2])
     before = held(bench.device)
     {"plain": bench.update_plain, "shared": bench.update_shared}[form]()

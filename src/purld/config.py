@@ -57,6 +57,14 @@ class Student(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: as saved with LoRA on a GPU, else float32
     max_prompt_tokens: Count = 1024  # a longer prompt is left out, and counted
     max_anchor_tokens: Count = 1024  # a longer anchor is cut, and counted
+    max_image_pixels: Count | None = None  # a larger picture is made smaller; null: as the model's processor does
+    # Whether what the model sees pictures with is trained too; null: if all weights are, and not with an adapter.
+    train_vision: bool | None = None
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the parts that only pictures pass through are trained."""
+        return self.lora is None if self.train_vision is None else self.train_vision
 
 
 class Columns(Section):
