@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from purld.blackbox.replies import OnReply, Reply
+from purld.chats import parse_chat
 from purld.config import AnswerFile, FileColumns
 from purld.errors import UserError
 from purld.records import Prompt
-from purld.rows import BadRowError, Row, check_text, iter_rows, parse_messages
+from purld.rows import BadRowError, Row, check_text, iter_rows
 
 SEVERAL = "several rows of the answer file differ on this prompt; the first is used"
 OTHER_PROMPT = "the row of the answer file with this id answers another prompt"
@@ -96,7 +97,7 @@ def _prompt_of(cells: Mapping[str, Any], row: Row, columns: FileColumns) -> str 
     if cells.get(columns.prompt) is None:
         return None
     try:
-        return Prompt(parse_messages(cells[columns.prompt])).id
+        return Prompt(parse_chat(cells[columns.prompt]).messages).id
     except ValueError as problem:
         raise BadRowError(f"{row.place}: column {columns.prompt!r} cannot be used: {problem}") from None
 
