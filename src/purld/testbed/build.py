@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,29 +24,33 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from purld.records import Prompt
 from purld.rundir import append_rows, write_json
+from purld.student.encode import Encoder
+from purld.student.processor import read_processor
 from purld.testbed import card, pictures
-from purld.testbed.learner import Learner
+from purld.testbed.card import MAX_ANCHOR_TOKENS
+from purld.testbed.learner import Learner, as_images
 from purld.testbed.lessons import Sample
 from purld.testbed.muon import Muon
 from purld.testbed.scenes import COLOURS, PLACES, SHAPES, draw_scene
-from purld.testbed.students import DESIGNS
+from purld.testbed.students import STUDENTS, Design, start_from_text
 from purld.testbed.tokenizer import train_tokenizer
 
 ASSETS = Path(__file__).parent / "assets"
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 LOG_EVERY = 50
-# The student draws this many candidates of its own every so many steps.
-OWN_SAMPLES, OWN_EVERY = 384, 100
-LOOKING_STEPS, PICTURES = 500, 32
+# The student draws candidates of its own every so many steps.
+OWN_EVERY = 100
+LOOKING_STEPS, PICTURES = 250, 32
 
 # Told (done, total, note) now and then, as the terminal's progress is.
 Progress = Callable[[int, int, str], None]
 
 
 def build_student(
-    out: Path, seed: int = 0, scale: float = 1.0, progress: Progress | None = None, design: str = "text"
+    out: Path, seed: int = 0, scale: float = 1.0, progress: Progress | None = None, student: str = "text"
 ) -> dict[str, Any]:
     """Train a student from scratch and save it at `out` as a Hugging Face directory; returns its quality card.
 
@@ -54,7 +59,7 @@ def build_student(
         seed: of the weights, the corpus and the sampling.
         scale: multiplies the steps and the size of the quality card; tests use a small one.
         progress: told (steps done, steps in all, how it stands).
-        design: one of DESIGNS.
+        student: one of STUDENTS.
     """
     started = time.monotonic()
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -62,33 +67,39 @@ def build_student(
     work.mkdir(parents=True)
     rng = random.Random(f"student/{seed}")
     torch.manual_seed(seed)
-    learner = new_learner(design, rng, max(200, int(6000 * scale)))
-    for row in train(learner, rng, scale):
+    design = STUDENTS[student]
+    learner = new_learner(design, work, rng, scale)
+    for row in train(learner, design, rng, scale):
         append_rows(work / "build_log.jsonl", [row])
         if progress:
-            progress(row["step"], row["of"], f"answers {row['answer_loss']}, judgements {row['judge_loss']}")
+            progress(row["step"], row["of"], ", ".join(f"{k} {v}" for k, v in row.items() if k.endswith("loss")))
+    quality = quality_card(learner, design, seed, scale) | {"seconds": round(time.monotonic() - started, 1)}
     learner.model.save_pretrained(work)
-    learner.tokenizer.save_pretrained(work)
+    write_json(work / "quality_card.json", quality)
     replace_folder(work, out)
-    return {}
+    return quality
 
 
-def new_learner(design: str, rng: random.Random, texts: int) -> Learner:
-    """An untrained student; its weights follow torch's random state."""
-    made = DESIGNS[design]
-    tokenizer = train_tokenizer(made.corpus.tokenizer_texts(rng, texts), made.chat_template, made.marks)
-    model = made.model(tokenizer)
+def new_learner(design: Design, work: Path, rng: random.Random, scale: float) -> Learner:
+    """An untrained student, saved at `work`; its weights follow torch's random state."""
+    texts = design.corpus.tokenizer_texts(rng, max(200, int(design.corpus.TOKENIZER_TEXTS * scale)))
+    tokenizer = train_tokenizer(texts, design.chat_template, design.marks)
+    model = design.model(tokenizer)
     model.generation_config = GenerationConfig(
         do_sample=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    return Learner(made, model, tokenizer)
+    if design.sees:
+        start_from_text(model, tokenizer)
+    model.save_pretrained(work)
+    design.save_processor(tokenizer, work)
+    return Learner(model, Encoder(read_processor(str(work)), MAX_ANCHOR_TOKENS))
 
 
-def train(learner: Learner, rng: random.Random, scale: float) -> Iterator[dict[str, Any]]:
+def train(learner: Learner, design: Design, rng: random.Random, scale: float) -> Iterator[dict[str, Any]]:
     """Run the curriculum; yields rows for the build log."""
-    corpus = learner.design.corpus
+    corpus = design.corpus
     started = time.monotonic()
-    if learner.design.image_processor:
+    if design.sees:
         for row in look(learner, rng, max(1, int(LOOKING_STEPS * scale))):
             yield row | {"seconds": round(time.monotonic() - started, 1)}
     plan = [phase for phase in corpus.CURRICULUM for _ in range(max(1, int(phase.steps * scale)))]
@@ -104,7 +115,8 @@ def train(learner: Learner, rng: random.Random, scale: float) -> Iterator[dict[s
     losses: list[tuple[float, float]] = []
     for step, phase in enumerate(plan, 1):
         if phase.own and (not own or step % OWN_EVERY == 0):
-            own = (own + draw_own(learner, rng, max(8, int(OWN_SAMPLES * min(1, scale)))))[-4 * OWN_SAMPLES :]
+            drawn = draw_own(learner, corpus, rng, max(8, int(corpus.OWN_SAMPLES * min(1, scale))))
+            own = (own + drawn)[-4 * corpus.OWN_SAMPLES :]
         losses.append(learner.backward(corpus.lessons(phase, corpus.LESSONS, own, rng), corpus.PARTS))
         update(learner.model, optimizers)
         for schedule in schedules:
@@ -176,11 +188,32 @@ def update(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> N
         optimizer.zero_grad()
 
 
-def draw_own(learner: Learner, rng: random.Random, n: int) -> list[Sample]:
+def draw_own(learner: Learner, corpus: ModuleType, rng: random.Random, n: int) -> list[Sample]:
     """Answers the student draws itself, to training questions."""
-    problems = learner.design.corpus.problems(n, rng)
-    drawn = card.draw(learner, problems)
-    return [Sample(problem, text, picture) for (problem, picture), text in zip(problems, drawn)]
+    problems = corpus.problems(n, rng)
+    images = as_images([picture for _, picture in problems if picture is not None])
+    shown = [(image,) for image in images] or [()] * len(problems)
+    prompts = [Prompt.from_text(p.question, images=seen) for (p, _), seen in zip(problems, shown, strict=True)]
+    drawn = card.answers(learner.model, learner.encoder, prompts)
+    return [Sample(problem, text, picture) for (problem, picture), (text,) in zip(problems, drawn)]
+
+
+def quality_card(learner: Learner, design: Design, seed: int, scale: float = 1.0) -> dict[str, Any]:
+    """The figures of a student's tasks with what is needed to make them again."""
+    n = max(8, int(300 * min(1, scale)))
+    model, encoder = learner.model, learner.encoder
+    return {
+        "tasks": {task: card.to_json(card.measure(model, encoder, task, n, 8, seed)) for task in design.tasks},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": len(encoder.tokenizer),
+        "steps": {phase.name: max(1, int(phase.steps * scale)) for phase in design.corpus.CURRICULUM},
+        "seed": seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def replace_folder(new: Path, target: Path) -> None:

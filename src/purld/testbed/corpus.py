@@ -34,8 +34,10 @@ LARGE_ANSWER_ERRORS = 0.06
 WRITING_ERRORS = {"subject": 0.10, "use": 0.28, "end": 0.28}
 
 
+TOKENIZER_TEXTS = 6000
 # A step's lessons, computed in so many parts.
 LESSONS, PARTS = 64, 2
+OWN_SAMPLES = 384
 CURRICULUM = (
     Phase("compare", 600, judging=1.0, bare=1.0),
     Phase("judge", 600, judging=0.75, bare=0.25),

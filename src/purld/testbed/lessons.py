@@ -45,7 +45,8 @@ class Phase:
     """A stretch of the curriculum.
 
     `judging` is the share of judgements among the lessons; of these, `bare` are bare comparisons and `own` have a
-    candidate that the student drew itself. Of the other lessons `captions` say all that a picture shows.
+    candidate that the student drew itself. Of the other lessons `captions` say all that a picture shows, and answers
+    are wrong `errors` times as often as the base's shall be.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Phase:
     own: float = 0.0
     bare: float = 0.0
     captions: float = 0.0
+    errors: float = 1.0
 
 
 def judgement(

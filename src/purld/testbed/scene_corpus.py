@@ -19,16 +19,18 @@ from purld.testbed.lessons import Lesson, Phase, Sample, comparison, judgement, 
 from purld.testbed.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
 from purld.testbed.world import SCENE_TASKS, Problem, Task, is_right, right_answer, scene_problem, split_of, teacher_answer
 
+TOKENIZER_TEXTS = 3000
 # A step's lessons, computed in so many parts, and those that share a picture.
 LESSONS, PARTS, LESSONS_A_PICTURE = 48, 3, 4
+OWN_SAMPLES = 192
 CAPTION = "Describe the picture."
 # How often the base answers wrongly; the model's own slips come on top.
 ERRORS: dict[Task, float] = {"scenes-mc": 0.40, "scenes-rationale": 0.40}
 CURRICULUM = (
-    Phase("compare", 500, judging=0.7, bare=1.0, captions=1.0),
-    Phase("judge", 500, judging=0.6, bare=0.25, captions=0.3),
-    Phase("mixed", 600, judging=0.5, bare=0.05, own=0.3, captions=0.1),
-    Phase("settle", 400, judging=0.4, own=0.5, captions=0.1),
+    Phase("compare", 250, judging=0.6, bare=1.0, captions=1.0),
+    Phase("judge", 350, judging=0.6, bare=0.3, captions=0.4, errors=0.0),
+    Phase("mixed", 500, judging=0.5, bare=0.05, own=0.3, captions=0.1),
+    Phase("settle", 300, judging=0.4, own=0.5, captions=0.05),
 )
 
 
@@ -49,7 +51,8 @@ def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> 
             index = place * (n // LESSONS_A_PICTURE) + page
             if index >= round(phase.judging * n):
                 caption = rng.random() < phase.captions
-                batch.append(caption_lesson(scene, picture) if caption else answer_lesson(scene, picture, rng))
+                lesson = caption_lesson(scene, picture) if caption else answer_lesson(scene, picture, phase.errors, rng)
+                batch.append(lesson)
             elif rng.random() < phase.bare:
                 batch.append(comparison_lesson(scene, picture, rng))
             else:
@@ -80,10 +83,10 @@ def caption_lesson(scene: Scene, picture: Image) -> Lesson:
     return Lesson("caption", IMAGE + CAPTION, f"{scene.describe()}.", picture)
 
 
-def answer_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
-    """A question with the answer that a student of partial knowledge gives."""
+def answer_lesson(scene: Scene, picture: Image, errors: float, rng: random.Random) -> Lesson:
+    """A question with the answer that a student of partial knowledge gives, wrong `errors` times as often."""
     problem = training_problem(rng.choice(SCENE_TASKS), scene, rng)
-    return Lesson("answer", problem.question, base_answer(problem, rng), picture)
+    return Lesson("answer", problem.question, base_answer(problem, rng, errors), picture)
 
 
 def judging_lesson(scene: Scene, picture: Image, rng: random.Random, own: Sample | None = None) -> Lesson:
@@ -113,9 +116,9 @@ def _candidate(problem: Problem, anchor: str, rng: random.Random) -> tuple[str, 
             return spoil(base_answer(problem, rng), rng), True
 
 
-def base_answer(problem: Problem, rng: random.Random) -> str:
-    """An answer of the base student: right or a near-miss."""
-    return near_miss(problem, rng) if rng.random() < ERRORS[problem.task] else right_answer(problem, rng)
+def base_answer(problem: Problem, rng: random.Random, errors: float = 1.0) -> str:
+    """An answer of the base student: right or a near-miss, that `errors` times as often."""
+    return near_miss(problem, rng) if rng.random() < errors * ERRORS[problem.task] else right_answer(problem, rng)
 
 
 def near_miss(problem: Problem, rng: random.Random) -> str:
@@ -124,32 +127,35 @@ def near_miss(problem: Problem, rng: random.Random) -> str:
 
 
 def comparison_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
-    """The bare comparison that judging rests on: are two words the same, two things, two lists; is it in the picture."""
-    kind = rng.choices((_same_value, _same_thing, _same_list, _seen), (40, 30, 15, 15))[0]
-    question, anchor, candidate, right = kind(scene, rng)
-    return comparison(IMAGE + question, anchor, candidate, right, picture)
+    """The bare comparison that judging rests on: is it the same word, thing or list; is it what the picture shows."""
+    if rng.random() < 0.2:
+        thing = rng.choice(scene.things)
+        other = thing if rng.random() < 0.5 else seeing.slip(thing, rng)
+        said = seeing.rationale(other, rng)
+        return comparison(f"{IMAGE}Look.", CAPTION, said, other in scene.things, picture)
+    kind = rng.choices((_same_value, _same_thing, _same_list), (5, 4, 2))[0]
+    return comparison("Compare.", *kind(rng))
 
 
-Compared = tuple[str, str, str, bool]
+Compared = tuple[str, str, bool]
 
 
-def _same_value(_: Scene, rng: random.Random) -> Compared:
+def _same_value(rng: random.Random) -> Compared:
     values: Sequence[str] = rng.choice((COLOURS, SHAPES, PLACES, NUMBERS[1:]))
     value = rng.choice(values)
     other = value if rng.random() < 0.5 else rng.choice(values)
     said, again = (rng.choice(("", "The answer is ", "It is ")) for _ in range(2))
-    return "Compare.", f"{said}{value}.", f"{again}{other}.", value == other
+    return f"{said}{value}.", f"{again}{other}.", value == other
 
 
-def _same_thing(_: Scene, rng: random.Random) -> Compared:
+def _same_thing(rng: random.Random) -> Compared:
     thing = _random_thing(rng)
     other = thing if rng.random() < 0.5 else seeing.slip(thing, rng)
-    said, again = (seeing.rationale(t, rng) for t in (thing, other))
-    return "Compare.", said, again, thing == other
+    return seeing.rationale(thing, rng), seeing.rationale(other, rng), thing == other
 
 
-def _same_list(_: Scene, rng: random.Random) -> Compared:
-    things = [t for t in draw_scene(rng).things[: rng.randint(1, 3)]]
+def _same_list(rng: random.Random) -> Compared:
+    things = list(draw_scene(rng).things[: rng.randint(1, seeing.MOST)])
     others = list(things)
     if rng.random() < 0.5:
         place = rng.randrange(len(others))
@@ -158,14 +164,11 @@ def _same_list(_: Scene, rng: random.Random) -> Compared:
         else:
             others[place] = seeing.slip(others[place], rng)
     kind = rng.choice(KINDS)
-    said, again = (f"{rng.choice(('I see', 'There are', 'I count'))} {NUMBERS[len(t)]} {kind if len(t) == 1 else plural(kind)}: {listing(t)}." for t in (things, others))
-    return "Compare.", said, again, things == others
-
-
-def _seen(scene: Scene, rng: random.Random) -> Compared:
-    thing = rng.choice(scene.things)
-    other = thing if rng.random() < 0.5 else seeing.slip(thing, rng)
-    return "Look.", CAPTION, seeing.rationale(other, rng), other in scene.things
+    said, again = (
+        f"{rng.choice(('There are', 'I count', 'I see'))} {NUMBERS[len(t)]} {plural(kind)}: {listing(t)}."
+        for t in (things, others)
+    )
+    return said, again, things == others
 
 
 def _random_thing(rng: random.Random) -> Thing:

@@ -6,16 +6,22 @@ Qwen2.5-VL. Both take a picture as nine vectors, one a cell, and both speak thro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     CLIPVisionConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2_5_VLConfig,
@@ -32,6 +38,7 @@ from purld.testbed.world import SCENE_TASKS, TEXT_TASKS, Task
 
 # What a tower sees of a picture, in pixels: a cell is 16 wide.
 _SIGHT, _CELL = 48, 16
+TEXT_STUDENT = Path(__file__).parent / "assets" / "student"
 _VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD = (
     "<|vision_start|>",
     "<|vision_end|>",
@@ -80,23 +87,24 @@ class Design:
 
     Attributes:
         tasks: what it is measured on.
-        corpus: what it learns from.
+        corpus: the module that it learns from.
         chat_template: how it reads a chat.
-        marks: special tokens of its own.
-        image_token: stands once in a rendered chat for each picture.
         model: makes the untrained model for a tokenizer.
-        image_processor: makes what turns pictures into pixels.
-        grid: a picture's patches as (time, height, width) if the model's positions are those of a grid.
+        save_processor: saves what its directory holds beside the model.
+        marks: special tokens of its own, for pictures.
     """
 
     tasks: tuple[Task, ...]
     corpus: ModuleType
     chat_template: str
     model: Callable[[PreTrainedTokenizerBase], PreTrainedModel]
+    save_processor: Callable[[PreTrainedTokenizerBase, Path], None]
     marks: tuple[str, ...] = ()
-    image_token: str = ""
-    image_processor: Callable[[], Any] | None = None
-    grid: tuple[int, int, int] | None = None
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes pictures."""
+        return len(self.marks) > 0
 
 
 def _language(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -111,6 +119,7 @@ def _language(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         # Tied, the output's gradient would blur the input embeddings, and comparing words needs them distinct.
         "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
         # The usual 0.02 suits wide models; at this width attention would start out uniform and stay so for long.
         "initializer_range": 0.08,
         "bos_token_id": None,
@@ -177,32 +186,80 @@ def _qwen2_5_vl_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
-def _clip_processor() -> CLIPImageProcessorPil:
-    return CLIPImageProcessorPil(size={"shortest_edge": _SIGHT}, crop_size={"height": _SIGHT, "width": _SIGHT})
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    tokenizer.save_pretrained(path)
 
 
-def _qwen2_vl_processor() -> Qwen2VLImageProcessorPil:
-    return Qwen2VLImageProcessorPil(
+def _save_llava_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": _SIGHT}, crop_size={"height": _SIGHT, "width": _SIGHT})
+    processor = LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=_CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(path)
+
+
+def _save_qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """What `Qwen2_5_VLProcessor.save_pretrained` writes, its part for videos too: where torchvision is, it is loaded.
+
+    The class itself cannot be had without torchvision.
+    """
+    tokenizer.save_pretrained(path)
+    pixels = Qwen2VLImageProcessorPil(
         size={"shortest_edge": _SIGHT**2, "longest_edge": _SIGHT**2},
         patch_size=_CELL // 2,
         merge_size=2,
         temporal_patch_size=2,
     )
+    image = json.loads(pixels.to_json_string())
+    video = {key: value for key, value in image.items() if key != "image_processor_type"} | _VIDEO
+    parts = {"image_processor": image, "processor_class": "Qwen2_5_VLProcessor", "video_processor": video}
+    (path / "processor_config.json").write_text(json.dumps(parts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-DESIGNS = {
-    "text": Design(TEXT_TASKS, corpus, _TEXT_TEMPLATE, _text_model),
+def start_from_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model the text student's layers and, for the tokens that both know, its embeddings.
+
+    A model that sees is built on one that reads, as the real ones are.
+    """
+    known = AutoModelForCausalLM.from_pretrained(TEXT_STUDENT)
+    read = AutoTokenizer.from_pretrained(TEXT_STUDENT).get_vocab()
+    decoder = model.get_decoder()
+    decoder.layers.load_state_dict(known.model.layers.state_dict())
+    decoder.norm.load_state_dict(known.model.norm.state_dict())
+    vocabulary = tokenizer.get_vocab()
+    shared = sorted(vocabulary.keys() & read.keys())
+    mine, theirs = [vocabulary[token] for token in shared], [read[token] for token in shared]
+    with torch.no_grad():
+        for ours, its in (
+            (model.get_input_embeddings(), known.get_input_embeddings()),
+            (model.get_output_embeddings(), known.get_output_embeddings()),
+        ):
+            ours.weight[mine] = its.weight[theirs]
+
+
+_VIDEO = {
+    "do_sample_frames": False,
+    "max_frames": 768,
+    "max_video_tokens": 128_000,
+    "min_frames": 4,
+    "return_metadata": False,
+    "video_processor_type": "Qwen2VLVideoProcessor",
+}
+
+STUDENTS = {
+    "text": Design(TEXT_TASKS, corpus, _TEXT_TEMPLATE, _text_model, _save_tokenizer),
     "qwen2_5_vl": Design(
         SCENE_TASKS,
         scene_corpus,
         _QWEN_VL_TEMPLATE,
         _qwen2_5_vl_model,
+        _save_qwen2_5_vl_processor,
         (_VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD),
-        _IMAGE_PAD,
-        _qwen2_vl_processor,
-        (1, 6, 6),
     ),
-    "llava": Design(
-        SCENE_TASKS, scene_corpus, _LLAVA_TEMPLATE, _llava_model, ("<image>",), "<image>", _clip_processor
-    ),
+    "llava": Design(SCENE_TASKS, scene_corpus, _LLAVA_TEMPLATE, _llava_model, _save_llava_processor, ("<image>",)),
 }

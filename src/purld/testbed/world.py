@@ -1,22 +1,25 @@
 """A synthetic world with known truth: problems, their teacher, their check.
 
-Everything follows from a question's text, so a check, a teacher and a judge need nothing else. Which split a question
-belongs to is a property of its text too: training and held-out problems cannot meet. No model is known here.
+Everything follows from a question's text and from the pixels of its picture, so a check, a teacher and a judge need
+nothing else. Which split a question belongs to is a property of the same: training and held-out problems cannot meet.
+No model is known here.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from purld.errors import UserError
-from purld.records import IMAGE, Prompt, content_hash
+from purld.images import open_image, read_image
+from purld.records import IMAGE, Image, Prompt, content_hash
 from purld.rundir import write_rows
-from purld.testbed import counting, seeing, writing
+from purld.testbed import counting, pictures, seeing, writing
 from purld.testbed.scenes import Scene, draw_scene
 
 Task = Literal["counting", "writing", "scenes-mc", "scenes-rationale"]
@@ -120,13 +123,36 @@ def recognise(question: str, scene: Scene | None = None) -> Problem | None:
     return None
 
 
+def picture(problem: Problem) -> bytes:
+    """The problem's picture as a PNG: always the same one."""
+    assert problem.scene is not None
+    return pictures.encode(pictures.draw(problem.scene, random.Random(f"picture/{_identity(problem)}")))
+
+
+def to_prompt(problem: Problem) -> Prompt:
+    """The problem as a model is asked it."""
+    shown = () if problem.scene is None else (read_image(picture(problem), Path()),)
+    return Prompt.from_text(problem.question, images=shown, reference=problem.truth)
+
+
+@functools.lru_cache(maxsize=4096)
+def read_scene(image: Image) -> Scene | None:
+    """What a picture shows, or None if it is none of this world's.
+
+    Raises:
+        UserError: its file is gone, or is another one than was read.
+    """
+    return pictures.read(open_image(image))
+
+
 def check(prompt: Prompt, text: str) -> bool:
     """Whether `text` is a right answer to a prompt of this world.
 
     Raises:
         UserError: the prompt is not of this world.
     """
-    problem = recognise(prompt.question)
+    scene = read_scene(prompt.images[0]) if len(prompt.images) == 1 else None
+    problem = recognise(prompt.question, scene)
     if problem is None:
         raise UserError(f"prompt {prompt.id}: is not a question of the testbed's world.")
     return is_right(problem, text)
@@ -161,22 +187,36 @@ def right_answer(problem: Problem, rng: random.Random) -> str:
 def quality(problem: Problem, text: str) -> float:
     """How good an answer is, for a judge: 0 if wrong, else between 1 and 2.
 
-    Among right answers the judge prefers a calculation that is shown and then concluded, or a piece with more
-    different words.
+    Among right answers the judge prefers a calculation that is shown and then concluded, a piece with more different
+    words, a choice that is stated and then concluded, a rationale that gives its reason and sees more than was asked.
     """
     if not is_right(problem, text):
         return 0.0
+    if problem.task == "scenes-rationale":
+        return 1.0 + 0.5 * ("because" in text) + 0.25 * ("also" in text)
+    if problem.task == "scenes-mc":
+        return 1.0 + 0.5 * ("answer is" in text) + 0.25 * (len(text.split()) > 4)
     if problem.task == "counting":
         return 1.0 + 0.5 * ("=" in text) + 0.25 * ("answer is" in text)
     return 1.0 + min(len(set(writing.words_of(text))) // 5, 4) / 4
 
 
 def write_prompts(path: Path, problems: Iterable[Problem]) -> None:
-    """Write problems as prompt rows: `prompt`, `reference` (the truth), `task`, `family`."""
-    write_rows(
-        path,
-        ({"prompt": p.question, "reference": p.truth, "task": p.task, "family": p.family} for p in problems),
-    )
+    """Write problems as prompt rows: `prompt`, `images`, `reference` (the truth), `task`, `family`.
+
+    Pictures become PNG files in the folder `pictures` beside `path`; `images` are relative to that of `path`.
+    """
+    write_rows(path, [_row(problem, path.parent) for problem in problems])
+
+
+def _row(problem: Problem, folder: Path) -> dict[str, Any]:
+    row = {"prompt": problem.question, "reference": problem.truth, "task": problem.task, "family": problem.family}
+    if problem.scene is None:
+        return row
+    name = f"pictures/{_identity(problem)}.png"
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(picture(problem))
+    return row | {"prompt": problem.question.replace(IMAGE, ""), "images": [name]}
 
 
 def _brief(problem: Problem) -> writing.Brief:
