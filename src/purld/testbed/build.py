@@ -24,6 +24,7 @@ import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from purld.errors import UserError
 from purld.records import Prompt
 from purld.rundir import append_rows, write_json
 from purld.student.encode import Encoder
@@ -37,7 +38,6 @@ from purld.testbed.scenes import COLOURS, PLACES, SHAPES, draw_scene
 from purld.testbed.students import STUDENTS, Design, start_from_text
 from purld.testbed.tokenizer import train_tokenizer
 
-ASSETS = Path(__file__).parent / "assets"
 LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 LOG_EVERY = 50
@@ -60,7 +60,12 @@ def build_student(
         scale: multiplies the steps and the size of the quality card; tests use a small one.
         progress: told (steps done, steps in all, how it stands).
         student: one of STUDENTS.
+
+    Raises:
+        UserError: there is no such student.
     """
+    if student not in STUDENTS:
+        raise UserError(f"--student {student}: the testbed's students are {', '.join(STUDENTS)}.")
     started = time.monotonic()
     work = out.with_name(f".{out.name}.{os.getpid()}.partial")
     shutil.rmtree(work, ignore_errors=True)

@@ -34,11 +34,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from purld.testbed import corpus, scene_corpus
 from purld.testbed.scenes import COLUMNS
+from purld.testbed.shipped import STUDENTS as SHIPPED
 from purld.testbed.world import SCENE_TASKS, TEXT_TASKS, Task
 
 # What a tower sees of a picture, in pixels: a cell is 16 wide.
 _SIGHT, _CELL = 48, 16
-TEXT_STUDENT = Path(__file__).parent / "assets" / "student"
 _VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD = (
     "<|vision_start|>",
     "<|vision_end|>",
@@ -226,8 +226,8 @@ def start_from_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
     A model that sees is built on one that reads, as the real ones are.
     """
-    known = AutoModelForCausalLM.from_pretrained(TEXT_STUDENT)
-    read = AutoTokenizer.from_pretrained(TEXT_STUDENT).get_vocab()
+    known = AutoModelForCausalLM.from_pretrained(SHIPPED["text"])
+    read = AutoTokenizer.from_pretrained(SHIPPED["text"]).get_vocab()
     decoder = model.get_decoder()
     decoder.layers.load_state_dict(known.model.layers.state_dict())
     decoder.norm.load_state_dict(known.model.norm.state_dict())
