@@ -18,6 +18,9 @@ ROLES = ("system", "user", "assistant")
 _OPENING = re.compile(rf"\A(?:{MARKER}\n?)+")  # a line break after a marker that opens a turn is part of it
 _NAMED = ("image", "path", "url")
 
+Words = tuple[tuple[str, str], ...]
+"""Roles and texts of a chat."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -47,6 +50,13 @@ def parse_chat(cell: object) -> Chat:
     if messages[-1].role != "user":
         raise ValueError(f"its last message is of the {messages[-1].role}, not of the user")
     return Chat(messages, tuple(images))
+
+
+def column_images(cell: object) -> tuple[object, ...]:
+    """The images in a row's column for them: none, one, or a list of them."""
+    if cell is None or cell == "":
+        return ()
+    return tuple(cell) if isinstance(cell, list | tuple) else (cell,)
 
 
 def place_images(chat: Chat, column: tuple[object, ...]) -> Chat:
@@ -84,7 +94,7 @@ def readable(text: str) -> str:
     return text.replace(IMAGE, MARKER)
 
 
-def words_of(messages: tuple[Message, ...]) -> tuple[tuple[str, str], ...]:
+def words_of(messages: tuple[Message, ...]) -> Words:
     """Roles and texts without the places of images: what prompts that differ in their images alone share."""
     return tuple((m.role, " ".join(readable(m.content).replace(MARKER, " ").split())) for m in messages)
 

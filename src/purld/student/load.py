@@ -85,7 +85,7 @@ def load_model(student: Student, path: str | Path) -> Any:
         raise _not_loadable(base, error) from None
     if adapter:
         model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    model.to(_device())
+    model.to(fastest_device())
     return model.eval()
 
 
@@ -187,9 +187,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def context_length(student: Student) -> int | None:
-    """How many tokens the student's positions reach, if its configuration says."""
-    config = AutoConfig.from_pretrained(student.model)
+def context_length(model: str) -> int | None:
+    """How many tokens the positions of a model directory or hub id reach, if its configuration says."""
+    config = AutoConfig.from_pretrained(model)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -205,7 +205,8 @@ def _dtype(student: Student) -> torch.dtype | str:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[student.dtype]
 
 
-def _device() -> torch.device:
+def fastest_device() -> torch.device:
+    """Where models are put."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

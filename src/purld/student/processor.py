@@ -80,6 +80,11 @@ def save_processor(processor: PreTrainedTokenizerBase | ProcessorMixin, source: 
             shutil.copyfile(file, path / name)
 
 
+def images_alone(full: Any) -> Any:
+    """A class of processors without its part for videos, which is given as None."""
+    return type(full.__name__, (_ImagesAlone, full), {})
+
+
 def _class_of(config: PreTrainedConfig) -> Any:
     return PROCESSOR_MAPPING[type(config)]
 
@@ -98,5 +103,4 @@ def _without_videos(model: str, full: Any) -> Any:
         "image_processor": AutoImageProcessor.from_pretrained(model),
     }
     values, _ = full.get_processor_dict(model)
-    images_alone = type(full.__name__, (_ImagesAlone, full), {})
-    return images_alone.from_args_and_dict([parts.get(name) for name in full.get_attributes()], values)
+    return images_alone(full).from_args_and_dict([parts.get(name) for name in full.get_attributes()], values)

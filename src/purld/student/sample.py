@@ -60,7 +60,7 @@ class GenerateSampler:
 
     def __call__(self, model: Any, prompts: Sequence[Head], count: int, seed: int) -> list[list[Completion]]:
         """`count` completions for each of the prompts."""
-        with _seeded(seed):
+        with seeded(seed):
             return generate(model, self._encoder, prompts, count, self._decoding)
 
 
@@ -140,7 +140,8 @@ def _completion(row: list[int], ends: set[int]) -> Completion:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """torch draws from `seed` here, and goes on afterwards as if nothing had been drawn."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from purld.chats import parse_chat, place_images
+from purld.chats import column_images, parse_chat, place_images
 from purld.config import Columns
 from purld.errors import UserError
 from purld.images import read_image
@@ -100,7 +100,7 @@ def parse_prompt(row: Row, columns: Columns, folder: Path) -> Prompt:
     column = columns.prompt
     try:
         chat = parse_chat(cells[column])
-        chat = place_images(chat, _listed(cells.get(columns.images)))
+        chat = place_images(chat, column_images(cells.get(columns.images)))
         column = columns.reference
         reference = _parse_reference(cells.get(column))
         column = columns.images if cells.get(columns.images) else columns.prompt
@@ -155,13 +155,6 @@ def _parse_reference(cell: object) -> str | None:
         whole = isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53
         return str(int(cell) if whole else cell)
     return check_text(cell, "it")
-
-
-def _listed(cell: object) -> tuple[object, ...]:
-    """The images in a column: none, one, or a list of them."""
-    if cell is None or cell == "":
-        return ()
-    return tuple(cell) if isinstance(cell, list | tuple) else (cell,)
 
 
 def _plain(cell: Any) -> Any:
