@@ -17,7 +17,16 @@ from purld.testbed import pictures, seeing
 from purld.testbed.claims import KINDS, NUMBERS, listing, plural
 from purld.testbed.lessons import Lesson, Phase, Sample, comparison, judgement, spoil
 from purld.testbed.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
-from purld.testbed.world import SCENE_TASKS, Problem, Task, is_right, right_answer, scene_problem, split_of, teacher_answer
+from purld.testbed.world import (
+    SCENE_TASKS,
+    Problem,
+    Task,
+    is_right,
+    right_answer,
+    scene_problem,
+    split_of,
+    teacher_answer,
+)
 
 TOKENIZER_TEXTS = 3000
 # A step's lessons, computed in so many parts, and those that share a picture.

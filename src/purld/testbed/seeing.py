@@ -68,7 +68,12 @@ FAMILIES = {
 COUNT = "count"
 _COUNT_ASKS = ("How many {kinds} are there?", "How many {kinds} can you see?")
 _COUNT_RATIONALES = ("There {are} {n} {kinds}, {list}.", "I count {n} {kinds}: {list}.", "I see {n} {kinds}, {list}.")
-_CHOICES = ("The answer is {v}.", "{statement}.", "{statement}, so the answer is {v}.", "{statement}. The answer is {v}.")
+_CHOICES = (
+    "The answer is {v}.",
+    "{statement}.",
+    "{statement}, so the answer is {v}.",
+    "{statement}. The answer is {v}.",
+)
 _PARTS = {"c": ("colour", COLOURS), "s": ("shape", SHAPES), "p": ("place", PLACES)}
 
 
@@ -201,7 +206,7 @@ def _mistaken_rationale(question: Question, rng: random.Random) -> str:
     if kind == "extra" and others:
         return rng.choice(wordings(question)) + _extra(slip(rng.choice(others), rng))
     if ask.kind:
-        if kind == "any" or len(targets) == 1 and not others:
+        if kind == "any" or (len(targets) == 1 and not others):
             place = rng.randrange(len(targets))
             targets[place] = slip(targets[place], rng)
         elif others and (len(targets) == 1 or rng.random() < 0.5):
@@ -270,11 +275,9 @@ def _with_value(ask: Ask, targets: Sequence[Thing], value: str) -> Sequence[Thin
     """Things that would make `value` the answer."""
     if ask.kind:
         return [targets[0]] * NUMBERS.index(value)
-    candidates = (
-        replace(targets[0], **dict(zip(names, parts)))
-        for names, parts in ((("colour",), (value,)), (("shape",), (value,)), (("place",), (value,)), (("colour", "shape"), value.split()))
-    )
-    return [next(thing for thing in candidates if ask.value([thing]) == value)]
+    colour, _, shape = value.rpartition(" ")
+    parts = {"colour": {"colour": value}, "shape": {"shape": value}, "place": {"place": value}}
+    return [replace(targets[0], **parts.get(ask.family, {"colour": colour, "shape": shape}))]
 
 
 def _read_options(text: str) -> tuple[str, ...]:

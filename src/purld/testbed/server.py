@@ -75,7 +75,7 @@ class TestbedServer:
 
 @dataclass(frozen=True)
 class Turn:
-    """What somebody said: a text with an IMAGE for each of the pictures, and what these show (None: nothing of ours)."""
+    """What somebody said: a text with an IMAGE for each picture, and what these show (None: nothing of this world)."""
 
     role: str
     text: str

@@ -113,7 +113,9 @@ def recognise(question: str, scene: Scene | None = None) -> Problem | None:
         seen = seeing.parse(question.replace(IMAGE, "", 1).strip(), scene)
         if seen is None:
             return None
-        return Problem("scenes-mc" if seen.options else "scenes-rationale", seen.ask.family, question, seen.value, scene)
+        return Problem(
+            "scenes-mc" if seen.options else "scenes-rationale", seen.ask.family, question, seen.value, scene
+        )
     if counted := counting.parse(question):
         family, slots = counted
         return Problem("counting", family.name, question, family.solve(slots).answer)
