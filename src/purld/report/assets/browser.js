@@ -68,7 +68,8 @@
   }
 
   // A prompt in one line.
-  const brief = (entry) => (entry.images ? entry.prompt.replaceAll(IMAGE, " ").trim() : entry.prompt).slice(0, 160);
+  const brief = (entry) => (entry.images ? entry.prompt.replace(/^[\ufffc\s]+/u, "").replaceAll(IMAGE, "[image]")
+    : entry.prompt).slice(0, 160);
 
   function picture(name, number, count) {
     const alt = count > 1 ? `image ${number} of the prompt` : "the prompt's image";
