@@ -186,3 +186,5 @@ def test_verdicts_on_pictures_are_asked_for_by_name(config, tmp_path, purld):
     for row in read_rows(run.to_judge):
         assert "=== Question / Prompt ===\n<image>What is it?" in row["question"]
         assert row["images"] == [str(tmp_path / "d.png")]
+    [asked] = {tuple(row["images"]) for row in read_rows(run.generations("sft"))}
+    assert [file.name for file in (run.path / "generations" / "images").iterdir()] == [f"{asked[0]}.png"]

@@ -140,7 +140,7 @@ def thumbnail(image: Image, side: int) -> tuple[str, bytes]:
     png = _save(small, format="PNG", optimize=True)
     if max(image.size) <= PIXEL_ART:
         return "image/png", png
-    jpeg = _save(small, **_JPEG, quality=80)
+    jpeg = _save(small, format="JPEG", quality=78)
     return ("image/png", png) if len(png) <= len(jpeg) else ("image/jpeg", jpeg)
 
 
