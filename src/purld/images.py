@@ -75,7 +75,10 @@ def read_image(cell: object, folder: Path, name: str = "the image") -> Image:
         ValueError: begins with `name`, says what is wrong, and ends a sentence that has no full stop yet.
     """
     if isinstance(cell, Mapping):
-        cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
+        held = cell.get("bytes")
+        if isinstance(held, str):
+            raise ValueError(f"{name} has bytes that are a text; write them as a data URL")
+        cell = cell.get("path") if held is None else held
     if isinstance(cell, bytes | bytearray | memoryview):
         return _from_bytes(bytes(cell), name)
     if isinstance(cell, str | os.PathLike):
