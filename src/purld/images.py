@@ -45,7 +45,7 @@ _ORIENTATION = 0x0112  # the EXIF tag
 _WIDER = (5, 6, 7, 8)  # its values that turn a picture by a quarter
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 _QUALITIES = (90, 80, 70)  # of JPEG, until the picture is small enough
-_JPEG: Mapping[str, Any] = {"format": "JPEG", "subsampling": 0, "optimize": True}
+_JPEG: Mapping[str, Any] = {"format": "JPEG", "subsampling": 0}  # Pillow's `optimize` fails on noise
 
 
 class _UnusableError(ValueError):
@@ -140,7 +140,7 @@ def thumbnail(image: Image, side: int) -> tuple[str, bytes]:
     png = _save(small, format="PNG", optimize=True)
     if max(image.size) <= PIXEL_ART:
         return "image/png", png
-    jpeg = _save(small, **_JPEG, quality=80)
+    jpeg = _save(small, format="JPEG", quality=78)
     return ("image/png", png) if len(png) <= len(jpeg) else ("image/jpeg", jpeg)
 
 
