@@ -165,7 +165,7 @@ def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None
     lessons = [
         scene_corpus.answer_lesson(scenes[0], shown[0], 1.0, rng),
         scene_corpus.judging_lesson(scenes[1], shown[1], rng),
-        scene_corpus.caption_lesson(scenes[0], shown[0]),
+        scene_corpus.caption_lesson(scenes[0], shown[0], rng),
     ]
     turns = [learner.encode(lesson) for lesson in lessons]
     with torch.no_grad():
