@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from purld.errors import UserError
-from purld.records import IMAGE, Image, Message, Prompt
+from purld.records import IMAGE, Message, Prompt
 from purld.student.pictures import Head, Preparer, pixels_of
 from purld.templates import RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 
@@ -50,7 +50,7 @@ class Encoder:
         max_image_pixels: pictures with more are made smaller first; None leaves that to the processor.
 
     Raises:
-        UserError: there is no chat template or no end-of-turn token.
+        UserError: there is no chat template or no end-of-turn token, or the processor is not a common one.
     """
 
     def __init__(
@@ -152,22 +152,24 @@ def _parts(content: str) -> Iterator[dict[str, str]]:
 
 def _expanded(rendered: Sequence[str], prompt: Prompt, preparer: Preparer) -> list[str]:
     """Rendered texts in which each placeholder is as long as the model wants the picture it stands for."""
-    found = sum(text.count(preparer.placeholder) for text in rendered)
-    if found != len(prompt.images):
-        raise UserError(
-            f"{prompt.place or prompt.id}: the prompt has {len(prompt.images)} images, and {found} times the text "
-            f"{preparer.placeholder} that stands for one; that text cannot be part of a question to this model."
-        )
-    images = iter(prompt.images)
-    return ["".join(_with_pictures(text, images, preparer)) for text in rendered]
+    for mark in sorted(preparer.marks):
+        found = sum(text.count(mark) for text in rendered)
+        if found != (len(prompt.images) if mark == preparer.placeholder else 0):
+            raise UserError(
+                f"{prompt.place or prompt.id}: the prompt has {len(prompt.images)} images, and {found} times the text "
+                f"{mark} that stands for one; that text cannot be part of a question to this model."
+            )
+    if not prompt.images:
+        return list(rendered)
+    expansions = iter(preparer.expansions(prompt.images))
+    return ["".join(_with_pictures(text.split(preparer.placeholder), expansions)) for text in rendered]
 
 
-def _with_pictures(text: str, images: Iterator[Image], preparer: Preparer) -> Iterator[str]:
-    first, *others = text.split(preparer.placeholder)
-    yield first
-    for other in others:
-        yield preparer.expansion(next(images))
-        yield other
+def _with_pictures(around: Sequence[str], expansions: Iterator[str]) -> Iterator[str]:
+    yield around[0]
+    for text in around[1:]:
+        yield next(expansions)
+        yield text
 
 
 def _placeholders(processor: ProcessorMixin) -> list[int]:
