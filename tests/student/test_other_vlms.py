@@ -253,3 +253,10 @@ def test_an_unusual_processor_is_refused_when_it_is_loaded(encoder, how, monkeyp
     reason = "no such thing" if how == "fails" else "more into the text"
     with pytest.raises(UserError, match=rf"Processor does not take pictures the way .* \(.*{reason}"):
         Encoder(encoder.processor, 8)
+
+
+def test_a_chat_template_for_texts_alone_is_refused_when_it_is_loaded(encoder, monkeypatch):
+    for template in ("{{ messages[0]['content'] + '' }}", "{{ messages[0]['role'] }}"):
+        monkeypatch.setattr(encoder.processor, "chat_template", template)
+        with pytest.raises(UserError, match=r"the chat template does not put <.*> where a message has an image"):
+            Encoder(encoder.processor, 8)

@@ -50,7 +50,8 @@ class Encoder:
         max_image_pixels: pictures with more are made smaller first; None leaves that to the processor.
 
     Raises:
-        UserError: there is no chat template or no end-of-turn token, or the processor is not a common one.
+        UserError: there is no chat template or no end-of-turn token, or a processor does not show pictures the way
+            those of transformers do.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Encoder:
         self.end: int = self.tokenizer.eos_token_id
         self.pad: int = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self._preparer = Preparer(processor, max_image_pixels) if reads_pictures else None
+        if self._preparer is not None:
+            self._check_template(self._preparer.placeholder)
         # Tokens that stand for a picture in the model's eyes: no completion may hold one.
         self.placeholders: list[int] = _placeholders(processor) if reads_pictures else []
 
@@ -119,6 +122,17 @@ class Encoder:
     def _chat(self, messages: Sequence[Message]) -> str:
         turns = [{"role": m.role, "content": self._content(m.content)} for m in messages]
         return str(self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _check_template(self, placeholder: str) -> None:
+        try:
+            shown = self._chat([Message("user", f"{IMAGE}What is this?")]).count(placeholder)
+        except Exception:  # whatever a template written for texts makes of the parts of a message
+            shown = 0
+        if shown != 1:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: the chat template does not put {placeholder} where a message has an "
+                "image; purld needs one that does."
+            )
 
     def _content(self, content: str) -> str | list[dict[str, str]]:
         """A message's content as chat templates take it: a text, or parts where the model reads pictures."""
