@@ -66,6 +66,17 @@ class Learner:
         found = self.model.model.get_image_features(**pixels, return_dict=True)
         return torch.stack(list(found.pooler_output))
 
+    def embedding(self, word: str) -> Tensor:
+        """(H,): the vector of a word inside a sentence, without gradient.
+
+        Raises:
+            ValueError: the tokenizer has no piece of its own for it.
+        """
+        ids = self.encoder.literal(f" {word}")
+        if len(ids) != 1:
+            raise ValueError(f"{word!r} is no single token")
+        return self.model.get_input_embeddings().weight[ids[0]].detach().clone()
+
     def losses(self, turns: Sequence[Turn], seen: Sequence[Tensor]) -> Tensor:
         """Cross-entropy of each turn in nats, shape (B,): twice the mean over an answer's tokens, the sum over a
         score's, and the mean over the user turn at its READING weight.

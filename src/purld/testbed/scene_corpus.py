@@ -36,10 +36,10 @@ CAPTION = "Describe the picture."
 # How often the base answers wrongly; the model's own slips come on top.
 ERRORS: dict[Task, float] = {"scenes-mc": 0.40, "scenes-rationale": 0.40}
 CURRICULUM = (
-    Phase("compare", 250, judging=0.6, bare=1.0, captions=1.0),
-    Phase("judge", 350, judging=0.6, bare=0.3, captions=0.4, errors=0.0),
-    Phase("mixed", 500, judging=0.5, bare=0.05, own=0.3, captions=0.1),
-    Phase("settle", 300, judging=0.4, own=0.5, captions=0.05),
+    Phase("compare", 150, judging=0.5, bare=1.0, captions=1.0),
+    Phase("judge", 350, judging=0.5, bare=0.3, captions=0.4, errors=0.0),
+    Phase("mixed", 350, judging=0.5, bare=0.05, own=0.3, captions=0.1),
+    Phase("settle", 250, judging=0.4, own=0.5, captions=0.1),
 )
 
 
@@ -60,7 +60,9 @@ def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> 
             index = place * (n // LESSONS_A_PICTURE) + page
             if index >= round(phase.judging * n):
                 caption = rng.random() < phase.captions
-                lesson = caption_lesson(scene, picture) if caption else answer_lesson(scene, picture, phase.errors, rng)
+                lesson = (
+                    caption_lesson(scene, picture, rng) if caption else answer_lesson(scene, picture, phase.errors, rng)
+                )
                 batch.append(lesson)
             elif rng.random() < phase.bare:
                 batch.append(comparison_lesson(scene, picture, rng))
@@ -87,9 +89,16 @@ def training_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
             return problem
 
 
-def caption_lesson(scene: Scene, picture: Image) -> Lesson:
-    """All that a picture shows."""
-    return Lesson("caption", IMAGE + CAPTION, f"{scene.describe()}.", picture)
+def caption_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
+    """All that a picture shows: in reading order, or in sentences in any order.
+
+    Each of the sentences names some part of a thing first and goes on with what has to be looked up: the same skill as
+    answering a question, several times a lesson.
+    """
+    said = f"{scene.describe()}."
+    if rng.random() < 0.5:
+        said = " ".join(seeing.rationale(thing, rng) for thing in rng.sample(scene.things, len(scene.things)))
+    return Lesson("caption", IMAGE + CAPTION, said, picture)
 
 
 def answer_lesson(scene: Scene, picture: Image, errors: float, rng: random.Random) -> Lesson:
