@@ -147,7 +147,10 @@ def tell(cell: Cell, row: Mapping[str, Any], done: int, left: int) -> None:
     right, wins = (sum(measured[key]) / len(measured[key]) for key in ("right", "wins"))
     seconds = row["seconds"] + measured["seconds"]
     clock = time.strftime("%H:%M:%S")
-    print(f"{clock} {cell.title}: right {right:.3f}, wins {wins:.3f}, {seconds:.0f} s ({done} done, {left} left)", flush=True)
+    print(
+        f"{clock} {cell.title}: right {right:.3f}, wins {wins:.3f}, {seconds:.0f} s ({done} done, {left} left)",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

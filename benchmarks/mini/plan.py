@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from mini.cells import PLAIN, Cell, stage_two
 
 TASKS = ("writing", "counting")

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from mini.cells import ANCHORS, Cell, Split
 
+from mini.cells import ANCHORS, Cell, Split
 from purld.blackbox.replies import OnReply, Reply
 from purld.config import Config, Sft, StageTwo, Student, parse_config
 from purld.evaluation.evaluate import answer_prompts
