@@ -113,9 +113,12 @@ def _noise(results: Results) -> Any:
             axis.set(title=task if line == 0 else "", xlabel="standard deviation of the noise" if line else "")
             if column == 0:
                 axis.set_ylabel(f"{'Raw' if name == 'raw' else name} − SFT")
+    if not drawn:
+        plt.close(figure)
+        return None
     axes[0, 0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
-    return figure if drawn else None
+    return figure
 
 
 def _errors(

@@ -17,7 +17,7 @@ from mini.results import NON_ANCHOR, Comparison, OfSeed, Results, best_on_valida
 from mini.stats import Mean, holm, over_seeds
 from purld.errors import UserError
 from purld.names import title
-from purld.rundir import atomic_write
+from purld.rundir import atomic_write, write_json
 
 SHOWN = ("sft", "sft_sft", "singlepair_dpo", "anchor_grpo", "self_ppo", "anchorrank_dpo", "ldl_grpo")
 """The rows of Table 1 in the paper's order."""
@@ -25,8 +25,13 @@ SHOWN = ("sft", "sft_sft", "singlepair_dpo", "anchor_grpo", "self_ppo", "anchorr
 _BASELINES = tuple(method for method in SHOWN if method != "ldl_grpo")
 
 
-def write_page(rows: Mapping[str, Mapping[str, Any]], docs: Path) -> None:
+def write_page(rows: Mapping[str, Mapping[str, Any]], docs: Path, chosen: Path | None = None) -> None:
     """Put the tables into docs/miniature.md and draw the figures beside it.
+
+    Args:
+        rows: finished cells by id.
+        docs: the folder of the page.
+        chosen: where to write the settings that the tuning chose.
 
     Raises:
         UserError: the page is not there, or lacks a marker.
@@ -43,6 +48,27 @@ def write_page(rows: Mapping[str, Mapping[str, Any]], docs: Path) -> None:
     with atomic_write(path) as handle:
         handle.write(text)
     draw_figures(results, docs)
+    if chosen and results.chosen:
+        write_json(chosen, results.chosen)
+
+
+def quick_table(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> str:
+    """One seed's figures, with the interval over its problems."""
+    results = Results(rows)
+    heads = ["task", "method", "Raw", "LC", "accuracy", "Raw − SFT", "teacher calls", "seconds"]
+    lines = []
+    for cell in cells:
+        if cell not in results:
+            continue
+        raw, lc, right, calls, seconds = (
+            results.figure(cell, name) for name in ("raw", "lc", "accuracy", "calls", "seconds")
+        )
+        line = [cell.task, title(cell.method), f"{raw:.3f}", f"{lc:.3f}", f"{right:.3f}", ""]
+        if cell.method != "sft" and cell.stage_one in results:
+            mean, (low, high) = results.within_seed(cell, cell.stage_one, "raw")
+            line[-1] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+        lines.append([*line, f"{calls:,.0f}", f"{seconds:.0f}"])
+    return table(heads, lines)
 
 
 def replaced(text: str, name: str, content: str, source: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from mini.cells import ANCHORS, Cell, stage_two
 from mini.stats import Mean, over_seeds
 from purld.evaluation.accuracy import paired_difference
 from purld.evaluation.intervals import Interval
-from purld.evaluation.winrate import summarize
+from purld.evaluation.winrate import length_controlled_rate
 
 Row = Mapping[str, Any]
 OfSeed = Callable[[int], Cell]
@@ -74,14 +73,9 @@ class Results:
         return found.mean, found.interval
 
 
-@lru_cache(maxsize=4096)
-def _length_controlled(wins: tuple[float, ...], teacher: tuple[int, ...], length: tuple[float, ...]) -> float:
-    return summarize(wins, teacher, length).lc_win_rate
-
-
 def _lc(row: Row) -> float:
     measured = row["measured"]
-    return _length_controlled(*(tuple(measured[key]) for key in ("wins", "teacher_length", "length")))
+    return length_controlled_rate(measured["wins"], measured["teacher_length"], measured["length"])
 
 
 def _mean_of(key: str) -> Callable[[Row], float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from mini.cells import ANCHORS, Cell, Split
 from purld.blackbox.replies import OnReply, Reply
@@ -58,6 +60,7 @@ def encoder() -> Encoder:
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Do what a cell asks for and return its row; what it needed on disk is removed, but for p_sft."""
     torch.set_num_threads(1)
+    _quieten()
     stage_one = RunDir(folder / "stage_one" / cell.family)
     if cell.method == "sft":
         facts = _stage_one(cell, stage_one)
@@ -69,6 +72,13 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         return _row(cell, facts, _measured(cell, work.align, folder))
     finally:
         shutil.rmtree(work.path, ignore_errors=True)
+
+
+def _quieten() -> None:
+    """No progress bars and no words of other libraries between the lines of a run."""
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def _row(cell: Cell, facts: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
@@ -289,17 +299,20 @@ def _measured(cell: Cell, model: Path, folder: Path) -> dict[str, Any]:
 
     with stopwatch() as seconds:
         drawn = _answers(cell, problems, load, Decoding(1.0, 64), SAMPLES[cell.split], folder)
-        greedy = _answers(cell, problems, load, Decoding(0.0, 64), 1, folder)
+        greedy = [] if cell.split == "validation" else _answers(cell, problems, load, Decoding(0.0, 64), 1, folder)
     teacher = [teacher_answer(p) for p in problems]
+
+    def right(problem: Problem, _: str, text: str) -> float:
+        return float(is_right(problem, text))
+
     return {
         "seconds": seconds[0],
-        "right": _per_prompt(problems, drawn, lambda p, _, text: float(is_right(p, text)), teacher),
-        "greedy_right": _per_prompt(problems, greedy, lambda p, _, text: float(is_right(p, text)), teacher),
+        "right": _per_prompt(problems, drawn, right, teacher),
         "wins": _per_prompt(problems, drawn, _wins, teacher),
         "length": _per_prompt(problems, drawn, lambda _p, _t, text: float(len(text)), teacher),
         "teacher_length": [len(text) for text in teacher],
         "distinct": [round(len(set(texts)) / len(texts), 4) for texts in drawn],
-    }
+    } | ({"greedy_right": _per_prompt(problems, greedy, right, teacher)} if greedy else {})
 
 
 def _answers(
