@@ -29,10 +29,13 @@ def row(cell: Cell, wins: float, length: float = 40.0) -> dict:
 def tuned(best: int = 2) -> dict:
     """All grids done, with the setting of number `best` ahead everywhere."""
     rows = {}
-    for cell in plan.tuning_cells():
-        index = 0 if cell.method == "sft" else [dict(stage_two(cell.task, cell.seed, cell.split, cell.method, s).settings)
-                 for s in plan.grid(cell.method)].index(dict(cell.settings))  # fmt: skip
-        rows[cell.id] = row(cell, 0.5 if index == best else 0.3)
+    for task in plan.TASKS:
+        p_sft = Cell(task, plan.TUNING_SEED, "validation", "sft")
+        rows[p_sft.id] = row(p_sft, 0.3)
+        for method in plan.TUNED:
+            for index, setting in enumerate(plan.grid(method)):
+                cell = stage_two(task, plan.TUNING_SEED, "validation", method, setting)
+                rows[cell.id] = row(cell, 0.5 if index == best else 0.3)
     return rows
 
 
@@ -142,7 +145,7 @@ def test_figures_are_drawn(tmp_path):
 
 
 def test_a_page_without_its_markers_is_refused():
-    with pytest.raises(UserError, match="page.md: needs the markers"):
+    with pytest.raises(UserError, match=r"page\.md: needs the markers"):
         replaced("no markers", "table 1", "new", "page.md")
 
 
