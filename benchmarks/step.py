@@ -45,6 +45,7 @@ from purld.records import Prompt
 from purld.student.encode import Encoder, pad_left
 from purld.student.group import micro_batches, prefix_of
 from purld.student.load import Roles
+from purld.student.pictures import Head, pixels_of
 from purld.student.prefix import FullSequences, Prefix
 from purld.student.sample import Decoding, GenerateSampler
 from purld.student.selfeval import SelfEvaluator
@@ -98,54 +99,59 @@ class Bench:
     """Everything that one cell's timings need.
 
     Args:
-        shape: of the random model.
+        encoder: of the model.
+        base: the model that every role starts from.
+        prompt: what the candidates answer.
         cell: the sizes.
-        options: device, dtype, lora.
+        lora: whether an adapter is trained in place of all weights.
     """
 
-    def __init__(self, shape: Shape, cell: Cell, options: argparse.Namespace) -> None:
+    def __init__(self, encoder: Encoder, base: Any, prompt: Prompt, cell: Cell, lora: bool) -> None:
         self.cell = cell
-        self.device = torch.device(options.device)
-        self.encoder = Encoder(tokenizer(shape.vocabulary), max_anchor_tokens=cell.completion)
-        base = random_model(shape, self.encoder, self.device, getattr(torch, options.dtype))
-        self.frozen = copy.deepcopy(base).requires_grad_(False)
+        self.device = next(base.parameters()).device
+        self.encoder = encoder
         self.base = base
-        self.lora = options.lora
+        self.frozen = copy.deepcopy(base).requires_grad_(False)
+        self.lora = lora
         self.policy = self.trainable()
-        self.roles = Roles(self.policy, None if options.lora else self.frozen)
+        self.roles = Roles(self.policy, None if lora else self.frozen)
         self.optimiser = adam(self.policy)
-        self.sampler = GenerateSampler(self.encoder, Decoding(1.0, cell.completion))
-        self.evaluator = SelfEvaluator(self.encoder, "expected", cell.candidates + 1)
-        self.draw = random.Random(0)
+        self.sampler = GenerateSampler(encoder, Decoding(1.0, cell.completion))
+        self.evaluator = SelfEvaluator(encoder, "expected", cell.candidates + 1)
+        draw = random.Random(0)
+        self.anchor = words(cell.completion, draw)
+        self.prompt = prompt
+        self.prompt_head = encoder.prompt(prompt)
+        self.completions = [encoder.literal(words(cell.completion, draw)) for _ in range(cell.candidates)]
+        self.texts = [encoder.text(c) for c in self.completions]
+
+    @classmethod
+    def of_text(cls, shape: Shape, cell: Cell, options: argparse.Namespace) -> Bench:
+        """A Llama of a shape, and a prompt of as many tokens as the cell says."""
+        encoder = Encoder(tokenizer(shape.vocabulary), max_anchor_tokens=cell.completion)
+        base = random_model(shape, encoder, torch.device(options.device), getattr(torch, options.dtype))
         # The template around a prompt has a few tokens of its own.
-        self.question = self.words(cell.prompt - len(self.encoder.prompt(Prompt.from_text(""))))
-        self.anchor = self.words(cell.completion)
-        self.prompt = Prompt.from_text(self.question)
-        self.prefix_ids = self.encoder.prompt(self.prompt)
-        self.completions = [self.encoder.literal(self.words(cell.completion)) for _ in range(cell.candidates)]
-        self.texts = [self.encoder.text(c) for c in self.completions]
+        question = words(cell.prompt - len(encoder.prompt(Prompt.from_text(""))), random.Random(1))
+        return cls(encoder, base, Prompt.from_text(question), cell, options.lora)
 
     def trainable(self) -> Any:
         """A model to train that starts from the same weights."""
         model = copy.deepcopy(self.base)
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM")) if self.lora else model
 
-    def words(self, count: int) -> str:
-        """Random text of `count` tokens."""
-        return " ".join(f"w{self.draw.randrange(1000)}" for _ in range(count))
-
     def sample_shared(self) -> list[list[int]]:
         """K candidates, the prompt prefilled once."""
-        (group,) = self.sampler(self.policy, [self.prefix_ids], self.cell.candidates, seed=0)
+        (group,) = self.sampler(self.policy, [self.prompt_head], self.cell.candidates, seed=0)
         return [c.ids for c in group]
 
     @torch.no_grad()
     def sample_plain(self) -> None:
         """K candidates, the prompt prefilled K times."""
-        ids, mask = pad_left([self.prefix_ids], self.encoder.pad, self.device)
+        ids, mask = pad_left([self.prompt_head.ids], self.encoder.pad, self.device)
         self.policy.generate(
             input_ids=ids,
             attention_mask=mask,
+            **pixels_of([self.prompt_head], ids),
             num_return_sequences=self.cell.candidates,
             do_sample=True,
             top_k=0,
@@ -162,9 +168,10 @@ class Bench:
         """The same scores from full texts, as a reward function would find them."""
         frame = self.encoder.evaluation_frame(self.prompt, self.anchor)
         opening = self.encoder.literal("0.")
-        rows = [frame.head + self.encoder.literal(t) + frame.tail + opening for t in (self.anchor, *texts)]
+        rows = [frame.head.ids + self.encoder.literal(t) + frame.tail + opening for t in (self.anchor, *texts)]
         ids, mask = pad_left(rows, self.encoder.pad, self.device)
-        logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3).logits.float()
+        beside = pixels_of([frame.head] * len(rows), ids)
+        logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3, **beside).logits.float()
         zero, one = self.encoder.literal("0")[0], self.encoder.literal("1")[0]
         digits = torch.tensor([self.encoder.literal(str(d))[0] for d in range(10)], device=self.device)
         leading = logits[:, 0, [zero, one]].softmax(dim=-1)
@@ -191,7 +198,7 @@ class Bench:
 
     def update_plain(self) -> None:
         """The update on full sequences."""
-        plain = FullSequences(self.policy, self.prefix_ids, self.encoder.pad)
+        plain = FullSequences(self.policy, self.prompt_head, self.encoder.pad)
         self.update(plain, self.completions, self.advantages())
 
     def step(self) -> None:
@@ -204,11 +211,16 @@ class Bench:
 
     def shared_prefix(self, completions: Sequence[Sequence[int]]) -> Prefix:
         """The prompt of a group, once."""
-        return prefix_of(self.policy, self.prefix_ids, completions, self.encoder.pad, cut=True)
+        return prefix_of(self.policy, self.prompt_head, completions, self.encoder.pad, cut=True)
 
     def advantages(self) -> Tensor:
         """Some advantages of both signs."""
         return torch.linspace(-1.5, 1.5, self.cell.candidates, device=self.device)
+
+
+def words(count: int, draw: random.Random) -> str:
+    """Random text of `count` tokens."""
+    return " ".join(f"w{draw.randrange(1000)}" for _ in range(count))
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -306,7 +318,7 @@ def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
                 found["purld"].append(ours)
 
     cell = bench.cell
-    rows = [{"prompt": [{"role": "user", "content": bench.question}]}] * (repeats + 1)
+    rows = [{"prompt": [{"role": "user", "content": bench.prompt.question}]}] * (repeats + 1)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=bench.trainable(),
@@ -354,10 +366,10 @@ def trl_settings(folder: str, cell: Cell, steps: int, bench: Bench) -> GRPOConfi
 
 def peak_of_update(shape: Shape, cell: Cell, form: str, options: argparse.Namespace) -> int:
     """Bytes that one update takes at its peak beyond what the model and its optimiser hold anyway."""
-    bench = Bench(shape, cell, options)
+    bench = Bench.of_text(shape, cell, options)
     bench.optimiser.zero_grad = lambda: None  # type: ignore[method-assign]  # gradients stay, as part of what is held
     few = [c[:4] for c in bench.completions[:2]]
-    head = bench.prefix_ids[:16]
+    head = Head(bench.prompt_head.ids[:16])
     bench.update(prefix_of(bench.policy, head, few, bench.encoder.pad, cut=True), few, bench.advantages()[:2])
     before = held(bench.device)
     {"plain": bench.update_plain, "shared": bench.update_shared}[form]()
@@ -404,7 +416,7 @@ def update_rate(shape: Shape, cell: Cell, seconds: float, lora: bool) -> float:
 
 def measure(shape: Shape, cell: Cell, options: argparse.Namespace, repeats: int, whole: bool) -> dict[str, Any]:
     """All figures of a cell."""
-    bench = Bench(shape, cell, options)
+    bench = Bench.of_text(shape, cell, options)
     row: dict[str, Any] = {"prompt": cell.prompt, "completion": cell.completion, "candidates": cell.candidates}
     row["phases"] = phases(bench, repeats)
     shared = statistics.median(row["phases"]["update"]["shared"])

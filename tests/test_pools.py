@@ -12,8 +12,7 @@ from purld.errors import UserError
 from purld.pipeline import Pipeline
 from purld.pools import load_pools
 from purld.rundir import RunDir, read_rows
-from purld.student.encode import Encoder
-from purld.student.load import load_tokenizer
+from purld.student.load import load_encoder
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def pools_of(tiny_config):
     def pools_of(*overrides):
         config = load_config(tiny_config, overrides)
         said: list[str] = []
-        encoder = Encoder(load_tokenizer(config.student), config.student.max_anchor_tokens)
+        encoder = load_encoder(config.student)
         return load_pools(config, encoder, said.append), said
 
     return pools_of

@@ -28,7 +28,7 @@ from purld.evaluation.scores import CheckedGroup, checked_groups, score_quality
 from purld.records import Anchor, Prompt
 from purld.rundir import RunDir, read_json, read_rows, stopwatch
 from purld.student.encode import Encoder
-from purld.student.load import Roles, load_model, load_tokenizer
+from purld.student.load import Roles, load_encoder, load_model
 from purld.student.sample import Decoding, seed_from
 from purld.student.selfeval import GroupScores
 from purld.testbed.server import TEACHER, reply
@@ -53,8 +53,8 @@ def student() -> Student:
 
 @lru_cache
 def encoder() -> Encoder:
-    """Its tokenizer."""
-    return Encoder(load_tokenizer(student()), student().max_anchor_tokens)
+    """Its tokenizer with the conventions of a run."""
+    return load_encoder(student())
 
 
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:

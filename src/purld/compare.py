@@ -31,8 +31,7 @@ from purld.records import Generation, Prompt, Verdict
 from purld.report.verdict import compared
 from purld.results import signed
 from purld.rundir import RunDir, read_rows
-from purld.student.encode import Encoder
-from purld.student.load import load_tokenizer
+from purld.student.load import load_encoder
 
 _DRAWING = ("samples", "temperature", "top_p", "max_new_tokens")
 
@@ -255,7 +254,7 @@ def _head_to_head(a: Side, b: Side, reporter: Reporter) -> dict[str, Any]:
 
 
 def _held_out(side: Side) -> list[Prompt]:
-    encoder = Encoder(load_tokenizer(side.config.student), side.config.student.max_anchor_tokens)
+    encoder = load_encoder(side.config.student)
     pools = load_pools(side.config, encoder, lambda line: None)
     known = {prompt.id for prompt in pools.held_out}
     if not known.issuperset(side.prompt_ids):

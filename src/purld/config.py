@@ -57,6 +57,14 @@ class Student(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: as saved with LoRA on a GPU, else float32
     max_prompt_tokens: Count = 1024  # a longer prompt is left out, and counted
     max_anchor_tokens: Count = 1024  # a longer anchor is cut, and counted
+    max_image_pixels: Count | None = None  # a larger picture is made smaller; null: as the model's processor does
+    # Whether what the model sees pictures with is trained too; null: if all weights are, and not with an adapter.
+    train_vision: bool | None = None
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether the parts that only pictures pass through are trained."""
+        return self.lora is None if self.train_vision is None else self.train_vision
 
 
 class Columns(Section):
@@ -115,11 +123,12 @@ class Data(Section):
 
 
 class FileColumns(Section):
-    """Which columns of an answer file hold what; rows match a prompt by `id` or by `prompt`."""
+    """Which columns of an answer file hold what; rows match a prompt by `id` or by `prompt` and its `images`."""
 
     answer: str = "answer"
     prompt: str = "prompt"
     id: str = "id"
+    images: str = "images"
 
 
 class OpenAIEndpoint(Section):
@@ -135,6 +144,9 @@ class OpenAIEndpoint(Section):
     max_tokens_per_answer: Count = 1024
     token_limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extra_body: dict[str, Any] = {}  # further request fields, such as reasoning_effort
+    # A larger image is made smaller before it leaves; every image leaves without its metadata.
+    max_image_side: Annotated[int, Field(ge=32, le=8000)] = 1536  # pixels of the longer side
+    max_image_bytes: Annotated[int, Field(ge=10_000, le=50_000_000)] = 3_500_000  # 4.7 MB as a data URL
     # Counted over the whole life of the run's ledger, retries included; reserved before a call is sent.
     max_calls: Count | None = None
     max_tokens: Count | None = None

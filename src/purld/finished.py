@@ -10,7 +10,7 @@ from purld.blackbox.ledger import PURSES, LedgerView
 from purld.config import Config, load_config
 from purld.errors import UserError
 from purld.rundir import RunDir
-from purld.student.load import load_model, load_tokenizer, save_model
+from purld.student.load import load_encoder, load_model, save_model
 
 
 def export_model(run_path: Path, out: Path | None, stage: str) -> Path:
@@ -26,7 +26,7 @@ def export_model(run_path: Path, out: Path | None, stage: str) -> Path:
         raise UserError(f"{run_path}: stage {stage} is not finished, so there is no model of it to export.")
     source = run.sft if stage == "sft" else run.align
     target = out or run.path / "export"
-    save_model(load_model(config.student, source), load_tokenizer(config.student), target)
+    save_model(config.student, load_model(config.student, source), load_encoder(config.student), target)
     return target
 
 

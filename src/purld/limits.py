@@ -17,7 +17,7 @@ def check_context(config: Config) -> None:
     Raises:
         UserError: it does not; names the keys to lower.
     """
-    context = context_length(config.student)
+    context = context_length(config.student.model)
     lengths = config.student.max_prompt_tokens + config.student.max_anchor_tokens + _TEMPLATE_TOKENS
     lengths += max(getattr(config.align, "max_new_tokens", 0), config.evaluate.max_new_tokens)
     if context is not None and lengths > context:

@@ -20,8 +20,7 @@ from purld.method.table import METHODS
 from purld.pools import Pools, load_pools
 from purld.rundir import RunDir, atomic_write, stopwatch
 from purld.stages import Job, run_align, run_anchors, run_evaluate, run_report, run_sft
-from purld.student.encode import Encoder
-from purld.student.load import load_tokenizer
+from purld.student.load import load_encoder
 from purld.training.trackers import check_trackers, tracked
 
 _RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
@@ -72,7 +71,7 @@ class Pipeline:
         self.run = run
         self.reporter = reporter
         self.resend_unknown = resend_unknown
-        self.encoder = Encoder(load_tokenizer(config.student), config.student.max_anchor_tokens)
+        self.encoder = load_encoder(config.student)
         self.check = find_check(config.data)
         check_trackers(config.report_to)
         check_context(config)

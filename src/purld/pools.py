@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from purld.config import Config, Data
@@ -51,6 +51,8 @@ def load_pools(config: Config, encoder: Encoder, say: Say) -> Pools:
     train, held_out = _part(config, loaded, published, say)
     limit = config.student.max_prompt_tokens
     measured = {prompt.id: len(encoder.prompt(prompt)) for prompt in train + held_out}
+    if data.bad_rows == "fail":
+        _check_images_fit(train + held_out, measured, limit)
     train = _that_fit(train, measured, limit, "training", say)[: data.max_prompts]
     held_out = _that_fit(held_out, measured, limit, "held-out", say)[: data.max_eval_prompts]
     if not train:
@@ -68,9 +70,7 @@ def load_pools(config: Config, encoder: Encoder, say: Say) -> Pools:
 def _load(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
     """What the training prompts' source holds, and what is held out apart from it."""
     if data.task is not None:
-        loaded, published = load_task(data.task, data.source, data.bad_rows)
-        _refuse_images([*loaded.prompts, *(published.prompts if published else [])], data.source)
-        return loaded, published
+        return load_task(data.task, data.source, data.bad_rows)
     loaded = load_prompts(data.source, data.columns, data.bad_rows)
     if data.eval_prompts is None:
         return loaded, None
@@ -108,6 +108,21 @@ def _stages(config: Config, train: list[Prompt]) -> tuple[list[Prompt], list[Pro
     return sft, align
 
 
+def _check_images_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int) -> None:
+    """An image's tokens are set by the configuration and not by its row: without a word, a whole pool could go.
+
+    Raises:
+        UserError: names the first row whose prompt has images and is too long.
+    """
+    for prompt in prompts:
+        if prompt.images and tokens[prompt.id] > limit:
+            raise UserError(
+                f"{prompt.place}: the prompt has {tokens[prompt.id]:,} tokens with its {len(prompt.images)} image(s), "
+                f"more than {limit:,}; raise student.max_prompt_tokens, lower student.max_image_pixels, or leave such "
+                "rows out with data.bad_rows=skip."
+            )
+
+
 def _that_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int, kind: str, say: Say) -> list[Prompt]:
     """Leave out prompts that are too long before a teacher is paid for them: a cut question is another one."""
     fitting = [p for p in prompts if tokens[p.id] <= limit]
@@ -117,10 +132,3 @@ def _that_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int, kind: s
             "(student.max_prompt_tokens) and were left out."
         )
     return fitting
-
-
-def _refuse_images(prompts: Sequence[Prompt], source: str) -> None:
-    """Until the student encodes images, a prompt that has some must not pass for one that has none."""
-    count = sum(bool(prompt.images) for prompt in prompts)
-    if count:
-        raise UserError(f"{source}: {count} prompts have images; image prompts are not supported yet.")

@@ -74,7 +74,7 @@ class Prompt:
 
     @property
     def question(self) -> str:
-        """The conversation as one text with its IMAGE marks, for templates that quote it: several turns are labelled."""
+        """The conversation as one text, IMAGE marks included, for templates that quote it: turns are labelled."""
         if len(self.messages) == 1:
             return self.messages[0].content
         return "\n\n".join(f"[{m.role}]\n{m.content}" for m in self.messages)

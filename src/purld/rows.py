@@ -1,7 +1,7 @@
 """Rows of the files that users bring: JSONL, parquet, or a folder saved by `datasets`.
 
 Every row arrives with the words that name its place ("pool.jsonl, line 7"). Nothing here knows what a row
-should hold, except for the one cell that prompts and answer files share: a text or a chat.
+should hold.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from purld.errors import UserError
-from purld.records import Message
+from purld.records import IMAGE
 
 MAX_CHARACTERS = 1_000_000  # of one text: far above any context window, far below what hurts
-ROLES = ("system", "user", "assistant")
 
 
 class BadRowError(ValueError):
@@ -77,32 +76,15 @@ def read_json(path: str | Path) -> Any:
         raise BadRowError(f"{path}: {problem}") from None
 
 
-def parse_messages(cell: object) -> tuple[Message, ...]:
-    """The turns in a prompt cell: a text, or a list of {role, content} that ends with the user's turn.
-
-    Raises:
-        ValueError: says what is wrong with the cell, as the end of a sentence.
-    """
-    if isinstance(cell, str):
-        return (Message("user", check_text(cell, "it")),)
-    if not isinstance(cell, list | tuple):
-        raise ValueError(f"it is {_kind(cell)}, not a text or a list of messages")
-    if not cell:
-        raise ValueError("it has no messages")
-    messages = tuple(_parse_message(turn, number) for number, turn in enumerate(cell, 1))
-    if messages[-1].role != "user":
-        raise ValueError(f"its last message is of the {messages[-1].role}, not of the user")
-    return messages
-
-
 def check_text(cell: object, name: str) -> str:
-    """`cell` if it is a text that a model can be shown.
+    """`cell` if it is a text that a model can be shown; an IMAGE in it, as documents lose pictures, becomes a space.
 
     Raises:
         ValueError: it is no text, blank, holds a NUL or a lone surrogate, or is enormous.
     """
     if not isinstance(cell, str):
-        raise ValueError(f"{name} is {_kind(cell)}, not a text")
+        raise ValueError(f"{name} is {kind_of(cell)}, not a text")
+    cell = cell.replace(IMAGE, " ")
     if not cell.strip():
         raise ValueError(f"{name} is empty")
     if "\0" in cell:
@@ -116,18 +98,8 @@ def check_text(cell: object, name: str) -> str:
     return cell
 
 
-def _parse_message(turn: object, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"message {number} is {_kind(turn)}, not a {{role, content}} object")
-    role = turn.get("role")
-    if role not in ROLES:
-        raise ValueError(f"message {number} has the role {str(role)[:40]!r}; it can be {', '.join(ROLES)}")
-    if role == "system" and number > 1:
-        raise ValueError(f"message {number} is a system message; only the first can be")
-    return Message(role, check_text(turn.get("content"), f"the content of message {number}"))
-
-
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What JSON calls a value, for a sentence about it."""
     match value:
         case None:
             return "missing or null"
@@ -166,7 +138,7 @@ def _json_row(line: bytes, place: str) -> Row:
     except ValueError as problem:
         return Row(place, None, str(problem))
     if not isinstance(values, dict):
-        return Row(place, None, f"is {_kind(values)}; a row is one JSON object on one line")
+        return Row(place, None, f"is {kind_of(values)}; a row is one JSON object on one line")
     return Row(place, values)
 
 
@@ -214,8 +186,11 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
         if isinstance(table, datasets.DatasetDict):
             splits = ", ".join(sorted(table))
             raise UserError(f"{path}: holds several splits ({splits}); name the folder of one of them.")
-        for number, values in enumerate(table.with_format(None), 1):
-            yield Row(f"{path}, row {number}", values)
+        number = 0
+        for batch in table.with_format("arrow").iter(batch_size=256):  # as stored: images stay as they were encoded
+            for index in range(batch.num_rows):
+                number += 1
+                yield _arrow_row(batch.slice(index, 1), f"{path}, row {number}")
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """The words that models are shown, in one place and versioned: self-evaluation and judge prompts.
 
-Change a text and you change what is measured: raise its version in the same commit. Runs record the versions.
+A question brings the places of its images along; what a model wrote brings none. Change a text and you change what is
+measured: raise its version in the same commit. Runs record the versions.
 """
 
 from __future__ import annotations
+
+from purld.records import IMAGE
 
 SELF_EVALUATION_VERSION = "selfeval-1"
 RATING_VERSION = "rating-1"
@@ -52,15 +55,22 @@ JUDGE_AGAIN = "Reply with exactly one character and nothing else: A, B or T."
 def self_evaluation(question: str, anchor: str, candidate: str) -> str:
     """The user turn that asks the student to score `candidate` against `anchor`."""
     # One pass of str.format: braces inside the texts are not fields.
-    head = SELF_EVALUATION_HEAD.format(question=question, anchor=anchor)
-    return head + candidate + SELF_EVALUATION_TAIL
+    head = SELF_EVALUATION_HEAD.format(question=question, anchor=plain(anchor))
+    return head + plain(candidate) + SELF_EVALUATION_TAIL
 
 
 def rating(question: str, candidate: str) -> str:
     """The user turn that asks a model to score `candidate` without a reference."""
-    return RATING_HEAD.format(question=question) + candidate + SELF_EVALUATION_TAIL
+    return RATING_HEAD.format(question=question) + plain(candidate) + SELF_EVALUATION_TAIL
 
 
 def judge(question: str, reference: str, answer_a: str, answer_b: str) -> str:
     """The user turn that asks a judge to choose between two answers."""
-    return JUDGE.format(question=question, reference=reference, answer_a=answer_a, answer_b=answer_b)
+    return JUDGE.format(
+        question=question, reference=plain(reference), answer_a=plain(answer_a), answer_b=plain(answer_b)
+    )
+
+
+def plain(text: str) -> str:
+    """What a model wrote, as text alone: an IMAGE in it is no place of an image."""
+    return text.replace(IMAGE, " ")

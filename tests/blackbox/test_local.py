@@ -70,7 +70,7 @@ def test_sampling_is_repeatable_and_sampling(model_dir, tmp_path):
 def test_answers_are_remembered_and_nothing_counts_as_a_call(model_dir, ledger, monkeypatch):
     first = open_client(config(model_dir), ledger, "teacher").ask([*PROMPTS, PROMPTS[0]])
     seen = []
-    monkeypatch.setattr("purld.blackbox.local._Writer", None)  # loading again would fail
+    monkeypatch.setattr("purld.blackbox.local._load", None)  # loading again would fail
     assert LocalClient(config(model_dir), ledger, "teacher").ask(PROMPTS, lambda *r: seen.append(r)) == first[:3]
     assert sorted(place for place, _ in seen) == [0, 1, 2]
     totals = ledger.totals("teacher")
@@ -91,5 +91,5 @@ def test_a_prompt_without_room_for_an_answer_fails_and_the_others_do_not(model_d
 
 
 def test_a_directory_without_a_model(ledger, tmp_path):
-    with pytest.raises(UserError, match="no causal language model can be loaded"):
+    with pytest.raises(UserError, match="no language model can be loaded"):
         LocalClient(config(str(tmp_path)), ledger, "teacher").ask(PROMPTS)

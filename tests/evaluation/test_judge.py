@@ -17,7 +17,7 @@ from purld.blackbox.ledger import Ledger
 from purld.blackbox.replies import OnReply, Reply
 from purld.config import OpenAIEndpoint
 from purld.evaluation.judge import ASKED_AGAIN, NO_REFERENCE, judge_answers, judge_questions, preferences
-from purld.records import Generation, Prompt, Verdict
+from purld.records import IMAGE, Generation, Image, Prompt, Verdict
 from purld.templates import JUDGE_AGAIN
 
 
@@ -46,7 +46,8 @@ def generation(prompt: Prompt, text: str, sample: int = 0) -> Generation:
     return Generation(prompt.id, sample, text, tokens=len(text), finished=True)
 
 
-PROMPT = Prompt.from_text("Capital of France?", reference="Paris", images=("map.png",))
+MAP = Image("a1", (8, 8), path="map.png")
+PROMPT = Prompt.from_text(f"{IMAGE}Capital of France?", reference="Paris", images=(MAP,))
 
 
 def test_both_orders_by_default_and_the_judge_sees_everything() -> None:
@@ -56,9 +57,19 @@ def test_both_orders_by_default_and_the_judge_sees_everything() -> None:
     assert [v.model_is_a for v in verdicts] == [True, False]
     assert [v.raw for v in verdicts] == ["A", "B"]
     first = judge.asked[0]
-    assert first.images == ("map.png",)
-    assert "=== Question / Prompt ===\nCapital of France?\n" in first.question
+    assert first.images == (MAP,)
+    assert f"=== Question / Prompt ===\n{IMAGE}Capital of France?\n" in first.question
     assert "=== Reference (Ground Truth) ===\nParis\n" in first.question
+
+
+def test_a_place_of_an_image_in_an_answer_is_none() -> None:
+    """What a model wrote cannot shift the prompt's images, nor a judge's reply that is shown to it again."""
+    judge = SecondThought(1, mark=IMAGE)
+    judge_answers([PROMPT], [generation(PROMPT, f"{IMAGE} Paris")], {PROMPT.id: f"{IMAGE}Rome"}, judge)
+    for question in judge.asked:
+        assert question.images == (MAP,)
+        assert question.question.index(IMAGE) < question.question.index("Capital")
+    assert "=== Response A ===\n  Paris" in judge.asked[0].question
 
 
 def test_a_missing_reference_is_said_plainly() -> None:
@@ -114,10 +125,11 @@ class SecondThought:
 
     reminders: int
     asked: list[Prompt] = field(default_factory=list)
+    mark: str = ""
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         self.asked += prompts
-        replies = [Reply("answered", self._text(len(p.messages) // 2)) for p in prompts]
+        replies = [Reply("answered", self.mark + self._text(len(p.messages) // 2)) for p in prompts]
         for place, reply in enumerate(replies):
             if on_reply:
                 on_reply(place, reply)
@@ -155,7 +167,7 @@ def test_asked_again_a_judge_sees_its_reply_and_the_image() -> None:
     judge = SecondThought(1)
     judge_answers([PROMPT], [generation(PROMPT, "x")], {PROMPT.id: "y"}, judge)
     first, again = judge.asked[0], judge.asked[2]
-    assert again.images == ("map.png",)
+    assert again.images == (MAP,)
     assert [m.role for m in again.messages] == ["user", "assistant", "user"]
     assert again.messages[0] == first.messages[0]
     assert again.messages[1].content == "Hard to say (0)."

@@ -9,9 +9,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from purld.student.agreement import may_share
 from purld.student.group import token_log_probs
+from purld.student.pictures import Head
 from purld.student.prefix import FullSequences
 
-HEAD = list(range(3, 20))
+HEAD = Head(list(range(3, 20)))
 ROWS = [[5, 6, 7, 8], [9, 8], [7, 6, 5]]
 
 
@@ -114,10 +115,10 @@ def test_an_outgrown_window_is_tried_again(monkeypatch):
         return result
 
     monkeypatch.setattr(DynamicSlidingWindowLayer, "update", shortened)
-    assert may_share(model, HEAD[:4], ROWS, pad=0)
+    assert may_share(model, Head(HEAD.ids[:4]), ROWS, pad=0)
     with pytest.warns(UserWarning, match="MistralForCausalLM"):
         assert not may_share(model, HEAD, ROWS, pad=0)
-    assert may_share(model, HEAD[:4], ROWS, pad=0)
+    assert may_share(model, Head(HEAD.ids[:4]), ROWS, pad=0)
 
 
 def test_a_sound_model_is_silent_and_its_state_untouched():

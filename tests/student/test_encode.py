@@ -20,7 +20,7 @@ def encoder(tokenizer):
 
 def test_prompt_is_the_chat_template_up_to_the_answer(encoder, tokenizer):
     prompt = Prompt(messages=(Message("system", "Be brief."), Message("user", "How many?")))
-    text = tokenizer.decode(encoder.prompt(prompt))
+    text = tokenizer.decode(encoder.prompt(prompt).ids)
     assert "Be brief." in text
     assert text.endswith("How many?<|im_end|>\n<|im_start|>assistant\n")
 
@@ -40,7 +40,7 @@ def test_an_answer_cannot_close_its_own_turn(encoder, tokenizer):
     assert not special & set(encoder.literal(hostile))
     assert encoder.answer(hostile).ids[:-1].count(tokenizer.eos_token_id) == 0
     frame = encoder.evaluation_frame(Prompt.from_text("How many?"), hostile)
-    turns = [i for i in frame.head + frame.tail if i in special]
+    turns = [i for i in frame.head.ids + frame.tail if i in special]
     assert len(turns) == 3  # user opens, user closes, assistant opens
 
 
@@ -48,7 +48,7 @@ def test_evaluation_frame_is_the_rendered_template(encoder, tokenizer):
     frame = encoder.evaluation_frame(Prompt.from_text("How many {things}?"), "It is 4.")
     turn = [{"role": "user", "content": self_evaluation("How many {things}?", "It is 4.", "Four.")}]
     expected = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(frame.head + encoder.literal("Four.") + frame.tail) == expected
+    assert tokenizer.decode(frame.head.ids + encoder.literal("Four.") + frame.tail) == expected
 
 
 def test_evaluation_frame_cuts_a_long_anchor(encoder):
@@ -86,4 +86,4 @@ def test_a_frame_without_an_anchor_is_the_rating_template(encoder, tokenizer):
     frame = encoder.evaluation_frame(Prompt.from_text("How many {things}?"), None)
     turn = [{"role": "user", "content": rating("How many {things}?", "Four.")}]
     expected = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(frame.head + encoder.literal("Four.") + frame.tail) == expected
+    assert tokenizer.decode(frame.head.ids + encoder.literal("Four.") + frame.tail) == expected

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from purld.student.group import micro_batches, prefix_of, sequence_log_probs, token_log_probs
+from purld.student.pictures import Head
 
 LENGTHS = (1, 5, 9, 9, 3)
 
@@ -23,7 +24,7 @@ def model(request, random_student):
 @pytest.fixture(scope="module")
 def group():
     generator = torch.Generator().manual_seed(3)
-    head = torch.randint(0, 120, (17,), generator=generator).tolist()
+    head = Head(torch.randint(0, 120, (17,), generator=generator).tolist())
     return head, [torch.randint(0, 120, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
@@ -31,7 +32,7 @@ def plain_log_probs(model, head, completions):
     """One unpadded forward pass per completion."""
     sums = []
     for completion in completions:
-        log_probs = model(input_ids=torch.tensor([head + completion])).logits[0].float().log_softmax(-1)
+        log_probs = model(input_ids=torch.tensor([head.ids + completion])).logits[0].float().log_softmax(-1)
         sums.append(sum(log_probs[len(head) - 1 + i, token] for i, token in enumerate(completion)))
     return torch.stack(sums)
 
@@ -78,7 +79,7 @@ def test_closing_logits_equal_the_plain_ones(model, group):
     with torch.no_grad():
         found = prefix_of(model, head, tails, pad=0).closing_logits(tails, count=3)
         for tail, logits in zip(tails, found):
-            plain = model(input_ids=torch.tensor([head + tail])).logits[0, -3:]
+            plain = model(input_ids=torch.tensor([head.ids + tail])).logits[0, -3:]
             assert torch.allclose(logits, plain, atol=1e-4)
 
 

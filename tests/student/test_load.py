@@ -11,14 +11,16 @@ from purld.student.group import sequence_log_probs
 from purld.student.load import (
     check_model_directory,
     count_parameters,
+    load_encoder,
     load_model,
     load_roles,
-    load_tokenizer,
     save_model,
     save_policy,
+    trainable,
 )
+from purld.student.pictures import Head
 
-HEAD, COMPLETIONS = list(range(5, 20)), [[7, 8, 9], [30, 31]]
+HEAD, COMPLETIONS = Head(list(range(5, 20))), [[7, 8, 9], [30, 31]]
 
 
 def log_probs(model):
@@ -43,13 +45,9 @@ def lora_student(random_student):
 @pytest.fixture
 def lora_sft(lora_student, tmp_path):
     """A Stage I adapter that is not zero."""
-    from peft import get_peft_model
-
-    from purld.student.load import lora_config
-
-    model = get_peft_model(load_model(lora_student, lora_student.model), lora_config(lora_student))
+    model = trainable(lora_student, load_model(lora_student, lora_student.model))
     stir(model, 1)
-    save_model(model, load_tokenizer(lora_student), tmp_path / "sft")
+    save_model(lora_student, model, load_encoder(lora_student), tmp_path / "sft")
     return tmp_path / "sft"
 
 
@@ -74,7 +72,7 @@ def test_with_lora_there_is_one_copy_of_the_weights(lora_student, lora_sft, rand
 def test_saved_policy_is_one_adapter_on_the_base(lora_student, lora_sft, random_student, tmp_path):
     roles = load_roles(lora_student, lora_sft)
     stir(roles.policy, 2)
-    save_policy(lora_student, roles, lora_sft, load_tokenizer(lora_student), tmp_path / "align")
+    save_policy(lora_student, roles, lora_sft, load_encoder(lora_student), tmp_path / "align")
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(random_student), tmp_path / "align")
     assert torch.allclose(log_probs(plain.eval()), log_probs(roles.policy), atol=1e-4)
     assert torch.allclose(log_probs(load_model(lora_student, tmp_path / "align")), log_probs(roles.policy), atol=1e-4)
@@ -106,5 +104,5 @@ def test_what_is_no_model_directory_is_named(kind, tmp_path):
 def test_a_directory_of_another_kind_of_thing_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-thing"}')
     with pytest.raises(UserError) as error:
-        load_tokenizer(Student(model=str(tmp_path)))
+        load_encoder(Student(model=str(tmp_path)))
     assert "\n" not in str(error.value)

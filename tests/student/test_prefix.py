@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from purld.student import halves
+from purld.student.pictures import Head
 from purld.student.prefix import FullSequences, SharedPrefix
 
 LENGTHS = (1, 5, 9, 9, 3)
@@ -37,7 +38,7 @@ def build(name, **settings):
 
 def group(head_length=17):
     generator = torch.Generator().manual_seed(3)
-    head = torch.randint(1, 120, (head_length,), generator=generator).tolist()
+    head = Head(torch.randint(1, 120, (head_length,), generator=generator).tolist())
     return head, [torch.randint(1, 120, (n,), generator=generator).tolist() for n in LENGTHS]
 
 

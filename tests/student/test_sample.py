@@ -8,6 +8,7 @@ from purld.records import Prompt
 from purld.student import sample
 from purld.student.encode import Encoder
 from purld.student.group import sequence_log_probs
+from purld.student.pictures import Head
 from purld.student.sample import Decoding, GenerateSampler, generate, seed_from
 
 real = sample._prefilled
@@ -52,7 +53,7 @@ def test_shape_and_limit(model, encoder, heads):
 def test_greedy_takes_the_likeliest_token_despite_the_models_own_defaults(model, encoder, heads):
     """The random student's generation_config asks for a repetition penalty; draws must not see it."""
     (greedy,), _ = GenerateSampler(encoder, Decoding(0.0, 12))(model, heads, 1, seed=0)
-    ids = list(heads[0])
+    ids = list(heads[0].ids)
     for token in greedy.ids:
         with torch.no_grad():
             assert model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item() == token
@@ -82,7 +83,7 @@ def sharing_model(request, model, encoder):
 def test_a_shared_prefill_draws_what_a_repeated_one_draws(sharing_model, encoder, heads, monkeypatch):
     sampler = GenerateSampler(encoder, Decoding(1.0, 12))
     prefilled = []
-    monkeypatch.setattr(sample, "_prefilled", lambda *a: prefilled.append(a[2].shape) or real(*a))
+    monkeypatch.setattr(sample, "_prefilled", lambda *a: prefilled.append(a[3].shape) or real(*a))
     shared = sampler(sharing_model, heads, 3, seed=5)
     assert prefilled == [(2, max(map(len, heads)) - 1)]
     monkeypatch.setattr(sample, "may_share", lambda *_: False)
@@ -91,9 +92,9 @@ def test_a_shared_prefill_draws_what_a_repeated_one_draws(sharing_model, encoder
 
 def test_a_common_head_is_prefilled_once_for_replies_of_any_length(sharing_model, encoder, heads, monkeypatch):
     greedy = Decoding(0.0, 10)
-    head, tails = heads[1], [heads[0], heads[0][:3], heads[1][:7]]
+    head, tails = heads[1], [heads[0], Head(heads[0].ids[:3]), Head(heads[1].ids[:7])]
     shared = generate(sharing_model, encoder, tails, 1, greedy, head)
-    assert shared == generate(sharing_model, encoder, [head + tail for tail in tails], 1, greedy)
+    assert shared == generate(sharing_model, encoder, [head.followed_by(tail.ids) for tail in tails], 1, greedy)
     monkeypatch.setattr(sample, "may_share", lambda *_: False)
     assert generate(sharing_model, encoder, tails, 1, greedy, head) == shared
 

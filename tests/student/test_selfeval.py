@@ -25,7 +25,7 @@ def encoder(tokenizer):
 def expected_by_hand(model, encoder, tokenizer, candidate):
     """Two plain forward passes over the whole text, no cache, no padding, digits one by one."""
     frame = encoder.evaluation_frame(PROMPT, "It is 4.")
-    ids = frame.head + encoder.literal(candidate) + frame.tail
+    ids = frame.head.ids + encoder.literal(candidate) + frame.tail
     zero, one, point = (tokenizer.convert_tokens_to_ids(t) for t in ("0", "1", "."))
     with torch.no_grad():
         first = model(input_ids=torch.tensor([ids])).logits[0, -1]

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from pictures import save_picture
 
 from purld.errors import UserError
+from purld.records import IMAGE
 from purld.tasks.paper import load_task
 
 ENTRY = {
@@ -26,7 +28,7 @@ def folder(tmp_path):
         entry = ENTRY | {"split": split, "image_id": 299207 if split == "train" else 42}
         (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps([entry, entry]))
         (tmp_path / f"{split}2017").mkdir()
-        (tmp_path / f"{split}2017" / f"{entry['image_id']:012}.jpg").write_bytes(b"jpeg")
+        save_picture(tmp_path / f"{split}2017" / f"{entry['image_id']:012}.jpg", seed=entry["image_id"])
     (tmp_path / "aokvqa_v1p0_test.json").write_text("[]")
     return tmp_path
 
@@ -35,16 +37,17 @@ def test_multiple_choice(folder):
     pool, held_out = load_task("aokvqa_mc", str(folder))
     [prompt] = pool.prompts
     assert prompt.question == (
-        "Question: What color is reflected strongly off the metal cabinet cases?\n"
+        f"{IMAGE}Question: What color is reflected strongly off the metal cabinet cases?\n"
         "Options: (0) purple (1) red (2) blue (3) yellow"
     )
     assert prompt.reference == "Answer: red"
-    assert prompt.images == (str(folder / "train2017" / "000000299207.jpg"),)
+    assert [image.path for image in prompt.images] == [str(folder / "train2017" / "000000299207.jpg")]
+    assert prompt.place == f"{folder / 'aokvqa_v1p0_train.json'}, entry 1"
     assert prompt.metadata == {
         "id": ENTRY["question_id"], "image_id": 299207, "choices": ["purple", "red", "blue", "yellow"],
     }  # fmt: skip
     assert pool.duplicates == 1
-    assert held_out.prompts[0].images == (str(folder / "val2017" / "000000000042.jpg"),)
+    assert [image.path for image in held_out.prompts[0].images] == [str(folder / "val2017" / "000000000042.jpg")]
 
 
 def test_rationale_and_images_in_a_folder_of_their_own(folder):
@@ -52,15 +55,15 @@ def test_rationale_and_images_in_a_folder_of_their_own(folder):
     for split in ("train2017", "val2017"):
         (folder / split).rename(folder / "coco" / split)
     [prompt] = load_task("aokvqa_rationale", str(folder))[0].prompts
-    assert prompt.question == f"Question: {ENTRY['question']}"
+    assert prompt.question == f"{IMAGE}Question: {ENTRY['question']}"
     assert prompt.reference == "Rationale: The cases shine red."
-    assert prompt.images == (str(folder / "coco" / "train2017" / "000000299207.jpg"),)
+    assert [image.path for image in prompt.images] == [str(folder / "coco" / "train2017" / "000000299207.jpg")]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_id": 7}, r"its image .*train2017/000000000007\.jpg is missing"),
+        ({"image_id": 7}, r"its image \(.*train2017/000000000007\.jpg\) is missing"),
         ({"image_id": "7"}, "image_id is not a number"),
         ({"question": None}, "the question is missing or null, not a text"),
         ({"choices": []}, "choices is not a list of texts"),

@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from purld.method.credit import group_advantages
 from purld.method.losses import dpo_loss, grpo_loss
 from purld.student.load import Roles
+from purld.student.pictures import Head
 from purld.training.update import GroupUpdate
 
 HEAD_LENGTH, LENGTHS = 19, (5, 12, 9, 12)
@@ -36,7 +37,7 @@ def load(path, noise_seed=None):
 def group():
     generator = torch.Generator().manual_seed(4)
     draw = lambda n: torch.randint(20, 200, (n,), generator=generator).tolist()  # noqa: E731
-    return draw(HEAD_LENGTH), [draw(n) for n in LENGTHS]
+    return Head(draw(HEAD_LENGTH)), [draw(n) for n in LENGTHS]
 
 
 def gradient(model):
@@ -84,7 +85,7 @@ def test_dpo(random_student, tokenizer, tmp_path, group, beta):
         processing_class=tokenizer,
     )
     policy.eval()
-    rows = [{"prompt_ids": head, "chosen_ids": ids[a], "rejected_ids": ids[b]} for a, b in pairs]
+    rows = [{"prompt_ids": head.ids, "chosen_ids": ids[a], "rejected_ids": ids[b]} for a, b in pairs]
     their = theirs(policy, trainer.compute_loss(policy, trainer.data_collator(rows)))
     our = ours(
         policy,
@@ -135,7 +136,7 @@ def test_grpo(random_student, tokenizer, tmp_path, beta, moved):
     torch.manual_seed(0)
     batch = trainer._generate_and_score_completions([{"prompt": "How many?"}] * 4)
     lengths = batch["completion_mask"].sum(dim=1).tolist()
-    head = batch["prompt_ids"][0][batch["prompt_mask"][0] > 0].tolist()
+    head = Head(batch["prompt_ids"][0][batch["prompt_mask"][0] > 0].tolist())
     ids = [row[:n] for row, n in zip(batch["completion_ids"].tolist(), lengths)]
     assert len(set(lengths)) > 1 or len(set(map(tuple, ids))) > 1
     advantages = group_advantages(torch.tensor(rewards_of(ids)))

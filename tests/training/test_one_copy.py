@@ -12,10 +12,11 @@ from purld.pipeline import Pipeline
 from purld.rundir import RunDir
 from purld.student.group import sequence_log_probs
 from purld.student.load import count_parameters, load_model, load_roles
+from purld.student.pictures import Head
 from purld.training import align as align_module
 from purld.training.align import AlignTrainer
 
-HEAD, ANSWERS = list(range(30, 50)), [[60, 61, 62], [70, 71, 72, 73, 74], [80]]
+HEAD, ANSWERS = Head(list(range(30, 50))), [[60, 61, 62], [70, 71, 72, 73, 74], [80]]
 LORA = "student.lora={r: 4}"
 
 

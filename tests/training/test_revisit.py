@@ -12,12 +12,13 @@ from purld.method.table import METHODS
 from purld.records import Prompt
 from purld.student.group import sequence_log_probs
 from purld.student.load import Roles
+from purld.student.pictures import Head
 from purld.training.revisit import REVISITED, revisit
 from purld.training.rollout import Drawing, Question
 from purld.training.update import GroupUpdate
 
 SETTINGS = SimpleNamespace(gamma=5.0, tau=1.2, beta=0.01, q="ratio", updates=1)
-QUESTION = Question(Prompt.from_text("How many?"), "Three.", list(range(20, 43)))
+QUESTION = Question(Prompt.from_text("How many?"), "Three.", Head(list(range(20, 43))))
 IDS = [[5, 9, 3], [7, 7, 7, 7, 7], [11], [2, 4]]
 
 

@@ -12,6 +12,7 @@ from purld.method.table import METHODS, Evidence
 from purld.student.critic import ValueHead, prefix_states
 from purld.student.group import sequence_log_probs, token_log_probs
 from purld.student.load import Roles
+from purld.student.pictures import Head
 from purld.training.update import GroupUpdate
 
 LENGTHS = (3, 11, 1, 7, 7)
@@ -38,7 +39,7 @@ def roles(random_student):
 @pytest.fixture(scope="module")
 def group():
     generator = torch.Generator().manual_seed(2)
-    head = torch.randint(0, 200, (23,), generator=generator).tolist()
+    head = Head(torch.randint(0, 200, (23,), generator=generator).tolist())
     return head, [torch.randint(0, 200, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
@@ -109,7 +110,7 @@ def test_the_critic_reads_the_state_before_each_token(roles, group):
     with roles.frozen() as model:
         states = prefix_states(model, head, ids, pad=0)
         for row, completion in zip(states, ids):
-            alone = model.get_decoder()(input_ids=torch.tensor([head + completion])).last_hidden_state[0]
+            alone = model.get_decoder()(input_ids=torch.tensor([head.ids + completion])).last_hidden_state[0]
             assert torch.allclose(row[: len(completion)], alone[len(head) - 1 : -1], atol=1e-4)
 
 

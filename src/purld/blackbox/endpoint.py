@@ -22,7 +22,7 @@ from purld.blackbox.faults import Outcome, read_exception, read_response
 from purld.blackbox.ledger import CapReachedError, Caps, Ledger, Request, Result, Role
 from purld.blackbox.pace import Pacer, back_off
 from purld.blackbox.replies import Delivery, OnReply, Reply, in_words, known_reply, reply_of
-from purld.blackbox.wire import price, read_key, request_of, worst_case
+from purld.blackbox.wire import price, read_key, request_of, requests_of, worst_case
 from purld.config import OpenAIEndpoint
 from purld.errors import UserError
 from purld.records import Prompt
@@ -47,7 +47,7 @@ class EndpointClient:
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """See `Client.ask`. On Ctrl-C the calls under way become `unknown`; all that was answered is kept."""
-        keys = [request_of(self.endpoint, prompt).key for prompt in prompts]
+        keys = [request.key for request in requests_of(self.endpoint, prompts)]
         self.ledger.adopt(dict.fromkeys(keys), self.role)
         delivery = Delivery(keys, on_reply)
         wanted: deque[Prompt] = deque()
@@ -96,7 +96,7 @@ class _Purchase:
     async def _work(self, http: AsyncOpenAI) -> None:
         while self.wanted and not self.stop:
             prompt = self.wanted.popleft()
-            request = request_of(self.endpoint, prompt)
+            request = await asyncio.to_thread(request_of, self.endpoint, prompt)
             reply = await self._buy(http, request, *worst_case(self.endpoint, prompt))
             if reply:
                 self.delivery.deliver(request.key, reply)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from purld.blackbox.replies import Client, OnReply, Reply
 from purld.records import Generation, Message, Outcome, Prompt, Verdict, content_hash
-from purld.templates import JUDGE_AGAIN, judge
+from purld.templates import JUDGE_AGAIN, judge, plain
 
 NO_REFERENCE = "(none given)"
 ASKED_AGAIN = "\n(asked again)\n"  # between the replies in a verdict's raw words
@@ -130,7 +130,7 @@ def _ask(
 
 def _repeated(question: Prompt, said: Sequence[Reply]) -> Prompt:
     """The question with what the judge made of it so far, and a reminder of what was asked for."""
-    turns = [m for reply in said for m in (Message("assistant", reply.text or ""), Message("user", JUDGE_AGAIN))]
+    turns = [m for reply in said for m in (Message("assistant", plain(reply.text or "")), Message("user", JUDGE_AGAIN))]
     return replace(question, messages=(*question.messages, *turns))
 
 

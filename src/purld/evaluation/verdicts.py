@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from purld.blackbox.clients import open_client
 from purld.blackbox.ledger import Ledger
-from purld.config import AnswerFile, Evaluate
+from purld.chats import readable
+from purld.config import AnswerFile, Evaluate, FileColumns
 from purld.errors import UserError
 from purld.evaluation.judge import Progress, judge_answers, judge_questions
 from purld.records import Generation, Prompt, Verdict
@@ -78,9 +80,16 @@ def _check_coverage(judge: AnswerFile, questions: Sequence[Prompt], ledger: Ledg
         to_judge.unlink(missing_ok=True)
         return
     columns = judge.columns
-    rows = ({columns.id: q.id, "question": q.question, "images": q.images, columns.answer: None} for q in missing)
-    write_rows(to_judge, rows)
+    write_rows(to_judge, [_to_judge(question, columns) for question in missing])
     raise UserError(
         f"{judge.path}: has no verdict on {len(missing)} of {len(distinct)} pairs; they are in {to_judge}: put A, B or "
         f"T into {columns.answer!r} of each row, add the rows to {judge.path}, and run the same command again."
     )
+
+
+def _to_judge(question: Prompt, columns: FileColumns) -> dict[str, Any]:
+    """The row that asks for a verdict; it is found again by its id."""
+    row: dict[str, Any] = {columns.id: question.id, "question": readable(question.question), columns.answer: None}
+    if question.images:
+        row["images"] = [image.path or image.digest for image in question.images]
+    return row

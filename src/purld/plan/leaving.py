@@ -13,7 +13,7 @@ from typing import IO
 from purld.blackbox.answers import FileClient
 from purld.blackbox.ledger import LedgerView, Request, Role
 from purld.blackbox.replies import known_reply
-from purld.blackbox.wire import price, request_of, worst_case
+from purld.blackbox.wire import image_tokens, price, requests_of, worst_case
 from purld.config import AnswerFile, Config, LocalModel, OpenAIEndpoint, StageTwo, TeacherAnchors, TeacherJudgeGrpo
 from purld.plan.sheet import Plan
 from purld.pools import Pools
@@ -51,8 +51,7 @@ def outgoing(
     ledgers = [path for path in (run.ledger, *run.ledgers_beside()) if path.exists()]
     with LedgerView(ledgers[0], ledgers[1:]) if ledgers else nullcontext() as known:
         seen = set[str]()
-        for role, prompt in asked:
-            request = request_of(endpoint, prompt)
+        for (role, prompt), request in zip(asked, requests_of(endpoint, (prompt for _, prompt in asked)), strict=True):
             if (key := request.key) in seen:
                 continue
             seen.add(key)
@@ -116,18 +115,20 @@ def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: st
 
 
 def _teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: Pools, questions: Iterable[Question]) -> None:
-    calls, size, estimate, read, written = Counter[Role](), 0, 0, 0, 0
+    calls, size, estimate, read, written, images = Counter[Role](), 0, 0, 0, 0, 0
     for question in questions:
+        images += len(question.prompt.images)
         calls[question.role] += 1
         size += len(question.request.body.encode())
         estimate += pools.tokens[question.prompt.id]
         bound = worst_case(endpoint, question.prompt)
         read, written = read + bound[0], written + bound[1]
     held_out = f", {calls['opponent']:,} of them about held-out prompts" if calls["opponent"] else ""
+    sent = f"{images:,} images, {size:,} bytes" if images else f"{size:,} bytes"
     likely, cost = price(endpoint, estimate, written), price(endpoint, read, written)
     plan.add(
         _HEADING,
-        f"teacher: {calls.total():,} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {size:,} bytes",
+        f"teacher: {calls.total():,} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {sent}",
         f"  about {estimate:,} tokens in (by the student's tokenizer)"
         + _in_cost(endpoint, likely, "with answers of full length about"),
         f"  at most {read:,} tokens in and {written:,} out{_in_cost(endpoint, cost, 'at most')}",
@@ -142,7 +143,9 @@ def _stages(plan: Plan, config: Config, encoder: Encoder, pools: Pools) -> None:
         plan.add(_HEADING, "Stage I and Stage II: nothing")
         return
     calls = settings.candidates_in_all
-    asked = sum(len(encoder.literal(rating(p.question, ""))) for p in pools.align) / len(pools.align)
+    asked = sum(len(encoder.literal(rating(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align) / len(
+        pools.align
+    )
     read, written = int(calls * (asked + settings.max_new_tokens)), calls * settings.max_tokens_per_score
     cost = price(teacher, read, written)
     plan.add(
@@ -159,9 +162,10 @@ def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, 
     """An estimate: the answers that will be judged do not exist yet."""
     times = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, StageTwo) else 2)
     calls = times * len(pools.held_out)
-    texts = (encoder.literal(judge_turn(p.question, p.reference or "", "", "")) for p in pools.held_out)
+    texts = sum(len(encoder.literal(judge_turn(p.question, p.reference or "", "", ""))) for p in pools.held_out)
     answers = config.evaluate.max_new_tokens + config.student.max_anchor_tokens
-    read = times * sum(len(text) + answers for text in texts)
+    pictures = sum(_image_tokens(judge, p) for p in pools.held_out)
+    read = times * (texts + pictures + answers * len(pools.held_out))
     written = calls * judge.max_tokens_per_answer
     cost = price(judge, read, written)
     plan.add(
@@ -174,6 +178,11 @@ def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, 
         again = config.evaluate.judge_retries
         plan.add(_HEADING, f"  up to {again} more for each reply that is no verdict (evaluate.judge_retries)")
     _caps(plan, judge, calls, read + written, cost)
+
+
+def _image_tokens(endpoint: OpenAIEndpoint, prompt: Prompt) -> int:
+    """What a prompt's images take at most: every model counts them in its own way."""
+    return sum(image_tokens(endpoint, image) for image in prompt.images)
 
 
 def _in_cost(endpoint: OpenAIEndpoint, cost: float, bound: str) -> str:

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from purld.config import Config, StageTwo, Student
 from purld.errors import UserError
 from purld.plan.sheet import Plan
-from purld.student.load import count_parameters, lora_config
+from purld.student.load import count_parameters, trainable
+from purld.student.processor import model_class
 
 _CHECKPOINTS = 3  # two are kept, and the next is whole before the older one goes
 
@@ -46,15 +46,14 @@ def plan_machine(plan: Plan, config: Config, run: Path) -> None:
 def _parameters(student: Student) -> tuple[int, int]:
     """How many weights the student has, and how many of them, or beside them, are trained."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(student.model))
+        config = AutoConfig.from_pretrained(student.model)
+        model = model_class(config).from_config(config)
         count = count_parameters(model)
-        if student.lora is None:
-            return count, count
         try:
-            adapted = get_peft_model(model, lora_config(student))
+            model = trainable(student, model)
         except ValueError as error:
             raise UserError(f"student.lora: no adapter can be made ({' '.join(str(error).split())[:200]}).") from None
-    return count, sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    return count, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _existing(path: Path) -> Path:

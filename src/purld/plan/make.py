@@ -15,8 +15,7 @@ from purld.plan.machine import plan_machine
 from purld.plan.sheet import Plan
 from purld.pools import Pools, load_pools
 from purld.rundir import RunDir
-from purld.student.encode import Encoder
-from purld.student.load import load_tokenizer
+from purld.student.load import load_encoder
 from purld.training.sft import is_validation
 
 _BINS = 6
@@ -29,7 +28,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
         UserError: a file, a row, the model directory or a length is wrong.
     """
     plan = Plan()
-    encoder = Encoder(load_tokenizer(config.student), config.student.max_anchor_tokens)
+    encoder = load_encoder(config.student)
     check_context(config)
     pools = load_pools(config, encoder, lambda line: plan.add("Prompts", line))
     check_judging(config, pools)

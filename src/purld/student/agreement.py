@@ -2,8 +2,9 @@
 
 Compared are the log-probabilities of two of the group's rows and their gradient at the prompt's embeddings, which
 passes through every key and value of the cache. A model that disagrees, or cannot do it at all, works on full
-sequences from then on, and says so once. A sliding window that a group outgrows is another case and is tried out
-again. The verdict depends on the model and not on which group came first, short of a bug that only some groups show.
+sequences from then on, and says so once. A sliding window that a group outgrows and a head with pictures are other
+cases and are tried out again. The verdict depends on the model and not on which group came first, short of a bug that
+only some groups show.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ import torch
 from torch import Tensor
 
 from purld.errors import PlainWarning
+from purld.student.pictures import Head
 from purld.student.prefix import FullSequences, Prefix, SharedPrefix
 
-_verdicts: WeakKeyDictionary[Any, dict[int, bool]] = WeakKeyDictionary()
+_verdicts: WeakKeyDictionary[Any, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
 
 
-def may_share(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pad: int) -> bool:
+def may_share(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -> bool:
     """Whether `SharedPrefix` gives this model's numbers and gradients.
 
     Args:
         model: a causal language model, in evaluation mode.
-        head: token ids of the head in question.
+        head: the head in question.
         rows: its continuations.
         pad: a token id to pad with.
     """
     causal = _causal(model)
     verdicts = _verdicts.setdefault(causal, {})
-    case = windows_outgrown(model, len(head) + max(map(len, rows)))
+    case = windows_outgrown(model, len(head) + max(map(len, rows))), bool(head.images)
     if case not in verdicts:
         problem = _disagreement(model, head, sorted(rows, key=len)[:: max(1, len(rows) - 1)], pad)
         verdicts[case] = problem is None
@@ -58,7 +60,7 @@ def _causal(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _disagreement(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pad: int) -> str | None:
+def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -> str | None:
     """What is wrong with sharing, in a clause; None if nothing is."""
     plain, plain_gradient = _numbers(model, lambda: FullSequences(model, head, pad), rows, len(head))
     try:

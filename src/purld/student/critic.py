@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from purld.student.encode import pad_right
+from purld.student.pictures import Head, features_of
 
 
 class ValueHead(nn.Module):
@@ -35,21 +36,22 @@ class ValueHead(nn.Module):
 
 
 @torch.no_grad()
-def prefix_states(model: Any, head: Sequence[int], completions: Sequence[Sequence[int]], pad: int) -> Tensor:
+def prefix_states(model: Any, head: Head, completions: Sequence[Sequence[int]], pad: int) -> Tensor:
     """The last hidden state before each token of K completions: (K, C, H), float32, without gradients.
 
     Args:
         model: a causal language model.
-        head: token ids of the prompt.
+        head: the prompt.
         completions: K completions as token ids.
         pad: a token id to pad with; states after a completion's end mean nothing.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
-    ids, mask = pad_right([[*head, *completion] for completion in completions], pad, device)
+    ids, mask = pad_right([[*head.ids, *completion] for completion in completions], pad, device)
     # A token's value is that of the prefix before it, and nothing follows the last token.
-    trunk = inner.get_decoder()
-    states: Tensor = trunk(input_ids=ids[:, :-1], attention_mask=mask[:, :-1]).last_hidden_state
+    ids, mask = ids[:, :-1], mask[:, :-1]
+    beside = features_of(model, [head] * len(ids), ids)
+    states: Tensor = inner.base_model(input_ids=ids, attention_mask=mask, **beside).last_hidden_state
     return states[:, len(head) - 1 :].float()
 
 

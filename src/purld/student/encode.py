@@ -1,21 +1,24 @@
 """The only place that turns text into tokens, pads them, and knows where a completion begins.
 
-A prompt is rendered by the model's own chat template. Text that somebody else wrote into a template of ours
-(anchors, candidates) is encoded with special tokens taken literally, so that an answer that contains
-"<|im_end|>" cannot close its own turn. Images would enter here and nowhere else: `Encoder.prompt` is the seam.
+A prompt is rendered by the model's own chat template, its pictures where their marks are, each as many placeholder
+tokens as the model's processor says. Text that somebody else wrote into a template of ours (questions, anchors,
+candidates) is encoded with special tokens taken literally, so that an answer that contains "<|im_end|>" cannot close
+its own turn, nor one that contains "<image>" pass for a picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from purld.errors import UserError
-from purld.records import Message, Prompt
+from purld.records import IMAGE, Image, Message, Prompt
+from purld.student.pictures import Head, Preparer, pixels_of
 from purld.templates import RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 
 # Stands for a slot while the chat template is rendered around it; no tokeniser ever sees it.
@@ -32,37 +35,52 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvaluationFrame:
-    """The tokens around a candidate in the self-evaluation prompt: `head` is shared by a whole group."""
+    """What is around a candidate in the self-evaluation prompt: `head` is shared by a whole group."""
 
-    head: list[int]
+    head: Head
     tail: list[int]
 
 
 class Encoder:
-    """A tokenizer with the conventions of a run.
+    """A tokenizer, or a processor with one, and the conventions of a run.
 
     Args:
-        tokenizer: a tokenizer with a chat template.
+        processor: a tokenizer, or the processor of a model that reads pictures; with a chat template.
         max_anchor_tokens: anchors are cut to this many tokens.
+        max_image_pixels: pictures with more are made smaller first; None leaves that to the processor.
 
     Raises:
-        UserError: the tokenizer has no chat template or no end-of-turn token.
+        UserError: there is no chat template or no end-of-turn token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_anchor_tokens: int) -> None:
-        name = tokenizer.name_or_path
-        if not tokenizer.chat_template:
+    def __init__(
+        self,
+        processor: PreTrainedTokenizerBase | ProcessorMixin,
+        max_anchor_tokens: int,
+        max_image_pixels: int | None = None,
+    ) -> None:
+        reads_pictures = isinstance(processor, ProcessorMixin)
+        self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer if reads_pictures else processor
+        name = self.tokenizer.name_or_path
+        if not processor.chat_template:
             raise UserError(f"{name}: the tokenizer has no chat template; purld aligns instruct models.")
-        if tokenizer.eos_token_id is None:
+        if self.tokenizer.eos_token_id is None:
             raise UserError(f"{name}: the tokenizer names no end-of-turn token (eos_token).")
-        self.tokenizer = tokenizer
+        self.processor = processor
         self.max_anchor_tokens = max_anchor_tokens
-        self.end: int = tokenizer.eos_token_id
-        self.pad: int = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.end: int = self.tokenizer.eos_token_id
+        self.pad: int = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self._preparer = Preparer(processor, max_image_pixels) if reads_pictures else None
+        # Tokens that stand for a picture in the model's eyes: no completion may hold one.
+        self.placeholders: list[int] = _placeholders(processor) if reads_pictures else []
 
-    def prompt(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt up to where the assistant's answer begins."""
-        return self._rendered(self._chat(prompt.messages))
+    def prompt(self, prompt: Prompt) -> Head:
+        """A prompt up to where the assistant's answer begins.
+
+        Raises:
+            UserError: it has pictures and the model reads none, or its text holds the model's own mark of a picture.
+        """
+        return self._head([self._chat(prompt.messages)], [], prompt)
 
     def answer(self, text: str) -> Answer:
         """An anchor as a training target of at most `max_anchor_tokens` tokens."""
@@ -74,35 +92,99 @@ class Encoder:
     def evaluation_frame(self, prompt: Prompt, anchor: str | None) -> EvaluationFrame:
         """The self-evaluation prompt (appendix C.4) around a slot for the candidate; without an anchor, a bare rating.
 
-        The anchor is cut like a training target, so that the frame fits wherever the anchor did.
+        The prompt's pictures stand where the question has them. The anchor is cut like a training target, so that the
+        frame fits wherever the anchor did.
         """
-        template, texts = RATING_HEAD, {"question": self.literal(prompt.question)}
+        pieces = prompt.question.split(IMAGE)
+        literals = [self.literal(piece) for piece in pieces]
+        template, fields = RATING_HEAD, {"question": IMAGE.join([_SLOT] * len(pieces))}
         if anchor is not None:
             template = SELF_EVALUATION_HEAD
-            texts["anchor"] = self.literal(anchor)[: self.max_anchor_tokens]
-        words = template.format(**dict.fromkeys(texts, _SLOT))
-        turn = Message("user", words + _SLOT + SELF_EVALUATION_TAIL)
+            fields["anchor"] = _SLOT
+            literals.append(self.literal(anchor)[: self.max_anchor_tokens])
+        turn = Message("user", template.format(**fields) + _SLOT + SELF_EVALUATION_TAIL)
         *around, closing = self._chat([turn]).split(_SLOT)
-        head = self._rendered(around[0])
-        for text, following in zip(texts.values(), around[1:], strict=True):
-            head += text + self._rendered(following)
-        return EvaluationFrame(head, self._rendered(closing))
+        return EvaluationFrame(self._head(around, literals, prompt), self._rendered(closing))
 
     def literal(self, text: str) -> list[int]:
         """Token ids of somebody's text, special tokens in it spelled out."""
         clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8 form
-        return list(self.tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=True))
+        ids = self.tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=True)
+        return [i for i in ids if i not in self.placeholders]  # some vocabularies do not call them special
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _chat(self, messages: Sequence[Message]) -> str:
-        turns = [{"role": m.role, "content": m.content} for m in messages]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        turns = [{"role": m.role, "content": self._content(m.content)} for m in messages]
+        return str(self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def _content(self, content: str) -> str | list[dict[str, str]]:
+        """A message's content as chat templates take it: a text, or parts where the model reads pictures."""
+        return content if self._preparer is None else list(_parts(content))
+
+    def _head(self, rendered: Sequence[str], literals: Sequence[list[int]], prompt: Prompt) -> Head:
+        """Rendered texts with `literals` between them; placeholders in the texts become the prompt's pictures."""
+        if self._preparer is None:
+            if prompt.images:
+                name = self.tokenizer.name_or_path
+                raise UserError(f"{prompt.place or prompt.id}: the prompt has images, and {name} reads none.")
+            expanded = list(rendered)
+        else:
+            expanded = _expanded(rendered, prompt, self._preparer)
+        ids = self._rendered(expanded[0])
+        for literal, text in zip(literals, expanded[1:], strict=True):
+            ids += literal + self._rendered(text)
+        return Head(ids, prompt.images, self._preparer)
 
     def _rendered(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _parts(content: str) -> Iterator[dict[str, str]]:
+    for number, text in enumerate(content.split(IMAGE)):
+        if number:
+            yield {"type": "image"}
+        if text:
+            yield {"type": "text", "text": text}
+
+
+def _expanded(rendered: Sequence[str], prompt: Prompt, preparer: Preparer) -> list[str]:
+    """Rendered texts in which each placeholder is as long as the model wants the picture it stands for."""
+    found = sum(text.count(preparer.placeholder) for text in rendered)
+    if found != len(prompt.images):
+        raise UserError(
+            f"{prompt.place or prompt.id}: the prompt has {len(prompt.images)} images, and {found} times the text "
+            f"{preparer.placeholder} that stands for one; that text cannot be part of a question to this model."
+        )
+    images = iter(prompt.images)
+    return ["".join(_with_pictures(text, images, preparer)) for text in rendered]
+
+
+def _with_pictures(text: str, images: Iterator[Image], preparer: Preparer) -> Iterator[str]:
+    first, *others = text.split(preparer.placeholder)
+    yield first
+    for other in others:
+        yield preparer.expansion(next(images))
+        yield other
+
+
+def _placeholders(processor: ProcessorMixin) -> list[int]:
+    found = [*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids]
+    return sorted({token for token in found if token is not None})
+
+
+def training_batch(rows: Sequence[tuple[Head, Sequence[int]]], pad: int) -> dict[str, Any]:
+    """Heads and the answers to learn as one batch on the CPU, padded on the right, as a model's `forward` takes it.
+
+    Labels are (B, L), -100 on heads and padding; the model shifts them.
+    """
+    ids, mask = pad_right([[*head.ids, *answer] for head, answer in rows], pad, torch.device("cpu"))
+    labels = torch.full_like(ids, -100)
+    for row, (head, answer) in enumerate(rows):
+        labels[row, len(head) : len(head) + len(answer)] = ids[row, len(head) : len(head) + len(answer)]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels} | pixels_of([head for head, _ in rows], ids)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

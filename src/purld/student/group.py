@@ -12,24 +12,23 @@ from typing import Any
 from torch import Tensor
 
 from purld.student.agreement import may_share
+from purld.student.pictures import Head
 from purld.student.prefix import FullSequences, Prefix, SharedPrefix
 
 
-def prefix_of(model: Any, head: Sequence[int], rows: Sequence[Sequence[int]], pad: int, cut: bool = False) -> Prefix:
+def prefix_of(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int, cut: bool = False) -> Prefix:
     """The head of a group, to put some or all of its `rows` to; see `SharedPrefix` for the other arguments."""
     if may_share(model, head, rows, pad):
         return SharedPrefix(model, head, pad, cut)
     return FullSequences(model, head, pad)
 
 
-def token_log_probs(
-    model: Any, head: Sequence[int], completions: Sequence[Sequence[int]], pad: int
-) -> tuple[Tensor, Tensor]:
+def token_log_probs(model: Any, head: Head, completions: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """log p(y_kt | x, y_k<t) in nats of every token of K completions of one prompt.
 
     Args:
         model: a causal language model; gradients flow if they are enabled.
-        head: token ids of the prompt.
+        head: the prompt.
         completions: K non-empty completions as token ids, end-of-turn included where it was sampled.
         pad: a token id to pad with.
 
@@ -39,7 +38,7 @@ def token_log_probs(
     return prefix_of(model, head, completions, pad).token_log_probs(completions)
 
 
-def sequence_log_probs(model: Any, head: Sequence[int], completions: Sequence[Sequence[int]], pad: int) -> Tensor:
+def sequence_log_probs(model: Any, head: Head, completions: Sequence[Sequence[int]], pad: int) -> Tensor:
     """log p(y_k | x) in nats: `token_log_probs` summed over tokens, (K,), float32."""
     return token_log_probs(model, head, completions, pad)[0].sum(dim=1)
 

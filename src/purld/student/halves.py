@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 # Tokens whose logits are in memory together: enough to keep a GPU's matrix units busy, and at a vocabulary of
 # 150,000 still only 150 MB in float32.
 _CHUNK = 256
+# Models that give pictures positions in three dimensions keep this of the last head they ran, as a state of theirs.
+_SHIFT = "rope_deltas"
 
 
 class Halves:
@@ -34,9 +36,26 @@ class Halves:
         if self.body is self.causal:
             raise TypeError(f"{type(self.causal).__name__} does not keep its body apart from its head")
 
-    def hidden_states(self, ids: Tensor, cache: Any | None = None) -> Any:
-        """The body's output for (B, L) token ids, on top of `cache` if there is one; with a new cache if not."""
-        return self.body(input_ids=ids, past_key_values=cache, use_cache=True)
+    def hidden_states(
+        self, ids: Tensor, cache: Any | None = None, shift: Tensor | None = None, beside: Mapping[str, Any] = {}
+    ) -> Any:
+        """The body's output for (B, L) token ids, on top of `cache` if there is one; with a new cache if not.
+
+        Args:
+            ids: token ids.
+            cache: keys and values of what comes before.
+            shift: what `shift` said after that had been run.
+            beside: what the body takes beside token ids.
+        """
+        if hasattr(self.body, _SHIFT):
+            setattr(self.body, _SHIFT, shift)
+        return self.body(input_ids=ids, past_key_values=cache, use_cache=True, **beside)
+
+    @property
+    def shift(self) -> Tensor | None:
+        """By how much positions go on from another number than that of the tokens, after a head with pictures."""
+        shift: Tensor | None = getattr(self.body, _SHIFT, None)
+        return shift
 
     def logits(self, output: Any, hidden: Tensor) -> Tensor:
         """(N, V) logits in float32 of (N, H) hidden states that come from the body's `output`."""

@@ -2,7 +2,8 @@
 
 In Stage II one model is policy, sampler, evaluator and reference. With LoRA that is literally one copy of the
 weights: Stage I's adapter is merged into them when they are loaded, so that switching Stage II's adapter off
-gives p_sft (and not p_base). Without LoRA all weights move, and p_sft is a second, frozen copy.
+gives p_sft (and not p_base). Without LoRA all weights move, and p_sft is a second, frozen copy. What a model sees
+pictures with may stay as it is while the rest moves; then all roles share it.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from purld.config import Student
 from purld.errors import UserError
+from purld.student.encode import Encoder
+from purld.student.pictures import vision_modules
+from purld.student.processor import model_class, read_processor, save_processor
 
 _ADAPTER = "adapter_config.json"
 
@@ -48,17 +52,18 @@ class Roles:
                     yield self.policy
 
 
-def load_tokenizer(student: Student) -> PreTrainedTokenizerBase:
-    """The tokenizer of the student's directory or hub id.
+def load_encoder(student: Student) -> Encoder:
+    """The student's tokenizer, or its processor if it reads pictures, with the conventions of a run.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or none for chats.
     """
     check_model_directory(student.model)
     try:
-        return AutoTokenizer.from_pretrained(student.model)
-    except (OSError, ValueError, KeyError) as error:
+        processor = read_processor(student.model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(student.model, error) from None
+    return Encoder(processor, student.max_anchor_tokens, student.max_image_pixels)
 
 
 def load_model(student: Student, path: str | Path) -> Any:
@@ -69,64 +74,84 @@ def load_model(student: Student, path: str | Path) -> Any:
         path: the student's own directory or hub id, or a stage's directory in a run.
 
     Raises:
-        UserError: it cannot be loaded as a causal language model.
+        UserError: it cannot be loaded as a model that writes text.
     """
     adapter = (Path(path) / _ADAPTER).exists()
     base = student.model if adapter else str(path)
     check_model_directory(base)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=_dtype(student))
+        model = _weights(student, base)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_loadable(base, error) from None
     if adapter:
         model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    model.to(_device())
+    model.to(fastest_device())
     return model.eval()
+
+
+def trainable(student: Student, model: Any) -> Any:
+    """The model with what is to be trained switched on: an adapter, or all weights; its vision only if so configured.
+
+    Args:
+        student: says what is trained.
+        model: as loaded.
+    """
+    if student.lora is not None:
+        return get_peft_model(model, lora_config(student, model))
+    if not student.trains_vision:
+        for module in vision_modules(model).values():
+            module.requires_grad_(False)
+    return model
 
 
 def load_roles(student: Student, sft: Path) -> Roles:
     """The roles of Stage II, everyone starting from the p_sft saved at `sft`."""
-    model = load_model(student, sft)
+    policy = trainable(student, load_model(student, sft))
     if student.lora is not None:
-        return Roles(get_peft_model(model, lora_config(student)), None)
+        return Roles(policy, None)
     frozen = load_model(student, sft)
+    if not student.trains_vision:
+        for name, module in vision_modules(policy).items():
+            setattr(frozen.base_model, name, module)
     frozen.requires_grad_(False)
-    return Roles(model, frozen)
+    return Roles(policy, frozen)
 
 
-def lora_config(student: Student) -> LoraConfig:
-    """The student's adapter settings as peft takes them; alpha is 2 r unless set."""
+def lora_config(student: Student, model: Any) -> LoraConfig:
+    """The student's adapter settings as peft takes them for `model`; alpha is 2 r unless set."""
     if student.lora is None:
         raise ValueError("this student has no adapter")
+    spared = [] if student.trains_vision else vision_modules(model)
     return LoraConfig(
         r=student.lora.r,
         lora_alpha=student.lora.alpha or 2 * student.lora.r,
         lora_dropout=student.lora.dropout,
         target_modules=student.lora.target_modules,
+        exclude_modules=rf".*\b({'|'.join(spared)})\..*" if spared else None,
         task_type="CAUSAL_LM",
     )
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Save weights, or an adapter, with the tokenizer, as an ordinary Hugging Face directory."""
+def save_model(student: Student, model: Any, encoder: Encoder, path: Path) -> None:
+    """Save weights, or an adapter, with the student's tokenizer or processor, as an ordinary Hugging Face directory."""
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_processor(encoder.processor, student.model, path)
 
 
-def save_policy(student: Student, roles: Roles, sft: Path, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path) -> None:
     """Save the policy so that it loads on the base weights.
 
     Stage II's adapter was trained on top of Stage I's, so the two are concatenated into one of their summed
     rank, which is exact.
     """
     if student.lora is None:
-        save_model(roles.policy, tokenizer, path)
+        save_model(student, roles.policy, encoder, path)
         return
     with tempfile.TemporaryDirectory() as folder:
         stage_two = Path(folder) / "stage_two"
         roles.policy.save_pretrained(stage_two)
-        base = AutoModelForCausalLM.from_pretrained(student.model, dtype=_dtype(student))
+        base = _weights(student, student.model)
         both = PeftModel.from_pretrained(base, str(sft), adapter_name="stage_one")
         both.load_adapter(str(stage_two), adapter_name="stage_two")
         both.add_weighted_adapter(["stage_one", "stage_two"], [1.0, 1.0], "policy", combination_type="cat")
@@ -134,7 +159,7 @@ def save_policy(student: Student, roles: Roles, sft: Path, tokenizer: PreTrained
         path.mkdir(parents=True, exist_ok=True)
         for file in (Path(folder) / "policy").iterdir():
             shutil.copy(file, path / file.name)
-    tokenizer.save_pretrained(path)
+    save_processor(encoder.processor, student.model, path)
 
 
 def check_model_directory(model: str) -> None:
@@ -162,10 +187,14 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def context_length(student: Student) -> int | None:
-    """How many tokens the student's positions reach, if its configuration says."""
-    config = AutoConfig.from_pretrained(student.model)
+def context_length(model: str) -> int | None:
+    """How many tokens the positions of a model directory or hub id reach, if its configuration says."""
+    config = AutoConfig.from_pretrained(model)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _weights(student: Student, path: str) -> Any:
+    return model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=_dtype(student))
 
 
 def _dtype(student: Student) -> torch.dtype | str:
@@ -176,7 +205,8 @@ def _dtype(student: Student) -> torch.dtype | str:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[student.dtype]
 
 
-def _device() -> torch.device:
+def fastest_device() -> torch.device:
+    """Where models are put."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

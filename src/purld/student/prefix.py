@@ -3,6 +3,7 @@
 The head is a prompt, or everything of a self-evaluation prompt before the candidate. `SharedPrefix` runs it once,
 at batch size 1, into the ordinary key-value cache, and the continuations read from that cache; this is exact,
 gradients included, because under a causal mask a position's keys and values depend on nothing that comes later.
+Its pictures are looked at once with it.
 For the same reason continuations are padded on the right and need no mask. `FullSequences` takes nothing for
 granted but the model's own `forward`.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from purld.student.cache import ReadOnly, plain_layers
 from purld.student.encode import pad_right
 from purld.student.halves import Halves
+from purld.student.pictures import Head, features_of, pixels_of
 
 
 class Prefix(Protocol):
@@ -41,8 +43,8 @@ class SharedPrefix:
     """The head, computed once.
 
     Args:
-        model: a causal language model; gradients flow through the head if they are enabled.
-        head: token ids.
+        model: a causal language model; gradients flow through the head, pictures included, if they are enabled.
+        head: what all continuations begin with.
         pad: a token id to pad with.
         cut: stop the continuations' gradients at the head and hold them there until `backward`, so that the head
             is run and differentiated once however many backward passes the continuations are split into.
@@ -51,15 +53,18 @@ class SharedPrefix:
         TypeError: the model's cache is not a plain one.
     """
 
-    def __init__(self, model: Any, head: Sequence[int], pad: int, cut: bool = False) -> None:
+    def __init__(self, model: Any, head: Head, pad: int, cut: bool = False) -> None:
         self._halves = Halves(model)
         self._pad = pad
         self._device = next(model.parameters()).device
-        output = self._halves.hidden_states(torch.tensor([list(head)], device=self._device))
+        ids = torch.tensor([head.ids], device=self._device)
+        output = self._halves.hidden_states(ids, beside=features_of(model, [head], ids))
+        self._shift = self._halves.shift
         self._layers = plain_layers(output.past_key_values)
         self._last = output.last_hidden_state[:, -1:]  # (1, 1, H): predicts the first token
         self._output = copy.copy(output)  # what the head needs of it, and not the whole prompt's hidden states
-        self._output.last_hidden_state = self._output.past_key_values = None
+        self._output.last_hidden_state = self._last.detach()  # in its place: some models ask for it by number
+        self._output.past_key_values = None
         self._cuts: list[tuple[Tensor, Tensor]] = []
         if cut and torch.is_grad_enabled():
             self._last = self._cut(self._last)
@@ -94,7 +99,7 @@ class SharedPrefix:
         """Hidden states (B, L, H) of right-padded continuations (B, L)."""
         if ids.shape[1] == 0:
             return self._last.new_empty(ids.shape[0], 0, self._last.shape[-1])
-        hidden: Tensor = self._halves.hidden_states(ids, ReadOnly(self._layers)).last_hidden_state
+        hidden: Tensor = self._halves.hidden_states(ids, ReadOnly(self._layers), self._shift).last_hidden_state
         return hidden
 
     def _cut(self, whole: Tensor) -> Tensor:
@@ -108,9 +113,9 @@ class SharedPrefix:
 class FullSequences:
     """The head, repeated for every continuation; see `SharedPrefix` for the arguments."""
 
-    def __init__(self, model: Any, head: Sequence[int], pad: int) -> None:
+    def __init__(self, model: Any, head: Head, pad: int) -> None:
         self._model = model
-        self._head = list(head)
+        self._head = head
         self._pad = pad
         self._device = next(model.parameters()).device
 
@@ -131,9 +136,12 @@ class FullSequences:
 
     def _logits(self, tails: Sequence[Sequence[int]]) -> Tensor:
         """(B, 1 + L, V) logits at the head's last position and the tails', which are right-padded."""
-        ids, mask = pad_right([self._head + list(tail) for tail in tails], self._pad, self._device)
+        ids, mask = pad_right([[*self._head.ids, *tail] for tail in tails], self._pad, self._device)
         kept = ids.shape[1] - len(self._head) + 1
-        logits: Tensor = self._model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits
+        beside = pixels_of([self._head] * len(tails), ids)
+        logits: Tensor = self._model(
+            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept, **beside
+        ).logits
         return logits[:, -kept:].float()
 
 

@@ -22,7 +22,9 @@ from transformers import GenerationConfig
 from purld.student.agreement import may_share, windows_outgrown
 from purld.student.cache import repeat_with_room
 from purld.student.encode import Encoder, pad_left
+from purld.student.pictures import Head, features_of, pixels_of
 
+NOTHING = Head([])
 _STAND_IN_TOKENS = 32
 
 
@@ -46,9 +48,7 @@ class Completion:
 class Sampler(Protocol):
     """Draws `count` completions for each prompt, the same ones for the same seed."""
 
-    def __call__(
-        self, model: Any, prompts: Sequence[Sequence[int]], count: int, seed: int
-    ) -> list[list[Completion]]: ...
+    def __call__(self, model: Any, prompts: Sequence[Head], count: int, seed: int) -> list[list[Completion]]: ...
 
 
 class GenerateSampler:
@@ -58,9 +58,9 @@ class GenerateSampler:
         self._encoder = encoder
         self._decoding = decoding
 
-    def __call__(self, model: Any, prompts: Sequence[Sequence[int]], count: int, seed: int) -> list[list[Completion]]:
-        """`count` completions for each of the prompts (token ids)."""
-        with _seeded(seed):
+    def __call__(self, model: Any, prompts: Sequence[Head], count: int, seed: int) -> list[list[Completion]]:
+        """`count` completions for each of the prompts."""
+        with seeded(seed):
             return generate(model, self._encoder, prompts, count, self._decoding)
 
 
@@ -68,33 +68,34 @@ class GenerateSampler:
 def generate(
     model: Any,
     encoder: Encoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Head],
     count: int,
     decoding: Decoding,
-    head: Sequence[int] = (),
+    head: Head = NOTHING,
 ) -> list[list[Completion]]:
-    """`count` completions for each of the prompts (token ids), from torch's global random state.
+    """`count` completions for each of the prompts, from torch's global random state.
 
     Args:
         model: a causal language model.
         encoder: the run's encoder.
-        prompts: token ids.
+        prompts: what is completed; without pictures where there is a head.
         count: completions per prompt; 1 where there is a head.
         decoding: how they are drawn.
-        head: token ids that come before each of the prompts.
+        head: what comes before each of the prompts.
     """
     # Padding goes between the head and a shorter prompt. No position counts it, but a sliding window would.
     width = len(head) + max(map(len, prompts)) + decoding.max_new_tokens
-    if head and (windows_outgrown(model, width) or not may_share(model, head, prompts, encoder.pad)):
-        prompts, head = [[*head, *prompt] for prompt in prompts], ()
-    ids, mask = pad_left(prompts, encoder.pad, next(model.parameters()).device)
-    ids, mask = _before(ids, head), _before(mask, [1] * len(head))
-    ready: dict[str, Any] = {}
+    if head and (windows_outgrown(model, width) or not may_share(model, head, [p.ids for p in prompts], encoder.pad)):
+        prompts, head = [head.followed_by(prompt.ids) for prompt in prompts], NOTHING
+    ids, mask = pad_left([p.ids for p in prompts], encoder.pad, next(model.parameters()).device)
+    ids, mask = _before(ids, head.ids), _before(mask, [1] * len(head))
     if head:
-        ready = _prefilled(model, encoder, ids[:1, : len(head)], mask[:1, : len(head)], len(ids), width)
-    elif count > 1 and may_share(model, *_stand_in(prompts), encoder.pad):
+        ready = _prefilled(model, encoder, [head], ids[:1, : len(head)], mask[:1, : len(head)], len(ids), width)
+    elif count > 1 and may_share(model, *_stand_in(prompts, encoder), encoder.pad):
         # All but the last token, which `generate` wants to see for itself.
-        ready = _prefilled(model, encoder, ids[:, :-1], mask[:, :-1], count, width)
+        ready = _prefilled(model, encoder, prompts, ids[:, :-1], mask[:, :-1], count, width)
+    else:
+        ready = pixels_of(prompts, ids)
     with _plain_generation_config(model, encoder, decoding) as (inner, ends):
         inner.generation_config.num_return_sequences = count
         output = model.generate(input_ids=ids, attention_mask=mask, **ready)
@@ -109,17 +110,21 @@ def _before(rows: Tensor, head: Sequence[int]) -> Tensor:
     )
 
 
-def _prefilled(model: Any, encoder: Encoder, ids: Tensor, mask: Tensor, copies: int, width: int) -> dict[str, Any]:
+def _prefilled(
+    model: Any, encoder: Encoder, heads: Sequence[Head], ids: Tensor, mask: Tensor, copies: int, width: int
+) -> dict[str, Any]:
     """The cache of left-padded rows, as an argument of `generate`: each row's repeated, room for `width` tokens."""
+    beside = features_of(model, heads, ids)
     with _plain_generation_config(model, encoder, Decoding(temperature=0.0, max_new_tokens=1)):
-        output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True)
+        output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **beside)
     return {"past_key_values": repeat_with_room(output.past_key_values, copies, width - ids.shape[1])}
 
 
-def _stand_in(prompts: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+def _stand_in(prompts: Sequence[Head], encoder: Encoder) -> tuple[Head, list[list[int]]]:
     """A head and continuations to try sharing on before there are any completions."""
-    longest = list(max(prompts, key=len))
-    return longest, [longest[:1], longest[:_STAND_IN_TOKENS]]
+    longest = max(prompts, key=len)
+    words = [token for token in longest.ids if token not in encoder.placeholders]
+    return longest, [words[:1], words[:_STAND_IN_TOKENS]]
 
 
 def seed_from(*parts: object) -> int:
@@ -135,7 +140,8 @@ def _completion(row: list[int], ends: set[int]) -> Completion:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """torch draws from `seed` here, and goes on afterwards as if nothing had been drawn."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -160,6 +166,7 @@ def _plain_generation_config(model: Any, encoder: Encoder, decoding: Decoding) -
         max_new_tokens=decoding.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=encoder.pad,
+        suppress_tokens=encoder.placeholders or None,
     )
     was_training = model.training
     model.eval()

@@ -22,6 +22,7 @@ from purld.errors import UserError
 from purld.records import Prompt
 from purld.student.encode import Encoder
 from purld.student.group import micro_batches, prefix_of
+from purld.student.pictures import Head
 from purld.student.sample import Decoding, generate
 
 _NUMBER = re.compile(r"\s*(1(?:\.0+)?|0(?:\.\d+)?|\.\d+)(?![\d.]*\d)")
@@ -69,9 +70,7 @@ class SelfEvaluator:
             scores = self._verbal(model, frame.head, tails)
         return GroupScores(None, scores) if anchor is None else GroupScores(scores[0], scores[1:])
 
-    def _expected(
-        self, model: Any, head: list[int], tails: list[list[int]], reader: _ScoreReader
-    ) -> list[float | None]:
+    def _expected(self, model: Any, head: Head, tails: list[list[int]], reader: _ScoreReader) -> list[float | None]:
         scores: list[float | None] = []
         tails = [tail + reader.opening for tail in tails]
         prefix = prefix_of(model, head, tails, self._encoder.pad)
@@ -79,11 +78,11 @@ class SelfEvaluator:
             scores += reader.expectation(prefix.closing_logits(tails[rows], 3)).tolist()
         return scores
 
-    def _verbal(self, model: Any, head: list[int], tails: list[list[int]]) -> list[float | None]:
+    def _verbal(self, model: Any, head: Head, tails: list[list[int]]) -> list[float | None]:
         scores: list[float | None] = []
         greedy = Decoding(temperature=0.0, max_new_tokens=_VERBAL_TOKENS)
         for rows in micro_batches(len(tails), self._batch_size):
-            replies = generate(model, self._encoder, tails[rows], 1, greedy, head)
+            replies = generate(model, self._encoder, [Head(tail) for tail in tails[rows]], 1, greedy, head)
             scores += [parse_score(self._encoder.text(reply.ids)) for (reply,) in replies]
         return scores
 

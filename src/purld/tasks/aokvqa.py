@@ -1,7 +1,6 @@
 """A-OKVQA (Schwenk et al., 2022): `aokvqa_v1p0_{train,val}.json` and the COCO images that they ask about.
 
-Images are named, not read: a prompt holds the path `{split}2017/{image_id:012}.jpg`. The published test split
-has no gold and is not used.
+The image of a question is `{split}2017/{image_id:012}.jpg`. The published test split has no gold and is not used.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from purld.errors import UserError
-from purld.records import Message, Prompt
+from purld.images import read_image
+from purld.records import IMAGE, Image, Message, Prompt
 from purld.rows import BadRowError, Row, check_text, read_json
 from purld.tasks.source import Splits, split_name
 
@@ -47,9 +47,9 @@ def parse_choice(row: Row) -> Prompt:
         if type(right) is not int or not 0 <= right < len(choices):
             raise ValueError("correct_choice_idx names none of the choices")
         options = " ".join(f"({place}) {choice}" for place, choice in enumerate(choices))
-        text = f"Question: {_question(cells)}\nOptions: {options}"
+        text = f"{IMAGE}Question: {_question(cells)}\nOptions: {options}"
         metadata = _metadata(cells) | {"choices": choices}
-        return Prompt((Message("user", text),), _image(cells), f"Answer: {choices[right]}", metadata)
+        return Prompt((Message("user", text),), _image(cells), f"Answer: {choices[right]}", metadata, row.place)
     except ValueError as problem:
         raise BadRowError(f"{row.place}: {problem}") from None
 
@@ -64,8 +64,8 @@ def parse_rationale(row: Row) -> Prompt:
     try:
         rationales = _texts(cells.get("rationales"), "rationales")
         metadata = _metadata(cells) | {"rationales": rationales}
-        message = Message("user", f"Question: {_question(cells)}")
-        return Prompt((message,), _image(cells), f"Rationale: {rationales[0]}", metadata)
+        message = Message("user", f"{IMAGE}Question: {_question(cells)}")
+        return Prompt((message,), _image(cells), f"Rationale: {rationales[0]}", metadata, row.place)
     except ValueError as problem:
         raise BadRowError(f"{row.place}: {problem}") from None
 
@@ -96,14 +96,12 @@ def _question(cells: Mapping[str, Any]) -> str:
     return check_text(cells.get("question"), "the question").strip()
 
 
-def _image(cells: Mapping[str, Any]) -> tuple[str]:
+def _image(cells: Mapping[str, Any]) -> tuple[Image]:
     number = cells.get("image_id")
     if type(number) is not int:
         raise ValueError("image_id is not a number")
     path: Path = cells["folder"] / f"{number:012}.jpg"
-    if not path.is_file():
-        raise ValueError(f"its image {path} is missing")
-    return (str(path),)
+    return (read_image(path, Path(), "its image"),)
 
 
 def _metadata(cells: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from purld.chats import column_images, parse_chat, place_images
 from purld.config import Columns
 from purld.errors import UserError
-from purld.records import Prompt
-from purld.rows import BadRowError, Row, check_text, iter_rows, parse_messages
+from purld.images import read_image
+from purld.parallel import in_order
+from purld.records import Image, Prompt
+from purld.rows import BadRowError, Row, check_text, iter_rows
+
+Parse = Callable[[Row], Prompt | None]
+
+_BATCH = 16  # rows that one thread parses at a time
 
 
 @dataclass(frozen=True)
@@ -39,13 +46,14 @@ def load_prompts(
         UserError: names the file and the row that cannot be used (with `bad_rows="fail"`), or says that no
             prompt is left.
     """
-    columns = columns or Columns()
-    return gather(iter_rows(path), lambda row: parse_prompt(row, columns), path, bad_rows)
+    columns, path = columns or Columns(), Path(path)
+    folder = path if path.is_dir() else path.parent
+    return gather(iter_rows(path), lambda row: parse_prompt(row, columns, folder), path, bad_rows)
 
 
 def gather(
     rows: Iterable[Row],
-    parse: Callable[[Row], Prompt | None],
+    parse: Parse,
     source: str | Path,
     bad_rows: Literal["fail", "skip"] = "fail",
 ) -> LoadedPrompts:
@@ -55,18 +63,18 @@ def gather(
         UserError: a row cannot be used (with `bad_rows="fail"`), or `source` gave no prompt.
     """
     prompts: dict[str, Prompt] = {}
+    images: dict[str, Image] = {}  # bytes that rows share are kept once
     used, problems = 0, list[str]()
-    for row in rows:
-        try:
-            prompt = parse(row)
-        except BadRowError as problem:
+    for prompt in in_order(lambda row: _outcome(row, parse), rows, _BATCH):  # images decode outside of Python's lock
+        if isinstance(prompt, BadRowError):
             if bad_rows == "fail":
-                raise UserError(f"{problem}.") from None
-            problems.append(f"{problem}.")
-            continue
-        if prompt is not None:
+                raise UserError(f"{prompt}.")
+            problems.append(f"{prompt}.")
+        elif prompt is not None:
             used += 1
-            prompts.setdefault(prompt.id, prompt)
+            if prompt.id not in prompts:
+                shared = tuple(images.setdefault(image.digest, image) for image in prompt.images)
+                prompts[prompt.id] = replace(prompt, images=shared) if shared else prompt
     if not prompts:
         found = f"none of its {len(problems)} rows can be used; {problems[0]}" if problems else "it has no rows."
         raise UserError(f"{source}: there are no prompts: {found}")
@@ -74,12 +82,16 @@ def gather(
     return LoadedPrompts(list(prompts.values()), total, used - len(prompts), len(problems), next(iter(problems), None))
 
 
-def parse_prompt(row: Row, columns: Columns) -> Prompt:
+def parse_prompt(row: Row, columns: Columns, folder: Path) -> Prompt:
     """The prompt in one row; columns that are not mapped become its metadata.
+
+    Args:
+        row: the row.
+        columns: which of its columns hold what.
+        folder: what the paths of its images are relative to.
 
     Raises:
         BadRowError: names the place, the column and what is wrong with it.
-        UserError: the row has images.
     """
     cells = row.cells()
     if columns.prompt not in cells:
@@ -87,17 +99,17 @@ def parse_prompt(row: Row, columns: Columns) -> Prompt:
         raise BadRowError(f"{row.place}: there is no column {columns.prompt!r} (its columns: {held}; see data.columns)")
     column = columns.prompt
     try:
-        messages = parse_messages(cells[column])
+        chat = parse_chat(cells[column])
+        chat = place_images(chat, column_images(cells.get(columns.images)))
         column = columns.reference
         reference = _parse_reference(cells.get(column))
-        column = columns.images
-        images = _parse_images(cells.get(column))
+        column = columns.images if cells.get(columns.images) else columns.prompt
+        images = tuple(read_image(cell, folder, f"image {number}") for number, cell in enumerate(chat.images, 1))
     except ValueError as problem:
         raise BadRowError(f"{row.place}: column {column!r} cannot be used: {problem}") from None
-    _refuse_images(images, row.place)
     mapped = {columns.prompt, columns.reference, columns.images}
     metadata = {str(name): _plain(cell) for name, cell in cells.items() if name not in mapped}
-    return Prompt(messages, images, reference, metadata)
+    return Prompt(chat.messages, images, reference, metadata, row.place)
 
 
 def split_pool(prompts: Sequence[Prompt], fraction: float, seed: int | str = 0) -> tuple[list[Prompt], list[Prompt]]:
@@ -122,6 +134,13 @@ def without(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Promp
     return [prompt for prompt in prompts if prompt.id not in barred]
 
 
+def _outcome(row: Row, parse: Parse) -> Prompt | BadRowError | None:
+    try:
+        return parse(row)
+    except BadRowError as problem:
+        return problem
+
+
 def _position(prompt_id: str, seed: int | str) -> float:
     """A place in [0, 1) that is as good as random and always the same."""
     digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
@@ -136,22 +155,6 @@ def _parse_reference(cell: object) -> str | None:
         whole = isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53
         return str(int(cell) if whole else cell)
     return check_text(cell, "it")
-
-
-def _parse_images(cell: object) -> tuple[str, ...]:
-    if cell is None or cell == "":
-        return ()
-    if isinstance(cell, str):
-        return (check_text(cell, "it"),)
-    if not isinstance(cell, list | tuple):
-        raise ValueError("it is neither a path nor a list of paths")
-    return tuple(check_text(path, f"image {number}") for number, path in enumerate(cell, 1))
-
-
-def _refuse_images(images: tuple[str, ...], place: str) -> None:
-    """Until the student encodes images, a prompt that has some must not pass for one that has none."""
-    if images:
-        raise UserError(f"{place}: the prompt has {len(images)} image(s); image prompts are not supported yet.")
 
 
 def _plain(cell: Any) -> Any:

@@ -114,7 +114,7 @@ def align(
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
     trainer.revisit()
-    save_policy(student, roles, run.sft, encoder.tokenizer, run.align)
+    save_policy(student, roles, run.sft, encoder, run.align)
     shutil.rmtree(checkpoints)
     return _facts(rows, settings, len(examples))
 

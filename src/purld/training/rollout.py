@@ -12,6 +12,7 @@ from purld.config import StageTwo as Settings
 from purld.method.table import Evidence, StageTwo
 from purld.records import Prompt
 from purld.student.encode import Encoder
+from purld.student.pictures import Head
 from purld.student.sample import Completion
 from purld.student.selfeval import GroupScores
 from purld.training.scoring import Scoring, Unscored
@@ -24,7 +25,7 @@ class Question:
 
     prompt: Prompt
     anchor: str
-    head: list[int]
+    head: Head
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Drawing:
     method: StageTwo[Any]
     settings: Settings
     encoder: Encoder
-    sample: Callable[[Any, Sequence[Sequence[int]], int, int], list[list[Completion]]]
+    sample: Callable[[Any, Sequence[Head], int, int], list[list[Completion]]]
     scoring: Scoring
     update: GroupUpdate
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from purld.blackbox.replies import Client, Reply
 from purld.errors import UserError
-from purld.records import Message, Prompt
+from purld.records import Prompt
 from purld.student.load import Roles
 from purld.student.selfeval import GroupScores, SelfEvaluator, parse_score
 from purld.templates import rating
@@ -89,7 +89,7 @@ def unscored(groups: Sequence[Unscored]) -> list[GroupScores]:
 
 def question(prompt: Prompt, candidate: str) -> Prompt:
     """What the teacher is asked about a candidate."""
-    return Prompt((Message("user", rating(prompt.question, candidate)),), images=prompt.images)
+    return Prompt.from_text(rating(prompt.question, candidate), images=prompt.images)
 
 
 def _score(reply: Reply) -> float | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -22,10 +21,13 @@ from purld.config import Sft, Student
 from purld.errors import UserError
 from purld.records import Anchor, Prompt, content_hash
 from purld.rundir import RunDir
-from purld.student.encode import Encoder
-from purld.student.load import load_model, lora_config, save_model
+from purld.student.encode import Encoder, training_batch
+from purld.student.load import load_model, save_model, trainable
+from purld.student.pictures import Head
 from purld.training.checkpoints import Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.trackers import tracker_arguments
+
+Lesson = tuple[Head, list[int]]  # a prompt and the token ids of its answer
 
 _LOGGED = frozenset({"loss", "eval_loss", "learning_rate", "grad_norm", "epoch"})
 
@@ -56,15 +58,14 @@ def fine_tune(
     Raises:
         UserError: no anchors are left to train on.
     """
-    rows, held_out, cut = _tokenise(examples, encoder, settings.validation_fraction)
+    rows, held_out, cut = _encoded(examples, encoder, settings.validation_fraction)
     if not rows:
         raise UserError("Stage I: there are no anchors to train on.")
     checkpoints = run.sft / "checkpoints"
     checkpoint, step = last_checkpoint(checkpoints)
     run.rewind_log("sft", step)
-    model = load_model(student, student.model)
-    if student.lora is not None:
-        model = get_peft_model(model, lora_config(student))
+    model = trainable(student, load_model(student, student.model))
+    lessons = [*rows, *held_out]
     trainer = SFTTrainer(
         model=model,
         args=_arguments(
@@ -75,15 +76,16 @@ def fine_tune(
             validate=bool(held_out),
             reporting=tracker_arguments(report_to, run, "sft"),
         ),
-        train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        train_dataset=_places(lessons[: len(rows)], 0),
+        eval_dataset=_places(held_out, len(rows)) if held_out else None,
         processing_class=encoder.tokenizer,
+        data_collator=lambda batch: training_batch([lessons[row["place"]] for row in batch], encoder.pad),
         callbacks=[RunCallback(run, "sft", _LOGGED, progress)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True
-    save_model(trainer.model, encoder.tokenizer, run.sft)
+    save_model(student, trainer.model, encoder, run.sft)
     best = trainer.state.best_global_step or trainer.state.global_step
     shutil.rmtree(checkpoints)
     return SftFacts(len(rows), len(held_out), cut, best, trainer.state.global_step)
@@ -94,21 +96,26 @@ def is_validation(prompt: Prompt, fraction: float) -> bool:
     return int(content_hash(["validation", prompt.id]), 16) / 16**16 < fraction
 
 
-def _tokenise(
+def _encoded(
     examples: Sequence[tuple[Prompt, Anchor]], encoder: Encoder, fraction: float
-) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]], int]:
-    """Training rows, validation rows, and how many anchors were cut."""
-    train: list[dict[str, list[int]]] = []
-    held_out: list[dict[str, list[int]]] = []
+) -> tuple[list[Lesson], list[Lesson], int]:
+    """Prompts and answers to train on, those to validate on, and how many anchors were cut."""
+    train: list[Lesson] = []
+    held_out: list[Lesson] = []
     cut = 0
     for prompt, anchor in examples:
-        head, answer = encoder.prompt(prompt), encoder.answer(anchor.text)
+        answer = encoder.answer(anchor.text)
         cut += answer.cut
-        row = {"input_ids": head + answer.ids, "labels": [-100] * len(head) + answer.ids}
-        (held_out if is_validation(prompt, fraction) else train).append(row)
+        (held_out if is_validation(prompt, fraction) else train).append((encoder.prompt(prompt), answer.ids))
     if not train:  # a pool of a few prompts may fall on one side
         train, held_out = held_out, []
     return train, held_out, cut
+
+
+def _places(lessons: Sequence[Lesson], first: int) -> Dataset:
+    """What the trainer shuffles: each lesson's place; batches are made of the lessons themselves, pictures included."""
+    rows = [{"input_ids": h.ids, "labels": a, "place": n} for n, (h, a) in enumerate(lessons, first)]
+    return Dataset.from_list(rows)
 
 
 def _arguments(
@@ -130,6 +137,7 @@ def _arguments(
         gradient_accumulation_steps=accumulate,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
         logging_steps=max(1, steps // 100),
         save_steps=every,
         eval_strategy="steps" if validate else "no",

@@ -19,6 +19,7 @@ from purld.method.losses import Loss, Tokens, differentiate
 from purld.student.critic import ValueHead, prefix_states
 from purld.student.group import micro_batches, prefix_of
 from purld.student.load import Roles
+from purld.student.pictures import Head
 from purld.student.prefix import Prefix
 
 
@@ -27,7 +28,7 @@ class Members:
     """A group's members and what does not change while they are updated on; tensors are (K, C).
 
     Attributes:
-        head: token ids of the prompt.
+        head: the prompt.
         ids: the K members' token ids.
         reference: log-probabilities under p_sft.
         mask: 1 on a member's tokens.
@@ -36,7 +37,7 @@ class Members:
         old_values: the critic's values when the members were drawn.
     """
 
-    head: Sequence[int]
+    head: Head
     ids: Sequence[Sequence[int]]
     reference: Tensor
     mask: Tensor
@@ -71,7 +72,7 @@ class GroupUpdate:
     critic: ValueHead | None = None
 
     @torch.no_grad()
-    def members(self, policy: Any, head: Sequence[int], ids: Sequence[Sequence[int]], keep_old: bool) -> Members:
+    def members(self, policy: Any, head: Head, ids: Sequence[Sequence[int]], keep_old: bool) -> Members:
         """Measure a group; `keep_old` if it will be updated on by another policy than the one that drew it."""
         with self.roles.frozen() as reference:
             log_probs, mask = self._measured(reference, head, ids)
@@ -127,7 +128,7 @@ class GroupUpdate:
         """(K, C) values by the critic as it is; None without one."""
         return None if self.critic is None or members.states is None else self.critic(members.states)
 
-    def _measured(self, model: Any, head: Sequence[int], ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _measured(self, model: Any, head: Head, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(K, C) log-probabilities of a group under a model, without a graph, and their mask."""
         with self.autocast():
             prompt = prefix_of(model, head, ids, self.pad)

@@ -1,0 +1,232 @@
+"""A Stage II step on a prompt with pictures, shared and plain, for LLaVA and Qwen2.5-VL.
+
+    python benchmarks/images.py --quick          one small cell, a minute or two
+    python benchmarks/images.py --output images.json
+
+The models have random weights and the pictures are noise; what is timed depends on neither. The plain forms are those
+of `step.py`: the prompt, its pictures included, is given K times in the update and K + 1 times in scoring (a padded
+batch of full texts); in sampling transformers looks at the pictures once by itself and repeats what it saw. "Frozen"
+is a vision that is not trained, the default with an adapter: its features are kept for the step, and all roles share
+them. Both forms take turns in one process; seconds are the process's own on a CPU, ratios are of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import platform
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image as Pil
+from step import Bench, Cell, Shape, phases, ratio, tokenizer, words
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLProcessor,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from purld.records import IMAGE, Image, Prompt
+from purld.student import pictures
+from purld.student.encode import Encoder
+from purld.student.pictures import vision_modules
+from purld.student.processor import images_alone
+
+ARCHITECTURES = ("llava", "qwen2_5_vl")
+SHAPES = {"small": Shape(512, 12, 1408, 2, 32_000), "quick": Shape(256, 4, 704, 1, 32_000)}
+SIDE = 25  # tokens to a side of the picture: 625 in all
+PATCH = 14
+QUESTION = 40  # words beside the picture
+
+_TEMPLATE = (
+    "{% for m in messages %}<|turn|> {{ m['role'] }} {% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %} <|end|> {% endfor %}"
+    "<|turn|> assistant "
+)
+
+
+def text_config(shape: Shape, encoder: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """The language model's sizes, the same for both architectures."""
+    return {
+        "vocab_size": shape.vocabulary + 8,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.hidden // 64,
+        "num_key_value_heads": shape.kv,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "pad_token_id": encoder.pad_token_id,
+        "eos_token_id": encoder.eos_token_id,
+        "bos_token_id": None,
+    }
+
+
+def llava(shape: Shape, text: PreTrainedTokenizerFast) -> tuple[Any, Any]:
+    """A configuration and its processor: a tower of half the width and depth, 625 tokens a picture."""
+    side = SIDE * PATCH
+    pixels = LlavaImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = LlavaProcessor(
+        pixels,
+        text,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_TEMPLATE,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=shape.hidden // 2,
+        intermediate_size=shape.hidden * 2,
+        num_hidden_layers=shape.layers // 2,
+        num_attention_heads=shape.hidden // 128,
+        image_size=side,
+        patch_size=PATCH,
+    )
+    config = LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=LlamaConfig(**text_config(shape, text)).to_dict(),
+        image_token_index=text.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    return config, processor
+
+
+def qwen2_5_vl(shape: Shape, text: PreTrainedTokenizerFast) -> tuple[Any, Any]:
+    """The same for Qwen2.5-VL: four patches make a token, so its vision runs on 2,500."""
+    side = SIDE * 2 * PATCH
+    size = {"shortest_edge": 1, "longest_edge": side**2}
+    pixels = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size=size)
+    text.image_token, text.video_token = "<image>", "<video>"
+    text.image_token_id, text.video_token_id = text.convert_tokens_to_ids(["<image>", "<video>"])
+    processor = images_alone(Qwen2_5_VLProcessor)(pixels, text, None, chat_template=_TEMPLATE)
+    config = Qwen2_5_VLConfig(
+        vision_config={
+            "depth": shape.layers // 2,
+            "hidden_size": shape.hidden // 2,
+            "intermediate_size": shape.hidden,
+            "num_heads": shape.hidden // 128,
+            "out_hidden_size": shape.hidden,
+            "patch_size": PATCH,
+            "spatial_merge_size": 2,
+            "window_size": 8 * PATCH,
+            "fullatt_block_indexes": [shape.layers // 2 - 1],
+        },
+        text_config=text_config(shape, text)
+        | {"rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}},
+        image_token_id=text.image_token_id,
+        video_token_id=text.video_token_id,
+    )
+    return config, processor
+
+
+def noise(side: int) -> Image:
+    """A square picture of noise, as bytes."""
+    pixels = torch.randint(0, 256, (side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    buffer = io.BytesIO()
+    Pil.fromarray(pixels.numpy()).save(buffer, format="PNG")
+    data = buffer.getvalue()
+    return Image(hashlib.sha256(data).hexdigest()[:16], (side, side), data=data)
+
+
+class PictureBench(Bench):
+    """A bench whose steps begin with pictures that nothing has looked at."""
+
+    def sample_shared(self) -> list[list[int]]:
+        """See `Bench`."""
+        pictures._seen.clear()  # a run meets other pictures at every step
+        return super().sample_shared()
+
+
+def bench(architecture: str, shape: Shape, cell: Cell, frozen: bool, options: argparse.Namespace) -> Bench:
+    """The model of an architecture and a prompt with one picture."""
+    torch.manual_seed(0)
+    text = tokenizer(shape.vocabulary)
+    text.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
+    config, processor = {"llava": llava, "qwen2_5_vl": qwen2_5_vl}[architecture](shape, text)
+    with torch.device(options.device):
+        base = AutoModelForImageTextToText.from_config(config).to(getattr(torch, options.dtype)).eval()
+    if frozen:
+        for module in vision_modules(base).values():
+            module.requires_grad_(False)
+    side = SIDE * PATCH * (1 if architecture == "llava" else 2)
+    prompt = Prompt.from_text(f"{IMAGE} {words(QUESTION, random.Random(1))}", images=(noise(side),))
+    return PictureBench(Encoder(processor, cell.completion), base, prompt, cell, lora=False)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [
+        f"{row['architecture']}, {'frozen' if row['frozen'] else 'trained'}",
+        f"{row['prompt']}/{row['candidates']}",
+    ]
+    total: dict[str, list[float]] = {"plain": [], "shared": []}
+    for times in row["phases"].values():
+        cells.append(_seconds(times))
+        for form, values in times.items():
+            total[form] = [a + b for a, b in zip(total[form], values)] or list(values)
+    return "| " + " | ".join([*cells, _seconds(total)]) + " |"
+
+
+def _seconds(times: dict[str, list[float]]) -> str:
+    seconds = " / ".join(f"{statistics.median(times[form]):.3g}" for form in ("plain", "shared"))
+    return f"{seconds} s = {ratio(times['plain'], times['shared'])}"
+
+
+HEADER = """| vision | P/K | sample plain / shared | score plain / shared | update plain / shared | all three |
+|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    """Run both architectures, vision trained and frozen; print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller model")
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--candidates", type=int, default=8)
+    parser.add_argument("--completion", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    shape = SHAPES["quick" if options.quick else "small"]
+    report: dict[str, Any] = {
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "shape": vars(shape),
+        "rows": [],
+    }
+    print(HEADER, flush=True)
+    for architecture in options.architectures:
+        for frozen in (False, True):
+            cell = Cell(0, options.completion, options.candidates)
+            work = bench(architecture, shape, cell, frozen, options)
+            row = {
+                "architecture": architecture,
+                "frozen": frozen,
+                "prompt": len(work.prompt_head),
+                "candidates": cell.candidates,
+                "phases": phases(work, options.repeats),
+            }
+            report["rows"].append(row)
+            print(line(row), flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

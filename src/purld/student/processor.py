@@ -1,0 +1,106 @@
+"""The tokenizer of a model directory, or the processor of one that reads pictures: loaded, and saved beside weights.
+
+transformers' processors of models that could also take videos want torchvision for their video part. purld takes no
+videos: without torchvision such a processor is put together of its tokenizer and its image processor (which falls
+back to PIL by itself). Saving copies the files that the processor was loaded from, so that whoever loads the result,
+with torchvision or without, gets the class that the base model has.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+from transformers.utils.hub import cached_file
+
+# What a processor's directory may hold beside its tokenizer's files.
+_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def reads_pictures(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration takes images and text and gives text."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
+
+
+def model_class(config: PreTrainedConfig) -> Any:
+    """The auto class that builds the whole model of a configuration."""
+    return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
+
+
+def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """The tokenizer, or the processor, of a model directory or hub id.
+
+    Raises:
+        OSError, ValueError, KeyError, ImportError: there is none that can be loaded.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if not reads_pictures(config):
+        return AutoTokenizer.from_pretrained(model)
+    if is_torchvision_available() or "video_processor" not in _class_of(config).get_attributes():
+        processor = AutoProcessor.from_pretrained(model)
+    else:
+        processor = _without_videos(model, _class_of(config))
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError("its directory holds no processor for images (processor_config.json)")
+    if processor.chat_template is None:
+        processor.chat_template = processor.tokenizer.chat_template
+    return processor
+
+
+def save_processor(processor: PreTrainedTokenizerBase | ProcessorMixin, source: str, path: Path) -> None:
+    """Save what `read_processor(source)` gave, so that it loads from `path` as it did from `source`."""
+    if not isinstance(processor, ProcessorMixin):
+        processor.save_pretrained(path)
+        return
+    processor.tokenizer.save_pretrained(path)
+    for name in _FILES:
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, path / name)
+
+
+def images_alone(full: Any) -> Any:
+    """A class of processors without its part for videos, which is given as None."""
+    return type(full.__name__, (_ImagesAlone, full), {})
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    return PROCESSOR_MAPPING[type(config)]
+
+
+class _ImagesAlone:
+    """Lets a processor do without the part for videos."""
+
+    def check_argument_for_proper_class(self, name: str, part: Any) -> Any:
+        """See `ProcessorMixin`."""
+        return type(None) if part is None else super().check_argument_for_proper_class(name, part)  # type: ignore[misc]
+
+
+def _without_videos(model: str, full: Any) -> Any:
+    parts = {
+        "tokenizer": AutoTokenizer.from_pretrained(model),
+        "image_processor": AutoImageProcessor.from_pretrained(model),
+    }
+    values, _ = full.get_processor_dict(model)
+    return images_alone(full).from_args_and_dict([parts.get(name) for name in full.get_attributes()], values)
