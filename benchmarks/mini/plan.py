@@ -82,16 +82,18 @@ def choose(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[st
 
 
 def main_cells(chosen: Chosen, tasks: Sequence[str] = TASKS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
-    """Tables 1 and 2: every method on every task and seed, seed by seed."""
-    return [
+    """Tables 1 and 2: every method on every task and seed, seed by seed; the judging teacher, which is ours, last."""
+    runs = [(task, seed) for seed in seeds for task in tasks]
+    found = [
         cell
-        for seed in seeds
-        for task in tasks
+        for task, seed in runs
         for cell in [
             Cell(task, seed, "test", "sft"),
-            *(stage_two(task, seed, "test", method, chosen[task][method]) for method in METHODS),
+            *(stage_two(task, seed, "test", method, chosen[task][method]) for method in TUNED),
         ]
     ]
+    method = "teacher_judge_grpo"
+    return found + [stage_two(task, seed, "test", method, chosen[task][method]) for task, seed in runs]
 
 
 def noise_cells(chosen: Chosen) -> list[Cell]:
