@@ -29,6 +29,7 @@ class Results:
 
     def __init__(self, rows: Mapping[str, Row]) -> None:
         self._rows = rows
+        self._figures: dict[tuple[str, str], float] = {}
         self.chosen = plan.choose(rows)
 
     def __contains__(self, cell: Cell) -> bool:
@@ -40,7 +41,10 @@ class Results:
 
     def figure(self, cell: Cell, name: str) -> float:
         """One number of a cell, see `FIGURES`."""
-        return FIGURES[name](self.row(cell))
+        key = (cell.id, name)
+        if key not in self._figures:
+            self._figures[key] = FIGURES[name](self.row(cell))
+        return self._figures[key]
 
     def of_method(self, task: str, method: str, **more: Any) -> OfSeed:
         """A method as the tables have it, with its chosen setting and over that `settings` of `more`."""

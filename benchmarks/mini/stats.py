@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 LEVEL = 0.95
-_POINTS = 20_001  # of Simpson's rule
+_POINTS = 2_001  # of Simpson's rule
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def _cosines(start: float, degrees: int) -> float:
     return float(step) / 3 * float(weights @ heights)
 
 
+@lru_cache
 def t_quantile(level: float, degrees: int) -> float:
     """The t below which Student's distribution has a share `level` > 0.5, by bisection."""
     low, high = 0.0, 1e3

@@ -24,7 +24,7 @@ CELLS = [
 
 
 def count(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Notes that the cell began; waits while `hold` is there, once there are two rows."""
+    """Notes that the cell began; waits while `hold` is there, once there are two rows: a third may slip through."""
     with (folder / "begun").open("a") as handle:
         handle.write(cell.title + "\n")
     if cell.title == (folder / "fails").read_text():
