@@ -44,7 +44,8 @@ def main() -> None:
 
     def cells() -> list[Cell]:
         if options.quick:
-            return plan.main_cells(json.loads(CHOSEN.read_text(encoding="utf-8")), seeds=plan.SEEDS[:1])
+            chosen = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else plan.middle()
+            return plan.main_cells(chosen, seeds=plan.SEEDS[:1])
         return plan.all_cells(rows)
 
     if options.list:

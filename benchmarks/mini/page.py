@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mini import plan
 from mini.cells import PLAIN, Cell, stage_two
-from mini.results import NON_ANCHOR, Comparison, OfSeed, Results, best_on_validation, comparisons
+from mini.results import FIGURES, NON_ANCHOR, Comparison, OfSeed, Results, best_on_validation, comparisons
 from mini.stats import Mean, holm, over_seeds
 from purld.errors import UserError
 from purld.names import title
-from purld.rundir import atomic_write, write_json
+from purld.rundir import atomic_write, write_json, write_rows
 
 SHOWN = ("sft", "sft_sft", "singlepair_dpo", "anchor_grpo", "self_ppo", "anchorrank_dpo", "ldl_grpo")
 """The rows of Table 1 in the paper's order."""
@@ -48,8 +49,22 @@ def write_page(rows: Mapping[str, Mapping[str, Any]], docs: Path, chosen: Path |
     with atomic_write(path) as handle:
         handle.write(text)
     draw_figures(results, docs)
+    write_rows(docs / "miniature.jsonl", brief(results))
     if chosen and results.chosen:
         write_json(chosen, results.chosen)
+
+
+def brief(results: Results) -> list[dict[str, Any]]:
+    """What was measured of every finished cell of the plan, without its problems and curves."""
+    found = []
+    for cells in suites(results).values():
+        for cell in cells:
+            if cell in results:
+                names = [name for name in FIGURES if name != "greedy" or cell.split == "test"]
+                figures = {name: round(results.figure(cell, name), 5) for name in names}
+                score = results.row(cell).get("score")
+                found.append(asdict(cell) | {"settings": dict(cell.settings)} | figures | {"score_quality": score})
+    return found
 
 
 def quick_table(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> str:

@@ -74,6 +74,11 @@ def choose(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[st
     return chosen
 
 
+def middle() -> dict[str, dict[str, dict[str, Any]]]:
+    """The middle of every grid: what the quick slice takes before a full run has chosen."""
+    return {task: {method: {"learning_rate": RATES[1]} for method in METHODS} for task in TASKS}
+
+
 def main_cells(chosen: Chosen, tasks: Sequence[str] = TASKS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     """Tables 1 and 2: every method on every task and seed, seed by seed; the judging teacher, which is ours, last."""
     runs = [(task, seed) for seed in seeds for task in tasks]

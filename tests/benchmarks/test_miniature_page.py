@@ -11,6 +11,7 @@ from mini.results import Results
 from mini.stats import over_seeds
 
 from purld.errors import UserError
+from purld.rundir import read_rows
 
 
 def row(cell: Cell, wins: float, length: float = 40.0) -> dict:
@@ -133,6 +134,8 @@ def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
     text = (tmp_path / "miniature.md").read_text()
     assert text.count("More by hand.") == len(PARTS) - 1 and "\nold\n" not in text
     assert (tmp_path / "chosen.json").exists() == bool(rows)
+    brief = read_rows(tmp_path / "miniature.jsonl")
+    assert len(brief) == len(rows) and all(r["raw"] in (0.3, 0.4, 0.5, 0.6) and "lc" in r for r in brief)
     write_page(rows, tmp_path)
     assert (tmp_path / "miniature.md").read_text() == text
 
