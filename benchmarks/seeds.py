@@ -1,9 +1,9 @@
-"""The demo on several seeds and both domains: base, SFT and LDL-GRPO with intervals, as JSON lines and a table.
+"""The demo on several seeds and all domains: base, SFT and LDL-GRPO with intervals, as JSON lines and a table.
 
     .venv/bin/python benchmarks/seeds.py --out runs/seeds [key.path=value ...]
 
 Each run is the ordinary `purld demo` in a process of its own on one thread, as many at once as asked for; a run that
-is finished is not repeated. The table goes to stdout as Markdown.
+is finished is not repeated. A demo of several tasks has a line for each. The table goes to stdout as Markdown.
 """
 
 from __future__ import annotations
@@ -14,12 +14,25 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-TASKS = ("counting", "writing")
+import numpy as np
+
+from purld.compare import read_evaluated
+from purld.evaluation.summary import Evaluated, difference, model_metrics
+from purld.rundir import RunDir, read_json, read_rows
+from purld.testbed.demo import HELD_OUT_PROMPTS
+from purld.testbed.shipped import DEMOS, problems, students_of
+from purld.testbed.world import to_prompt
+
+# What runs: a demo that asks for several tasks at once stands for them.
+DEFAULT = ("counting", "writing", "scenes")
 # Twice the demo's: a benchmark has the time, and the intervals of the differences shrink by a quarter.
 SAMPLES = 8
+MODELS = ("base", "sft", "ldl_grpo")
 
 
 def main() -> None:
@@ -27,24 +40,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--tasks", nargs="+", default=list(DEFAULT), choices=DEMOS)
+    parser.add_argument("--students", nargs="+", help="only these; unless given, all that can do a task")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
-    jobs = [(task, seed) for seed in arguments.seeds for task in arguments.tasks]
+    jobs = [
+        (task, student, seed)
+        for seed in arguments.seeds
+        for task in arguments.tasks
+        for student in students_of(task)
+        if not arguments.students or student in arguments.students
+    ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        rows = list(pool.map(lambda job: run(*job, arguments.out, arguments.overrides), jobs))
+        found = pool.map(lambda job: run(*job, arguments.out, arguments.overrides), jobs)
+        rows = [row for rows in found for row in rows]
     with (arguments.out / "seeds.jsonl").open("w", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
     print(table(rows))
 
 
-def run(task: str, seed: int, out: Path, overrides: list[str]) -> dict[str, Any]:
-    """One demo; returns its results with the task's name."""
-    folder = out / f"{task}-{seed}"
+def run(demo: str, student: str, seed: int, out: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """One demo; returns the results of each of its tasks, with the task's and the student's name."""
+    folder = out / "-".join([demo, *([student] if len(students_of(demo)) > 1 else []), str(seed)])
     folder.mkdir(parents=True, exist_ok=True)
     settings = [f"seed={seed}", f"evaluate.samples={SAMPLES}", *overrides]
-    command = [Path(sys.executable).with_name("purld"), "demo", "--task", task, *settings]
+    command = [Path(sys.executable).with_name("purld"), "demo", "--task", demo, "--student", student, *settings]
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         subprocess.run(
             [*command, "--run-dir", folder],
@@ -53,20 +74,52 @@ def run(task: str, seed: int, out: Path, overrides: list[str]) -> dict[str, Any]
             stderr=log,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-    results: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {"task": task} | results
+    results = read_json(folder / "results.json")
+    found = [results] if len(DEMOS[demo]) == 1 else task_results(RunDir(folder), demo, seed)
+    return [
+        results | {"task": task, "student": student} | parts for task, parts in zip(DEMOS[demo], found, strict=True)
+    ]
+
+
+def task_results(run: RunDir, demo: str, seed: int) -> list[dict[str, Any]]:
+    """The part of results.json that is about answers, for each task of a run of several."""
+    task_of = {to_prompt(p).id: p.task for p in problems(demo, "heldout", HELD_OUT_PROMPTS, seed)}
+    opponents = {row["prompt_id"]: row["text"] for row in read_rows(run.opponent)}
+    found = []
+    for task in DEMOS[demo]:
+        ids = {prompt_id for prompt_id, of in task_of.items() if of == task}
+        models = {name: part_of(read_evaluated(run, name), ids) for name in MODELS}
+        pairs = {f"{a} - {b}": difference(models[a], models[b], opponents, seed) for a, b in pairwise(MODELS[::-1])}
+        metrics = {name: model_metrics(model, opponents, seed) for name, model in models.items()}
+        found.append({"models": metrics, "difference": pairs})
+    return found
+
+
+def part_of(model: Evaluated, ids: set[str]) -> Evaluated:
+    """A model's answers to some of the prompts."""
+    prompts = list(dict.fromkeys(g.prompt_id for g in model.generations))
+    kept = np.array([prompt_id in ids for prompt_id in prompts])
+    return replace(
+        model,
+        generations=[g for g in model.generations if g.prompt_id in ids],
+        correct=None if model.correct is None else model.correct[kept],
+        greedy_correct=None if model.greedy_correct is None else model.greedy_correct[kept],
+        verdicts=[v for v in model.verdicts if v.prompt_id in ids],
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Sampled and greedy accuracy of every model and the paired difference, a line a run."""
     lines = [
-        "| task | seed | base | SFT | LDL-GRPO | difference | greedy: SFT | LDL-GRPO | win rate: SFT | LDL-GRPO |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| task | student | seed | base | SFT | LDL-GRPO | difference | greedy: SFT | LDL-GRPO | win rate: SFT "
+        "| LDL-GRPO |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in sorted(rows, key=lambda r: (r["task"], r["seed"])):
-        base, sft, ours = (row["models"][name] for name in ("base", "sft", "ldl_grpo"))
+    for row in sorted(rows, key=lambda r: (r["task"], r["student"], r["seed"])):
+        base, sft, ours = (row["models"][name] for name in MODELS)
         cells = [
             row["task"],
+            row["student"],
             str(row["seed"]),
             *(_interval(model, "accuracy") for model in (base, sft, ours)),
             _interval(row["difference"]["ldl_grpo - sft"], "accuracy", "+.3f"),

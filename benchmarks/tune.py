@@ -18,7 +18,8 @@ import yaml
 
 from purld.rundir import write_rows
 from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, demo_values
-from purld.testbed.world import TASKS, Problem, Task, generate, teacher_answer, write_prompts
+from purld.testbed.shipped import DEMOS, problems
+from purld.testbed.world import Problem, teacher_answer, to_prompt, write_prompts
 
 # Another seed than any demo's draws other problems.
 VALIDATION_SEED = 777
@@ -27,27 +28,30 @@ VALIDATION_SEED = 777
 def main() -> None:
     """Write the task's files, then run the sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--task", required=True, choices=DEMOS)
+    parser.add_argument("--student", help="qwen2_5_vl or llava, with scenes")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("grid", nargs="+", metavar="key.path=value,value")
     arguments = parser.parse_args()
-    config = write_config(arguments.task, arguments.out / arguments.task)
+    config = write_config(arguments.task, arguments.student, arguments.out / arguments.task)
     purld = Path(sys.executable).with_name("purld")
     command = [purld, "sweep", config, *arguments.grid, "--jobs", str(arguments.jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     sys.exit(subprocess.run([*command, "--run-dir", config.parent / "runs"], env=environment).returncode)
 
 
-def write_config(task: Task, folder: Path) -> Path:
+def write_config(task: str, student: str | None, folder: Path) -> Path:
     """The demo's configuration on files: seed 0's prompts, their anchors, and validation problems."""
-    prompts = generate(task, "train", TRAIN_PROMPTS, 0)
-    asked = {p.question for p in prompts}
-    others = generate(task, "train", HELD_OUT_PROMPTS + TRAIN_PROMPTS, VALIDATION_SEED)
+    prompts = problems(task, "train", TRAIN_PROMPTS, 0)
+    asked = {(p.question, p.scene) for p in prompts}
+    others = problems(task, "train", HELD_OUT_PROMPTS + TRAIN_PROMPTS, VALIDATION_SEED)
     write_prompts(folder / "prompts.jsonl", prompts)
-    write_prompts(folder / "held_out.jsonl", [p for p in others if p.question not in asked][:HELD_OUT_PROMPTS])
+    validation = [p for p in others if (p.question, p.scene) not in asked]
+    write_prompts(folder / "held_out.jsonl", validation[:HELD_OUT_PROMPTS])
+    # Two pictures may be asked the same question: answers are told apart by the prompt's id.
     write_rows(folder / "answers.jsonl", map(_answer, prompts))
-    values = demo_values(folder, base_url="http://127.0.0.1/v1")
+    values = demo_values(task, folder, "http://127.0.0.1/v1", student)
     values["teacher"] = {"kind": "file", "path": str(folder / "answers.jsonl")}
     del values["evaluate"]["judge"], values["evaluate"]["opponent"]
     path = folder / "tune.yaml"
@@ -56,7 +60,7 @@ def write_config(task: Task, folder: Path) -> Path:
 
 
 def _answer(problem: Problem) -> dict[str, str]:
-    return {"prompt": problem.question, "answer": teacher_answer(problem)}
+    return {"id": to_prompt(problem).id, "answer": teacher_answer(problem)}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+from pictures import save_picture
 from rich.console import Console
 
 from purld.config import load_config
@@ -94,10 +95,10 @@ def test_a_task_brings_its_own_held_out_set(pools_of, tmp_path):
     assert len(pools.train) + len(pools.held_out) == 3 and pools.held_out
 
 
-def test_images_are_refused_for_now(pools_of, tmp_path):
+def test_a_student_that_reads_no_images_is_told_by_the_first_row_that_has_some(pools_of, tmp_path):
     entry = {"image_id": 1, "question_id": "x", "question": "What?", "rationales": ["So."]}
     (tmp_path / "aokvqa_v1p0_train.json").write_text(json.dumps([entry]))
     (tmp_path / "train2017").mkdir()
-    (tmp_path / "train2017" / "000000000001.jpg").touch()
-    with pytest.raises(UserError, match="1 prompts have images; image prompts are not supported yet"):
+    save_picture(tmp_path / "train2017" / "000000000001.jpg")
+    with pytest.raises(UserError, match=r"train\.json, entry 1: the prompt has images, and .* reads none"):
         pools_of(*TASK, "data.task=aokvqa_rationale", f"data.path={tmp_path}")

@@ -1,7 +1,7 @@
 """The words are versioned: whoever changes a template must raise its version, and this test's hash, together."""
 
-from purld.records import content_hash
-from purld.templates import JUDGE, JUDGE_VERSION, SELF_EVALUATION_VERSION, judge, self_evaluation
+from purld.records import IMAGE, content_hash
+from purld.templates import JUDGE, JUDGE_VERSION, SELF_EVALUATION_VERSION, judge, rating, self_evaluation
 
 
 def test_versions_stand_for_these_words():
@@ -21,3 +21,10 @@ def test_the_papers_structure():
 def test_braces_in_texts_are_text():
     assert "{x} {0}" in self_evaluation("{x} {0}", "{anchor}", "{question}")
     assert "{answer_b}" in judge("{question}", "{reference}", "{answer_b}", "{}")
+
+
+def test_only_the_question_brings_places_of_images():
+    marked = f"a{IMAGE}b"
+    for text in (self_evaluation(marked, marked, marked), rating(marked, marked), judge(*[marked] * 4)):
+        assert text.count(IMAGE) == 1
+        assert text.index(IMAGE) < text.index("a b")

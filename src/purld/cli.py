@@ -66,7 +66,12 @@ def main() -> None:
 @app.command()
 def demo(
     overrides: Overrides = None,
-    task: Annotated[str, typer.Option(help="counting or writing.")] = "counting",
+    task: Annotated[
+        str, typer.Option(help="counting, writing, or scenes (of which scenes-mc and scenes-rationale are halves).")
+    ] = "counting",
+    student: Annotated[
+        str | None, typer.Option(help="With scenes: qwen2_5_vl or llava.", show_default="qwen2_5_vl")
+    ] = None,
     run_dir: RunDirOption = None,
 ) -> None:
     """Run the whole loop on the testbed.
@@ -77,7 +82,7 @@ def demo(
     from purld.testbed.demo import prepare
 
     reporter = _reporter()
-    with _interruptible(), prepare(task, run_dir, overrides or []) as (config, run):
+    with _interruptible(), prepare(task, run_dir, overrides or [], student) as (config, run):
         _pipeline(config, run, reporter).execute()
     _closing(run)
 
@@ -229,9 +234,9 @@ def methods() -> None:
 def tasks() -> None:
     """List the tasks that come with purld."""
     from purld.tasks.paper import TASKS
-    from purld.testbed.world import TASKS as TESTBED
+    from purld.testbed.shipped import DEMOS
 
-    rows = [[task, "testbed", f"purld demo --task {task}"] for task in TESTBED]
+    rows = [[task, "testbed", f"purld demo --task {task}"] for task in DEMOS]
     rows += [[name, task.check, f"data.task and data.path, {task.path}"] for name, task in TASKS.items()]
     _table(["task", "check", "use it with"], rows)
 
@@ -274,12 +279,16 @@ def ledger(
 def testbed_build(
     out: Annotated[Path, typer.Argument(help="Where to write the student.")],
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    student: Annotated[str, typer.Option(help="text, qwen2_5_vl or llava.")] = "text",
 ) -> None:
-    """Make the tiny student again from scratch, on the CPU."""
+    """Make a tiny student again, on the CPU.
+
+    The one that reads is made from nothing; those that see are built on it.
+    """
     from purld.testbed.build import build_student
 
     with _reporter().progress("steps") as progress:
-        build_student(out, seed=seed, progress=progress)
+        build_student(out, seed=seed, progress=progress, student=student)
 
 
 def _open(config: Path, overrides: Sequence[str] | None, run_dir: Path | None) -> tuple[Any, Any]:

@@ -26,6 +26,11 @@ def completion(text: object = "An answer.", finish: str | None = "stop", **messa
     }
 
 
+def words_of(content: str | list[dict[str, Any]]) -> str:
+    """A turn's text, with a mark for each of its pictures."""
+    return content if isinstance(content, str) else "".join(part.get("text", "<image>") for part in content)
+
+
 class Server(ThreadingHTTPServer):
     """Answers every prompt, or does to its n-th arrival what the n-th entry of `script[prompt]` says."""
 
@@ -56,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.prompt = json.loads(body)["messages"][-1]["content"]
+        self.prompt = words_of(json.loads(body)["messages"][-1]["content"])
         with self.server.mutex:
             arrival = Counter(self.server.arrived)[self.prompt]
             self.server.arrived.append(self.prompt)

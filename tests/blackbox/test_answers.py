@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from pictures import encoded, picture, save_picture
 
-from purld.blackbox.answers import OTHER_PROMPT, SEVERAL, FileClient
+from purld.blackbox.answers import OTHER_IMAGES, OTHER_PROMPT, SEVERAL, FileClient
 from purld.config import AnswerFile, FileColumns
 from purld.errors import UserError
-from purld.records import Message, Prompt
+from purld.images import read_image
+from purld.records import IMAGE, Message, Prompt
 
 
 @pytest.fixture
@@ -61,6 +64,65 @@ def test_duplicates_that_differ_are_reported_and_equal_ones_are_not(client):
     assert (b.text, b.detail) == ("1", "")
     assert (c.text, c.detail) == ("late", "")
     assert (d.state, d.detail) == ("missing", "the answer is empty")
+
+
+def pictured(text: str, seed: int = 0, **fields: object) -> Prompt:
+    return Prompt.from_text(text, images=(read_image(encoded(picture(seed=seed)), Path()),), **fields)
+
+
+def test_prompts_with_images_are_found_as_users_write_them(client, tmp_path):
+    """By the words with or without markers, as chats with places, by id, or by the images beside the words."""
+    prompts = [
+        pictured(f"{IMAGE}Is it red?"),
+        pictured(f"Is {IMAGE} green?"),
+        pictured(f"{IMAGE}Is it blue?"),
+        pictured(f"{IMAGE}Which?", seed=1, metadata={"id": "x1"}),
+        pictured(f"{IMAGE}Which?", seed=2),
+        pictured(f"{IMAGE}Which?", seed=3),
+    ]
+    save_picture(tmp_path / "two.png", seed=2)
+    place = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it blue?"}]}]
+    rows = [
+        {"prompt": "Is it red?", "answer": "R"},
+        {"prompt": "Is <image> green?", "answer": "G"},
+        {"prompt": place, "answer": "B"},
+        {"id": "x1", "prompt": "<image>\nWhich?", "answer": "1"},
+        {"prompt": "Which?", "images": ["two.png"], "answer": "2"},
+        {"id": prompts[5].id, "answer": "3"},
+    ]
+    replies = client(*rows).ask(prompts)
+    assert [reply.text for reply in replies] == ["R", "G", "B", "1", "2", "3"]
+    assert {reply.detail for reply in replies} == {""}
+
+
+def test_the_images_decide_between_prompts_of_the_same_words(client):
+    """A wrong anchor is worse than none: words alone do not tell which picture is meant."""
+    first, second = (pictured(f"{IMAGE}Which?", seed=n) for n in (1, 2))
+    for rows in (
+        [{"prompt": "Which?", "answer": "A"}],  # one answer, two prompts
+        [{"prompt": "Which?", "answer": "A"}, {"prompt": "<image>Which?", "answer": "B"}],
+    ):
+        assert [r.detail for r in client(*rows).ask([first, second])] == [OTHER_IMAGES] * 2
+    [reply] = client(*rows).ask([first])
+    assert (reply.state, reply.detail) == ("missing", OTHER_IMAGES)
+    [reply] = client(rows[0]).ask([first])
+    assert reply.text == "A"
+
+
+def test_an_answer_about_other_images_is_not_taken(client, tmp_path):
+    save_picture(tmp_path / "two.png", seed=2)
+    row = {"id": 1, "prompt": "Which?", "images": "two.png", "answer": "2"}
+    [reply] = client(row).ask([pictured(f"{IMAGE}Which?", seed=1, metadata={"id": 1})])
+    assert (reply.state, reply.detail) == ("missing", OTHER_PROMPT)
+    [reply] = client(row).ask([pictured(f"{IMAGE}Which?", seed=1)])
+    assert reply.state == "missing"
+    [reply] = client({"prompt": "Which?", "answer": "A"}).ask([Prompt.from_text("Which?")])
+    assert reply.text == "A", "a prompt without images is itself"
+
+
+def test_an_image_of_an_answer_file_that_is_missing_is_a_sentence(client):
+    with pytest.raises(UserError, match=r"answers\.jsonl, line 1: .*image 1 \(none\.png\) is missing"):
+        client({"prompt": "Which?", "images": "none.png", "answer": "A"})
 
 
 @pytest.mark.parametrize(

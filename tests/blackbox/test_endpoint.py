@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import socket
 import sqlite3
@@ -13,15 +15,21 @@ from pathlib import Path
 
 import pytest
 from misbehaving import SECRET, answer, completion, date_in, drip, error, hang_up, raw, reset, silence
+from pictures import encoded, picture, save_picture
+from PIL import Image
 
+from purld import records
 from purld.blackbox import endpoint as endpoint_module
 from purld.blackbox import pace
 from purld.blackbox.endpoint import EndpointClient
 from purld.blackbox.ledger import Ledger, LedgerView
-from purld.blackbox.wire import TOKENS_PER_CALL, TOKENS_PER_MESSAGE, request_of, worst_case
+from purld.blackbox.wire import TOKENS_PER_CALL, TOKENS_PER_MESSAGE, image_tokens, request_of, worst_case
 from purld.config import OpenAIEndpoint
 from purld.errors import UserError
-from purld.records import Message, Prompt
+from purld.evaluation.judge import judge_questions
+from purld.images import read_image
+from purld.records import IMAGE, Generation, Message, Prompt
+from purld.training.scoring import question
 
 
 def prompts(*texts: str) -> list[Prompt]:
@@ -93,16 +101,111 @@ def test_another_model_or_sampling_is_another_question(server, endpoint, ledger,
     assert server.arrived == ["a", "a"]
 
 
-def test_the_bytes_of_an_image_are_part_of_the_question(endpoint, tmp_path):
-    image = tmp_path / "x.png"
+def sent_urls(request) -> list[str]:
+    contents = [turn["content"] for turn in json.loads(request.body)["messages"]]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+
+
+def test_the_bytes_of_an_image_are_part_of_the_question_and_its_name_is_not(endpoint, tmp_path):
     keys = []
-    for data in (b"one", b"two"):
-        image.write_bytes(data)
-        request = request_of(endpoint(), Prompt((Message("user", "q"),), (str(image),)))
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        data = save_picture(tmp_path / f"{name}.png", seed=seed).read_bytes()
+        request = request_of(endpoint(), Prompt.from_text(f"{IMAGE}q", images=(read_image(f"{name}.png", tmp_path),)))
+        assert sent_urls(request) == ["data:image/png;base64," + base64.b64encode(data).decode()]
         keys.append(request.key)
-    content = json.loads(request.body)["messages"][0]["content"]
-    assert keys[0] != keys[1]
-    assert content[0]["image_url"]["url"] == "data:image/png;base64,dHdv"
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_images_leave_where_they_stand_in_the_chat(endpoint):
+    red, green, blue = (read_image(encoded(picture(seed=n)), Path()) for n in range(3))
+    messages = (
+        Message("system", "S"), Message("user", f"{IMAGE} and {IMAGE}\n"), Message("assistant", "A"),
+        Message("user", f"like {IMAGE}?"),
+    )  # fmt: skip
+    request = request_of(endpoint(), Prompt(messages, (red, green, blue)))
+    urls = ["data:image/png;base64," + base64.b64encode(image.data).decode() for image in (red, green, blue)]
+    first, second, third = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
+    assert [turn["content"] for turn in json.loads(request.body)["messages"]] == [
+        "S",
+        [first, {"type": "text", "text": " and "}, second],  # white space alone is no part: some endpoints refuse it
+        "A",
+        [{"type": "text", "text": "like "}, third, {"type": "text", "text": "?"}],
+    ]
+
+
+def test_an_image_leaves_within_the_configured_bounds(endpoint):
+    image = read_image(encoded(picture(900, 600), "JPEG"), Path())
+    prompt = Prompt.from_text(f"{IMAGE}q", images=(image,))
+    whole = request_of(endpoint(), prompt)
+    small = request_of(endpoint(max_image_side=300), prompt)
+    [url] = sent_urls(small)
+    assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == (300, 200)
+    assert whole.key != small.key and len(small.body) < len(whole.body)
+
+
+def test_a_scorer_and_a_judge_see_the_images_of_the_question(endpoint):
+    prompt = Prompt.from_text(f"Is {IMAGE} red?", images=(read_image(encoded(picture()), Path()),))
+    for asked in (
+        question(prompt, f"{IMAGE}yes"),
+        judge_questions([prompt], [Generation(prompt.id, 0, f"no{IMAGE}", 1, True)], {prompt.id: "yes"})[0],
+    ):
+        before, part, after = json.loads(request_of(endpoint(), asked).body)["messages"][0]["content"]
+        assert before["text"].endswith("\nIs ") and part["type"] == "image_url" and after["text"].startswith(" red?\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "tokens"),
+    [
+        # OpenAI's own examples: 1024 x 1024 is 765 tokens in tiles; 1,024 patches are 2.46 times as many tokens. The
+        # bound covers InternVL's 3,328, too, and Pixtral's 64 x 64 patches with a break for each row.
+        ("m", (1024, 1024), 64 * 64 + 64),
+        ("m", (640, 480), 3328),
+        ("m", (1, 1), 3328),
+        ("m", (1536, 1536), 5668),  # 48 x 48 patches of 32 pixels at 2.46
+        ("m", (6000, 6000), 5668),  # sent as 1536 x 1536
+        ("gpt-4o-mini-2024-07-18", (1024, 1024), 2833 + 4 * 5667),  # scaled to 768 x 768: four tiles
+        ("gpt-4o-mini", (2000, 500), 2833 + 4 * 5667),  # 2048 x 512
+    ],
+)
+def test_the_worst_case_of_an_image_follows_from_its_size(endpoint, model, size, tokens):
+    assert image_tokens(endpoint(model=model), records.Image("a1", size)) == tokens
+    bare = worst_case(endpoint(model=model), Prompt.from_text("q"))[0]
+    prompt = Prompt.from_text(f"{IMAGE}q{IMAGE}", images=(records.Image("a1", size),) * 2)
+    # A mark is three bytes, which are counted along.
+    assert worst_case(endpoint(model=model), prompt)[0] == bare + 2 * tokens + 2 * len(IMAGE.encode())
+
+
+def test_an_image_that_changed_since_the_prompts_were_read_does_not_leave(server, endpoint, ledger, tmp_path):
+    path = save_picture(tmp_path / "a.png", seed=101)
+    prompt = Prompt.from_text(f"{IMAGE}q", images=(read_image("a.png", tmp_path),))
+    save_picture(path, seed=9)
+    with pytest.raises(UserError, match=r"a\.png: the image has changed"):
+        EndpointClient(endpoint(), ledger, "teacher").ask([prompt])
+    assert server.bodies == []
+
+
+def test_what_is_under_way_is_kept_when_an_image_goes_missing(server, endpoint, ledger, monkeypatch):
+    """The second prompt's image vanishes after its key was known, while the first prompt is being answered."""
+
+    def request(config, prompt):
+        if prompt.question == "gone":
+            server.started.wait(5)
+            raise UserError("a.png: the image cannot be read any more.")
+        return request_of(config, prompt)
+
+    def slow(handler):
+        server.started.set()
+        time.sleep(0.3)
+        handler.reply(completion("paid for"))
+
+    server.started = threading.Event()
+    server.script["slow"] = [slow]
+    monkeypatch.setattr(endpoint_module, "request_of", request)
+    with pytest.raises(UserError, match=r"a\.png: the image cannot be read any more"):
+        ask(endpoint(concurrency=2), ledger, ["slow", "gone", "later"])
+    assert server.arrived == ["slow"]
+    assert [row["answer"] for row in ledger.rows()] == ["paid for"]
 
 
 def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -54,15 +55,19 @@ class Page:
         """Give the tab the size of a device."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
 
+    def screenshot(self, path: Path) -> None:
+        """Write what the tab shows as a PNG."""
+        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
+
     def press(self, key: str) -> None:
         """Press and release a key."""
         code = {"ArrowDown": 40, "ArrowUp": 38, "Home": 36, "End": 35, "/": 191}[key]
         for kind in ("rawKeyDown", "keyUp"):
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
-    def run(self, script: str) -> Any:
-        """The JSON value of a JavaScript expression."""
-        found = self._call("Runtime.evaluate", expression=script, returnByValue=True)
+    def run(self, script: str, wait: bool = False) -> Any:
+        """The JSON value of a JavaScript expression; `wait` for what it promises."""
+        found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=wait)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 

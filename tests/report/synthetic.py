@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from purld.records import Generation, Group, Verdict
+from purld.album import question_of
+from purld.records import Generation, Group, Prompt, Verdict
 from purld.rundir import RunDir, append_rows, atomic_write, read_rows, write_json, write_rows
 
 HOSTILE = "<script>window.injected = true; alert(1)</script></script><!-- <img src=x onerror='window.injected=true'>"
@@ -54,6 +55,14 @@ def synthetic_run(
         write_rows(run.verdicts(model), [v for i, _ in prompts[:held_out] for v in verdicts(rng, i, skill - 0.2)])
     write_rows(run.opponent, [{"prompt_id": i, "text": prose(rng, words)} for i, _ in prompts[:held_out]])
     return run
+
+
+def picture_run(run: RunDir, prompts: dict[str, Prompt]) -> None:
+    """Let prompts with images stand in the place of those that the run's rows are about, by their ids."""
+    for path in (run.groups, *run.groups.parent.glob("*.jsonl")):
+        rows = [row | question_of(prompts[row["prompt_id"]], path) if row["prompt_id"] in prompts else row
+                for row in read_rows(path)]  # fmt: skip
+        write_rows(path, rows)
 
 
 def results() -> dict[str, Any]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic import HOSTILE, REVERSED, REVISITED, Build
+from pictures import encoded, picture
+from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run
 
+from purld.images import read_image
+from purld.records import IMAGE, Prompt
 from purld.report import browser as module
 from purld.report.browser import MAX_CHARACTERS, browser, safe_json
+from purld.report.page import _page
 from purld.report.read import read_run
 from purld.rundir import append_rows, read_rows, write_rows
 
@@ -113,3 +118,31 @@ def test_not_a_number_is_no_number(build: Build) -> None:
     write_rows(run.groups, [row | {"labels": [float("nan")] * 8} for row in read_rows(run.groups)])
     (entry,) = entries(browser([read_run(run)]).json)
     assert entry["group"]["candidates"][0]["D"] is None
+
+
+def test_pictures_are_on_the_page_once_and_within_bounds(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs about the same three pictures; then room for two of them only, and the entries stay."""
+    runs = [build(held_out=3, groups=0, seed=seed, logged=False) for seed in (0, 1)]
+    images = [read_image(encoded(picture(seed=n)), Path()) for n in range(3)]
+    prompts = {f"{n:016x}": Prompt.from_text(f"{IMAGE}Q{n}", images=(image,)) for n, image in enumerate(images)}
+    for run in runs:
+        picture_run(run, prompts)
+    found = browser([read_run(run) for run in runs])
+    urls = json.loads(found.json)["images"]
+    assert set(urls) == {image.digest for image in images} and found.images_left_out == 0
+    assert [entry["images"] for entry in entries(found.json)] == [[i.digest] for i in images for _ in runs]
+    lengths = [len(urls[image.digest]) for image in images]
+    monkeypatch.setattr(module, "MAX_IMAGE_BYTES", sum(lengths[:2]))
+    less = browser([read_run(run) for run in runs])
+    assert set(json.loads(less.json)["images"]) == {image.digest for image in images[:2]}
+    assert (less.images_left_out, less.shown) == (1, 6)
+    assert "1 images are not here" in _page([read_run(run) for run in runs])
+
+
+def test_what_a_run_does_not_have_is_no_picture(build: Build) -> None:
+    run = build(held_out=1, groups=0, logged=False)
+    path = run.generations("sft")
+    write_rows(path, [row | {"prompt": f"{IMAGE}Q", "images": ["../../../etc/passwd"]} for row in read_rows(path)])
+    write_rows(run.generations("base"), [])
+    found = browser([read_run(run)])
+    assert json.loads(found.json)["images"] == {}

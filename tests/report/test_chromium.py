@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from chromium import EXECUTABLE, Page
-from synthetic import HOSTILE, REVERSED, REVISITED, Build, synthetic_run
+from pictures import encoded, picture
+from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run, synthetic_run
 
+from purld.images import read_image
+from purld.records import IMAGE, Prompt
 from purld.report.page import write_report
 from purld.rundir import RunDir, read_rows, write_rows
 
@@ -153,6 +156,64 @@ def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None
         type_into(page, SEARCH, "input", "case 512:")
         assert page.run(LISTED) == 1
         assert page.errors == []
+
+
+PICTURES = "[...document.querySelectorAll('.detail .pictures img')]"
+
+
+def loaded(page: Page) -> list[list[int]]:
+    """The natural sizes of the chosen prompt's pictures, once they are decoded."""
+    page.run(f"Promise.all({PICTURES}.map((i) => i.decode())).then(() => 0)", wait=True)
+    sizes: list[list[int]] = page.run(f"{PICTURES}.map((i) => [i.naturalWidth, i.naturalHeight])")
+    return sizes
+
+
+def test_the_pictures_of_a_prompt_are_shown_where_it_asks_about_them(build: Build, tmp_path: Path) -> None:
+    run = build(held_out=2, groups=2, logged=False)
+    photo, art = (read_image(encoded(picture(*size)), tmp_path) for size in ((900, 600), (32, 24)))
+    picture_run(
+        run,
+        {
+            f"{0:016x}": Prompt.from_text(f"{IMAGE}\nWhat is on the ward? {HOSTILE}", images=(photo,)),
+            f"{1:016x}": Prompt.from_text(f"Is {IMAGE} like {IMAGE}?", images=(art, photo)),
+            f"{2:016x}": Prompt.from_text(f"{IMAGE}Which dose?", images=(art,)),
+        },
+    )
+    write_report([run], run.report)
+    assert run.report.read_text().count("data:image/") == 2, "each picture is in the page once"
+    with Page(tmp_path / "profile") as page:
+        page.open(run.report.as_uri())
+        assert loaded(page) == [[360, 240]]
+        assert page.run("document.querySelector('.question').textContent").startswith("What is on the ward? <script>")
+        assert page.run(f"{PICTURES}[0].className") == ""
+        page.run("document.querySelectorAll('.list button')[1].click()")
+        assert loaded(page) == [[32, 24], [360, 240]]
+        assert page.run("document.querySelector('.question').textContent") == "Is image 1 like image 2?"
+        assert page.run(f"{PICTURES}.map((i) => i.alt)") == ["image 1 of the prompt", "image 2 of the prompt"]
+        assert page.run(f"getComputedStyle({PICTURES}[0]).imageRendering") == "pixelated"
+        assert page.run(f"getComputedStyle({PICTURES}[1]).imageRendering") == "auto"
+        page.run("document.querySelectorAll('.list button')[2].click()")
+        assert loaded(page) == [[32, 24]]
+        assert "Which dose?" in page.run(DETAIL)
+        page.run("document.querySelectorAll('.list button')[3].click()")  # a prompt without pictures
+        assert page.run(f"{PICTURES}.length") == 0
+        assert page.run("document.querySelectorAll('.list button img').length") == 3
+        assert "\ufffc" not in page.run("document.body.textContent.replace(/.*\"entries\".*/, '')")
+        page.resize(390, 800)
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        assert page.requests == [run.report.as_uri()] + [u for u in page.requests if u.startswith("data:image/")]
+        assert page.errors == []
+
+
+def test_a_mark_that_a_model_wrote_is_named_and_no_picture(build: Build, tmp_path: Path) -> None:
+    run = build(held_out=1, groups=0, logged=False)
+    path = run.generations("sft")
+    write_rows(path, [row | {"text": f"Here: {IMAGE}"} for row in read_rows(path)])
+    write_report([run], run.report)
+    with Page(tmp_path / "profile") as page:
+        page.open(run.report.as_uri())
+        assert "Here: U+FFFC" in page.run(DETAIL)
+        assert page.run("document.images.length") == 0
 
 
 def test_a_linked_prompt_is_open(build: Build, tmp_path: Path) -> None:

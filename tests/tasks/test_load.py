@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,10 +12,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import encoded, picture, save_picture
 
 from purld.config import Columns
 from purld.errors import UserError
-from purld.records import Message, Prompt
+from purld.images import open_image
+from purld.records import IMAGE, Message, Prompt
 from purld.tasks.load import load_prompts, split_pool, without
 
 REAL = Path(os.environ.get("PURLD_SHARED_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
@@ -40,6 +44,7 @@ def test_a_row_becomes_a_prompt(write):
     loaded = load_prompts(write({"prompt": "Q?", "reference": "A", "images": [], "level": 3, "tags": ["x"]}))
     [prompt] = loaded.prompts
     assert prompt == Prompt((Message("user", "Q?"),), (), "A")
+    assert prompt.place.endswith("pool.jsonl, line 1")
     assert prompt.metadata == {"level": 3, "tags": ["x"]}
     assert (loaded.rows, loaded.duplicates, loaded.skipped) == (1, 0, 0)
 
@@ -71,6 +76,21 @@ def test_byte_order_mark_line_ends_blank_lines_and_separators_in_text_are_no_fau
         b"\xef\xbb\xbf" + json.dumps({"prompt": text}, ensure_ascii=False).encode() + b"\r\n\r\n", b'{"prompt": "last"}'
     )
     assert [prompt.question for prompt in load_prompts(path).prompts] == [text, "last"]
+
+
+def user(*parts: object) -> list[dict]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(words: str, **fields: object) -> dict:
+    return {"type": "text", "text": words} | fields
+
+
+def image(**fields: object) -> dict:
+    return {"type": "image"} | fields
+
+
+DATA_URL = "data:image/png;base64,"
 
 
 GOOD = {"prompt": "good"}
@@ -113,7 +133,7 @@ BAD = {
         "column 'reference' cannot be used: it is a list",
     ),
     "a reference that is true": ({"prompt": "a", "reference": True}, "it is true or false"),
-    "images that are none": ({"prompt": "a", "images": 3}, "column 'images' cannot be used"),
+    "images that are none": ({"prompt": "a", "images": 3}, "column 'images' cannot be used: image 1 is no path"),
     "an image that is null": ({"prompt": "a", "images": [None]}, "image 1 is missing or null"),
 }
 
@@ -130,10 +150,160 @@ def test_a_bad_row_is_one_sentence_or_is_skipped(write, name):
     assert "line 2" in loaded.first_skipped
 
 
-def test_images_are_refused_for_now_even_when_bad_rows_are_skipped(write):
-    path = write(GOOD, {"prompt": "a", "images": ["cat.png"]})
-    with pytest.raises(UserError, match=r"line 2: the prompt has 1 image\(s\); image prompts are not supported yet"):
-        load_prompts(path, bad_rows="skip")
+PLACED = {
+    "one": ({"prompt": "Q", "images": "a.png"}, f"{IMAGE}Q", "a"),
+    "a list": ({"prompt": "Q", "images": ["a.png", "b.png"]}, f"{IMAGE}{IMAGE}Q", "ab"),
+    "a mapping": ({"prompt": "Q", "images": [{"path": "a.png", "bytes": None}]}, f"{IMAGE}Q", "a"),
+    "markers": (
+        {"prompt": "Is <image> like <image>?", "images": ["a.png", "b.png"]},
+        f"Is {IMAGE} like {IMAGE}?",
+        "ab",
+    ),
+    "an opening marker": ({"prompt": "<image>\nQ", "images": ["a.png"]}, f"{IMAGE}Q", "a"),
+    "no images": ({"prompt": "<image> is an HTML tag"}, "<image> is an HTML tag", ""),
+    "places": ({"prompt": user(text("Is "), image(), text("red?")), "images": ["a.png"]}, f"Is {IMAGE}red?", "a"),
+    "places as tables hold them": (
+        {"prompt": user(image(text=None), text("Q", image=None)), "images": ["a.png"]},
+        f"{IMAGE}Q",
+        "a",
+    ),
+    "named parts": (
+        {"prompt": user(image(image="a.png"), image(path="b.png"), text("Q"))},
+        f"{IMAGE}{IMAGE}Q",
+        "ab",
+    ),
+    "OpenAI's parts": (
+        {
+            "prompt": user(
+                text("Q"),
+                {"type": "image_url", "image_url": {"url": "DATA"}},
+                {"type": "image_url", "image_url": "b.png"},
+            )
+        },
+        f"Q{IMAGE}{IMAGE}",
+        "ab",
+    ),
+    "a place and a name": (
+        {"prompt": user(image(url="b.png"), image(), text("Q")), "images": ["a.png"]},
+        f"{IMAGE}{IMAGE}Q",
+        "ba",
+    ),
+    "an object without its picture": ({"prompt": f"a{IMAGE}b"}, "a b", ""),
+}
+
+
+@pytest.mark.parametrize("form", PLACED)
+def test_images_stand_where_the_row_says(write, tmp_path, form):
+    row, content, names = PLACED[form]
+    digests = {}
+    for seed, name in enumerate("ab"):
+        data = save_picture(tmp_path / f"{name}.png", seed=seed).read_bytes()
+        digests[hashlib.sha256(data).hexdigest()[:16]] = name
+        if name == "a":
+            row = json.loads(
+                json.dumps(row).replace("DATA", "data:image/png;base64," + base64.b64encode(data).decode())
+            )
+    [prompt] = load_prompts(write(row)).prompts
+    assert prompt.messages == (Message("user", content),)
+    assert "".join(digests[image.digest] for image in prompt.images) == names
+    assert prompt.place == f"{tmp_path / 'pool.jsonl'}, line 1"
+    assert prompt.metadata == {}
+
+
+def test_images_of_a_chat_without_places_belong_to_the_first_turn_of_the_user(write, tmp_path):
+    save_picture(tmp_path / "a.png")
+    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    [prompt] = load_prompts(write({"prompt": chat, "images": ["a.png"]})).prompts
+    assert [m.content for m in prompt.messages] == ["S", f"{IMAGE}a", "b", "c"]
+
+
+BAD_IMAGES = {
+    "too few markers": (
+        {"prompt": "<image> Q", "images": ["a.png", "a.png"]},
+        r"it has 1 <image> marker\(s\), and the row has 2 image",
+    ),
+    "too many markers": (
+        {"prompt": "<image><image> Q", "images": ["a.png"]},
+        r"it has 2 <image> marker\(s\), and the row has 1 image\(s\)",
+    ),
+    "a place without an image": (
+        {"prompt": user(image(), text("Q"))},
+        r"it has 1 place\(s\) for images, and the row has 0",
+    ),
+    "an image without a place": (
+        {"prompt": user(image(path="a.png"), text("Q")), "images": ["a.png"]},
+        r"its messages name 1 image\(s\), and the row has 1 more without a place",
+    ),
+    "the model's own image": (
+        {"prompt": [{"role": "assistant", "content": [image(path="a.png")]}, {"role": "user", "content": "Q"}]},
+        "a message of the assistant holds an image; only the user's can",
+    ),
+    "a video": ({"prompt": user({"type": "video", "path": "a.mp4"})}, "part 1 of message 1 has the type 'video'"),
+    "a part that is a text": ({"prompt": user("Q")}, "part 1 of message 1 is a text, not an object with a type"),
+    "an empty address": (
+        {"prompt": user({"type": "image_url", "image_url": {}})},
+        "part 1 of message 1 has no image_url.url",
+    ),
+    "no parts": ({"prompt": user()}, "message 1 has no content"),
+    "missing": (
+        {"prompt": "Q", "images": ["a.png", "none.png"]},
+        r"'images' cannot be used: image 2 \(none.png\) is missing",
+    ),
+    "named and missing": (
+        {"prompt": user(image(path="none.png"))},
+        r"'prompt' cannot be used: image 1 \(none.png\) is missing",
+    ),
+    "an address": ({"prompt": "Q", "images": "https://example.org/a.png"}, "image 1 is an address .* download it"),
+    "torn": ({"prompt": "Q", "images": "torn.png"}, r"image 1 \(torn.png\) is truncated"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_a_bad_image_is_one_sentence_or_its_row_is_skipped(write, tmp_path, name):
+    data = save_picture(tmp_path / "a.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(data[:-60])
+    row, words = BAD_IMAGES[name]
+    path = write(GOOD, row, GOOD | {"images": "a.png"})
+    with pytest.raises(UserError, match=f"^{path}, line 2: .*{words}.*(?<!\\.)\\.$"):
+        load_prompts(path)
+    loaded = load_prompts(path, bad_rows="skip")
+    assert (loaded.rows, loaded.skipped, len(loaded.prompts)) == (3, 1, 2)
+
+
+def test_the_first_bad_row_is_told_whichever_thread_is_first(write, tmp_path):
+    """The first row's picture takes long to decode, and the rows behind it are bad at once."""
+    picture(3000, 2000).save(tmp_path / "large.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "large.png").read_bytes()[:-60])
+    rows = [{"prompt": "Q", "images": "torn.png"}, *({"prompt": "Q", "images": "none.png"} for _ in range(100))]
+    with pytest.raises(UserError, match=r"line 1: .*torn.png\) is truncated"):
+        load_prompts(write(*rows))
+    loaded = load_prompts(write(GOOD, *rows), bad_rows="skip")
+    assert loaded.skipped == 101 and "line 2" in str(loaded.first_skipped)
+
+
+def test_rows_that_share_a_picture_share_its_bytes(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    import pyarrow
+
+    data = encoded(picture())
+    rows = [{"prompt": f"Q{n}", "images": [{"bytes": data, "path": None}]} for n in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    prompts = load_prompts(tmp_path / "p.parquet").prompts
+    assert len(prompts) == 3 and len({id(p.images[0].data) for p in prompts}) == 1
+
+
+def test_a_saved_dataset_with_images_is_read_as_it_was_encoded(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = save_picture(tmp_path / "a.jpg")
+    features = datasets.Features({"prompt": datasets.Value("string"), "images": [datasets.Image()]})
+    table = datasets.Dataset.from_dict({"prompt": ["Q", "R"], "images": [[str(path)], []]}, features=features)
+    table.save_to_disk(tmp_path / "one")
+    path.unlink()
+    first, second = load_prompts(tmp_path / "one").prompts
+    assert open_image(first.images[0]).size == (24, 16) and first.question == f"{IMAGE}Q"
+    assert second.images == ()
 
 
 @pytest.mark.parametrize(
@@ -181,7 +351,7 @@ def test_parquet(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     first, second = load_prompts(path).prompts
     assert (first.question, first.reference, first.metadata["day"]) == ("chat", "3", "2024-02-29")
-    json.dumps(first.to_json())
+    json.dumps(first.metadata)
     assert len(second.messages) == 2
     parquet.write_table(pyarrow.table({"prompt": ["a", None]}), path)
     with pytest.raises(UserError, match=r"pool\.parquet, row 2: column 'prompt' cannot be used: it is missing or null"):
@@ -254,7 +424,7 @@ def check_any_file(path: Path, lines: list[bytes]) -> None:
         else:
             assert loaded.rows == len(loaded.prompts) + loaded.duplicates + loaded.skipped
             for prompt in loaded.prompts:
-                assert Prompt.from_json(json.loads(json.dumps(prompt.to_json()))) == prompt
+                assert json.loads(json.dumps(prompt.metadata)) == prompt.metadata
                 assert prompt.messages[-1].role == "user" and prompt.question.strip()
                 prompt.question.encode()
 

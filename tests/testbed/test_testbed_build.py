@@ -1,4 +1,4 @@
-"""The tiny student: its tokenizer, its curriculum at toy size, and the one that ships."""
+"""The tiny student that reads: its tokenizer, its curriculum at toy size, and the one that ships."""
 
 import json
 import random
@@ -14,26 +14,38 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from purld import templates
+from purld.student.encode import Encoder
 from purld.student.selfeval import GroupScores
-from purld.testbed import build, card, corpus
+from purld.testbed import build, card, corpus, world
+from purld.testbed.learner import READING, Learner
+from purld.testbed.lessons import GARBAGE, RIGHT, WRONG
 from purld.testbed.muon import orthogonal
-from purld.testbed.tokenizer import END_OF_TURN, TURN, render, template_phrases, train_tokenizer
-from purld.testbed.world import TASKS, generate, split_of
+from purld.testbed.shipped import STUDENTS
+from purld.testbed.students import STUDENTS as DESIGNS
+from purld.testbed.tokenizer import END_OF_TURN, TURN, template_phrases
+from purld.testbed.world import TEXT_TASKS, generate, split_of
+
+ASSET = STUDENTS["text"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(build.ASSET)
+    return AutoTokenizer.from_pretrained(ASSET)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return AutoModelForCausalLM.from_pretrained(build.ASSET).eval()
+    return AutoModelForCausalLM.from_pretrained(ASSET).eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return Encoder(tokenizer, card.MAX_ANCHOR_TOKENS)
 
 
 def test_the_shipped_student_is_small_and_complete(model, tokenizer) -> None:
-    size = sum(path.stat().st_size for path in build.ASSET.parent.rglob("*") if path.is_file())
-    assert size <= 8_000_000
+    size = sum(path.stat().st_size for path in ASSET.rglob("*") if path.is_file())
+    assert size <= 4_000_000
     assert 0.8e6 < model.num_parameters() < 2e6
     assert model.dtype == torch.float32
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
@@ -43,7 +55,7 @@ def test_the_shipped_student_is_small_and_complete(model, tokenizer) -> None:
 
 
 def test_the_shipped_card_keeps_its_promises() -> None:
-    quality = json.loads((build.ASSET / "quality_card.json").read_text())
+    quality = json.loads((ASSET / "quality_card.json").read_text())
     for figures in quality["tasks"].values():
         assert 0.25 <= figures["sampled"] <= 0.65
         assert figures["pass_at_k"] > 0.9
@@ -52,10 +64,10 @@ def test_the_shipped_card_keeps_its_promises() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_the_shipped_student_is_as_good_as_its_card(model, tokenizer, task) -> None:
+@pytest.mark.parametrize("task", TEXT_TASKS)
+def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> None:
     """Measured again on other held-out problems than the card's."""
-    figures = card.measure(model, tokenizer, task, n=200, k=8, seed=99)
+    figures = card.measure(model, encoder, task, n=200, k=8, seed=99)
     assert 0.25 <= figures.sampled <= 0.65
     assert figures.pass_at_k > 0.9
     assert figures.auc >= 0.95
@@ -74,16 +86,17 @@ def test_filled_templates_survive_the_tokenizer(tokenizer, texts: tuple[str, str
 
 
 def test_a_saved_tokenizer_loads_with_the_rules_it_was_trained_with(tmp_path: Path) -> None:
-    """A Qwen2 directory's tokenizer is rebuilt by its loader: the pieces must be the ones the student learned."""
+    """A Qwen2 directory's tokenizer is rebuilt by its loader: the pieces must be the ones of the trained vocabulary."""
     rng = random.Random(0)
-    trained = train_tokenizer(corpus.tokenizer_texts(rng, 200))
-    build.new_model(trained).save_pretrained(tmp_path)
-    trained.save_pretrained(tmp_path)
+    learner = build.new_learner(DESIGNS["text"], tmp_path, rng, 0.03)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for _ in range(100):
         lesson = rng.choice([corpus.answer_lesson, corpus.judging_lesson, corpus.comparison_lesson])(rng)
-        text = render(trained, lesson.prompt) + lesson.reply
-        assert loaded(text)["input_ids"] == trained(text)["input_ids"]
+        turns = [{"role": "user", "content": lesson.prompt}]
+        text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        turn = learner.encode(lesson)
+        assert turn.ids == loaded(text + lesson.reply)["input_ids"] + [loaded.eos_token_id]
+        assert loaded.decode(turn.head.ids) == text
 
 
 def test_digits_are_single_and_a_space_does_not_change_them(tokenizer) -> None:
@@ -98,12 +111,13 @@ def test_chat_turns_are_chatml(tokenizer) -> None:
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     system, user = f"{TURN}system\nS{END_OF_TURN}\n", f"{TURN}user\nU{END_OF_TURN}\n"
     assert text == f"{system}{user}{TURN}assistant\n"
-    assert render(tokenizer, "U") == f"{user}{TURN}assistant\n"
 
 
 def test_a_long_foreign_text_is_no_trouble(model, tokenizer) -> None:
     foreign = "".join(chr(c) for c in range(0x20, 0x1500, 3)) + " \U0001f600 \x00"
-    encoded = tokenizer(render(tokenizer, foreign), return_tensors="pt")
+    turns = [{"role": "user", "content": foreign}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    encoded = tokenizer(text, return_tensors="pt")
     assert encoded["input_ids"].shape[1] > 2000
     with torch.no_grad():
         logits = model(**encoded, logits_to_keep=1).logits
@@ -113,21 +127,22 @@ def test_a_long_foreign_text_is_no_trouble(model, tokenizer) -> None:
 def test_no_lesson_holds_a_held_out_question() -> None:
     rng = random.Random(0)
     for _ in range(300):
-        assert split_of(corpus.answer_lesson(rng).prompt) == "train"
         judged = corpus.judging_lesson(rng).prompt
         question = judged.partition("Question:\n")[2].partition("\n\nReference Answer:")[0]
-        assert split_of(question) == "train"
+        for asked in (corpus.answer_lesson(rng).prompt, question):
+            problem = world.recognise(asked)
+            assert problem is not None and split_of(problem) == "train"
 
 
 def test_lessons_are_partly_wrong_and_judgements_balanced() -> None:
     rng = random.Random(0)
-    for task in TASKS:
+    for task in TEXT_TASKS:
         problems = generate(task, "train", 1000, 0)
         right = np.mean([corpus.is_right(p, corpus.base_answer(p, rng)) for p in problems])
         assert 0.4 < right < 0.75
     scores = [corpus.judging_lesson(rng).reply for _ in range(1000)]
-    assert 0.4 < scores.count(corpus.RIGHT) / 1000 < 0.6
-    assert scores.count(corpus.WRONG) and scores.count(corpus.GARBAGE)
+    assert 0.4 < scores.count(RIGHT) / 1000 < 0.6
+    assert scores.count(WRONG) and scores.count(GARBAGE)
 
 
 def test_comparisons_tell_the_truth() -> None:
@@ -142,24 +157,26 @@ def test_comparisons_tell_the_truth() -> None:
         )
         asked = anchor if question == ["Compare"] else question
         same = asked[-1] in candidate if asked[0] == "Use" else asked[-1] == candidate[-1]
-        assert lesson.reply == (corpus.RIGHT if same else corpus.WRONG)
+        assert lesson.reply == (RIGHT if same else WRONG)
         scores.append(same)
     assert 0.4 < np.mean(scores) < 0.65
 
 
-def test_losses_are_weighted_within_each_sequence_by_itself(model, tokenizer) -> None:
+def test_losses_are_weighted_within_each_sequence_by_itself(model, encoder) -> None:
     """By hand: an answer's mean twice, a score's sum, the read turn's mean at its weight, whatever the batch."""
     rng = random.Random(0)
+    learner = Learner(model, encoder)
     lessons = [corpus.answer_lesson(rng), corpus.judging_lesson(rng), corpus.comparison_lesson(rng)]
-    sequences = [build.encode(tokenizer, lesson) for lesson in lessons]
+    turns = [learner.encode(lesson) for lesson in lessons]
     with torch.no_grad():
-        together = build.sequence_losses(model, sequences)
-        for sequence, loss in zip(sequences, together):
-            logs = model(input_ids=torch.tensor([sequence.ids])).logits[0].log_softmax(-1)
-            tokens = [-logs[t - 1, sequence.ids[t]] for t in range(1, len(sequence.ids))]
-            read, replied = tokens[: sequence.start - 1], tokens[sequence.start - 1 :]
-            by_hand = sum(replied) * (2 / len(replied) if sequence.kind == "answer" else 1)
-            by_hand += build.READING[sequence.kind] * sum(read) / sequence.start
+        together = learner.losses(turns, [])
+        for turn, loss in zip(turns, together):
+            logs = model(input_ids=torch.tensor([turn.ids])).logits[0].log_softmax(-1)
+            tokens = [-logs[t - 1, turn.ids[t]] for t in range(1, len(turn.ids))]
+            start, kind = len(turn.head), turn.lesson.kind
+            read, replied = tokens[: start - 1], tokens[start - 1 :]
+            by_hand = sum(replied) * (2 / len(replied) if kind == "answer" else 1)
+            by_hand += READING[kind] * sum(read) / start
             assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
@@ -200,7 +217,7 @@ def test_a_toy_build_is_complete_and_repeatable(tmp_path: Path) -> None:
         build.build_student(tmp_path / name, 7, scale=0.001, progress=lambda *told: seen.append(told))
         for name in ("a", "b")
     ]
-    assert seen and seen[0][:2] == (len(build.CURRICULUM), len(build.CURRICULUM))
+    assert seen and seen[0][:2] == (len(corpus.CURRICULUM), len(corpus.CURRICULUM))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
     assert cards[0]["tasks"] == cards[1]["tasks"]

@@ -18,6 +18,7 @@ from purld.console import Reporter
 from purld.finished import export_model
 from purld.method.table import METHODS
 from purld.pipeline import Pipeline
+from purld.pools import load_pools
 from purld.rundir import RunDir, read_json, read_rows
 from purld.student.encode import training_batch
 from purld.student.load import load_encoder, load_model
@@ -53,7 +54,7 @@ def write_config(request, teacher, shipped_student, tmp_path_factory):
     rows[3] = {"prompt": "How many colours are there?"}
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "prompts.jsonl").write_text(text)
-    (folder / "held_out.jsonl").write_text(text.replace("colour", "tint"))
+    (folder / "held_out.jsonl").write_text(text.replace("colour", "tint").replace("Is <", "Was <"))
     values = {
         "student": {"model": str(model), "max_prompt_tokens": 256, "max_anchor_tokens": 32},
         "data": {"prompts": str(folder / "prompts.jsonl"), "eval_prompts": str(folder / "held_out.jsonl")},
@@ -102,8 +103,8 @@ def test_a_whole_run_with_an_adapter_ends_as_an_ordinary_directory(write_config,
     export = export_model(run.path, None, "align")
     served = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
     encoder = load_encoder(config.student.model_copy(update={"model": str(export), "lora": None}))
-    job = [p for p in Pipeline(config, run, Reporter()).pools().train if p.images]
-    batch = training_batch([(encoder.prompt(prompt), [5, 6]) for prompt in job], encoder.pad)
+    prompts = [prompt for prompt in load_pools(config, encoder, print).train if prompt.images]
+    batch = training_batch([(encoder.prompt(prompt), [5, 6]) for prompt in prompts], encoder.pad)
     with torch.no_grad():
         assert torch.allclose(served(**batch).logits, aligned(**batch).logits, atol=1e-5)
 
@@ -123,7 +124,7 @@ def test_killed_in_stage_two_a_run_with_pictures_ends_with_the_same_bits(write_c
     for name in ("calm", "killed"):
         run = RunDir(after_stage_one.path.with_name(name))
         shutil.copytree(after_stage_one.path, run.path)
-        config = load_config(write_config, ["align.steps=3", "align.checkpoint_steps=1", "student.train_vision=false"])
+        config = load_config(write_config, ["align.steps=3", "align.checkpoint_steps=1"])
         if name == "killed":
             with monkeypatch.context() as patch, pytest.raises(KilledError):
                 patch.setattr(RunDir, "log", kill)

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from purld.album import question_of
 from purld.records import Generation, Prompt
 from purld.rundir import append_rows, read_rows, write_rows
 from purld.student.encode import Encoder
@@ -41,7 +42,7 @@ def answer_prompts(
         samples: answers per prompt.
         batch_size: sequences drawn at once.
         seed: the run's seed.
-        path: a JSONL file of generations, with the question and, given a check, whether it is right.
+        path: a JSONL file of generations, with the question, its images and, given a check, whether it is right.
         check: says whether an answer is right.
         progress: told of every batch.
 
@@ -56,7 +57,7 @@ def answer_prompts(
         batch = prompts[start : start + per_batch]
         batch_seed = seed_from("answers", seed, start, [p.id for p in batch])
         drawn = sampler(model, [encoder.prompt(p) for p in batch], samples, batch_seed)
-        new = [row for p, answers in zip(batch, drawn) for row in _rows(p, answers, encoder, check)]
+        new = [row for p, answers in zip(batch, drawn) for row in _rows(p, answers, encoder, check, path)]
         append_rows(path, new)
         rows += new
         progress(start + len(batch), len(prompts), "")
@@ -75,11 +76,13 @@ def _whole_batches(path: Path, prompts: int, samples: int, per_batch: int) -> tu
     return rows, done
 
 
-def _rows(prompt: Prompt, answers: Sequence[Completion], encoder: Encoder, check: Check | None) -> list[dict[str, Any]]:
-    rows = []
+def _rows(
+    prompt: Prompt, answers: Sequence[Completion], encoder: Encoder, check: Check | None, path: Path
+) -> list[dict[str, Any]]:
+    asked, rows = question_of(prompt, path), []
     for sample, answer in enumerate(answers):
         text = encoder.text(answer.ids)
         generation = Generation(prompt.id, sample, text, len(answer.ids), answer.finished)
         verdict = {} if check is None else {"correct": check(prompt, text)}
-        rows.append(asdict(generation) | {"prompt": prompt.question} | verdict)
+        rows.append(asdict(generation) | asked | verdict)
     return rows

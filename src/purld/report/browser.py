@@ -6,26 +6,32 @@ not executed, with every character escaped that could end the element or reorder
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from purld.album import ENDINGS
 from purld.names import title
 from purld.report.read import OPPONENT, Row, Run
 
-MAX_BYTES = 8_000_000  # of data in a page, so that the whole stays below 10 MB
+MAX_BYTES = 8_000_000  # of texts and numbers in a page, so that the whole stays below 10 MB
+MAX_IMAGE_BYTES = 10_000_000  # of its images on top of that
 MAX_CHARACTERS = 6000  # of one text
 
 # <, > and & could end the script element or open another; U+2028 and U+2029 end lines in old JavaScript;
 # lone surrogates have no UTF-8; the rest are control and direction characters that would change what an
 # editor shows of this file.
 _UNSAFE = re.compile(
-    "[<>&\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+    "[<>&\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufffc\ud800-\udfff\U000e0000-\U000e007f]"
 )
+
+
+_MIME = {ending: mime for mime, ending in ENDINGS.items()}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Browser:
     json: str
     shown: int
     total: int
+    images_left_out: int = 0
 
 
 def browser(runs: Sequence[Run]) -> Browser:
@@ -46,16 +53,42 @@ def browser(runs: Sequence[Run]) -> Browser:
     entries = [entry for turn in _turns(per_run) for entry in turn]
     kept: list[str] = []
     size = 0
+    images = _Images(runs)
     for entry in entries:
         text = safe_json(entry)
         size += len(text.encode())
         if size > MAX_BYTES:
             break
         kept.append(text)
+        images.add(entry)
     names = safe_json([run.name for run in runs])
     titles = safe_json({m: title(m) for run in runs for m in (*run.answers, *run.greedy)})
-    data = f'{{"runs": {names}, "titles": {titles}, "entries": [{",".join(kept)}]}}'
-    return Browser(data, shown=len(kept), total=len(entries))
+    urls = safe_json(images.urls)
+    data = f'{{"runs": {names}, "titles": {titles}, "images": {urls}, "entries": [{",".join(kept)}]}}'
+    return Browser(data, shown=len(kept), total=len(entries), images_left_out=len(images.left_out))
+
+
+class _Images:
+    """The images of the entries that are shown, each once, as data URLs; those that would not fit are left out."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.urls: dict[str, str] = {}
+        self.left_out: set[str] = set()
+        self._files = [run.images for run in runs]
+        self._size = 0
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Take what an entry refers to, if its run kept it and there is room."""
+        for name in entry.get("images", ()):
+            path = self._files[entry["run"]].get(name)
+            if name in self.urls or path is None or path.suffix not in _MIME:
+                continue
+            url = f"data:{_MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+            if self._size + len(url) > MAX_IMAGE_BYTES:
+                self.left_out.add(name)
+                continue
+            self._size += len(url)
+            self.urls[name] = url
 
 
 def safe_json(value: object) -> str:
@@ -83,7 +116,7 @@ def _entries(run: Run, place: int) -> Iterable[dict[str, Any]]:
         entry = {
             "id": prompt_id,
             "run": place,
-            "prompt": _clip(_question(group, answered)),
+            **_question(group, answered),
             "anchor": _clip(group["anchor"] if group else run.anchors.get(prompt_id)),
             "group": _group(group) if group else None,
             "answers": [
@@ -111,9 +144,11 @@ def _by_prompt(run: Run) -> dict[str, dict[str, list[Row]]]:
     return found
 
 
-def _question(group: Row | None, answered: dict[str, list[Row]]) -> str:
+def _question(group: Row | None, answered: dict[str, list[Row]]) -> dict[str, Any]:
+    """What was asked, and the names of the images in it."""
     rows = [group] if group else [row for rows in answered.values() for row in rows]
-    return next((row["prompt"] for row in rows if row.get("prompt")), "")
+    asked = next((row for row in rows if row.get("prompt")), {"prompt": ""})
+    return {"prompt": _clip(asked["prompt"]), "images": asked.get("images")}
 
 
 def _verdicts(run: Run) -> dict[tuple[str, str, int | None], list[Row]]:

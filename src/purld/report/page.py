@@ -83,7 +83,9 @@ def _page(runs: Sequence[Run]) -> str:
 
 def _policy(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
+    return (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; base-uri 'none'"
+    )
 
 
 def _asset(name: str) -> str:
@@ -168,6 +170,11 @@ def _browser(data: Browser) -> Section:
         if data.shown < data.total
         else ""
     )
+    if data.images_left_out:
+        left_out += (
+            f'<p class="note">{data.images_left_out:,} images are not here, to keep this page small; '
+            "they are under generations/images/ in the run directory.</p>\n"
+        )
     place = '<div id="browser"><noscript>The browser of prompts and answers needs JavaScript.</noscript></div>\n'
     return Section("answers", "Prompts and answers", left_out + place if data.total else "")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from purld.album import album_of
 from purld.rundir import RunDir, read_json, read_rows
 
 Row = Mapping[str, Any]
@@ -34,6 +35,7 @@ class Run:
         answers: held-out answers by model: base, sft, the method, the opponent.
         greedy: the greedy answers beside them, where there are any.
         verdicts: the judge's verdicts by model.
+        images: the files of the images that rows refer to, by name.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Run:
     answers: Mapping[str, Sequence[Row]]
     greedy: Mapping[str, Sequence[Row]]
     verdicts: Mapping[str, Sequence[Row]]
+    images: Mapping[str, Path]
 
     @property
     def method(self) -> str | None:
@@ -80,6 +83,7 @@ def read_run(run: RunDir) -> Run:
         answers=_rows(models, run.generations),
         greedy=_rows(models, lambda model: run.generations(f"{model}.greedy")),
         verdicts=_rows(models, run.verdicts),
+        images={path.stem: path for path in album_of(run.groups).glob("[!.]*")},
     )
 
 

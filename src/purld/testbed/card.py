@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from purld.evaluation.accuracy import accuracy
 from purld.evaluation.scores import CheckedGroup, score_quality
@@ -24,6 +24,7 @@ from purld.testbed.world import Task, is_right, teacher_answer
 
 # The longest right answer has about 45 tokens.
 MAX_NEW_TOKENS = 64
+MAX_ANCHOR_TOKENS = 128
 _PROMPTS_AT_A_TIME = 256
 
 
@@ -50,20 +51,17 @@ class Figures:
     margin_wrong: float
 
 
-def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, n: int, k: int, seed: int
-) -> Figures:
+def measure(model: PreTrainedModel, encoder: Encoder, task: Task, n: int, k: int, seed: int) -> Figures:
     """Figures on `n` held-out problems with `k` sampled answers each. Changes torch's random state."""
     problems = world.generate(task, "heldout", n, seed)
     torch.manual_seed(seed)
-    questions = [p.question for p in problems]
-    drawn = answers(model, tokenizer, questions, k)
+    prompts = [world.to_prompt(p) for p in problems]
+    drawn = answers(model, encoder, prompts, k)
     right = np.array([[is_right(p, text) for text in texts] for p, texts in zip(problems, drawn)])
-    best = [is_right(p, text) for p, (text,) in zip(problems, answers(model, tokenizer, questions, greedy=True))]
-    evaluator = SelfEvaluator(_encoder(tokenizer), "expected", batch_size=k + 1)
+    best = [is_right(p, text) for p, (text,) in zip(problems, answers(model, encoder, prompts, greedy=True))]
+    evaluator = SelfEvaluator(encoder, "expected", batch_size=k + 1)
     judged = [
-        evaluator.score(model, Prompt.from_text(p.question), teacher_answer(p), texts)
-        for p, texts in zip(problems, drawn)
+        evaluator.score(model, prompt, teacher_answer(p), texts) for p, prompt, texts in zip(problems, prompts, drawn)
     ]
     return _figures(np.array(best), right, judged, seed)
 
@@ -96,20 +94,14 @@ def _figures(best: np.ndarray, right: np.ndarray, judged: Sequence[GroupScores],
 
 
 def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
-    count: int = 1,
-    *,
-    greedy: bool = False,
+    model: PreTrainedModel, encoder: Encoder, prompts: Sequence[Prompt], count: int = 1, *, greedy: bool = False
 ) -> list[list[str]]:
-    """`count` answers to each question, sampled at temperature 1 or greedy, from torch's random state."""
-    encoder = _encoder(tokenizer)
+    """`count` answers to each prompt, sampled at temperature 1 or greedy, from torch's random state."""
     decoding = Decoding(temperature=0.0 if greedy else 1.0, max_new_tokens=MAX_NEW_TOKENS)
     found: list[list[str]] = []
-    for start in range(0, len(questions), _PROMPTS_AT_A_TIME):
-        prompts = [encoder.prompt(Prompt.from_text(q)) for q in questions[start : start + _PROMPTS_AT_A_TIME]]
-        for completions in generate(model, encoder, prompts, count, decoding):
+    for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
+        heads = [encoder.prompt(prompt) for prompt in prompts[start : start + _PROMPTS_AT_A_TIME]]
+        for completions in generate(model, encoder, heads, count, decoding):
             found.append([encoder.text(c.ids) for c in completions])
     return found
 
@@ -121,10 +113,6 @@ def to_json(figures: Figures) -> dict[str, Any]:
         key: [round(v, 4) for v in value] if isinstance(value, tuple) else round(value, 4)
         for key, value in found.items()
     }
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    return Encoder(tokenizer, max_anchor_tokens=128)
 
 
 def _mean(values: np.ndarray) -> float:

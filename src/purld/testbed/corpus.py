@@ -8,28 +8,22 @@ Only questions of the training split are used.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import Literal
 
-from purld import templates
 from purld.testbed import counting, writing
+from purld.testbed.lessons import Lesson, Phase, Sample, comparison, judgement, spoil
 from purld.testbed.world import (
-    TASKS,
+    TEXT_TASKS,
     Problem,
     Task,
-    draw_question,
+    draw_problem,
     is_right,
-    recognise,
     right_answer,
     split_of,
     teacher_answer,
 )
-
-Kind = Literal["answer", "judgement", "comparison"]
-
-RIGHT, WRONG, GARBAGE = "1.00", "0.10", "0.00"
 
 _WORDS = writing.SUBJECTS + writing.OBJECTS + writing.PLACES
 
@@ -40,55 +34,57 @@ LARGE_ANSWER_ERRORS = 0.06
 WRITING_ERRORS = {"subject": 0.10, "use": 0.28, "end": 0.28}
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """A user turn and the reply to learn."""
-
-    kind: Kind
-    prompt: str
-    reply: str
-
-    @property
-    def judging(self) -> bool:
-        """Whether the reply is a score."""
-        return self.kind != "answer"
+TOKENIZER_TEXTS = 6000
+# A step's lessons, computed in so many parts.
+LESSONS, PARTS = 64, 2
+OWN_SAMPLES = 384
+CURRICULUM = (
+    Phase("compare", 600, judging=1.0, bare=1.0),
+    Phase("judge", 600, judging=0.75, bare=0.25),
+    Phase("mixed", 700, judging=0.5, bare=0.05, own=0.3),
+    Phase("settle", 500, judging=0.4, own=0.5),
+)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """An answer that a student drew itself."""
+def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> list[Lesson]:
+    """The `n` lessons of one step; `own` are samples to judge."""
+    batch = []
+    for index in range(n):
+        if index >= round(phase.judging * n):
+            batch.append(answer_lesson(rng))
+        elif rng.random() < phase.bare:
+            batch.append(comparison_lesson(rng))
+        else:
+            sample = rng.choice(own) if own and rng.random() < phase.own else None
+            batch.append(judging_lesson(rng, sample))
+    return batch
 
-    problem: Problem
-    text: str
+
+def problems(n: int, rng: random.Random) -> list[tuple[Problem, None]]:
+    """Training problems; there are no pictures in them."""
+    return [(training_problem(rng.choice(TEXT_TASKS), rng), None) for _ in range(n)]
 
 
 def training_problem(task: Task, rng: random.Random) -> Problem:
     """A problem of the training split."""
     while True:
-        question = draw_question(task, rng)
-        if split_of(question) == "train":
-            problem = recognise(question)
-            assert problem is not None
+        problem = draw_problem(task, rng)
+        if split_of(problem) == "train":
             return problem
 
 
 def answer_lesson(rng: random.Random) -> Lesson:
     """A question with the answer that a student of partial knowledge gives."""
-    problem = training_problem(rng.choice(TASKS), rng)
+    problem = training_problem(rng.choice(TEXT_TASKS), rng)
     return Lesson("answer", problem.question, base_answer(problem, rng))
 
 
 def judging_lesson(rng: random.Random, own: Sample | None = None) -> Lesson:
     """A candidate to score against an anchor; the candidate is `own` if given."""
-    problem = own.problem if own else training_problem(rng.choice(TASKS), rng)
+    problem = own.problem if own else training_problem(rng.choice(TEXT_TASKS), rng)
     anchor = teacher_answer(problem) if rng.random() < 0.5 else right_answer(problem, rng)
     candidate, garbage = (own.text, False) if own else _candidate(problem, anchor, rng)
-    return _judgement(problem.question, anchor, candidate, is_right(problem, candidate), garbage)
-
-
-def _judgement(question: str, anchor: str, candidate: str, right: bool, garbage: bool = False) -> Lesson:
-    score = RIGHT if right else GARBAGE if garbage else WRONG
-    return Lesson("judgement", templates.self_evaluation(question, anchor, candidate), score)
+    return judgement(problem.question, anchor, candidate, is_right(problem, candidate), garbage)
 
 
 def _candidate(problem: Problem, anchor: str, rng: random.Random) -> tuple[str, bool]:
@@ -114,37 +110,32 @@ def comparison_lesson(rng: random.Random) -> Lesson:
     return rng.choice((_same_number, _same_word, _word_present, _word_last))(rng)
 
 
-def _comparison(question: str, anchor: str, candidate: str, right: bool) -> Lesson:
-    prompt = templates.self_evaluation(question, anchor, candidate)
-    return Lesson("comparison", prompt, RIGHT if right else WRONG)
-
-
 def _same_number(rng: random.Random) -> Lesson:
     number = rng.randint(0, 99)
     other = number if rng.random() < 0.5 else rng.choice((number + 1, max(number - 1, 0), rng.randint(0, 99)))
     below = f"/{rng.randint(2, 27)}" if rng.random() < 0.4 else ""
     said = rng.choice(("", "The answer is ", "so the answer is "))
-    return _comparison("Compare.", f"{said}{number}{below}.", f"{said}{other}{below}.", number == other)
+    return comparison("Compare.", f"{said}{number}{below}.", f"{said}{other}{below}.", number == other)
 
 
 def _same_word(rng: random.Random) -> Lesson:
     word = rng.choice(_WORDS)
     other = word if rng.random() < 0.5 else rng.choice(_WORDS)
-    return _comparison("Compare.", f"The {word}.", f"The {other}.", word == other)
+    return comparison("Compare.", f"The {word}.", f"The {other}.", word == other)
 
 
 def _word_present(rng: random.Random) -> Lesson:
     words = rng.sample(_WORDS, rng.randint(1, 6))
     asked = rng.choice(words) if rng.random() < 0.5 else rng.choice(_WORDS)
     question = writing.CONSTRAINTS["use"].format(use=asked)
-    return _comparison(question, f"The {asked}.", f"The {' '.join(words)}.", asked in words)
+    return comparison(question, f"The {asked}.", f"The {' '.join(words)}.", asked in words)
 
 
 def _word_last(rng: random.Random) -> Lesson:
     words = rng.sample(_WORDS, rng.randint(1, 6))
     asked = words[-1] if rng.random() < 0.5 else rng.choice(words[:-1] or _WORDS)
     question = writing.CONSTRAINTS["end"].format(end=asked)
-    return _comparison(question, f"The {asked}.", f"The {' '.join(words)}.", asked == words[-1])
+    return comparison(question, f"The {asked}.", f"The {' '.join(words)}.", asked == words[-1])
 
 
 def base_answer(problem: Problem, rng: random.Random) -> str:
@@ -188,26 +179,11 @@ def _flawed(brief: writing.Brief, errors: dict[str, float], rng: random.Random) 
     return replace(brief, **changes)
 
 
-def spoil(text: str, rng: random.Random) -> str:
-    """Garbage made of an answer: cut off, shuffled, stuttering or empty."""
-    words = text.split()
-    match rng.randrange(4):
-        case 0:
-            return " ".join(words[: rng.randrange(len(words))])
-        case 1:
-            return " ".join(rng.sample(words, len(words)))
-        case 2:
-            word = rng.choice(words)
-            return " ".join([*words, *[word] * rng.randint(3, 8)])
-        case _:
-            return " ".join([rng.choice(words)] * rng.randint(1, 12))
-
-
 def tokenizer_texts(rng: random.Random, n: int) -> Iterator[str]:
     """Texts whose pieces the tokenizer should know."""
     yield from ["system\nuser\nassistant\n"] * 20
     for _ in range(n):
-        problem = training_problem(rng.choice(TASKS), rng)
+        problem = training_problem(rng.choice(TEXT_TASKS), rng)
         yield problem.question
         yield base_answer(problem, rng)
 

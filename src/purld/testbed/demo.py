@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +20,8 @@ from purld.config import Config, load_config
 from purld.errors import UserError
 from purld.rundir import RunDir, atomic_write
 from purld.testbed.server import TestbedServer
-from purld.testbed.world import TASKS, generate, write_prompts
+from purld.testbed.shipped import DEMOS, STUDENTS, problems, students_of
+from purld.testbed.world import write_prompts
 
 KEY_VARIABLE = "PURLD_TESTBED_KEY"
 TRAIN_PROMPTS = 256
@@ -29,36 +29,42 @@ HELD_OUT_PROMPTS = 200
 
 
 @contextlib.contextmanager
-def prepare(task: str, run_dir: Path | None, overrides: Sequence[str]) -> Iterator[tuple[Config, RunDir]]:
+def prepare(
+    task: str, run_dir: Path | None, overrides: Sequence[str], student: str | None = None
+) -> Iterator[tuple[Config, RunDir]]:
     """The configuration and run directory of a demo, with the testbed's server running.
 
     Raises:
-        UserError: the task is unknown, an override is wrong, or the server cannot start.
+        UserError: the task is unknown or not for this student, an override is wrong, or the server cannot start.
     """
     # Matrices this small are not worth two threads: a step took 0.8 s on one thread and 1.2 s on two.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if task not in TASKS:
-        raise UserError(f"--task {task}: the testbed has the tasks {' and '.join(TASKS)}.")
+    if task not in DEMOS:
+        raise UserError(f"--task {task}: the testbed has {', '.join(DEMOS)}.")
+    able = students_of(task)
+    if student is not None and student not in able:
+        raise UserError(f"--student {student}: of the testbed's students {' and '.join(able)} can do {task}.")
     seed = _seed(overrides)
-    folder = run_dir or Path("runs") / (f"demo-{task}" if seed == 0 else f"demo-{task}-seed{seed}")
+    name = "-".join(["demo", task, *([student] if student else []), *([f"seed{seed}"] if seed else [])])
+    folder = run_dir or Path("runs") / name
     key = secrets.token_urlsafe(16)
     with TestbedServer(api_key=key, port=_former_port(folder)) as server:
         os.environ[KEY_VARIABLE] = key
         source = folder / "demo"
-        write_prompts(source / "prompts.jsonl", generate(task, "train", TRAIN_PROMPTS, seed))
-        write_prompts(source / "held_out.jsonl", generate(task, "heldout", HELD_OUT_PROMPTS, seed))
+        write_prompts(source / "prompts.jsonl", problems(task, "train", TRAIN_PROMPTS, seed))
+        write_prompts(source / "held_out.jsonl", problems(task, "heldout", HELD_OUT_PROMPTS, seed))
         path = source / "demo.yaml"
         with atomic_write(path) as handle:
-            yaml.safe_dump(demo_values(source, server.base_url), handle, sort_keys=False)
+            yaml.safe_dump(demo_values(task, source, server.base_url, student), handle, sort_keys=False)
         yield load_config(path, overrides), RunDir(folder)
 
 
-def demo_values(source: Path, base_url: str) -> dict[str, Any]:
-    """The demo's configuration as plain values. docs/decisions.md says how its numbers were chosen."""
+def demo_values(task: str, source: Path, base_url: str, student: str | None = None) -> dict[str, Any]:
+    """The demo's configuration as plain values. docs/results.md says how its numbers were chosen."""
     endpoint = {"kind": "openai", "base_url": base_url, "api_key_env": KEY_VARIABLE}
     return {
         "student": {
-            "model": str(files("purld.testbed") / "assets" / "student"),
+            "model": str(STUDENTS[student or students_of(task)[0]]),
             "max_prompt_tokens": 256,
             "max_anchor_tokens": 128,
         },

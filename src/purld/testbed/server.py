@@ -1,5 +1,6 @@
 """The world's teacher and judge behind an OpenAI-compatible chat-completions endpoint on this machine.
 
+They read pictures (data URLs in content parts) from their pixels, and know nothing but what they are sent.
 `POST /v1/chat/completions` and `GET /v1/models`, with a bearer key. Sampling settings are accepted and change
 nothing, for both models are deterministic. There is no streaming, and nothing is logged.
 """
@@ -14,13 +15,19 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from purld import templates
-from purld.testbed.world import quality, recognise, teacher_answer
+from purld.errors import UserError
+from purld.images import read_image
+from purld.records import IMAGE
+from purld.testbed.scenes import Scene
+from purld.testbed.world import quality, read_scene, recognise, teacher_answer
 
 TEACHER, JUDGE = "testbed-teacher", "testbed-judge"
 MODELS = (TEACHER, JUDGE)
@@ -66,39 +73,53 @@ class TestbedServer:
         self._thread.join()
 
 
-def reply(model: str, user_turn: str) -> str:
+@dataclass(frozen=True)
+class Turn:
+    """What somebody said: a text with an IMAGE for each picture, and what these show (None: nothing of this world)."""
+
+    role: str
+    text: str
+    shown: tuple[Scene | None, ...] = ()
+
+    @property
+    def scene(self) -> Scene | None:
+        """What the one picture shows; a problem has one at most."""
+        return self.shown[0] if len(self.shown) == 1 else None
+
+
+def reply(model: str, turn: Turn) -> str:
     """What a model says to the last user turn."""
-    return judge(user_turn) if model == JUDGE else teach(user_turn)
+    return judge(turn.text, turn.scene) if model == JUDGE else teach(turn.text, turn.scene)
 
 
-def teach(user_turn: str) -> str:
+def teach(user_turn: str, scene: Scene | None = None) -> str:
     """The teacher's answer, its score of somebody's answer, or a sentence that it has none."""
-    if scored := _rate(user_turn):
+    if scored := _rate(user_turn, scene):
         return scored
-    problem = recognise(user_turn)
+    problem = recognise(user_turn, scene)
     return teacher_answer(problem) if problem else UNKNOWN_QUESTION
 
 
-def _rate(user_turn: str) -> str | None:
+def _rate(user_turn: str, scene: Scene | None) -> str | None:
     """The score for a filled rating template, the judge's measure of quality on [0, 1]; None for any other text."""
     opening, to_candidate = re.split(r"\{\w+\}", templates.RATING_HEAD)
     question, found, rest = user_turn.removeprefix(opening).partition(to_candidate)
-    problem = recognise(question) if found and user_turn.startswith(opening) else None
+    problem = recognise(question, scene) if found and user_turn.startswith(opening) else None
     return f"{quality(problem, rest.removesuffix(templates.SELF_EVALUATION_TAIL)) / 2:.2f}" if problem else None
 
 
-def judge(user_turn: str) -> str:
+def judge(user_turn: str, scene: Scene | None = None) -> str:
     """A, B or T for a filled judge template; T if the question is not of this world or the text is no template.
 
     An answer that contains the mark between the answers makes the template ambiguous. Then the verdict is what all
     readings agree on, else T: forging marks cannot win.
     """
-    verdicts = {_compare(*reading) for reading in _readings(user_turn)}
+    verdicts = {_compare(*reading, scene) for reading in _readings(user_turn)}
     return verdicts.pop() if len(verdicts) == 1 else "T"
 
 
-def _compare(question: str, answer_a: str, answer_b: str) -> str:
-    problem = recognise(question)
+def _compare(question: str, answer_a: str, answer_b: str, scene: Scene | None) -> str:
+    problem = recognise(question, scene)
     if problem is None:
         return "T"
     a, b = quality(problem, answer_a), quality(problem, answer_b)
@@ -180,11 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _ApiError(HTTPStatus.UNAUTHORIZED, "Incorrect API key provided.", "invalid_api_key")
 
     def _complete(self, body: bytes) -> dict[str, Any]:
-        model, prompt, user_turn = _read_request(body)
+        model, prompt, turn = _read_request(body)
         if model not in MODELS:
             message = f"The model {model!r} does not exist."
             raise _ApiError(HTTPStatus.NOT_FOUND, message, "model_not_found")
-        text = reply(model, user_turn)
+        text = reply(model, turn)
         with self.server.lock:
             self.server.completions[model] += 1
         return _completion(model, prompt, text)
@@ -208,13 +229,13 @@ def _list_models(_body: bytes) -> dict[str, Any]:
     return {"object": "list", "data": entries}
 
 
-def _read_request(body: bytes) -> tuple[str, str, str]:
+def _read_request(body: bytes) -> tuple[str, str, Turn]:
     """The model, the whole conversation and its last user turn."""
     try:
         request = json.loads(body)
         model = request["model"]
-        turns = [(turn["role"], _text(turn["content"])) for turn in request["messages"]]
-        user_turn = next(text for role, text in reversed(turns) if role == "user")
+        turns = [_read_turn(turn["role"], turn["content"]) for turn in request["messages"]]
+        user_turn = next(turn for turn in reversed(turns) if turn.role == "user")
     except ValueError:
         raise _ApiError(HTTPStatus.BAD_REQUEST, "The request body is not valid JSON.") from None
     except (TypeError, KeyError, AttributeError, StopIteration):
@@ -222,14 +243,31 @@ def _read_request(body: bytes) -> tuple[str, str, str]:
         raise _ApiError(HTTPStatus.BAD_REQUEST, message) from None
     if request.get("stream"):
         raise _ApiError(HTTPStatus.BAD_REQUEST, "Streaming is not supported.")
-    return str(model), "\n".join(text for _, text in turns), user_turn
+    return str(model), "\n".join(turn.text for turn in turns), user_turn
 
 
-def _text(content: Any) -> str:
-    """The text of a turn's content, which is a string or a list of parts."""
+def _read_turn(role: str, content: Any) -> Turn:
+    """A turn whose content is a string or a list of parts of type text and image_url."""
     if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
+        return Turn(role, content)
+    text, shown = "", list[Scene | None]()
+    for part in content:
+        if part["type"] == "text":
+            text += part["text"]
+        elif part["type"] == "image_url":
+            text += IMAGE
+            shown.append(_look(part["image_url"]["url"]))
+    return Turn(role, text, tuple(shown))
+
+
+def _look(url: str) -> Scene | None:
+    """What a picture shows that came as a data URL; nothing else is opened."""
+    if not url.startswith("data:"):
+        return None
+    try:
+        return read_scene(read_image(url, Path()))
+    except (ValueError, UserError):
+        return None
 
 
 def _completion(model: str, prompt: str, text: str) -> dict[str, Any]:

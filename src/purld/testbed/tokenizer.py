@@ -1,8 +1,8 @@
-"""The tiny student's tokenizer: Qwen2's, with a vocabulary of the world's words and single digits, and ChatML turns.
+"""The tiny students' tokenizers: Qwen2's, with a vocabulary of the world's words and single digits, and ChatML turns.
 
-It is of the class that a Qwen2 directory is loaded with, because the loader rebuilds a tokenizer's rules from its class
-and keeps only vocabulary and merges: one with rules of its own would split texts in one way while the student is
-trained and in another ever after. The fixed words of the self-evaluation template are one token each: the student has
+They are of the class that a student's directory is loaded with, because the loader rebuilds a tokenizer's rules from
+its class and keeps only vocabulary and merges: one with rules of its own would split texts in one way while the student
+is trained and in another ever after. The fixed words of the self-evaluation template are one token each: a student has
 little length to spare. Any text encodes and decodes back, up to Unicode's composed form (NFC); text from outside the
 world just takes more tokens.
 """
@@ -10,7 +10,7 @@ world just takes more tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
@@ -20,20 +20,13 @@ from purld import templates
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 1024
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
-
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A tokenizer with VOCABULARY entries at most that knows the pieces of `texts`."""
+def train_tokenizer(texts: Iterable[str], chat_template: str, marks: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """A tokenizer with VOCABULARY entries at most that knows the pieces of `texts`; `marks` are special tokens."""
     untrained = Qwen2Tokenizer(
         eos_token=END_OF_TURN,
         pad_token=END_OF_TEXT,
-        additional_special_tokens=[TURN],
+        additional_special_tokens=[TURN, *marks],
         clean_up_tokenization_spaces=False,
         padding_side="left",
         model_max_length=4096,
@@ -41,7 +34,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerBase:
     phrases = template_phrases()
     tokenizer = untrained.train_new_from_iterator(texts, VOCABULARY - len(phrases), show_progress=False)
     tokenizer.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = chat_template
     return tokenizer
 
 
@@ -49,12 +42,3 @@ def template_phrases() -> list[str]:
     """The fixed texts between the fields of the self-evaluation template."""
     pieces = re.split(r"\{\w+\}", templates.SELF_EVALUATION_HEAD)
     return [*pieces, templates.SELF_EVALUATION_TAIL]
-
-
-def render(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """One user turn, ready for the reply."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
-    assert isinstance(text, str)
-    return text

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler as IndexSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from purld.album import question_of
 from purld.blackbox.replies import Client
 from purld.config import SelfPpo, Student
 from purld.config import SelfScoring as SelfScoringSettings
@@ -207,7 +208,8 @@ class AlignTrainer(Trainer):
         if fresh and rollout.completions:
             early = self.state.global_step * self._settings.prompts_per_step < REVISITED
             group = group_record(self.state.global_step + 1, rollout, loss, keep_ids=early)
-            append_rows(self._run.groups, [asdict(group) | {"prompt": rollout.question.prompt.question}])
+            asked = question_of(rollout.question.prompt, self._run.groups)
+            append_rows(self._run.groups, [asdict(group) | asked])
         return loss.value
 
     def revisit(self) -> None:

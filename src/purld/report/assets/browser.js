@@ -3,10 +3,13 @@
 (() => {
   const root = document.getElementById("browser");
   if (!root) return;
-  const { runs, titles, entries } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, titles, images, entries } = JSON.parse(document.getElementById("data").textContent);
 
-  // Characters that are invisible or move the text around them; line breaks and tabs are neither.
-  const INVISIBLE = /(?![\n\t])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/gu;
+  // Characters that are invisible or move the text around them; line breaks and tabs are neither. The last is the
+  // place of an image, and stands for one in prompts alone.
+  const INVISIBLE = /(?![\n\t])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}\ufffc]/gu;
+  const IMAGE = "\ufffc";
+  const PIXEL_ART = 96; // a picture with no longer side is shown pixel by pixel
 
   const NOTE = "u is the confidence that a candidate is as good as the anchor, D the label distribution over the " +
     "group, q the policy's own distribution over it.";
@@ -52,6 +55,40 @@
     return node;
   }
 
+  // A prompt's text: a numbered mark where an image stands, but for a single one before all text.
+  function question(entry) {
+    const shown = entry.images?.length === 1 ? entry.prompt.replace(/^\ufffc\s*/u, "") : entry.prompt;
+    const node = el("p", { class: "words question", dir: "auto" });
+    let number = 0;
+    for (const piece of shown.split(/(\ufffc)/u)) {
+      if (piece === IMAGE && entry.images) node.append(chip(`image ${(number += 1)}`));
+      else node.append(...words(piece).childNodes);
+    }
+    return node;
+  }
+
+  // A prompt in one line.
+  const brief = (entry) => (entry.images ? entry.prompt.replace(/^[\ufffc\s]+/u, "").replaceAll(IMAGE, "[image]")
+    : entry.prompt).slice(0, 160);
+
+  function picture(name, number, count) {
+    const alt = count > 1 ? `image ${number} of the prompt` : "the prompt's image";
+    if (!(name in images)) return chip(`${alt} is not on this page`);
+    const node = el("img", { alt, decoding: "async" });
+    node.addEventListener("load", () => {
+      node.classList.toggle("pixels", Math.max(node.naturalWidth, node.naturalHeight) <= PIXEL_ART);
+    });
+    node.src = images[name];
+    return node;
+  }
+
+  function pictures(entry) {
+    if (!entry.images) return null;
+    const count = entry.images.length;
+    return el("div", { class: "pictures" }, ...entry.images.map((name, place) => el("figure", {},
+      picture(name, place + 1, count), count > 1 ? el("figcaption", { textContent: `image ${place + 1}` }) : null)));
+  }
+
   const chip = (text, tone = "") => el("span", { class: `chip ${tone}`, textContent: text });
   const rightness = (right) => chip(right ? "right" : "wrong", right ? "good" : "bad");
   const TONES = { win: "good", loss: "bad", tie: "open", unjudged: "open" };
@@ -93,7 +130,8 @@
     ];
     return [
       el("h3", { textContent: "Prompt" }),
-      words(entry.prompt || "(the question was not recorded)", "question"),
+      pictures(entry),
+      entry.prompt ? question(entry) : words("(the question was not recorded)", "question"),
       el("div", { class: "chips" }, ...where),
       ...(entry.anchor === undefined ? [] : anchor(entry)),
       ...(entry.answers.length ? [el("h3", { textContent: "Held-out answers" }), answers(entry)] : []),
@@ -207,10 +245,12 @@
       entry.outcome === undefined ? null : chip(entry.outcome, TONES[entry.outcome]),
       entry.group ? chip(`step ${entry.group.step}`) : null,
     ];
-    const line = words(entry.prompt.slice(0, 160) || entry.id);
-    line.className = "line";
-    const text = el("button", { type: "button" }, el("span", { class: "line", dir: "auto" }, ...line.childNodes),
-      el("span", { class: "chips" }, ...marks));
+    const line = words(brief(entry) || entry.id);
+    const first = entry.images?.find((name) => name in images);
+    const small = first === undefined ? null : picture(first, 1, 1);
+    if (small) small.alt = ""; // the line beside it names the prompt
+    const text = el("button", { type: "button", class: small ? "pictured" : "" }, small,
+      el("span", { class: "line", dir: "auto" }, ...line.childNodes), el("span", { class: "chips" }, ...marks));
     text.addEventListener("click", () => choose(entry));
     return text;
   }

@@ -1,0 +1,246 @@
+"""The students that see: their directories, their lessons, their curriculum at toy size, and those that ship."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from purld.config import Student
+from purld.errors import UserError
+from purld.records import IMAGE, Prompt
+from purld.student.encode import Encoder
+from purld.student.load import load_encoder, load_model
+from purld.student.pictures import pixels_of
+from purld.student.processor import read_processor
+from purld.testbed import build, card, pictures, scene_corpus, world
+from purld.testbed.learner import READING, Learner, as_images
+from purld.testbed.lessons import GARBAGE, RIGHT, WRONG, Phase
+from purld.testbed.scenes import draw_scene
+from purld.testbed.shipped import STUDENTS
+from purld.testbed.students import STUDENTS as DESIGNS
+from purld.testbed.world import SCENE_TASKS
+
+SEEING = ("qwen2_5_vl", "llava")
+
+
+@pytest.fixture(scope="module", params=SEEING)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def student(name: str) -> Student:
+    return Student(model=str(STUDENTS[name]), max_anchor_tokens=card.MAX_ANCHOR_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def encoder(student: Student) -> Encoder:
+    return load_encoder(student)
+
+
+@pytest.fixture(scope="module")
+def model(student: Student):
+    return load_model(student, student.model)
+
+
+# --- those that ship ---------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_students_are_small_and_complete(model, encoder, name) -> None:
+    assert 0.8e6 < model.num_parameters() < 1.1e6
+    assert model.dtype == torch.float32
+    assert AutoConfig.from_pretrained(STUDENTS[name]).model_type == name
+    assert model.get_input_embeddings().num_embeddings == len(encoder.tokenizer)
+    assert model.generation_config.eos_token_id == encoder.tokenizer.eos_token_id
+    size = sum(path.stat().st_size for each in SEEING for path in STUDENTS[each].iterdir())
+    assert size <= 8_000_000
+
+
+def test_the_shipped_cards_keep_their_promises(name) -> None:
+    quality = json.loads((STUDENTS[name] / "quality_card.json").read_text())
+    assert quality["tasks"].keys() == set(SCENE_TASKS)
+    for figures in quality["tasks"].values():
+        assert 0.3 <= figures["sampled"] <= 0.7
+        assert figures["pass_at_k"] > 0.9
+        assert figures["auc"] >= 0.9
+        assert figures["auc_within"] >= 0.9
+        assert figures["margin_right"] > figures["margin_wrong"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SCENE_TASKS)
+def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> None:
+    """Measured again on other held-out problems than the card's."""
+    figures = card.measure(model, encoder, task, n=200, k=8, seed=99)
+    assert 0.3 <= figures.sampled <= 0.7
+    assert figures.pass_at_k > 0.9
+    assert figures.auc >= 0.9
+
+
+def test_a_picture_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encoder, name) -> None:
+    """LLaVA's own way is to put a turn's pictures before its words."""
+    (image,) = as_images([pictures.draw(draw_scene(random.Random(0)), random.Random(0))])
+    head = encoder.prompt(Prompt.from_text(f"Look: {IMAGE}What is at the top left?", images=(image,)))
+    inside = [place for place, token in enumerate(head.ids) if token in encoder.placeholders]
+    assert len(inside) == inside[-1] - inside[0] + 1 == 9
+    before = encoder.tokenizer.decode(head.ids[: inside[0]])
+    assert before.endswith("Look: <|vision_start|>" if name == "qwen2_5_vl" else "user\n")
+
+
+def test_a_students_answers_depend_on_the_picture(model, encoder) -> None:
+    """The same question of two pictures: a right answer is far likelier for its own."""
+    scenes = [draw_scene(random.Random(seed)) for seed in range(2)]
+    images = as_images([pictures.draw(scene, random.Random(0)) for scene in scenes])
+    likelihood = torch.zeros(2, 2)
+    for row, image in enumerate(images):
+        head = encoder.prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
+        for column, scene in enumerate(scenes):
+            reply = encoder.literal(f"{scene.describe()}.")
+            ids = torch.tensor([[*head.ids, *reply]])
+            with torch.no_grad():
+                logs = model(input_ids=ids, **pixels_of([head], ids)).logits[0].log_softmax(-1)
+            likelihood[row, column] = sum(logs[len(head) - 1 + n, token] for n, token in enumerate(reply))
+    assert (likelihood.diag() > likelihood.flip(1).diag() + 5).all()
+
+
+# --- lessons -----------------------------------------------------------------------------------------------------
+
+
+def test_no_lesson_is_of_a_held_out_problem() -> None:
+    rng = random.Random(0)
+    for problem, picture in scene_corpus.problems(200, rng):
+        assert world.split_of(problem) == "train"
+        assert pictures.read(picture) == problem.scene
+    for _ in range(100):
+        scene = draw_scene(rng)
+        picture = pictures.draw(scene, rng)
+        judged = scene_corpus.judging_lesson(scene, picture, rng).prompt
+        question = judged.partition("Question:\n")[2].partition("\n\nReference Answer:")[0]
+        for asked in (scene_corpus.answer_lesson(scene, picture, 1.0, rng).prompt, question):
+            problem = world.recognise(asked, scene)
+            assert problem is not None and world.split_of(problem) == "train"
+
+
+def test_a_step_has_the_lessons_of_its_phase_and_few_pictures() -> None:
+    rng = random.Random(0)
+    kinds = {}
+    for phase in (Phase("a", 1, judging=0.5, bare=1.0, captions=1.0), Phase("b", 1, judging=0.25)):
+        batch = scene_corpus.lessons(phase, 48, [], rng)
+        kinds[phase.name] = {kind: sum(lesson.kind == kind for lesson in batch) for kind in READING}
+        assert len({id(lesson.picture) for lesson in batch if lesson.picture is not None}) == 12
+        assert all((lesson.picture is not None) == (IMAGE in lesson.prompt) for lesson in batch)
+    assert kinds["a"] == {"answer": 0, "caption": 24, "judgement": 0, "comparison": 24}
+    assert kinds["b"] == {"answer": 36, "caption": 0, "judgement": 12, "comparison": 0}
+
+
+def test_judgements_and_comparisons_are_balanced_and_true() -> None:
+    rng = random.Random(0)
+    scores = {"judgement": [], "comparison": []}
+    for _ in range(600):
+        scene = draw_scene(rng)
+        picture = pictures.draw(scene, rng)
+        for lesson in (
+            scene_corpus.judging_lesson(scene, picture, rng),
+            scene_corpus.comparison_lesson(scene, picture, rng),
+        ):
+            scores[lesson.kind].append(lesson.reply)
+            said = lesson.prompt.partition("Candidate Answer:\n")[2].partition("\n\nScalar")[0]
+            if f"{IMAGE}Look." in lesson.prompt:
+                (claim,) = scene_corpus.seeing.read_claims(said) or [None]
+                assert claim is not None and lesson.reply == (RIGHT if claim.holds(scene) else WRONG)
+    for said in scores.values():
+        assert 0.4 < said.count(RIGHT) / len(said) < 0.65
+    assert scores["judgement"].count(GARBAGE)
+
+
+def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None:
+    """By hand, with each lesson's picture given to the model as pixels; placeholders are never predicted."""
+    rng = random.Random(0)
+    learner = Learner(model, encoder)
+    scenes = [draw_scene(rng) for _ in range(2)]
+    shown = [pictures.draw(scene, rng) for scene in scenes]
+    lessons = [
+        scene_corpus.answer_lesson(scenes[0], shown[0], 1.0, rng),
+        scene_corpus.judging_lesson(scenes[1], shown[1], rng),
+        scene_corpus.caption_lesson(scenes[0], shown[0], rng),
+    ]
+    turns = [learner.encode(lesson) for lesson in lessons]
+    with torch.no_grad():
+        seen = learner.features(shown)
+        together = learner.losses(turns, [seen[shown.index(turn.lesson.picture)] for turn in turns])
+        for turn, loss in zip(turns, together):
+            head = encoder.prompt(Prompt.from_text(turn.lesson.prompt, images=tuple(as_images([turn.lesson.picture]))))
+            assert head.ids == turn.head.ids
+            ids = torch.tensor([turn.ids])
+            logs = model(input_ids=ids, **pixels_of([head], ids)).logits[0].log_softmax(-1)
+            start, kind = len(head), turn.lesson.kind
+            read = [-logs[t - 1, i] for t, i in enumerate(head.ids) if t and i not in encoder.placeholders]
+            replied = [-logs[t - 1, turn.ids[t]] for t in range(start, len(turn.ids))]
+            by_hand = (
+                sum(replied) * (1 if turn.lesson.judging else 2 / len(replied)) + READING[kind] * sum(read) / start
+            )
+            assert loss.item() == pytest.approx(by_hand.item(), rel=1e-3)
+
+
+def test_the_gradient_of_a_batch_is_that_of_its_mean_loss(model, encoder) -> None:
+    """The tower's too, although it is passed once for all parts."""
+    rng = random.Random(1)
+    learner = Learner(model, encoder)
+    batch = scene_corpus.lessons(Phase("x", 1, judging=0.5, bare=0.5, captions=0.3), 12, [], rng)
+    model.zero_grad()
+    learner.backward(batch, 3)
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    turns = [learner.encode(lesson) for lesson in batch]
+    shown = [turn.lesson.picture for turn in turns if turn.lesson.picture is not None]
+    learner.losses(turns, list(learner.features(shown))).mean().backward()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[parameter_name], parameter.grad, atol=2e-5, rtol=1e-3)
+    model.zero_grad()
+
+
+# --- building ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toys(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp(name)
+    paths = [folder / "a", folder / "b"]
+    for path in paths:
+        build.build_student(path, 7, scale=0.001, student=name)
+    return paths
+
+
+def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> None:
+    assert (toys[0] / "model.safetensors").read_bytes() == (toys[1] / "model.safetensors").read_bytes()
+    assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
+    assert {p.name for p in STUDENTS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {"build_log.jsonl"}
+    phases = [json.loads(line)["phase"] for line in (toys[0] / "build_log.jsonl").read_text().splitlines()]
+    assert phases == ["look", "settle"]
+    made = AutoModelForImageTextToText.from_pretrained(toys[0])
+    assert made.num_parameters() == json.loads((toys[0] / "quality_card.json").read_text())["parameters"]
+    marks = {"qwen2_5_vl": "<|image_pad|>", "llava": "<image>"}
+    assert read_processor(str(toys[0])).image_token == marks[name]
+
+
+def test_a_student_that_sees_starts_as_the_one_that_reads(name: str, tmp_path: Path) -> None:
+    learner = build.new_learner(DESIGNS[name], tmp_path, random.Random(0), 0.1)
+    reader = load_model(Student(model=str(STUDENTS["text"])), STUDENTS["text"])
+    texts = load_encoder(Student(model=str(STUDENTS["text"])))
+    layers = learner.model.get_decoder().layers.state_dict()
+    assert all(torch.equal(value, layers[key]) for key, value in reader.model.layers.state_dict().items())
+    (mine,), (theirs,) = (e.literal("1") for e in (learner.encoder, texts))
+    for embeddings in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(
+            getattr(learner.model, embeddings)().weight[mine], getattr(reader, embeddings)().weight[theirs]
+        )
+
+
+def test_a_student_that_is_not_there_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="students are text, qwen2_5_vl, llava"):
+        build.build_student(tmp_path / "out", student="bert")
+    assert not list(tmp_path.iterdir())
