@@ -38,12 +38,11 @@ from purld.testbed.scenes import COLOURS, COLUMNS, PLACES, ROWS, SHAPES, Scene, 
 from purld.testbed.students import STUDENTS, Design, start_from_text
 from purld.testbed.tokenizer import train_tokenizer
 
-LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 LOG_EVERY = 50
 # The student draws candidates of its own every so many steps.
 OWN_EVERY = 100
-LOOKING_STEPS, PICTURES = 500, 32
+LOOKING_STEPS, PICTURES, LOOKING_RATE = 500, 32, 1e-3
 
 # Told (done, total, note) now and then, as the terminal's progress is.
 Progress = Callable[[int, int, str], None]
@@ -108,7 +107,7 @@ def train(learner: Learner, design: Design, rng: random.Random, scale: float) ->
         for row in look(learner, rng, max(1, int(LOOKING_STEPS * scale))):
             yield row | {"seconds": round(time.monotonic() - started, 1)}
     plan = [phase for phase in corpus.CURRICULUM for _ in range(max(1, int(phase.steps * scale)))]
-    optimizers = make_optimizers(learner.model)
+    optimizers = make_optimizers(learner.model, *corpus.RATES)
     warmup, decay = min(WARMUP_STEPS, len(plan) // 10 + 1), round(0.4 * len(plan))
     schedules = [
         transformers.get_wsd_schedule(
@@ -145,7 +144,7 @@ def look(learner: Learner, rng: random.Random, steps: int) -> Iterator[dict[str,
     A cell's vector shall be the sum of the embeddings of its words, so that what looks for a word in a text finds it in
     a picture too. Yields rows for the build log; the loss is a share of the variance of what is to be told.
     """
-    optimizers = make_optimizers(learner.model)
+    optimizers = make_optimizers(learner.model, LOOKING_RATE, LOOKING_RATE)
     words = {word: learner.embedding(word) for word in (*COLOURS, *SHAPES, *ROWS, *COLUMNS)}
     losses = []
     for step in range(1, steps + 1):
@@ -168,13 +167,13 @@ def _told(scene: Scene, place: str, words: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([words[word] for word in said]).sum(0)
 
 
-def make_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for everything else."""
+def make_optimizers(model: PreTrainedModel, layers: float, others: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for everything else, each with its learning rate."""
     inside = (".layers.", ".blocks.")
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in inside)]
     held = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in held]
-    return [Muon(matrices, LEARNING_RATE), torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), weight_decay=0.0)]
+    return [Muon(matrices, layers), torch.optim.AdamW(rest, others, (0.9, 0.99), weight_decay=0.0)]
 
 
 def update(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -38,6 +38,8 @@ TOKENIZER_TEXTS = 6000
 # A step's lessons, computed in so many parts.
 LESSONS, PARTS = 64, 2
 OWN_SAMPLES = 384
+# Learning rates of the layers' matrices and of everything else.
+RATES = 1e-3, 1e-3
 CURRICULUM = (
     Phase("compare", 600, judging=1.0, bare=1.0),
     Phase("judge", 600, judging=0.75, bare=0.25),
