@@ -79,6 +79,10 @@ def test_updates_count_their_candidates_once():
         ({"alignment": {}}, "did you mean align?"),
         ({"teacher": {"kind": "gpt", "path": "x"}}, "teacher.kind is 'gpt'; it can be 'openai', 'file', 'local'"),
         ({"teacher": {"path": "x"}}, "key teacher.kind is missing"),
+        (
+            {"teacher": {"kind": "openai", "base_url": "http://t/v1", "model": "m", "max_image_side": 8}},
+            "teacher.max_image_side: Input should be greater than or equal to 32",
+        ),
         ({"teacher": {"kind": "file", "path": "x", "colums": {}}}, "unknown key teacher.colums; did you mean columns?"),
         ({"align": {"tau": -1}}, "align.tau: Input should be greater than 0 (found -1)"),
         ({"align": {"candidates": 1}}, "align.candidates"),

@@ -156,6 +156,15 @@ def test_the_plan_and_the_dry_run_count_pictures_and_what_leaves_is_what_they_sa
     assert [row["bytes"] for row in read_rows(tmp_path / "audit.jsonl")] == [len(body) for body in server.bodies]
 
 
+def test_the_judges_estimate_counts_pictures(config, purld):
+    """One held-out prompt, judged in both orders for each of three models; an image counts 3,328 tokens."""
+    judge = "{kind: openai, base_url: http://127.0.0.1:9/v1, model: j}"
+    status, out, _ = purld("check", config, f"evaluate.judge={judge}", "evaluate.opponent={kind: teacher}")
+    assert status == 0 and "judge: at most 6 calls to j" in out
+    read = int(re.search(r"about ([\d,]+) tokens in with answers", out)[1].replace(",", ""))
+    assert 6 * 3328 < read < 6 * (3328 + 700)
+
+
 def test_no_metadata_leaves(config, tmp_path, purld):
     tags = Image.Exif()
     tags[0x010E] = "patient 4711"

@@ -220,6 +220,7 @@ def test_what_names_no_picture_is_a_sentence(tmp_path):
         ("", "image 2 has no path"),
         ("a\0b", "image 2 has no path"),
         (None, "image 2 is missing or null"),
+        ({"bytes": "iVBORw0KGgo="}, "image 2 has bytes that are a text; write them as a data URL"),
         ({"bytes": None, "path": None}, "image 2 is missing or null"),
         (7, "image 2 is no path and no bytes"),
     ]:

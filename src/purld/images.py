@@ -40,6 +40,7 @@ PIXEL_ART = 96  # a picture whose sides are no longer than this is shown and kep
 # Of the formats that Pillow reads, those that are pictures and nothing but pictures: it hands PostScript to another
 # program, and takes any file for a TGA.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM")
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112  # the EXIF tag
 _WIDER = (5, 6, 7, 8)  # its values that turn a picture by a quarter
@@ -74,7 +75,10 @@ def read_image(cell: object, folder: Path, name: str = "the image") -> Image:
         ValueError: begins with `name`, says what is wrong, and ends a sentence that has no full stop yet.
     """
     if isinstance(cell, Mapping):
-        cell = cell.get("bytes") if cell.get("bytes") is not None else cell.get("path")
+        held = cell.get("bytes")
+        if isinstance(held, str):
+            raise ValueError(f"{name} has bytes that are a text; write them as a data URL")
+        cell = cell.get("path") if held is None else held
     if isinstance(cell, bytes | bytearray | memoryview):
         return _from_bytes(bytes(cell), name)
     if isinstance(cell, str | os.PathLike):
@@ -119,8 +123,7 @@ def for_sending(image: Image, bounds: Bounds) -> tuple[str, bytes]:
             stripped = without_metadata(data)
             if stripped is not None and len(stripped) <= bounds.size:
                 return f"image/{'jpeg' if picture.format == 'MPO' else str(picture.format).lower()}", stripped
-        lossy = picture.format in ("JPEG", "MPO", "WEBP", "AVIF")
-        return _encoded(_scaled(picture, bounds.side), bounds.size, lossy)
+        return _encoded(_scaled(picture, bounds.side), bounds.size, picture.format in _LOSSY)
 
 
 def sent_size(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -136,12 +139,14 @@ def thumbnail(image: Image, side: int) -> tuple[str, bytes]:
         UserError: its file is gone, or is another one than was read.
     """
     with _reopening(image):
-        small = _scaled(_decoder(_read(image)), side)
-    png = _save(small, format="PNG", optimize=True)
+        picture = _decoder(_read(image))
+        small = _scaled(picture, side)
     if max(image.size) <= PIXEL_ART:
-        return "image/png", png
+        return "image/png", _save(small, format="PNG", optimize=True)
     jpeg = _save(small, format="JPEG", quality=78)
-    return ("image/png", png) if len(png) <= len(jpeg) else ("image/jpeg", jpeg)
+    if picture.format not in _LOSSY and len(png := _save(small, format="PNG")) <= len(jpeg):
+        return "image/png", png
+    return "image/jpeg", jpeg
 
 
 def _data_url(text: str, name: str) -> bytes:

@@ -163,7 +163,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     number = 0
     with _reading(path), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
+        for batch in file.iter_batches(batch_size=128):  # rows may hold images
             for index in range(batch.num_rows):
                 number += 1
                 yield _arrow_row(batch.slice(index, 1), f"{path}, row {number}")
@@ -187,7 +187,7 @@ def _dataset_rows(path: Path) -> Iterator[Row]:
             splits = ", ".join(sorted(table))
             raise UserError(f"{path}: holds several splits ({splits}); name the folder of one of them.")
         number = 0
-        for batch in table.with_format("arrow").iter(batch_size=256):  # as stored: images stay as they were encoded
+        for batch in table.with_format("arrow").iter(batch_size=128):  # as stored: images stay as they were encoded
             for index in range(batch.num_rows):
                 number += 1
                 yield _arrow_row(batch.slice(index, 1), f"{path}, row {number}")

@@ -185,6 +185,29 @@ def test_an_image_that_changed_since_the_prompts_were_read_does_not_leave(server
     assert server.bodies == []
 
 
+def test_what_is_under_way_is_kept_when_an_image_goes_missing(server, endpoint, ledger, monkeypatch):
+    """The second prompt's image vanishes after its key was known, while the first prompt is being answered."""
+
+    def request(config, prompt):
+        if prompt.question == "gone":
+            server.started.wait(5)
+            raise UserError("a.png: the image cannot be read any more.")
+        return request_of(config, prompt)
+
+    def slow(handler):
+        server.started.set()
+        time.sleep(0.3)
+        handler.reply(completion("paid for"))
+
+    server.started = threading.Event()
+    server.script["slow"] = [slow]
+    monkeypatch.setattr(endpoint_module, "request_of", request)
+    with pytest.raises(UserError, match=r"a\.png: the image cannot be read any more"):
+        ask(endpoint(concurrency=2), ledger, ["slow", "gone", "later"])
+    assert server.arrived == ["slow"]
+    assert [row["answer"] for row in ledger.rows()] == ["paid for"]
+
+
 def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):
     prompt = Prompt((Message("system", "S"), Message("user", "naïve 🤝")))
     input_tokens, output_tokens = worst_case(endpoint(max_tokens_per_answer=7), prompt)

@@ -96,7 +96,12 @@ class _Purchase:
     async def _work(self, http: AsyncOpenAI) -> None:
         while self.wanted and not self.stop:
             prompt = self.wanted.popleft()
-            request = await asyncio.to_thread(request_of, self.endpoint, prompt)
+            try:
+                request = await asyncio.to_thread(request_of, self.endpoint, prompt)
+            except UserError as gone:
+                # An image is: what is under way may be paid for and is waited for.
+                self._stop(str(gone))
+                break
             reply = await self._buy(http, request, *worst_case(self.endpoint, prompt))
             if reply:
                 self.delivery.deliver(request.key, reply)
