@@ -100,7 +100,7 @@ def training_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
 def lookup_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
     """A question that is answered in a word: finding a thing by one of its parts and naming another, and no more."""
     problem = training_problem("scenes-rationale", scene, rng)
-    return Lesson("lookup", f"{problem.question}\n{IN_A_WORD}", f"{problem.truth}.", picture)
+    return Lesson("lookup", f"{problem.question}\n{IN_A_WORD}", f"It is {problem.truth}.", picture)
 
 
 def caption_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
