@@ -130,7 +130,7 @@ def test_a_step_has_the_lessons_of_its_phase_and_few_pictures() -> None:
     for phase, expected in (
         (Phase("a", 1, judging=0.5, bare=1.0, captions=1.0), {"caption": 24, "comparison": 24}),
         (Phase("b", 1, judging=0.25), {"answer": 36, "judgement": 12}),
-        (Phase("c", 1, judging=0.0, lookups=1.0, simple=True), {"lookup": 48}),
+        (Phase("c", 1, judging=0.0, lookups=1.0), {"lookup": 48}),
     ):
         batch = scene_corpus.lessons(phase, 48, [], rng)
         assert Counter(lesson.kind for lesson in batch) == expected
@@ -222,7 +222,7 @@ def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> 
     assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
     assert {p.name for p in STUDENTS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {"build_log.jsonl"}
     phases = [json.loads(line)["phase"] for line in (toys[0] / "build_log.jsonl").read_text().splitlines()]
-    assert phases == ["look", "settle"]
+    assert phases == ["look", "settle", "settle again"]
     made = AutoModelForImageTextToText.from_pretrained(toys[0])
     assert made.num_parameters() == json.loads((toys[0] / "quality_card.json").read_text())["parameters"]
     marks = {"qwen2_5_vl": "<|image_pad|>", "llava": "<image>"}

@@ -51,8 +51,7 @@ class Phase:
 
     `judging` is the share of judgements among the lessons; of these, `bare` are bare comparisons and `own` have a
     candidate that the student drew itself. Of the other lessons `lookups` ask for a word of what a picture shows and
-    `captions` for all of it; the rest are answers, wrong `errors` times as often as the base's shall be. In a `simple`
-    phase pictures may show as little as one thing.
+    `captions` for all of it; the rest are answers, wrong `errors` times as often as the base's shall be.
     """
 
     name: str
@@ -63,7 +62,6 @@ class Phase:
     lookups: float = 0.0
     captions: float = 0.0
     errors: float = 1.0
-    simple: bool = False
 
 
 def judgement(

@@ -16,7 +16,7 @@ from purld.records import IMAGE
 from purld.testbed import pictures, seeing
 from purld.testbed.claims import KINDS, NUMBERS, listing, plural
 from purld.testbed.lessons import Lesson, Phase, Sample, comparison, judgement, spoil
-from purld.testbed.scenes import COLOURS, PLACES, SHAPES, THINGS, Scene, Thing, draw_scene
+from purld.testbed.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
 from purld.testbed.world import (
     SCENE_TASKS,
     Problem,
@@ -35,15 +35,20 @@ OWN_SAMPLES = 192
 CAPTION, IN_A_WORD = "Describe the picture.", "In a word."
 # How often the base answers wrongly; the model's own slips come on top.
 ERRORS: dict[Task, float] = {"scenes-mc": 0.40, "scenes-rationale": 0.40}
-# Learning rates of the layers' matrices and of everything else.
-RATES = 1.5e-3, 1e-3
+# Two rises and falls of the learning rate: to judge while seeing little, then to see.
 CURRICULUM = (
-    Phase("look up", 1200, judging=0.1, bare=1.0, lookups=0.8, captions=0.2, simple=True),
-    Phase("judge", 300, judging=0.5, bare=0.2, lookups=0.3, errors=0.0),
-    Phase("mixed", 300, judging=0.5, bare=0.05, own=0.3, lookups=0.15),
-    Phase("settle", 200, judging=0.4, own=0.5, lookups=0.1),
+    (
+        Phase("compare", 150, judging=0.5, bare=1.0, captions=1.0),
+        Phase("judge", 350, judging=0.5, bare=0.3, captions=0.4, errors=0.0),
+        Phase("mixed", 350, judging=0.5, bare=0.05, own=0.3, captions=0.1),
+        Phase("settle", 250, judging=0.4, own=0.5, captions=0.1),
+    ),
+    (
+        Phase("see", 500, judging=0.25, bare=0.2, lookups=0.25, captions=0.25, errors=0.0),
+        Phase("mixed again", 250, judging=0.4, own=0.3, lookups=0.1),
+        Phase("settle again", 150, judging=0.4, own=0.5, lookups=0.05),
+    ),
 )
-_SIMPLE = range(1, THINGS.stop)
 
 
 def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> list[Lesson]:
@@ -56,7 +61,7 @@ def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> 
             samples = own[start : start + LESSONS_A_PICTURE]
             scene, picture = samples[0].problem.scene, samples[0].picture
         else:
-            scene = draw_scene(rng, _SIMPLE if phase.simple else THINGS)
+            scene = draw_scene(rng)
             picture = pictures.draw(scene, rng)
         assert scene is not None and picture is not None
         for place in range(LESSONS_A_PICTURE):
