@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo miniature test test-slow lint clean
 
 setup: .venv/installed
 
@@ -14,6 +14,10 @@ setup: .venv/installed
 
 demo: setup
 	@$(BIN)/purld demo
+
+# Hours; what is done is kept in runs/miniature and not done again. `make miniature QUICK=--quick` takes ten minutes.
+miniature: setup
+	@$(BIN)/python benchmarks/miniature.py $(QUICK)
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks

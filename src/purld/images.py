@@ -13,6 +13,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import logging
 import os
 import stat
 import warnings
@@ -282,11 +283,12 @@ def _is_deep(picture: Picture) -> bool:
 def _formats() -> tuple[str, ...]:
     """Those of `_FORMATS` that Pillow was built with; its warnings are silenced on the way.
 
-    What it warns of (odd tags, sizes) is checked here or of no consequence.
+    What it warns of or logs (odd tags, sizes) is checked here or of no consequence.
     """
     import PIL.Image
 
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     PIL.Image.init()
     return tuple(name for name in _FORMATS if name in PIL.Image.OPEN)
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from purld.checks import find_check, missing_gold
-from purld.config import TRANSPORT, Config
+from purld.config import TRANSPORT, Config, load_config
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.limits import check_context, check_judging
@@ -119,7 +119,8 @@ class Pipeline:
         """Write config.yaml, or see that it agrees with the one this run began with."""
         new = self.config.model_dump(mode="json")
         if self.run.config.exists():
-            old = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))
+            # As it reads today: keys that are newer than the run had their defaults in force when it began.
+            old = load_config(self.run.config).model_dump(mode="json")
             begun = self.run.begun()
             for key, before, after in _differences(old, new):
                 section, *_, leaf = key.split(".")

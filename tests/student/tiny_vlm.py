@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image as Pil
@@ -42,10 +44,15 @@ _QWEN_TEMPLATE = (
 
 def write_model(kind: str, text_student: Path, path: Path) -> Path:
     """A model directory of an architecture, with random weights large enough to have opinions."""
+    return build_model(_llava if kind == "llava" else _qwen, text_student, path)
+
+
+def build_model(build: Callable[[Any, Path], Any], text_student: Path, path: Path) -> Path:
+    """The same for what `build` makes of a tokenizer: a configuration, and the processor's files in `path`."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(text_student)
     path.mkdir(parents=True)
-    config = (_llava if kind == "llava" else _qwen)(tokenizer, path)
+    config = build(tokenizer, path)
     model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.5
@@ -64,7 +71,8 @@ def picture(width: int, height: int, seed: int = 0) -> Image:
     return Image(hashlib.sha256(data).hexdigest()[:32], (width, height), data=data)
 
 
-def _text(tokenizer) -> dict:
+def text_config(tokenizer) -> dict:
+    """A tiny language model on a tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -101,7 +109,7 @@ def _llava(tokenizer, path: Path) -> LlavaConfig:
     )
     return LlavaConfig(
         vision_config=vision.to_dict(),
-        text_config=Qwen2Config(**_text(tokenizer)).to_dict(),
+        text_config=Qwen2Config(**text_config(tokenizer)).to_dict(),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
@@ -137,7 +145,7 @@ def _qwen(tokenizer, path: Path) -> Qwen2_5_VLConfig:
             "fullatt_block_indexes": [1],
             "initializer_range": 0.2,
         },
-        text_config=_text(tokenizer)
+        text_config=text_config(tokenizer)
         | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}},
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

@@ -107,6 +107,13 @@ def summarize(
     )
 
 
+def length_controlled_rate(p_model_wins: ArrayLike, reference_lengths: ArrayLike, model_lengths: ArrayLike) -> float:
+    """`WinRates.lc_win_rate` alone, without the bootstrap of its interval; arguments and errors as of `summarize`."""
+    wins, reference, model = _checked(p_model_wins, reference_lengths, model_lengths)
+    judged = ~np.isnan(wins)
+    return _controlled_rate(wins[judged], (reference - model)[judged])
+
+
 def length_controlled_difference(
     p_ours_wins: ArrayLike,
     p_theirs_wins: ArrayLike,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from purld.errors import UserError
-from purld.records import IMAGE, Image, Message, Prompt
+from purld.records import IMAGE, Message, Prompt
 from purld.student.pictures import Head, Preparer, pixels_of
 from purld.templates import RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 
@@ -50,7 +50,8 @@ class Encoder:
         max_image_pixels: pictures with more are made smaller first; None leaves that to the processor.
 
     Raises:
-        UserError: there is no chat template or no end-of-turn token.
+        UserError: there is no chat template or no end-of-turn token, or a processor does not show pictures the way
+            those of transformers do.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class Encoder:
         self.end: int = self.tokenizer.eos_token_id
         self.pad: int = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self._preparer = Preparer(processor, max_image_pixels) if reads_pictures else None
+        if self._preparer is not None:
+            self._check_template(self._preparer.placeholder)
         # Tokens that stand for a picture in the model's eyes: no completion may hold one.
         self.placeholders: list[int] = _placeholders(processor) if reads_pictures else []
 
@@ -120,6 +123,17 @@ class Encoder:
         turns = [{"role": m.role, "content": self._content(m.content)} for m in messages]
         return str(self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
+    def _check_template(self, placeholder: str) -> None:
+        try:
+            shown = self._chat([Message("user", f"{IMAGE}What is this?")]).count(placeholder)
+        except Exception:  # whatever a template written for texts makes of the parts of a message
+            shown = 0
+        if shown != 1:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: the chat template does not put {placeholder} where a message has an "
+                "image; purld needs one that does."
+            )
+
     def _content(self, content: str) -> str | list[dict[str, str]]:
         """A message's content as chat templates take it: a text, or parts where the model reads pictures."""
         return content if self._preparer is None else list(_parts(content))
@@ -152,22 +166,24 @@ def _parts(content: str) -> Iterator[dict[str, str]]:
 
 def _expanded(rendered: Sequence[str], prompt: Prompt, preparer: Preparer) -> list[str]:
     """Rendered texts in which each placeholder is as long as the model wants the picture it stands for."""
-    found = sum(text.count(preparer.placeholder) for text in rendered)
-    if found != len(prompt.images):
-        raise UserError(
-            f"{prompt.place or prompt.id}: the prompt has {len(prompt.images)} images, and {found} times the text "
-            f"{preparer.placeholder} that stands for one; that text cannot be part of a question to this model."
-        )
-    images = iter(prompt.images)
-    return ["".join(_with_pictures(text, images, preparer)) for text in rendered]
+    for mark in sorted(preparer.marks):
+        found = sum(text.count(mark) for text in rendered)
+        if found != (len(prompt.images) if mark == preparer.placeholder else 0):
+            raise UserError(
+                f"{prompt.place or prompt.id}: the prompt has {len(prompt.images)} images, and {found} times the text "
+                f"{mark} that stands for one; that text cannot be part of a question to this model."
+            )
+    if not prompt.images:
+        return list(rendered)
+    expansions = iter(preparer.expansions(prompt.images))
+    return ["".join(_with_pictures(text.split(preparer.placeholder), expansions)) for text in rendered]
 
 
-def _with_pictures(text: str, images: Iterator[Image], preparer: Preparer) -> Iterator[str]:
-    first, *others = text.split(preparer.placeholder)
-    yield first
-    for other in others:
-        yield preparer.expansion(next(images))
-        yield other
+def _with_pictures(around: Sequence[str], expansions: Iterator[str]) -> Iterator[str]:
+    yield around[0]
+    for text in around[1:]:
+        yield next(expansions)
+        yield text
 
 
 def _placeholders(processor: ProcessorMixin) -> list[int]:

@@ -19,56 +19,92 @@ import torch
 from PIL import Image as Pil
 from torch import Tensor
 
+from purld.errors import UserError
 from purld.images import open_image
 from purld.records import Image
 
 PIXELS = "pixel_values"
-_TYPES = "mm_token_type_ids"  # says which tokens are a picture's, for models that give those positions of their own
 _PREPARED = 32  # heads whose pixels are kept: more than most steps have, at about 20 MB each
 _SEEN = 64  # heads whose features are kept
+_EXPANDED = 4096  # lists of sizes whose expansions are kept: a few KB each
+_SAMPLE = (64, 64)  # of the picture that a processor is tried on
 
 
 class Preparer:
-    """A processor's way with pictures.
+    """A processor's way with pictures: what its own call makes of a chat's pictures, apart from the text around them.
+
+    It is tried on a picture first. A processor that turns a picture into something else than tokens in the text and
+    tensors beside it would give a model prompts that it does not know.
 
     Args:
         processor: a processor of transformers, with an image processor and an image token.
         max_pixels: pictures with more are made smaller first; None leaves that to the image processor.
+
+    Raises:
+        UserError: the processor is not one of that kind.
     """
 
     def __init__(self, processor: Any, max_pixels: int | None = None) -> None:
-        self.placeholder: str = processor.image_token
         self._processor = processor
         self._max_pixels = max_pixels
-        self._tokens = [token for token in processor.image_token_ids if token is not None]
-        self._typed: bool = processor.return_mm_token_type_ids
-        self._expansions: dict[tuple[int, int], str] = {}
+        try:
+            self.placeholder: str = processor.image_token
+            self._types = self._tried()
+            tokens = [token for token in processor.image_token_ids if token is not None]
+            self.marks = {self.placeholder, *processor.tokenizer.convert_ids_to_tokens(tokens)}
+        except Exception as error:  # whatever an unknown processor may raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"{processor.tokenizer.name_or_path}: {type(processor).__name__} does not take pictures the way "
+                f"processors of transformers commonly do, so that purld cannot train this model ({reason})."
+            ) from None
+        self._tokens = torch.tensor(tokens)
+        self._text = {*processor.tokenizer.model_input_names, self._types}
+        self._expansions: OrderedDict[tuple[tuple[int, int], ...], list[str]] = OrderedDict()
         self._prepared: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
 
-    def expansion(self, image: Image) -> str:
-        """The text that stands for a picture in a prompt: its placeholder, as often as the model takes tokens for it.
+    def expansions(self, images: tuple[Image, ...]) -> list[str]:
+        """The texts that stand for the pictures of a prompt: placeholders as many as the model takes tokens, and more.
 
-        It follows from the picture's size alone, so for many pictures of a size one is opened.
+        They follow from the pictures' sizes alone, so for many pictures of a size one is opened.
         """
-        if image.size not in self._expansions:
-            processed = self._processor.image_processor(images=[self._open(image)], return_tensors="pt")
-            self._expansions[image.size] = self._processor.replace_image_token(processed, 0)
-        return self._expansions[image.size]
+        sizes = tuple(image.size for image in images)
+        return _kept(self._expansions, sizes, _EXPANDED, lambda: self._shown(map(self._open, images))[0])
 
     def pixels(self, images: tuple[Image, ...]) -> dict[str, Tensor]:
-        """The tensors that the model's own `forward` takes for these pictures, on the CPU."""
+        """The tensors that the model's own `forward` takes for these pictures of a prompt, on the CPU."""
         return _kept(self._prepared, tuple(image.digest for image in images), _PREPARED, lambda: self._prepare(images))
 
     def types(self, ids: Tensor) -> dict[str, Tensor]:
         """1 where a token of `ids` is a picture's, for models that want to be told."""
-        if not self._typed:
+        if self._types is None:
             return {}
-        return {_TYPES: torch.isin(ids, torch.tensor(self._tokens, device=ids.device)).long()}
+        return {self._types: torch.isin(ids, self._tokens.to(ids.device)).long()}
+
+    def _tried(self) -> str | None:
+        """By which name the model is told which tokens are a picture's, if it is."""
+        expansions, given = self._shown([Pil.new("RGB", _SAMPLE)])
+        expected = self._processor.tokenizer.encode("".join(expansions), add_special_tokens=False)
+        if given["input_ids"].tolist() != [expected]:
+            raise ValueError("it puts more into the text than what stands for pictures")
+        return next((name for name, value in given.items() if name.endswith("token_type_ids") and value.any()), None)
 
     def _prepare(self, images: tuple[Image, ...]) -> dict[str, Tensor]:
-        prepared = self._processor.image_processor(images=[self._open(i) for i in images], return_tensors="pt")
-        unused = set(self._processor.unused_input_names)
-        return {name: value for name, value in prepared.items() if name not in unused}
+        _, given = self._shown(map(self._open, images))
+        return {name: value for name, value in given.items() if name not in self._text}
+
+    def _shown(self, pictures: Iterable[Pil.Image]) -> tuple[list[str], Any]:
+        """The text that stands for each of a prompt's pictures, and all that the processor gives the model for them."""
+        shown = list(pictures)
+        given = self._processor(
+            text=[self.placeholder * len(shown)],
+            images=[shown],
+            add_special_tokens=False,
+            return_tensors="pt",
+            return_text_replacement_offsets=True,
+        )
+        (replaced,) = given.pop("text_replacement_offsets")
+        return [piece["replacement"] for piece in replaced], given
 
     def _open(self, image: Image) -> Pil.Image:
         picture = open_image(image)
@@ -175,7 +211,16 @@ def _chained(parts: Sequence[Any]) -> Any:
 
 def _prepared(heads: Sequence[Head]) -> dict[str, Tensor]:
     parts = [_preparer(heads).pixels(head.images) for head in heads]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (N, ...) as one, with zeros where others are larger, as image processors pad a batch of pictures."""
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    whole = parts[0].new_zeros(sum(map(len, parts)), *shape)
+    for rows, part in zip(whole.split(list(map(len, parts))), parts):
+        rows[(..., *map(slice, part.shape[1:]))] = part
+    return whole
 
 
 def _preparer(heads: Sequence[Head]) -> Preparer:

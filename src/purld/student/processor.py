@@ -92,6 +92,10 @@ def _class_of(config: PreTrainedConfig) -> Any:
 class _ImagesAlone:
     """Lets a processor do without the part for videos."""
 
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """See `ProcessorMixin`, whose own asks for no part for videos."""
+        return ProcessorMixin.apply_chat_template(self, *args, **kwargs)  # type: ignore[arg-type]
+
     def check_argument_for_proper_class(self, name: str, part: Any) -> Any:
         """See `ProcessorMixin`."""
         return type(None) if part is None else super().check_argument_for_proper_class(name, part)  # type: ignore[misc]

@@ -95,9 +95,11 @@ def generate(
         # All but the last token, which `generate` wants to see for itself.
         ready = _prefilled(model, encoder, prompts, ids[:, :-1], mask[:, :-1], count, width)
     else:
-        ready = pixels_of(prompts, ids)
+        # Repeated here, because with some models `generate` mixes up the pictures of a prompt that has several.
+        ids, mask = ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
+        ready = pixels_of([prompt for prompt in prompts for _ in range(count)], ids)
     with _plain_generation_config(model, encoder, decoding) as (inner, ends):
-        inner.generation_config.num_return_sequences = count
+        inner.generation_config.num_return_sequences = len(prompts) * count // len(ids)
         output = model.generate(input_ids=ids, attention_mask=mask, **ready)
     rows = [_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
     return [rows[i : i + count] for i in range(0, len(rows), count)]

@@ -9,7 +9,7 @@ checkpoints, devices. Only a method that the teacher judges talks to a network h
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def align(
     progress: Progress,
     report_to: Sequence[str] = (),
     teacher: Client | None = None,
+    rescore: Callable[[Scoring], Scoring] | None = None,
 ) -> AlignFacts:
     """Align p_sft by the method that `settings` are of and save the policy to `run.align`; resumes like Stage I.
 
@@ -106,6 +107,7 @@ def align(
         run,
         _arguments(settings, len(examples), str(checkpoints), seed, tracker_arguments(report_to, run, "align")),
         teacher=teacher,
+        rescore=rescore,
         callbacks=[RunCallback(run, "align", LOGGED, progress)],
     )
     trainer.go_on(checkpoint, step)
@@ -130,6 +132,7 @@ class AlignTrainer(Trainer):
         args: the trainer's own arguments.
         sampler: draws candidates; transformers' `generate` unless another engine is given.
         teacher: whom to ask about candidates, for a method that does.
+        rescore: puts another scoring in the place of the method's own, for experiments on scores.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class AlignTrainer(Trainer):
         args: TrainingArguments,
         sampler: Sampler | None = None,
         teacher: Client | None = None,
+        rescore: Callable[[Scoring], Scoring] | None = None,
         **trainer_options: Any,
     ) -> None:
         super().__init__(
@@ -163,6 +167,7 @@ class AlignTrainer(Trainer):
             roles, settings.micro_batch_size, encoder.pad, accelerator.backward, accelerator.autocast, self._critic
         )
         scoring = _scoring(self._method, settings, encoder, roles, self._update, teacher)
+        scoring = rescore(scoring) if rescore else scoring
         sample = sampler or GenerateSampler(encoder, _decoding(settings))
         self._draw = Drawing(self._method, settings, encoder, sample, scoring, self._update)
         self._rollouts: list[Rollout] = []

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/miniature.py`: the paper's experiments on the testbed."""

@@ -1,0 +1,350 @@
+"""Running a cell: Stage I and Stage II by purld's own functions, answers by its own sampler, verdicts by the testbed.
+
+The testbed's teacher and judge are pure functions of the text, so nothing is served and nobody is asked over a
+network. What Stage II costs in teacher calls is counted here.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from mini.cells import ANCHORS, Cell, Split
+from purld.blackbox.replies import OnReply, Reply
+from purld.config import Config, Sft, StageTwo, Student, parse_config
+from purld.evaluation.evaluate import answer_prompts
+from purld.evaluation.scores import CheckedGroup, checked_groups, score_quality
+from purld.records import Anchor, Prompt
+from purld.rundir import RunDir, read_json, read_rows, stopwatch
+from purld.student.encode import Encoder
+from purld.student.load import Roles, load_encoder, load_model
+from purld.student.sample import Decoding, seed_from
+from purld.student.selfeval import GroupScores
+from purld.testbed.server import TEACHER, reply
+from purld.testbed.world import Problem, check, generate, is_right, quality, recognise, teacher_answer
+from purld.training.align import align
+from purld.training.scoring import Scoring, SelfScoring, Unscored
+from purld.training.sft import fine_tune
+
+HELD_OUT = 200
+SAMPLES: dict[Split, int] = {"validation": 4, "test": 8}  # answers per problem
+VALIDATION_SEED = 777_000  # another seed than any run's draws other problems of the training split
+STAGE_ONE_STEPS = 240  # at most: more anchors are read fewer times
+
+Pairs = list[tuple[Prompt, Anchor]]
+
+
+def student() -> Student:
+    """The testbed's own."""
+    model = str(files("purld.testbed") / "assets" / "student")
+    return Student(model=model, max_prompt_tokens=256, max_anchor_tokens=128)
+
+
+@lru_cache
+def encoder() -> Encoder:
+    """Its tokenizer with the conventions of a run."""
+    return load_encoder(student())
+
+
+def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Do what a cell asks for and return its row; what it needed on disk is removed, but for p_sft."""
+    torch.set_num_threads(1)
+    _quieten()
+    stage_one = RunDir(folder / "stage_one" / cell.family)
+    if cell.method == "sft":
+        facts = _stage_one(cell, stage_one)
+        return _row(cell, facts, _measured(cell, stage_one.sft, folder))
+    work = RunDir(folder / "work" / cell.id)
+    shutil.rmtree(work.path, ignore_errors=True)  # half a cell of a run that was killed
+    try:
+        facts = _stage_two(cell, stage_one, work)
+        return _row(cell, facts, _measured(cell, work.align, folder))
+    finally:
+        shutil.rmtree(work.path, ignore_errors=True)
+
+
+def _quieten() -> None:
+    """No progress bars and no words of other libraries between the lines of a run."""
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _row(cell: Cell, facts: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    return {"id": cell.id, "cell": asdict(cell)} | facts | {"measured": measured}
+
+
+def anchored(cell: Cell) -> Pairs:
+    """The prompts that a cell trains on with the teacher's answers."""
+    first = cell.anchors if cell.method != "sft" and cell.pool == "other" else 0
+    problems = generate(cell.task, "train", first + cell.anchors, cell.seed)[first:]  # type: ignore[arg-type]
+    prompts = [_prompt(problem) for problem in problems]
+    return [(p, Anchor(p.id, teacher_answer(problem))) for p, problem in zip(prompts, problems)]
+
+
+def problems_to_measure_on(task: str, split: Split, seed: int) -> list[Problem]:
+    """Held-out problems; for validation, problems of the training split that no run of this seed trains on."""
+    if split == "test":
+        return generate(task, "heldout", HELD_OUT, seed)  # type: ignore[arg-type]
+    asked = {p.question for p in generate(task, "train", 2 * ANCHORS, seed)}  # type: ignore[arg-type]
+    others = generate(task, "train", HELD_OUT + 2 * ANCHORS, VALIDATION_SEED + seed)  # type: ignore[arg-type]
+    return [p for p in others if p.question not in asked][:HELD_OUT]
+
+
+def _prompt(problem: Problem) -> Prompt:
+    return Prompt.from_text(problem.question, reference=problem.truth)
+
+
+# --- training -------------------------------------------------------------------------------------------------
+
+
+def stage_one_settings(anchors: int) -> Sft:
+    """The demo's, with fewer epochs where there are more anchors."""
+    batches = math.ceil(anchors * 0.9 / 16)
+    return Sft(
+        epochs=min(16.0, STAGE_ONE_STEPS / batches),
+        learning_rate=3.0e-4,
+        batch_size=16,
+        micro_batch_size=16,
+        checkpoint_steps=16,
+    )
+
+
+def _stage_one(cell: Cell, run: RunDir) -> dict[str, Any]:
+    """Train p_sft unless it is there."""
+    with run.lock():
+        if "sft" not in run.finished():
+            with stopwatch() as seconds:
+                pairs = anchored(cell)
+                settings = stage_one_settings(cell.anchors)
+                facts = fine_tune(student(), settings, pairs, encoder(), run, cell.seed, _quiet)
+            run.finish("sft", seconds[0], **asdict(facts))
+        finished = run.finished()["sft"]
+    curve = [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in read_rows(run.metrics)]
+    return {
+        "seconds": finished["seconds"],
+        "teacher_calls": cell.anchors,
+        "best_step": finished["best_step"],
+        "steps": finished["steps"],
+        "curve": curve,
+    }
+
+
+def _stage_two(cell: Cell, stage_one: RunDir, run: RunDir) -> dict[str, Any]:
+    """Align p_sft and describe how it went."""
+    if "sft" not in stage_one.finished():
+        raise RuntimeError(f"{cell.title}: its Stage I is missing")
+    run.path.mkdir(parents=True)
+    run.sft.symlink_to(stage_one.sft.resolve())
+    pairs, settings, teacher = anchored(cell), _settings(cell), TestbedTeacher()
+    with stopwatch() as seconds:
+        align(
+            student(),
+            settings,
+            pairs,
+            encoder(),
+            run,
+            cell.seed,
+            _quiet,
+            teacher=teacher,
+            rescore=lambda scoring: _changed(scoring, cell),
+        )
+    return {
+        "seconds": seconds[0],
+        "teacher_calls": cell.anchors * (2 if cell.pool == "other" else 1) + teacher.calls,
+        "curve": _curve(run),
+        "score": _score_quality(run, [p for p, _ in pairs]),
+    }
+
+
+def _settings(cell: Cell) -> StageTwo:
+    values = {
+        "student": student().model_dump(),
+        "data": {"prompts": "unused"},
+        "teacher": {"kind": "local", "model": "unused"},
+        "align": {"checkpoint_steps": 10_000} | dict(cell.settings),
+    }
+    config: Config = parse_config(values, source=cell.title)
+    assert isinstance(config.align, StageTwo)
+    return config.align
+
+
+class TestbedTeacher:
+    """The testbed's teacher without its server: counts what it is asked."""
+
+    __test__ = False  # not a test, whatever pytest makes of the name
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
+        """See `purld.blackbox.replies.Client`."""
+        self.calls += len(prompts)
+        return [Reply("answered", reply(TEACHER, p.question), "stop") for p in prompts]
+
+
+def _changed(scoring: Scoring, cell: Cell) -> Scoring:
+    """The experiment's scoring: by the moving policy, or with noise on top."""
+    if cell.evaluator == "moving" and isinstance(scoring, SelfScoring):
+        scoring = replace(scoring, roles=MovingEvaluator(scoring.roles.policy))
+    return NoisyScoring(scoring, cell.noise, cell.seed) if cell.noise else scoring
+
+
+class MovingEvaluator(Roles):
+    """Roles in which p_sft's part as the evaluator is played by the policy as it is; the reference stays p_sft."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__(policy, policy)
+
+
+@dataclass(frozen=True)
+class NoisyScoring:
+    """Scores with Gaussian noise that depends on prompt and text alone.
+
+    An evaluator is a function: asked twice it errs twice the same, and equal candidates get equal scores. The anchor's
+    own score is a score too. Sums are not clipped to [0, 1], which would make ties of what should be noise.
+    """
+
+    scoring: Scoring
+    deviation: float
+    seed: int
+
+    def __call__(self, groups: Sequence[Unscored]) -> list[GroupScores]:
+        """See `Scoring`."""
+        found = []
+        for group, scores in zip(groups, self.scoring(groups), strict=True):
+            anchor = None if scores.anchor is None else scores.anchor + self._noise(group, group.anchor)
+            texts = zip(group.candidates, scores.candidates, strict=True)
+            found.append(GroupScores(anchor, [None if s is None else s + self._noise(group, t) for t, s in texts]))
+        return found
+
+    def _noise(self, group: Unscored, text: str) -> float:
+        generator = np.random.default_rng(seed_from("noise", self.seed, group.prompt.id, text))
+        return float(self.deviation * generator.standard_normal())
+
+
+_KEPT = (
+    "objective",
+    "ldl",
+    "kl",
+    "entropy_labels",
+    "entropy_policy",
+    "sharper_than_labels",
+    "length",
+    "length_correlation",
+    "score",
+    "grad_norm",
+    "dropped_groups",
+)
+
+
+def _curve(run: RunDir) -> list[dict[str, Any]]:
+    """What was logged at each step, with the share of its candidates that is right."""
+    right: dict[int, list[bool]] = {}
+    for row in read_rows(run.groups):
+        problem = recognise(row["prompt"])
+        assert problem is not None
+        right.setdefault(row["step"], []).extend(is_right(problem, text) for text in row["candidates"])
+    rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
+    found = []
+    for row in rows:
+        values = {key: round(row[key], 5) for key in _KEPT if key in row}
+        if row["step"] in right:
+            values["right"] = round(float(np.mean(right[row["step"]])), 5)
+        found.append({"step": row["step"]} | values)
+    return found
+
+
+def _score_quality(run: RunDir, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
+    """How well the scores in force told right from wrong among the candidates."""
+    groups = [_squashed(group) for group in checked_groups(read_rows(run.groups), prompts, check)]
+    if not any(s is not None for group in groups for s in group.scores):
+        return None
+    found = score_quality(groups)
+    return {"n": found.n, "right": found.right, "auc": found.auc, "auc_within": found.auc_within}
+
+
+def _squashed(group: CheckedGroup) -> CheckedGroup:
+    """The same order of scores within (0, 1), which noise may have left."""
+    return replace(group, scores=[None if s is None else 1 / (1 + math.exp(-s)) for s in group.scores])
+
+
+def _quiet(done: int, total: int, note: str) -> None:
+    """Cells show no progress of their own."""
+
+
+# --- measuring ------------------------------------------------------------------------------------------------
+
+
+def _measured(cell: Cell, model: Path, folder: Path) -> dict[str, Any]:
+    """Answers to the split's problems: per prompt, what the tables are made of."""
+    problems = problems_to_measure_on(cell.task, cell.split, cell.seed)
+    loaded: list[Any] = []
+
+    def load() -> Any:
+        if not loaded:
+            loaded.append(load_model(student(), model))
+        return loaded[0]
+
+    with stopwatch() as seconds:
+        drawn = _answers(cell, problems, load, Decoding(1.0, 64), SAMPLES[cell.split], folder)
+        greedy = [] if cell.split == "validation" else _answers(cell, problems, load, Decoding(0.0, 64), 1, folder)
+    teacher = [teacher_answer(p) for p in problems]
+
+    def right(problem: Problem, _: str, text: str) -> float:
+        return float(is_right(problem, text))
+
+    return {
+        "seconds": seconds[0],
+        "right": _per_prompt(problems, drawn, right, teacher),
+        "wins": _per_prompt(problems, drawn, _wins, teacher),
+        "length": _per_prompt(problems, drawn, lambda _p, _t, text: float(len(text)), teacher),
+        "teacher_length": [len(text) for text in teacher],
+        "distinct": [round(len(set(texts)) / len(texts), 4) for texts in drawn],
+    } | ({"greedy_right": _per_prompt(problems, greedy, right, teacher)} if greedy else {})
+
+
+def _answers(
+    cell: Cell, problems: Sequence[Problem], load: Callable[[], Any], decoding: Decoding, samples: int, folder: Path
+) -> list[list[str]]:
+    """Texts by prompt and sample."""
+    path = folder / "work" / f"answers-{cell.id}-{samples}.jsonl"
+    path.unlink(missing_ok=True)
+    prompts = [_prompt(p) for p in problems]
+    drawn = answer_prompts(load, prompts, encoder(), decoding, samples, 400, cell.seed, path, None, _quiet)
+    path.unlink()
+    return [[g.text for g in drawn[i : i + samples]] for i in range(0, len(drawn), samples)]
+
+
+def _per_prompt(
+    problems: Sequence[Problem],
+    answers: Sequence[Sequence[str]],
+    value: Callable[[Problem, str, str], float],
+    teacher: Sequence[str],
+) -> list[float]:
+    """(prompts,) the mean of a value over a prompt's samples."""
+    rows = zip(problems, teacher, answers, strict=True)
+    return [round(float(np.mean([value(p, t, text) for text in texts])), 5) for p, t, texts in rows]
+
+
+def _wins(problem: Problem, teacher: str, text: str) -> float:
+    """1, 0.5 or 0: whether the judge prefers the answer to the teacher's. It weighs both orders alike."""
+    ours, theirs = quality(problem, text), quality(problem, teacher)
+    return 0.5 if ours == theirs else float(ours > theirs)
+
+
+def stage_one_ready(cell: Cell, folder: Path) -> bool:
+    """Whether the weights that a cell starts from are there."""
+    path = folder / "stage_one" / cell.family / "manifest.json"
+    return path.exists() and "sft" in read_json(path)["finished"]

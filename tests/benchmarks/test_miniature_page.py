@@ -1,0 +1,164 @@
+"""The plan of the miniature, its tables and its page, on rows made by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mini import plan
+from mini.cells import Cell, stage_two
+from mini.page import PARTS, findings, quick_table, replaced, table_one, verdict, write_page
+from mini.results import Results
+from mini.stats import over_seeds
+
+from purld.errors import UserError
+from purld.rundir import read_rows
+
+
+def row(cell: Cell, wins: float, length: float = 40.0) -> dict:
+    """Ten problems of which a share is won; lengths differ a little from the teacher's."""
+    won = [1.0] * round(10 * wins) + [0.0] * (10 - round(10 * wins))
+    measured = {
+        "wins": won, "right": won, "greedy_right": won, "seconds": 2.0,
+        "length": [length + 3 * i % 7 for i in range(10)], "teacher_length": [41] * 10,
+    }  # fmt: skip
+    curve = [{"step": s, "loss": 1.0, "eval_loss": 1.0, "objective": 0.5, "right": 0.5} for s in range(1, 7)]
+    score = {"auc_within": 0.9}
+    facts = {"seconds": 30.0, "teacher_calls": 256, "best_step": 3, "curve": curve, "score": score}
+    return {"id": cell.id, "measured": measured} | facts
+
+
+def tuned(best: int = 2) -> dict:
+    """All grids done, with the setting of number `best` ahead everywhere."""
+    rows = {}
+    for task in plan.TASKS:
+        p_sft = Cell(task, plan.TUNING_SEED, "validation", "sft")
+        rows[p_sft.id] = row(p_sft, 0.3)
+        for method in plan.TUNED:
+            for index, setting in enumerate(plan.grid(method)):
+                cell = stage_two(task, plan.TUNING_SEED, "validation", method, setting)
+                rows[cell.id] = row(cell, 0.5 if index == best else 0.3)
+    return rows
+
+
+def test_every_method_is_tuned_on_as_many_settings_and_none_of_them_twice():
+    for method in plan.TUNED:
+        cells = [stage_two("writing", 0, "test", method, setting) for setting in plan.grid(method)]
+        assert len({cell.id for cell in cells}) == len(plan.RATES) == 3
+
+
+def test_tuning_sees_neither_the_seeds_nor_the_problems_of_the_tables():
+    for cell in plan.tuning_cells():
+        assert cell.split == "validation" and cell.seed not in plan.SEEDS
+
+
+def test_later_cells_wait_for_the_choice_and_use_it():
+    rows = tuned(best=2)
+    last = plan.tuning_cells()[-1]
+    assert plan.choose({key: r for key, r in rows.items() if key != last.id}) is None
+    assert plan.all_cells({}) == plan.tuning_cells()
+    chosen = plan.choose(rows)
+    assert all(chosen[task][m] == plan.grid(m)[2] for task in plan.TASKS for m in plan.TUNED)
+    cells = plan.all_cells(rows)
+    assert len({cell.id for cell in cells}) == len(cells)
+    main = plan.main_cells(chosen)
+    assert {(c.task, c.seed, c.method) for c in main} == {
+        (task, seed, method) for task in plan.TASKS for seed in plan.SEEDS for method in ("sft", *plan.METHODS)
+    }
+    assert dict(next(c for c in main if c.method == "anchor_grpo").settings)["learning_rate"] == plan.RATES[2]
+
+
+def test_a_cell_is_known_by_all_that_it_depends_on():
+    plain = stage_two("writing", 0, "test", "ldl_grpo", {})
+    others = [
+        stage_two("writing", 0, "test", "ldl_grpo", {"tau": 0.9}),
+        stage_two("writing", 0, "test", "ldl_grpo", {}, noise=0.5),
+        stage_two("writing", 0, "test", "ldl_grpo", {}, evaluator="moving"),
+        stage_two("writing", 0, "test", "ldl_grpo", {}, anchors=50),
+        stage_two("writing", 1, "test", "ldl_grpo", {}),
+    ]
+    assert len({cell.id for cell in [plain, *others]}) == 6
+    assert plain.id == stage_two("writing", 0, "test", "ldl_grpo", {"tau": 1.2}).id
+
+
+def with_tables(ldl: float, others: float) -> dict:
+    rows = tuned()
+    for cell in plan.main_cells(plan.choose(rows)):
+        rows[cell.id] = row(cell, ldl if cell.method == "ldl_grpo" else others)
+    return rows
+
+
+def test_table_one_has_the_figures_of_the_rows():
+    text = table_one(Results(with_tables(ldl=0.6, others=0.4)))
+    assert "| **LDL-GRPO** | 0.600 [0.600, 0.600] |" in text
+    assert text.count("| SFT | 0.400 [0.400, 0.400] |") == len(plan.TASKS)
+    assert "| 256 | 30 | 5 |" in text
+
+
+def test_a_table_shows_what_is_done_and_no_more():
+    rows = with_tables(0.6, 0.4)
+    chosen = plan.choose(rows)
+    for cell in plan.main_cells(chosen, seeds=plan.SEEDS[1:]):
+        del rows[cell.id]
+    assert "| 256 | 30 | 1 |" in table_one(Results(rows))
+    assert "one seed" in findings(Results(rows))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.1, 0.11, 0.12], "reproduced"),
+        ([-0.1, -0.11, -0.12], "reversed"),
+        ([0.1, -0.11, 0.12], "not reproduced"),
+        ([0.1], "one seed"),
+    ],
+)
+def test_a_verdict_is_by_the_interval_alone(values, expected):
+    assert verdict(over_seeds(values)) == expected
+
+
+def test_quick_table_pairs_a_method_with_its_own_p_sft():
+    cells = [Cell("writing", 0, "test", "sft"), stage_two("writing", 0, "test", "ldl_grpo", {})]
+    text = quick_table({cells[0].id: row(cells[0], 0.4), cells[1].id: row(cells[1], 0.6)}, cells)
+    assert "| writing | LDL-GRPO | 0.600 |" in text and "+0.200 [" in text
+
+
+def page() -> str:
+    parts = [f"<!-- {name}: made by benchmarks/miniature.py -->\nold\n<!-- end of {name} -->" for name in PARTS]
+    return "By hand.\n\n" + "\n\nMore by hand.\n\n".join(parts) + "\n"
+
+
+@pytest.mark.parametrize("rows", [{}, tuned(), with_tables(0.6, 0.4)], ids=["nothing", "tuned", "tables"])
+def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
+    (tmp_path / "miniature.md").write_text(page())
+    write_page(rows, tmp_path, tmp_path / "chosen.json")
+    text = (tmp_path / "miniature.md").read_text()
+    assert text.count("More by hand.") == len(PARTS) - 1 and "\nold\n" not in text
+    assert (tmp_path / "chosen.json").exists() == bool(rows)
+    brief = read_rows(tmp_path / "miniature.jsonl")
+    assert len(brief) == len(rows) and all(r["raw"] in (0.3, 0.4, 0.5, 0.6) and "lc" in r for r in brief)
+    write_page(rows, tmp_path)
+    assert (tmp_path / "miniature.md").read_text() == text
+
+
+def test_figures_are_drawn(tmp_path):
+    (tmp_path / "miniature.md").write_text(page())
+    write_page(with_tables(0.6, 0.4), tmp_path)
+    drawn = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert drawn == [f"miniature-{name}.png" for name in ("convergence", "noise", "sensitivity")]
+
+
+def test_a_page_without_its_markers_is_refused():
+    with pytest.raises(UserError, match=r"page\.md: needs the markers"):
+        replaced("no markers", "table 1", "new", "page.md")
+
+
+def test_figures_are_those_of_the_library():
+    """LC by the library's own length model, from one mean per problem."""
+    from purld.evaluation.winrate import summarize
+
+    cell = Cell("writing", 0, "test", "sft")
+    made = row(cell, 0.4)
+    expected = summarize(made["measured"]["wins"], made["measured"]["teacher_length"], made["measured"]["length"])
+    results = Results({cell.id: made})
+    assert results.figure(cell, "lc") == expected.lc_win_rate
+    assert results.figure(cell, "raw") == pytest.approx(np.mean(made["measured"]["wins"]))
