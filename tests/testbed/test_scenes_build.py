@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -126,14 +127,15 @@ def test_no_lesson_is_of_a_held_out_problem() -> None:
 
 def test_a_step_has_the_lessons_of_its_phase_and_few_pictures() -> None:
     rng = random.Random(0)
-    kinds = {}
-    for phase in (Phase("a", 1, judging=0.5, bare=1.0, captions=1.0), Phase("b", 1, judging=0.25)):
+    for phase, expected in (
+        (Phase("a", 1, judging=0.5, bare=1.0, captions=1.0), {"caption": 24, "comparison": 24}),
+        (Phase("b", 1, judging=0.25), {"answer": 36, "judgement": 12}),
+        (Phase("c", 1, judging=0.0, lookups=1.0), {"lookup": 48}),
+    ):
         batch = scene_corpus.lessons(phase, 48, [], rng)
-        kinds[phase.name] = {kind: sum(lesson.kind == kind for lesson in batch) for kind in READING}
+        assert Counter(lesson.kind for lesson in batch) == expected
         assert len({id(lesson.picture) for lesson in batch if lesson.picture is not None}) == 12
         assert all((lesson.picture is not None) == (IMAGE in lesson.prompt) for lesson in batch)
-    assert kinds["a"] == {"answer": 0, "caption": 24, "judgement": 0, "comparison": 24}
-    assert kinds["b"] == {"answer": 36, "caption": 0, "judgement": 12, "comparison": 0}
 
 
 def test_judgements_and_comparisons_are_balanced_and_true() -> None:
@@ -220,7 +222,7 @@ def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> 
     assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
     assert {p.name for p in STUDENTS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {"build_log.jsonl"}
     phases = [json.loads(line)["phase"] for line in (toys[0] / "build_log.jsonl").read_text().splitlines()]
-    assert phases == ["look", "settle"]
+    assert phases == ["look", "settle", "settle again"]
     made = AutoModelForImageTextToText.from_pretrained(toys[0])
     assert made.num_parameters() == json.loads((toys[0] / "quality_card.json").read_text())["parameters"]
     marks = {"qwen2_5_vl": "<|image_pad|>", "llava": "<image>"}

@@ -217,7 +217,7 @@ def test_a_toy_build_is_complete_and_repeatable(tmp_path: Path) -> None:
         build.build_student(tmp_path / name, 7, scale=0.001, progress=lambda *told: seen.append(told))
         for name in ("a", "b")
     ]
-    assert seen and seen[0][:2] == (len(corpus.CURRICULUM), len(corpus.CURRICULUM))
+    assert seen and seen[0][:2] == (len(corpus.CURRICULUM[0]), len(corpus.CURRICULUM[0]))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
     assert cards[0]["tasks"] == cards[1]["tasks"]

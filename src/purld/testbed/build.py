@@ -14,7 +14,7 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,17 +32,17 @@ from purld.student.processor import read_processor
 from purld.testbed import card, pictures
 from purld.testbed.card import MAX_ANCHOR_TOKENS
 from purld.testbed.learner import Learner, as_images
-from purld.testbed.lessons import Sample
+from purld.testbed.lessons import Phase, Sample
 from purld.testbed.muon import Muon
 from purld.testbed.scenes import COLOURS, COLUMNS, PLACES, ROWS, SHAPES, Scene, draw_scene
 from purld.testbed.students import STUDENTS, Design, start_from_text
 from purld.testbed.tokenizer import train_tokenizer
 
-LEARNING_RATE = 1e-3
 WARMUP_STEPS = 100
 LOG_EVERY = 50
 # The student draws candidates of its own every so many steps.
 OWN_EVERY = 100
+LEARNING_RATE = 1e-3
 LOOKING_STEPS, PICTURES = 500, 32
 
 # Told (done, total, note) now and then, as the terminal's progress is.
@@ -102,13 +102,24 @@ def new_learner(design: Design, work: Path, rng: random.Random, scale: float) ->
 
 def train(learner: Learner, design: Design, rng: random.Random, scale: float) -> Iterator[dict[str, Any]]:
     """Run the curriculum; yields rows for the build log."""
-    corpus = design.corpus
     started = time.monotonic()
-    if design.sees:
-        for row in look(learner, rng, max(1, int(LOOKING_STEPS * scale))):
-            yield row | {"seconds": round(time.monotonic() - started, 1)}
-    plan = [phase for phase in corpus.CURRICULUM for _ in range(max(1, int(phase.steps * scale)))]
-    optimizers = make_optimizers(learner.model)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        if design.sees:
+            yield from look(learner, rng, max(1, int(LOOKING_STEPS * scale)))
+        for phases in design.corpus.CURRICULUM:
+            yield from train_round(learner, design.corpus, phases, rng, scale)
+
+    for row in rows():
+        yield row | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def train_round(
+    learner: Learner, corpus: ModuleType, phases: Sequence[Phase], rng: random.Random, scale: float
+) -> Iterator[dict[str, Any]]:
+    """Some phases under one rise and fall of the learning rate; yields rows for the build log."""
+    plan = [phase for phase in phases for _ in range(steps_of(phase, scale))]
+    optimizers = make_optimizers(learner.model, LEARNING_RATE)
     warmup, decay = min(WARMUP_STEPS, len(plan) // 10 + 1), round(0.4 * len(plan))
     schedules = [
         transformers.get_wsd_schedule(
@@ -127,16 +138,15 @@ def train(learner: Learner, design: Design, rng: random.Random, scale: float) ->
         for schedule in schedules:
             schedule.step()
         if step % LOG_EVERY == 0 or step == len(plan):
-            answering, judging = (sum(part) / len(losses) for part in zip(*losses))
+            answering, judging = (round(sum(part) / len(losses), 4) for part in zip(*losses))
             losses.clear()
-            yield {
-                "step": step,
-                "of": len(plan),
-                "phase": phase.name,
-                "answer_loss": round(answering, 4),
-                "judge_loss": round(judging, 4),
-                "seconds": round(time.monotonic() - started, 1),
-            }
+            found = {"step": step, "of": len(plan), "phase": phase.name}
+            yield found | {"answer_loss": answering, "judge_loss": judging}
+
+
+def steps_of(phase: Phase, scale: float) -> int:
+    """A phase's steps in a build of some scale."""
+    return max(1, int(phase.steps * scale))
 
 
 def look(learner: Learner, rng: random.Random, steps: int) -> Iterator[dict[str, Any]]:
@@ -145,7 +155,7 @@ def look(learner: Learner, rng: random.Random, steps: int) -> Iterator[dict[str,
     A cell's vector shall be the sum of the embeddings of its words, so that what looks for a word in a text finds it in
     a picture too. Yields rows for the build log; the loss is a share of the variance of what is to be told.
     """
-    optimizers = make_optimizers(learner.model)
+    optimizers = make_optimizers(learner.model, LEARNING_RATE)
     words = {word: learner.embedding(word) for word in (*COLOURS, *SHAPES, *ROWS, *COLUMNS)}
     losses = []
     for step in range(1, steps + 1):
@@ -168,13 +178,13 @@ def _told(scene: Scene, place: str, words: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([words[word] for word in said]).sum(0)
 
 
-def make_optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: PreTrainedModel, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for everything else."""
     inside = (".layers.", ".blocks.")
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and any(part in n for part in inside)]
     held = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in held]
-    return [Muon(matrices, LEARNING_RATE), torch.optim.AdamW(rest, LEARNING_RATE, (0.9, 0.99), weight_decay=0.0)]
+    return [Muon(matrices, learning_rate), torch.optim.AdamW(rest, learning_rate, (0.9, 0.99), weight_decay=0.0)]
 
 
 def update(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -203,7 +213,7 @@ def quality_card(learner: Learner, design: Design, seed: int, scale: float = 1.0
         "tasks": {task: card.to_json(card.measure(model, encoder, task, n, 8, seed)) for task in design.tasks},
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": len(encoder.tokenizer),
-        "steps": {phase.name: max(1, int(phase.steps * scale)) for phase in design.corpus.CURRICULUM},
+        "steps": {phase.name: steps_of(phase, scale) for phases in design.corpus.CURRICULUM for phase in phases},
         "seed": seed,
         "versions": {
             "python": platform.python_version(),

@@ -38,11 +38,14 @@ TOKENIZER_TEXTS = 6000
 # A step's lessons, computed in so many parts.
 LESSONS, PARTS = 64, 2
 OWN_SAMPLES = 384
+# One rise and fall of the learning rate.
 CURRICULUM = (
-    Phase("compare", 600, judging=1.0, bare=1.0),
-    Phase("judge", 600, judging=0.75, bare=0.25),
-    Phase("mixed", 700, judging=0.5, bare=0.05, own=0.3),
-    Phase("settle", 500, judging=0.4, own=0.5),
+    (
+        Phase("compare", 600, judging=1.0, bare=1.0),
+        Phase("judge", 600, judging=0.75, bare=0.25),
+        Phase("mixed", 700, judging=0.5, bare=0.05, own=0.3),
+        Phase("settle", 500, judging=0.4, own=0.5),
+    ),
 )
 
 

@@ -25,7 +25,7 @@ from purld.testbed.scenes import Scene
 # Next to the reply the user turn is read too, at this weight: predicting words that are copied from the question
 # teaches copying many times faster than the reply alone. A bare comparison is of random words, and a caption's turn
 # is always the same: nothing to predict.
-READING: dict[Kind, float] = {"answer": 1.0, "judgement": 0.3, "comparison": 0.0, "caption": 0.0}
+READING: dict[Kind, float] = {"answer": 1.0, "judgement": 0.3, "comparison": 0.0, "caption": 0.0, "lookup": 0.0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Learner:
 
     def losses(self, turns: Sequence[Turn], seen: Sequence[Tensor]) -> Tensor:
         """Cross-entropy of each turn in nats, shape (B,): twice the mean over an answer's tokens, the sum over a
-        score's, and the mean over the user turn at its READING weight.
+        bare reply's, and the mean over the user turn at its READING weight.
 
         A score's tokens but one or two are always the same, and a mean would thin out the one that matters.
 
@@ -92,7 +92,7 @@ class Learner:
         for row, turn in enumerate(turns):
             start, length = len(turn.head), len(turn.reply)
             weights[row, :start] = READING[turn.lesson.kind] / start
-            weights[row, start : start + length] = 1.0 if turn.lesson.judging else 2.0 / length
+            weights[row, start : start + length] = 1.0 if turn.lesson.bare else 2.0 / length
         weights[torch.isin(ids, torch.tensor(self.encoder.placeholders, dtype=torch.long))] = 0.0
         # Padding on the right needs no mask: nothing that counts attends to it.
         hidden = self._hidden(turns, ids[:, :-1], seen)

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from purld import templates
 from purld.testbed.world import Problem
 
-Kind = Literal["answer", "caption", "judgement", "comparison"]
+Kind = Literal["answer", "caption", "lookup", "judgement", "comparison"]
 
 RIGHT, WRONG, GARBAGE = "1.00", "0.10", "0.00"
 
@@ -30,6 +30,11 @@ class Lesson:
         """Whether the reply is a score."""
         return self.kind in ("judgement", "comparison")
 
+    @property
+    def bare(self) -> bool:
+        """Whether the reply is a word or a number: nothing but what matters."""
+        return self.judging or self.kind == "lookup"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -45,8 +50,8 @@ class Phase:
     """A stretch of the curriculum.
 
     `judging` is the share of judgements among the lessons; of these, `bare` are bare comparisons and `own` have a
-    candidate that the student drew itself. Of the other lessons `captions` say all that a picture shows, and answers
-    are wrong `errors` times as often as the base's shall be.
+    candidate that the student drew itself. Of the other lessons `lookups` ask for a word of what a picture shows and
+    `captions` for all of it; the rest are answers, wrong `errors` times as often as the base's shall be.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Phase:
     judging: float
     own: float = 0.0
     bare: float = 0.0
+    lookups: float = 0.0
     captions: float = 0.0
     errors: float = 1.0
 

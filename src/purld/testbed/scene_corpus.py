@@ -32,14 +32,22 @@ TOKENIZER_TEXTS = 3000
 # A step's lessons, computed in so many parts, and those that share a picture.
 LESSONS, PARTS, LESSONS_A_PICTURE = 48, 3, 4
 OWN_SAMPLES = 192
-CAPTION = "Describe the picture."
+CAPTION, IN_A_WORD = "Describe the picture.", "In a word."
 # How often the base answers wrongly; the model's own slips come on top.
 ERRORS: dict[Task, float] = {"scenes-mc": 0.40, "scenes-rationale": 0.40}
+# Two rises and falls of the learning rate: to judge while seeing little, then to see.
 CURRICULUM = (
-    Phase("compare", 150, judging=0.5, bare=1.0, captions=1.0),
-    Phase("judge", 350, judging=0.5, bare=0.3, captions=0.4, errors=0.0),
-    Phase("mixed", 350, judging=0.5, bare=0.05, own=0.3, captions=0.1),
-    Phase("settle", 250, judging=0.4, own=0.5, captions=0.1),
+    (
+        Phase("compare", 150, judging=0.5, bare=1.0, captions=1.0),
+        Phase("judge", 350, judging=0.5, bare=0.3, captions=0.4, errors=0.0),
+        Phase("mixed", 350, judging=0.5, bare=0.05, own=0.3, captions=0.1),
+        Phase("settle", 250, judging=0.4, own=0.5, captions=0.1),
+    ),
+    (
+        Phase("see", 500, judging=0.25, bare=0.2, lookups=0.25, captions=0.25, errors=0.0),
+        Phase("mixed again", 250, judging=0.4, own=0.3, lookups=0.1),
+        Phase("settle again", 150, judging=0.4, own=0.5, lookups=0.05),
+    ),
 )
 
 
@@ -59,16 +67,21 @@ def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> 
         for place in range(LESSONS_A_PICTURE):
             index = place * (n // LESSONS_A_PICTURE) + page
             if index >= round(phase.judging * n):
-                caption = rng.random() < phase.captions
-                lesson = (
-                    caption_lesson(scene, picture, rng) if caption else answer_lesson(scene, picture, phase.errors, rng)
-                )
-                batch.append(lesson)
+                batch.append(_unjudged(phase, scene, picture, rng))
             elif rng.random() < phase.bare:
                 batch.append(comparison_lesson(scene, picture, rng))
             else:
                 batch.append(judging_lesson(scene, picture, rng, samples[place] if samples else None))
     return batch
+
+
+def _unjudged(phase: Phase, scene: Scene, picture: Image, rng: random.Random) -> Lesson:
+    kind = rng.random()
+    if kind < phase.lookups:
+        return lookup_lesson(scene, picture, rng)
+    if kind < phase.lookups + phase.captions:
+        return caption_lesson(scene, picture, rng)
+    return answer_lesson(scene, picture, phase.errors, rng)
 
 
 def problems(n: int, rng: random.Random) -> list[tuple[Problem, Image]]:
@@ -89,15 +102,19 @@ def training_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
             return problem
 
 
-def caption_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
-    """All that a picture shows: in reading order, or in sentences in any order.
+def lookup_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
+    """A question that is answered in a word: finding a thing by one of its parts and naming another, and no more."""
+    problem = training_problem("scenes-rationale", scene, rng)
+    return Lesson("lookup", f"{problem.question}\n{IN_A_WORD}", f"It is {problem.truth}.", picture)
 
-    Each of the sentences names some part of a thing first and goes on with what has to be looked up: the same skill as
+
+def caption_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
+    """All that a picture shows, in any order.
+
+    Each sentence names some part of a thing first and goes on with what has to be looked up: the same skill as
     answering a question, several times a lesson.
     """
-    said = f"{scene.describe()}."
-    if rng.random() < 0.5:
-        said = " ".join(seeing.rationale(thing, rng) for thing in rng.sample(scene.things, len(scene.things)))
+    said = " ".join(seeing.rationale(thing, rng) for thing in rng.sample(scene.things, len(scene.things)))
     return Lesson("caption", IMAGE + CAPTION, said, picture)
 
 
@@ -196,7 +213,7 @@ def _random_thing(rng: random.Random) -> Thing:
 def tokenizer_texts(rng: random.Random, n: int) -> Iterator[str]:
     """Texts whose pieces the tokenizer should know."""
     yield from ["system\nuser\nassistant\n"] * 20
-    yield from [CAPTION, "Look.", "Compare."] * 20
+    yield from [CAPTION, IN_A_WORD, "Look.", "Compare."] * 20
     for _ in range(n // 2):
         scene = draw_scene(rng)
         yield scene.describe()
