@@ -34,7 +34,7 @@ from purld.student.encode import Encoder
 from purld.student.load import Roles, load_roles, save_policy
 from purld.student.sample import Decoding, GenerateSampler, Sampler, seed_from
 from purld.student.selfeval import SelfEvaluator
-from purld.training.checkpoints import Progress, RunCallback, device_arguments, last_checkpoint
+from purld.training.checkpoints import OwnNames, Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.measures import LOGGED, StepMeasures, group_record
 from purld.training.revisit import REVISITED, revisit
 from purld.training.rollout import Drawing, Question, Rollout
@@ -120,7 +120,7 @@ def align(
     return _facts(rows, settings, len(examples))
 
 
-class AlignTrainer(Trainer):
+class AlignTrainer(OwnNames, Trainer):
     """A Trainer whose step is one update on `prompts_per_step` groups.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -79,6 +80,32 @@ class RunCallback(TrainerCallback):
             folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
             (folder / _WHOLE).touch()
             sync_folder(folder)
+
+
+class OwnNames:
+    """Mixed into a Trainer: its checkpoints hold weights under the names that its model has for them.
+
+    A Trainer loads a checkpoint by these names and passes over what it does not find; `save_pretrained` writes the
+    names of the model's published files, which in many image models are others. A best model that was never loaded, or
+    a run that goes on from where it began, would be the silent result.
+    """
+
+    model: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        own = self.model.save_pretrained
+        self.model.save_pretrained = functools.partial(own, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+        finally:
+            del self.model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        lost = set(load_result.missing_keys)
+        there = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name not in lost}
+        gone = [name for name, p in self.model.named_parameters() if id(p) not in there]
+        if gone:
+            raise RuntimeError(f"a checkpoint lacks {len(gone)} of the model's weights, such as {gone[0]}")
 
 
 def device_arguments() -> dict[str, Any]:

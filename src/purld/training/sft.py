@@ -24,7 +24,7 @@ from purld.rundir import RunDir
 from purld.student.encode import Encoder, training_batch
 from purld.student.load import load_model, save_model, trainable
 from purld.student.pictures import Head
-from purld.training.checkpoints import Progress, RunCallback, device_arguments, last_checkpoint
+from purld.training.checkpoints import OwnNames, Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.trackers import tracker_arguments
 
 Lesson = tuple[Head, list[int]]  # a prompt and the token ids of its answer
@@ -66,7 +66,7 @@ def fine_tune(
     run.rewind_log("sft", step)
     model = trainable(student, load_model(student, student.model))
     lessons = [*rows, *held_out]
-    trainer = SFTTrainer(
+    trainer = _SftTrainer(
         model=model,
         args=_arguments(
             settings,
@@ -91,6 +91,10 @@ def fine_tune(
     best = trainer.state.best_global_step or trainer.state.global_step
     shutil.rmtree(checkpoints)
     return SftFacts(len(rows), len(held_out), cut, best, trainer.state.global_step)
+
+
+class _SftTrainer(OwnNames, SFTTrainer):
+    """TRL's trainer with checkpoints that it can load."""
 
 
 def is_validation(prompt: Prompt, fraction: float) -> bool:
