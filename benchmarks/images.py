@@ -163,7 +163,11 @@ def bench(architecture: str, shape: Shape, cell: Cell, frozen: bool, options: ar
             module.requires_grad_(False)
     side = SIDE * PATCH * (1 if architecture == "llava" else 2)
     prompt = Prompt.from_text(f"{IMAGE} {words(QUESTION, random.Random(1))}", images=(noise(side),))
-    return PictureBench(Encoder(processor, cell.completion), base, prompt, cell, lora=False)
+    work = PictureBench(Encoder(processor, cell.completion), base, prompt, cell, lora=False)
+    if frozen:  # as the roles of a run have it
+        for name, module in vision_modules(work.policy).items():
+            setattr(work.frozen.base_model, name, module)
+    return work
 
 
 def line(row: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ import json
 import pytest
 from pictures import save_picture
 from rich.console import Console
+from tiny_vlm import write_model
 
-from purld.config import load_config
+from purld.config import load_config, parse_config
 from purld.console import Reporter
 from purld.errors import UserError
 from purld.pipeline import Pipeline
@@ -102,3 +103,27 @@ def test_a_student_that_reads_no_images_is_told_by_the_first_row_that_has_some(p
     save_picture(tmp_path / "train2017" / "000000000001.jpg")
     with pytest.raises(UserError, match=r"train\.json, entry 1: the prompt has images, and .* reads none"):
         pools_of(*TASK, "data.task=aokvqa_rationale", f"data.path={tmp_path}")
+
+
+def test_a_text_that_passes_for_a_picture_is_a_bad_row(shipped_student, tmp_path):
+    """A question about the <image> element of SVG cannot be asked of a model that reads it as a picture."""
+    model = write_model("llava", shipped_student, tmp_path / "model")
+    rows = [{"prompt": f"What is {n}?"} for n in range(8)] + [{"prompt": "What is the <image> element of SVG?"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "student": {"model": str(model)},
+        "data": {"prompts": str(path), "eval_fraction": 0.3},
+        "teacher": {"kind": "file", "path": str(path)},
+    }
+    config = parse_config(values, "run.yaml")
+    encoder = load_encoder(config.student)
+    with pytest.raises(
+        UserError, match=r"line 9: the prompt has 0 images, and 1 times the text <image>"
+    ):
+        load_pools(config, encoder, print)
+    said = []
+    skipping = parse_config(values | {"data": values["data"] | {"bad_rows": "skip"}}, "run.yaml")
+    pools = load_pools(skipping, encoder, said.append)
+    assert len(pools.train) + len(pools.held_out) == 8
+    assert any("1 rows that this student cannot read were skipped, first: " in line for line in said)

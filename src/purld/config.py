@@ -210,6 +210,7 @@ class LocalModel(Section):
     model: str
     temperature: NonNegative = 0.0
     max_tokens_per_answer: Count = 1024
+    max_image_pixels: Count | None = None  # a larger picture is made smaller; null: as the model's processor does
     batch_size: Count = 8
 
 

@@ -1,11 +1,13 @@
-"""What a run must keep to, seen before anything is paid for: the student's context and the teacher's cap on calls."""
+"""What a run must keep to, seen before anything is paid for: the student's context and scores, the teacher's cap."""
 
 from __future__ import annotations
 
-from purld.config import Config, OpenAIEndpoint, TeacherAnchors, TeacherJudgeGrpo
+from purld.config import Config, OpenAIEndpoint, SelfScoring, TeacherAnchors, TeacherJudgeGrpo
 from purld.errors import UserError
 from purld.pools import Pools
+from purld.student.encode import Encoder
 from purld.student.load import context_length
+from purld.student.selfeval import SelfEvaluator
 
 # Words of the self-evaluation and chat templates around question, anchor and candidate, generously.
 _TEMPLATE_TOKENS = 256
@@ -26,6 +28,16 @@ def check_context(config: Config) -> None:
             f"with the self-evaluation template, more than the {context} that {config.student.model} reads; "
             "lower one of them."
         )
+
+
+def check_scoring(config: Config, encoder: Encoder) -> None:
+    """See that the student can score in the way that the configuration asks for.
+
+    Raises:
+        UserError: its tokenizer does not spell numbers as `align.score: expected` needs.
+    """
+    if isinstance(config.align, SelfScoring):
+        SelfEvaluator(encoder, config.align.score, batch_size=1)
 
 
 def check_judging(config: Config, pools: Pools) -> None:

@@ -15,7 +15,7 @@ from purld.checks import find_check, missing_gold
 from purld.config import TRANSPORT, Config, load_config
 from purld.console import Reporter
 from purld.errors import UserError
-from purld.limits import check_context, check_judging
+from purld.limits import check_context, check_judging, check_scoring
 from purld.method.table import METHODS
 from purld.pools import Pools, load_pools
 from purld.rundir import RunDir, atomic_write, stopwatch
@@ -75,6 +75,7 @@ class Pipeline:
         self.check = find_check(config.data)
         check_trackers(config.report_to)
         check_context(config)
+        check_scoring(config, self.encoder)
 
     def execute(self, stages: Sequence[str] = STAGES) -> None:
         """Run the given stages in order, skipping what is finished.

@@ -50,7 +50,8 @@ def load_pools(config: Config, encoder: Encoder, say: Say) -> Pools:
         _tell(part, data.source if part is loaded else data.eval_prompts or data.source, say)
     train, held_out = _part(config, loaded, published, say)
     limit = config.student.max_prompt_tokens
-    measured = {prompt.id: len(encoder.prompt(prompt)) for prompt in train + held_out}
+    measured = _measured(train + held_out, encoder, data, say)
+    train, held_out = ([prompt for prompt in part if prompt.id in measured] for part in (train, held_out))
     if data.bad_rows == "fail":
         _check_images_fit(train + held_out, measured, limit)
     train = _that_fit(train, measured, limit, "training", say)[: data.max_prompts]
@@ -121,6 +122,26 @@ def _check_images_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int)
                 f"more than {limit:,}; raise student.max_prompt_tokens, lower student.max_image_pixels, or leave such "
                 "rows out with data.bad_rows=skip."
             )
+
+
+def _measured(prompts: list[Prompt], encoder: Encoder, data: Data, say: Say) -> dict[str, int]:
+    """The length of each prompt in tokens, by its id; those that this student cannot be asked are bad rows.
+
+    Raises:
+        UserError: there is such a prompt, and bad rows are not to be skipped.
+    """
+    tokens: dict[str, int] = {}
+    problems: list[UserError] = []
+    for prompt in prompts:
+        try:
+            tokens[prompt.id] = len(encoder.prompt(prompt))
+        except UserError as problem:
+            if data.bad_rows == "fail":
+                raise
+            problems.append(problem)
+    if problems:
+        say(f"{data.source}: {len(problems)} rows that this student cannot read were skipped, first: {problems[0]}")
+    return tokens
 
 
 def _that_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int, kind: str, say: Say) -> list[Prompt]:

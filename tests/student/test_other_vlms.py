@@ -207,6 +207,16 @@ def test_a_shared_head_gives_the_numbers_and_gradients_of_full_sequences(model, 
     assert may_share(model, head, COMPLETIONS, encoder.pad)
 
 
+def test_the_model_sees_its_pictures(model, encoder):
+    """Else none of the other tests would say anything."""
+    other = Prompt.from_text(f"{IMAGE}How many?", images=(picture(40, 24, 7),))
+    with torch.no_grad():
+        one, two = (
+            FullSequences(model, encoder.prompt(p), encoder.pad).token_log_probs([[5]])[0] for p in (PROMPTS[0], other)
+        )
+    assert abs(one - two) > 1e-3
+
+
 def test_pictures_of_many_shapes_make_a_batch(model, encoder):
     """Its tensors are those that the processor makes of all chats at once, its loss that of its rows."""
     rows = [(encoder.prompt(prompt), [5, 6, 7, 8][:n]) for prompt, n in zip(PROMPTS, (4, 2, 3, 1))]

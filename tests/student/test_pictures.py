@@ -6,19 +6,21 @@ import pytest
 import torch
 from tiny_vlm import ARCHITECTURES, picture, write_model
 
-from purld.config import Lora, Student
+from purld.config import Lora, Sft, Student
 from purld.errors import UserError
 from purld.images import open_image
-from purld.records import IMAGE, Message, Prompt
+from purld.records import IMAGE, Anchor, Message, Prompt
+from purld.rundir import RunDir, read_rows
 from purld.student.agreement import may_share
 from purld.student.critic import prefix_states
-from purld.student.encode import training_batch
+from purld.student.encode import Encoder, training_batch
 from purld.student.load import load_encoder, load_model, load_roles, save_model, trainable
 from purld.student.pictures import features_of, vision_modules
 from purld.student.prefix import FullSequences, SharedPrefix
 from purld.student.processor import read_processor
 from purld.student.sample import Decoding, GenerateSampler, generate
 from purld.student.selfeval import SelfEvaluator
+from purld.training.sft import fine_tune
 
 PROMPTS = {
     "one": Prompt.from_text(f"{IMAGE}How many?", images=(picture(40, 24),)),
@@ -302,3 +304,70 @@ def test_features_of_several_heads_are_those_of_each(model, encoder):
     ]
     assert len(joined) == len(alone) == 3
     assert all(torch.equal(a, b) for a, b in zip(joined, alone))
+
+
+def test_the_trial_finds_out_a_vision_that_is_cut_off_from_its_gradient(model, encoder, monkeypatch):
+    from purld.student import prefix
+
+    features = prefix.features_of
+    monkeypatch.setattr(prefix, "features_of", torch.no_grad()(lambda *args: features(*args)))
+    with pytest.warns(UserWarning, match="gradients of what it sees pictures with"):
+        assert not may_share(model, encoder.prompt(PROMPTS["one"]), COMPLETIONS, encoder.pad)
+
+
+def test_stage_one_is_the_same_in_every_micro_batch(student, encoder, tmp_path):
+    """One answer of many tokens beside short ones: all tokens count alike, however they are spread over passes."""
+    prompts = [Prompt.from_text(f"{IMAGE}{n}?", images=(picture(24, 24, n),)) for n in range(4)]
+    answers = ["It is this and that and those and these and all the others.", "No.", "No.", "No."]
+    examples = [(p, Anchor(p.id, text)) for p, text in zip(prompts, answers)]
+    norms = []
+    for size in (4, 1):
+        run = RunDir(tmp_path / str(size))
+        settings = Sft(epochs=1, batch_size=4, micro_batch_size=size, validation_fraction=0)
+        fine_tune(student, settings, examples, encoder, run, 0, lambda *_: None)
+        norms.append(next(row["grad_norm"] for row in read_rows(run.metrics)))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_a_processors_opening_token_is_there_once(shipped_student, tmp_path):
+    """LLaVA-1.5's template writes no BOS; its processor puts one before the rendered chat, and so do we."""
+    from tokenizers.processors import TemplateProcessing
+
+    path = write_model("llava", shipped_student, tmp_path / "model")
+    processor = read_processor(str(path))
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    opening = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer._tokenizer.post_processor = opening
+    encoder = Encoder(processor, 32)
+    for prompt in PROMPTS.values():
+        turns = [{"role": m.role, "content": encoder._content(m.content)} for m in prompt.messages]
+        text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        images = [open_image(image) for image in prompt.images] or None
+        expected = processor(text=[text], images=images)["input_ids"][0]
+        assert expected[0] == tokenizer.bos_token_id
+        assert encoder.prompt(prompt).ids == list(expected)
+    frame = encoder.evaluation_frame(PROMPTS["one"], "Four.")
+    assert frame.head.ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.bos_token_id not in frame.tail
+
+
+def test_a_vision_that_cannot_be_told_apart_cannot_be_left_alone(student, model, monkeypatch):
+    monkeypatch.setattr("purld.student.load.vision_modules", lambda _: {})
+    with pytest.raises(UserError, match=r"it cannot be told which part of a \w+ sees pictures"):
+        trainable(student.model_copy(update={"train_vision": False}), model)
+    trainable(student.model_copy(update={"train_vision": True}), model)
+
+
+def test_another_preparation_of_a_picture_is_looked_at_anew(student, encoder, model):
+    """The features that a frozen vision keeps are of pixels, not of a file."""
+    model.requires_grad_(False)
+    small = load_encoder(student.model_copy(update={"max_image_pixels": 64}))
+    found = []
+    for one in (encoder, small):
+        head = one.prompt(PROMPTS["one"])
+        found.append(SharedPrefix(model, head, encoder.pad).token_log_probs(COMPLETIONS)[0])
+        assert torch.allclose(
+            found[-1], FullSequences(model, head, encoder.pad).token_log_probs(COMPLETIONS)[0], atol=1e-5
+        )
+    assert not torch.allclose(*found, atol=1e-4)

@@ -9,6 +9,7 @@ from purld.config import LocalModel
 from purld.records import IMAGE, Prompt
 from purld.student.sample import Decoding
 from purld.student.write import Writer
+from purld.templates import judge
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -23,3 +24,12 @@ def test_a_local_teacher_sees_the_pictures_and_its_ledger_tells_them_apart(kind,
         client = open_client(LocalModel(kind="local", model=path, max_tokens_per_answer=8), ledger, "teacher")
         assert [reply.text for reply in client.ask(prompts)] == [written.text for written in together]
         assert ledger.totals("teacher")["prompts"] == 3
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_mark_of_a_picture_in_an_answer_is_no_picture(kind, shipped_student, tmp_path):
+    """A judge is shown what models wrote, whatever they wrote."""
+    writer = Writer(str(write_model(kind, shipped_student, tmp_path / "model")), Decoding(0.0, 4))
+    text = judge(f"What is {IMAGE}?", "a cat", "<image>", "<|image_pad|>")
+    (written,) = writer.write([Prompt.from_text(text, images=(picture(24, 24),))], seed=0)
+    assert written is not None

@@ -54,6 +54,10 @@ def build_model(build: Callable[[Any, Path], Any], text_student: Path, path: Pat
     path.mkdir(parents=True)
     config = build(tokenizer, path)
     model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.2)  # what begins as zero would hide pictures from the model
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.5
     )

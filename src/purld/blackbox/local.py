@@ -63,7 +63,7 @@ def _load(config: LocalModel) -> Writer:
     from purld.student.sample import Decoding
     from purld.student.write import Writer
 
-    return Writer(config.model, Decoding(config.temperature, config.max_tokens_per_answer))
+    return Writer(config.model, Decoding(config.temperature, config.max_tokens_per_answer), config.max_image_pixels)
 
 
 def _result(written: Written | None) -> Result:
@@ -84,4 +84,5 @@ def _request_of(config: LocalModel, prompt: Prompt) -> Request:
     }
     if prompt.images:
         body["images"] = [image.digest for image in prompt.images]
+        body["max_image_pixels"] = config.max_image_pixels
     return Request(LOCAL, config.model, json.dumps(body, separators=(",", ":")), prompt.id)

@@ -36,7 +36,8 @@ def plan_machine(plan: Plan, config: Config, run: Path) -> None:
         f"about {_size(memory)} for weights, gradients and optimiser, activations on top",
     )
     stages = 2 if isinstance(config.align, StageTwo) else 1
-    disk = 4 * trained * (stages + 3 * _CHECKPOINTS)
+    saved = trained if student.lora else count  # what is left alone is saved all the same, but for an adapter's base
+    disk = 4 * (saved * (stages + _CHECKPOINTS) + 2 * trained * _CHECKPOINTS)
     free = shutil.disk_usage(_existing(run)).free
     plan.add("Student", f"about {_size(disk)} of disk at most, checkpoints included; {_size(free)} are free")
     if disk > free:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from purld.checks import find_check, missing_gold
 from purld.config import Config, LdlGrpo, StageTwo
-from purld.limits import check_context, check_judging
+from purld.limits import check_context, check_judging, check_scoring
 from purld.pipeline import STAGES
 from purld.plan.leaving import plan_leaving
 from purld.plan.machine import plan_machine
@@ -30,6 +30,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     plan = Plan()
     encoder = load_encoder(config.student)
     check_context(config)
+    check_scoring(config, encoder)
     pools = load_pools(config, encoder, lambda line: plan.add("Prompts", line))
     check_judging(config, pools)
     _prompts(plan, pools)

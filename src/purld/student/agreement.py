@@ -1,10 +1,10 @@
 """Whether a model may share a head: tried out on the first group it meets, against full sequences.
 
 Compared are the log-probabilities of two of the group's rows and their gradient at the prompt's embeddings, which
-passes through every key and value of the cache. A model that disagrees, or cannot do it at all, works on full
-sequences from then on, and says so once. A sliding window that a group outgrows and a head with pictures are other
-cases and are tried out again. The verdict depends on the model and not on which group came first, short of a bug that
-only some groups show.
+passes through every key and value of the cache; and, where a vision is trained, the gradient at its first weights. A
+model that disagrees, or cannot do it at all, works on full sequences from then on, and says so once. A sliding window
+that a group outgrows and a head with pictures are other cases and are tried out again. The verdict depends on the model
+and not on which group came first, short of a bug that only some groups show.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from purld.errors import PlainWarning
-from purld.student.pictures import Head
+from purld.student.pictures import Head, vision_modules
 from purld.student.prefix import FullSequences, Prefix, SharedPrefix
 
 _verdicts: WeakKeyDictionary[Any, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
@@ -62,9 +62,9 @@ def _causal(model: Any) -> Any:
 
 def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -> str | None:
     """What is wrong with sharing, in a clause; None if nothing is."""
-    plain, plain_gradient = _numbers(model, lambda: FullSequences(model, head, pad), rows, len(head))
+    plain = _numbers(model, lambda: FullSequences(model, head, pad), rows, head)
     try:
-        shared, shared_gradient = _numbers(model, lambda: SharedPrefix(model, head, pad), rows, len(head))
+        shared = _numbers(model, lambda: SharedPrefix(model, head, pad), rows, head)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an unknown architecture may raise
@@ -72,10 +72,8 @@ def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: in
     # Rounding differs where shapes do, and grows on its way back; a cache that is read wrongly, or cut off from its
     # gradient, is off by about 1. The precision is that of the weights or of autocast.
     tolerance = max(torch.finfo(_precision(model)).eps ** 0.5, 1e-3)
-    for name, found, expected, allowed in (
-        ("log-probabilities", shared, plain, tolerance),
-        ("gradients", shared_gradient, plain_gradient, 4 * tolerance),
-    ):
+    names = ("log-probabilities", "gradients", "gradients of what it sees pictures with")
+    for name, found, expected, allowed in zip(names, shared, plain, (tolerance, 4 * tolerance, 4 * tolerance)):
         off_by = ((found - expected).norm() / expected.norm().clamp(min=1e-12)).item()
         if not off_by <= allowed:
             return f"its {name} are off by {off_by:.1e} of their size"
@@ -84,9 +82,11 @@ def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: in
 
 @torch.enable_grad()
 def _numbers(
-    model: Any, prefix: Callable[[], Prefix], rows: Sequence[Sequence[int]], head_length: int
-) -> tuple[Tensor, Tensor]:
-    """(R, C) log-probabilities of rows, and the gradient (P, H) of their mean at the head's embeddings."""
+    model: Any, prefix: Callable[[], Prefix], rows: Sequence[Sequence[int]], head: Head
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, C) log-probabilities of rows, and the gradients of their mean: (P, H) at the head's embeddings, and at the
+    first weights of a vision that is trained and has something to see, else none.
+    """
     embedded: list[Tensor] = []
 
     def keep(_: Any, __: Any, output: Tensor) -> Tensor:
@@ -99,8 +99,17 @@ def _numbers(
     finally:
         handle.remove()
     # The first embeddings hold the head: alone (1, P, H), or with every continuation (R, P + C, H).
-    (gradient,) = torch.autograd.grad(log_probs.sum() / mask.sum(), embedded[0])
-    return log_probs.detach(), gradient[:, :head_length].float().sum(dim=0)
+    seeing = _seeing(model)[:1] if head.images else []
+    gradient, *others = torch.autograd.grad(log_probs.sum() / mask.sum(), [embedded[0], *seeing], allow_unused=True)
+    seen = [torch.zeros_like(p) if g is None else g for p, g in zip(seeing, others)]
+    flat = torch.cat([g.float().flatten() for g in seen]) if seen else torch.zeros(0)
+    return log_probs.detach(), gradient[:, : len(head)].float().sum(dim=0), flat
+
+
+def _seeing(model: Any) -> list[Tensor]:
+    """The weights that only pictures pass through, as far as they are trained."""
+    modules = vision_modules(model).values()
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
 def _precision(model: Any) -> torch.dtype:

@@ -8,8 +8,9 @@ its own turn, nor one that contains "<image>" pass for a picture.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Encoder:
         self._preparer = Preparer(processor, max_image_pixels) if reads_pictures else None
         if self._preparer is not None:
             self._check_template(self._preparer.placeholder)
+        self._opening = _opening(self.tokenizer) if reads_pictures else []
         # Tokens that stand for a picture in the model's eyes: no completion may hold one.
         self.placeholders: list[int] = _placeholders(processor) if reads_pictures else []
 
@@ -84,6 +86,12 @@ class Encoder:
             UserError: it has pictures and the model reads none, or its text holds the model's own mark of a picture.
         """
         return self._head([self._chat(prompt.messages)], [], prompt)
+
+    def harmless(self, prompt: Prompt) -> Prompt:
+        """The prompt with the model's own marks of a picture broken up where a text spells one."""
+        marks = sorted(self._preparer.marks) if self._preparer else []
+        turns = [Message(m.role, functools.reduce(_broken, marks, m.content)) for m in prompt.messages]
+        return replace(prompt, messages=tuple(turns))
 
     def answer(self, text: str) -> Answer:
         """An anchor as a training target of at most `max_anchor_tokens` tokens."""
@@ -148,12 +156,18 @@ class Encoder:
         else:
             expanded = _expanded(rendered, prompt, self._preparer)
         ids = self._rendered(expanded[0])
+        if ids[: len(self._opening)] != self._opening:
+            ids = self._opening + ids
         for literal, text in zip(literals, expanded[1:], strict=True):
             ids += literal + self._rendered(text)
         return Head(ids, prompt.images, self._preparer)
 
     def _rendered(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _broken(text: str, mark: str) -> str:
+    return text.replace(mark, f"{mark[:1]} {mark[1:]}")
 
 
 def _parts(content: str) -> Iterator[dict[str, str]]:
@@ -184,6 +198,12 @@ def _with_pictures(around: Sequence[str], expansions: Iterator[str]) -> Iterator
     for text in around[1:]:
         yield next(expansions)
         yield text
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that processors, unlike tokenizers, put before a rendered chat that does not begin with it, if any."""
+    first = tokenizer.encode("a", add_special_tokens=True)[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _placeholders(processor: ProcessorMixin) -> list[int]:

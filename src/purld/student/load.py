@@ -25,7 +25,7 @@ from purld.config import Student
 from purld.errors import UserError
 from purld.student.encode import Encoder
 from purld.student.pictures import vision_modules
-from purld.student.processor import model_class, read_processor, save_processor
+from purld.student.processor import model_class, read_processor, reads_pictures, save_processor
 
 _ADAPTER = "adapter_config.json"
 
@@ -95,7 +95,15 @@ def trainable(student: Student, model: Any) -> Any:
     Args:
         student: says what is trained.
         model: as loaded.
+
+    Raises:
+        UserError: the vision is to stay as it is, and it cannot be told which part of the model that is.
     """
+    if not student.trains_vision and reads_pictures(model.config) and not vision_modules(model):
+        raise UserError(
+            f"student.model: it cannot be told which part of a {type(model).__name__} sees pictures, so it cannot be "
+            "left alone; set student.train_vision to true."
+        )
     if student.lora is not None:
         return get_peft_model(model, lora_config(student, model))
     if not student.trains_vision:

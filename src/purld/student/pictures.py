@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,11 +21,12 @@ from torch import Tensor
 from purld.errors import UserError
 from purld.images import open_image
 from purld.records import Image
+from purld.student.shelf import Shelf
 
 PIXELS = "pixel_values"
-_PREPARED = 32  # heads whose pixels are kept: more than most steps have, at about 20 MB each
-_SEEN = 64  # heads whose features are kept
-_EXPANDED = 4096  # lists of sizes whose expansions are kept: a few KB each
+_ON_THE_WAY = ("last_hidden_state", "hidden_states", "attentions")
+# The pixels of a hundred photographs, and a hundred times what a 7B model makes of one: more than most steps have.
+_PIXEL_ROOM, _FEATURE_ROOM = 2 * 2**30, 2**30
 _SAMPLE = (64, 64)  # of the picture that a processor is tried on
 
 
@@ -60,8 +60,8 @@ class Preparer:
             ) from None
         self._tokens = torch.tensor(tokens)
         self._text = {*processor.tokenizer.model_input_names, self._types}
-        self._expansions: OrderedDict[tuple[tuple[int, int], ...], list[str]] = OrderedDict()
-        self._prepared: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._expansions: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        self._prepared = Shelf[dict[str, Tensor]](_PIXEL_ROOM)
 
     def expansions(self, images: tuple[Image, ...]) -> list[str]:
         """The texts that stand for the pictures of a prompt: placeholders as many as the model takes tokens, and more.
@@ -69,11 +69,13 @@ class Preparer:
         They follow from the pictures' sizes alone, so for many pictures of a size one is opened.
         """
         sizes = tuple(image.size for image in images)
-        return _kept(self._expansions, sizes, _EXPANDED, lambda: self._shown(map(self._open, images))[0])
+        if sizes not in self._expansions:
+            self._expansions[sizes] = self._shown(map(self._open, images))[0]
+        return self._expansions[sizes]
 
     def pixels(self, images: tuple[Image, ...]) -> dict[str, Tensor]:
         """The tensors that the model's own `forward` takes for these pictures of a prompt, on the CPU."""
-        return _kept(self._prepared, tuple(image.digest for image in images), _PREPARED, lambda: self._prepare(images))
+        return self._prepared.get(tuple(image.digest for image in images), lambda: self._prepare(images))
 
     def types(self, ids: Tensor) -> dict[str, Tensor]:
         """1 where a token of `ids` is a picture's, for models that want to be told."""
@@ -145,7 +147,8 @@ def pixels_of(heads: Iterable[Head], ids: Tensor) -> dict[str, Any]:
     seen = [head for head in heads if head.images]
     if not seen:
         return {}
-    return {name: value.to(ids.device) for name, value in _prepared(seen).items()} | _preparer(seen).types(ids)
+    prepared = _merged([_preparer([head]).pixels(head.images) for head in seen])
+    return {name: value.to(ids.device) for name, value in prepared.items()} | _preparer(seen).types(ids)
 
 
 def features_of(model: Any, heads: Iterable[Head], ids: Tensor) -> dict[str, Any]:
@@ -160,8 +163,10 @@ def features_of(model: Any, heads: Iterable[Head], ids: Tensor) -> dict[str, Any
     body = _body(model)
     if not seen or not _takes_features(body):
         return pixels_of(seen, ids)
-    given = {name: value for name, value in pixels_of(seen, ids).items() if name != PIXELS}
-    return given | {"mm_encoder_outputs": {"image": _joined([_features(body, head, ids.device) for head in seen])}}
+    looks = [_look(body, head, ids.device) for head in seen]
+    beside = {name: value.to(ids.device) for name, value in _merged([look.beside for look in looks]).items()}
+    features = _joined([look.features for look in looks])
+    return beside | _preparer(seen).types(ids) | {"mm_encoder_outputs": {"image": features}}
 
 
 def vision_modules(model: Any) -> dict[str, Any]:
@@ -173,24 +178,39 @@ def vision_modules(model: Any) -> dict[str, Any]:
     return {name: module for name, module in body.named_children() if module is not decoder}
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What a model's vision made of the pictures of one head, and what the model's `forward` takes beside that."""
+
+    features: Any
+    beside: dict[str, Tensor]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.features, self.beside))
+
+
 # Of each vision that is frozen, what it made of the pictures it saw last.
-_seen: WeakKeyDictionary[Any, OrderedDict[tuple[str, ...], Any]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[Any, Shelf[_Look]] = WeakKeyDictionary()
 
 
-def _features(body: Any, head: Head, device: torch.device) -> Any:
+def _look(body: Any, head: Head, device: torch.device) -> _Look:
     modules = list(vision_modules(body).values())
     if any(p.requires_grad for module in modules for p in module.parameters()):
-        return _look(body, head, device)
-    key = tuple(image.digest for image in head.images)
+        return _looked(body, head, device)
+    key = _preparer([head]), tuple(image.digest for image in head.images)
     with torch.no_grad():
-        return _kept(_seen.setdefault(modules[0], OrderedDict()), key, _SEEN, lambda: _look(body, head, device))
+        return _seen.setdefault(modules[0], Shelf(_FEATURE_ROOM)).get(key, lambda: _looked(body, head, device))
 
 
-def _look(body: Any, head: Head, device: torch.device) -> Any:
-    """The output of a model's vision for the pictures of one head."""
+def _looked(body: Any, head: Head, device: torch.device) -> _Look:
+    prepared = _preparer([head]).pixels(head.images)
     taken = inspect.signature(body.get_image_features).parameters
-    given = {name: value.to(device) for name, value in _prepared([head]).items() if name in taken}
-    return body.get_image_features(**given, return_dict=True)
+    output = body.get_image_features(
+        **{name: value.to(device) for name, value in prepared.items() if name in taken}, return_dict=True
+    )
+    # The states of the tower on the way there are several times as large, and nobody reads them.
+    features = type(output)(**{name: value for name, value in output.items() if name not in _ON_THE_WAY})
+    return _Look(features, {name: value for name, value in prepared.items() if name != PIXELS})
 
 
 def _joined(outputs: Sequence[Any]) -> Any:
@@ -209,8 +229,7 @@ def _chained(parts: Sequence[Any]) -> Any:
     return [picture for part in parts for picture in part]
 
 
-def _prepared(heads: Sequence[Head]) -> dict[str, Tensor]:
-    parts = [_preparer(heads).pixels(head.images) for head in heads]
+def _merged(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -237,13 +256,3 @@ def _takes_features(body: Any) -> bool:
 def _body(model: Any) -> Any:
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     return causal.base_model
-
-
-def _kept(store: OrderedDict[Any, Any], key: Any, most: int, make: Callable[[], Any]) -> Any:
-    """What `store` holds for `key`, made if it is not there; the least recently used goes first."""
-    if key not in store:
-        store[key] = make()
-        if len(store) > most:
-            store.popitem(last=False)
-    store.move_to_end(key)
-    return store[key]

@@ -75,7 +75,8 @@ def save_processor(processor: PreTrainedTokenizerBase | ProcessorMixin, source: 
         return
     processor.tokenizer.save_pretrained(path)
     for name in _FILES:
-        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        # It was loaded from there, so what it has is on this machine.
+        file = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             shutil.copyfile(file, path / name)
 

@@ -124,7 +124,7 @@ def _prefilled(
 
 def _stand_in(prompts: Sequence[Head], encoder: Encoder) -> tuple[Head, list[list[int]]]:
     """A head and continuations to try sharing on before there are any completions."""
-    longest = max(prompts, key=len)
+    longest = max([prompt for prompt in prompts if prompt.images] or prompts, key=len)
     words = [token for token in longest.ids if token not in encoder.placeholders]
     return longest, [words[:1], words[:_STAND_IN_TOKENS]]
 

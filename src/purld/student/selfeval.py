@@ -99,12 +99,14 @@ class _ScoreReader:
     def __init__(self, encoder: Encoder) -> None:
         zero, one = encoder.literal("0"), encoder.literal("1")
         self.opening = encoder.literal("0.")
-        if len(zero) != 1 or len(one) != 1 or len(self.opening) != 2 or self.opening[0] != zero[0]:
+        # Some tokenizers open every text with a token of its own, which then comes before either digit.
+        alike = len(zero) == len(one) and zero[:-1] == one[:-1]
+        if not zero or not alike or self.opening[:-1] != zero:
             raise UserError(
                 f"{encoder.tokenizer.name_or_path}: the tokenizer does not spell '0.' as the tokens "
                 "'0' and '.'; use align.score=verbal with this model."
             )
-        self._zero, self._one = zero[0], one[0]
+        self._zero, self._one = zero[-1], one[-1]
         # Sorted, because a vocabulary's order differs between processes and so would the last bit of a sum.
         vocabulary = sorted((i, t) for t, i in encoder.tokenizer.get_vocab().items())
         digits = [(i, t) for i, t in vocabulary if re.fullmatch(r"[0-9]{1,3}", t)]

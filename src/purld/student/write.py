@@ -37,12 +37,13 @@ class Writer:
     Args:
         model: a directory or hub id.
         decoding: how answers are drawn.
+        max_image_pixels: pictures with more are made smaller first; None leaves that to the model's processor.
 
     Raises:
         UserError: there is no such model.
     """
 
-    def __init__(self, model: str, decoding: Decoding) -> None:
+    def __init__(self, model: str, decoding: Decoding, max_image_pixels: int | None = None) -> None:
         device = fastest_device()
         try:
             processor = read_processor(model)
@@ -54,13 +55,14 @@ class Writer:
         if not processor.chat_template:
             processor.chat_template = _BARE_TEMPLATE
         self._model.to(device).eval()
-        self._encoder = Encoder(processor, max_anchor_tokens=0)
+        self._encoder = Encoder(processor, 0, max_image_pixels)
         self._decoding = decoding
         self._room = context_length(model) or 2**31
 
     def write(self, prompts: Sequence[Prompt], seed: int) -> list[Written | None]:
         """One answer per prompt, the same ones for the same seed; None where there is no room for one."""
-        heads = [self._encoder.prompt(prompt) for prompt in prompts]
+        # What a judge is shown was written by models: a mark of a picture in it is no picture.
+        heads = [self._encoder.prompt(self._encoder.harmless(prompt)) for prompt in prompts]
         fits = [len(head) + self._decoding.max_new_tokens <= self._room for head in heads]
         drawn = iter(self._draw([head for head, fit in zip(heads, fits) if fit], seed))
         return [next(drawn) if fit else None for fit in fits]

@@ -76,13 +76,15 @@ def fine_tune(
             validate=bool(held_out),
             reporting=tracker_arguments(report_to, run, "sft"),
         ),
-        train_dataset=_places(lessons[: len(rows)], 0),
-        eval_dataset=_places(held_out, len(rows)) if held_out else None,
+        train_dataset=_places(range(len(rows))),
+        eval_dataset=_places(range(len(rows), len(lessons))) if held_out else None,
         processing_class=encoder.tokenizer,
         data_collator=lambda batch: training_batch([lessons[row["place"]] for row in batch], encoder.pad),
         callbacks=[RunCallback(run, "sft", _LOGGED, progress)],
     )
     trainer.remove_callback(PrinterCallback)
+    # TRL's loss takes the count of tokens itself; some image models deny it, and then micro-batches count alike.
+    trainer.model_accepts_loss_kwargs = True
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True
     save_model(student, trainer.model, encoder, run.sft)
@@ -112,10 +114,9 @@ def _encoded(
     return train, held_out, cut
 
 
-def _places(lessons: Sequence[Lesson], first: int) -> Dataset:
-    """What the trainer shuffles: each lesson's place; batches are made of the lessons themselves, pictures included."""
-    rows = [{"input_ids": h.ids, "labels": a, "place": n} for n, (h, a) in enumerate(lessons, first)]
-    return Dataset.from_list(rows)
+def _places(places: Sequence[int]) -> Dataset:
+    """What the trainer shuffles: where lessons are; batches are made of the lessons themselves, pictures included."""
+    return Dataset.from_dict({"place": list(places)})
 
 
 def _arguments(
