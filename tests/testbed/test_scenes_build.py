@@ -64,11 +64,12 @@ def test_the_shipped_cards_keep_their_promises(name) -> None:
     quality = json.loads((STUDENTS[name] / "quality_card.json").read_text())
     assert quality["tasks"].keys() == set(SCENE_TASKS)
     for figures in quality["tasks"].values():
-        assert 0.3 <= figures["sampled"] <= 0.7
-        assert figures["pass_at_k"] > 0.9
-        assert figures["auc"] >= 0.9
+        assert 0.15 <= figures["sampled"] <= 0.6
+        assert figures["sampled"] < figures["greedy"]
+        assert figures["pass_at_k"] > 0.6
+        assert figures["auc"] >= 0.95
         assert figures["auc_within"] >= 0.9
-        assert figures["margin_right"] > figures["margin_wrong"]
+        assert figures["margin_right"] - figures["margin_wrong"] > 0.5
 
 
 @pytest.mark.slow
@@ -76,8 +77,8 @@ def test_the_shipped_cards_keep_their_promises(name) -> None:
 def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> None:
     """Measured again on other held-out problems than the card's."""
     figures = card.measure(model, encoder, task, n=200, k=8, seed=99)
-    assert 0.3 <= figures.sampled <= 0.7
-    assert figures.pass_at_k > 0.9
+    assert 0.12 <= figures.sampled <= 0.6
+    assert figures.pass_at_k > 0.55
     assert figures.auc >= 0.9
 
 

@@ -1,0 +1,40 @@
+"""What a demo sets up: its files, its student, and what it refuses."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from purld.errors import UserError
+from purld.pools import load_pools
+from purld.student.load import load_encoder
+from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, prepare
+from purld.testbed.shipped import DEMOS, STUDENTS, problems, students_of
+from purld.testbed.world import to_prompt
+
+
+@pytest.mark.parametrize("student", [None, "llava"])
+def test_the_demo_of_scenes_asks_both_tasks_of_one_student(tmp_path: Path, student: str | None) -> None:
+    with prepare("scenes", tmp_path / "run", ["seed=3"], student) as (config, run):
+        assert run.path == tmp_path / "run"
+        assert Path(config.student.model) == STUDENTS[student or "qwen2_5_vl"]
+        pools = load_pools(config, load_encoder(config.student), print)
+        for pool, split, n in ((pools.train, "train", TRAIN_PROMPTS), (pools.held_out, "heldout", HELD_OUT_PROMPTS)):
+            assert [p.id for p in pool] == [to_prompt(p).id for p in problems("scenes", split, n, 3)]
+            assert Counter(p.metadata["task"] for p in pool) == {"scenes-mc": n // 2, "scenes-rationale": n // 2}
+            assert all(Path(image.path).parent == run.path / "demo" / "pictures" for p in pool for image in p.images)
+
+
+def test_what_a_demo_refuses() -> None:
+    for task, student, said in (
+        ("chess", None, "--task chess: the testbed has counting, writing, scenes"),
+        ("counting", "llava", "--student llava: of the testbed's students text can do counting"),
+        ("scenes", "text", "--student text: of the testbed's students qwen2_5_vl and llava can do scenes"),
+    ):
+        with pytest.raises(UserError, match=said), prepare(task, None, [], student):
+            pass
+
+
+def test_every_demo_has_students_and_every_student_a_folder() -> None:
+    assert {student for demo in DEMOS for student in students_of(demo)} == set(STUDENTS)
+    assert all((folder / "config.json").exists() for folder in STUDENTS.values())
