@@ -118,9 +118,7 @@ def test_a_text_that_passes_for_a_picture_is_a_bad_row(shipped_student, tmp_path
     }
     config = parse_config(values, "run.yaml")
     encoder = load_encoder(config.student)
-    with pytest.raises(
-        UserError, match=r"line 9: the prompt has 0 images, and 1 times the text <image>"
-    ):
+    with pytest.raises(UserError, match=r"line 9: the prompt has 0 images, and 1 times the text <image>"):
         load_pools(config, encoder, print)
     said = []
     skipping = parse_config(values | {"data": values["data"] | {"bad_rows": "skip"}}, "run.yaml")

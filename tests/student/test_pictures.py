@@ -20,7 +20,7 @@ from purld.student.prefix import FullSequences, SharedPrefix
 from purld.student.processor import read_processor
 from purld.student.sample import Decoding, GenerateSampler, generate
 from purld.student.selfeval import SelfEvaluator
-from purld.training.sft import fine_tune
+from purld.training.sft import fine_tune, is_validation
 
 PROMPTS = {
     "one": Prompt.from_text(f"{IMAGE}How many?", images=(picture(40, 24),)),
@@ -327,6 +327,24 @@ def test_stage_one_is_the_same_in_every_micro_batch(student, encoder, tmp_path):
         fine_tune(student, settings, examples, encoder, run, 0, lambda *_: None)
         norms.append(next(row["grad_norm"] for row in read_rows(run.metrics)))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_the_best_model_of_stage_one_is_the_one_that_is_saved(student, encoder, tmp_path):
+    """Published files name the weights of some of these models otherwise than the models do."""
+    prompts = [Prompt.from_text(f"{IMAGE}{n}?", images=(picture(24, 24, n),)) for n in range(24)]
+    examples = [(p, Anchor(p.id, f"a{n * 7 % 5} b{n * 3 % 7}")) for n, p in enumerate(prompts)]
+    run = RunDir(tmp_path)
+    steps = {"epochs": 20, "batch_size": 4, "micro_batch_size": 4, "checkpoint_steps": 4}
+    settings = Sft(learning_rate=2e-2, validation_fraction=0.3, **steps)
+    facts = fine_tune(student, settings, examples, encoder, run, 0, lambda *_: None)
+    assert facts.best_step < facts.steps
+    held_out = [(p, a) for p, a in examples if is_validation(p, 0.3)]
+    batch = training_batch([(encoder.prompt(p), encoder.answer(a.text).ids) for p, a in held_out], encoder.pad)
+    with torch.no_grad():
+        loss = load_model(student, run.sft)(**batch).loss.item()
+    assert loss == pytest.approx(
+        min(row["eval_loss"] for row in read_rows(run.metrics) if "eval_loss" in row), rel=1e-4
+    )
 
 
 def test_a_processors_opening_token_is_there_once(shipped_student, tmp_path):

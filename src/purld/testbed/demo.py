@@ -64,7 +64,7 @@ def demo_values(task: str, source: Path, base_url: str, student: str | None = No
     endpoint = {"kind": "openai", "base_url": base_url, "api_key_env": KEY_VARIABLE}
     student = student or students_of(task)[0]
     # A picture makes every prompt longer, and four minutes are what a demo may take.
-    epochs, steps = (16, 80) if student == "text" else (8, 60)
+    epochs = 16 if student == "text" else 4
     return {
         "student": {
             "model": str(STUDENTS[student]),
@@ -88,7 +88,7 @@ def demo_values(task: str, source: Path, base_url: str, student: str | None = No
         },
         "align": {
             "method": "ldl_grpo",
-            "steps": steps,
+            "steps": 80,
             "learning_rate": 1.5e-4,
             "schedule": "linear",
             "gamma": 10.0,
