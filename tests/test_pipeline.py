@@ -190,7 +190,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_half_done(
         (["run", "CONFIG", "student.max_prompt_tokens=4"], "no prompts are left"),
         (["export", "nowhere"], "not a run directory"),
         (["ledger", "nowhere"], "not a run directory"),
-        (["demo", "--task", "poetry"], "counting and writing"),
+        (["demo", "--task", "poetry"], "counting, writing, scenes"),
         (["demo", "seed=x"], "a seed is a whole number"),
     ],
 )

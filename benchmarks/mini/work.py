@@ -31,7 +31,7 @@ from purld.student.encode import Encoder
 from purld.student.load import Roles, load_encoder, load_model
 from purld.student.sample import Decoding, seed_from
 from purld.student.selfeval import GroupScores
-from purld.testbed.server import TEACHER, reply
+from purld.testbed.server import TEACHER, Turn, reply
 from purld.testbed.world import Problem, check, generate, is_right, quality, recognise, teacher_answer
 from purld.training.align import align
 from purld.training.scoring import Scoring, SelfScoring, Unscored
@@ -191,7 +191,7 @@ class TestbedTeacher:
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """See `purld.blackbox.replies.Client`."""
         self.calls += len(prompts)
-        return [Reply("answered", reply(TEACHER, p.question), "stop") for p in prompts]
+        return [Reply("answered", reply(TEACHER, Turn("user", p.question)), "stop") for p in prompts]
 
 
 def _changed(scoring: Scoring, cell: Cell) -> Scoring:
