@@ -13,17 +13,8 @@ from dataclasses import replace
 from fractions import Fraction
 
 from purld.testbed import counting, writing
-from purld.testbed.lessons import Lesson, Phase, Sample, comparison, judgement, spoil
-from purld.testbed.world import (
-    TEXT_TASKS,
-    Problem,
-    Task,
-    draw_problem,
-    is_right,
-    right_answer,
-    split_of,
-    teacher_answer,
-)
+from purld.testbed.lessons import Candidates, Lesson, Phase, Sample, comparison, judgement
+from purld.testbed.world import TEXT_TASKS, Problem, Task, draw_problem, split_of
 
 _WORDS = writing.SUBJECTS + writing.OBJECTS + writing.PLACES
 
@@ -85,27 +76,7 @@ def answer_lesson(rng: random.Random) -> Lesson:
 def judging_lesson(rng: random.Random, own: Sample | None = None) -> Lesson:
     """A candidate to score against an anchor; the candidate is `own` if given."""
     problem = own.problem if own else training_problem(rng.choice(TEXT_TASKS), rng)
-    anchor = teacher_answer(problem) if rng.random() < 0.5 else right_answer(problem, rng)
-    candidate, garbage = (own.text, False) if own else _candidate(problem, anchor, rng)
-    return judgement(problem.question, anchor, candidate, is_right(problem, candidate), garbage)
-
-
-def _candidate(problem: Problem, anchor: str, rng: random.Random) -> tuple[str, bool]:
-    """A candidate and whether it was made as garbage; about half of them are right."""
-    kind = rng.choices(("anchor", "right", "base", "miss", "other", "garbage"), (8, 22, 32, 26, 6, 6))[0]
-    match kind:
-        case "anchor":
-            return anchor, False
-        case "right":
-            return right_answer(problem, rng), False
-        case "base":
-            return base_answer(problem, rng), False
-        case "miss":
-            return near_miss(problem, rng), False
-        case "other":
-            return right_answer(training_problem(problem.task, rng), rng), False
-        case _:
-            return spoil(base_answer(problem, rng), rng), True
+    return judgement(problem, CANDIDATES, rng, own)
 
 
 def comparison_lesson(rng: random.Random) -> Lesson:
@@ -189,6 +160,11 @@ def tokenizer_texts(rng: random.Random, n: int) -> Iterator[str]:
         problem = training_problem(rng.choice(TEXT_TASKS), rng)
         yield problem.question
         yield base_answer(problem, rng)
+
+
+CANDIDATES = Candidates(
+    (8, 22, 32, 26, 6, 6), base_answer, near_miss, lambda problem, rng: training_problem(problem.task, rng)
+)
 
 
 def _parsed(problem: Problem) -> tuple[counting.Family, dict[str, str]]:

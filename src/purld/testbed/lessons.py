@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from PIL.Image import Image
 
 from purld import templates
-from purld.testbed.world import Problem
+from purld.testbed.world import Problem, is_right, right_answer, teacher_answer
 
 Kind = Literal["answer", "caption", "lookup", "judgement", "comparison"]
 
@@ -64,12 +65,47 @@ class Phase:
     errors: float = 1.0
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Where a domain's candidates to judge come from; about half of them are right.
+
+    `weights` are of the anchor itself, a right answer, the base's, a near-miss, an answer to another problem, garbage.
+    """
+
+    weights: tuple[int, int, int, int, int, int]
+    base: Callable[[Problem, random.Random], str]
+    miss: Callable[[Problem, random.Random], str]
+    another: Callable[[Problem, random.Random], Problem]
+
+    def draw(self, problem: Problem, anchor: str, rng: random.Random) -> tuple[str, bool]:
+        """A candidate and whether it was made as garbage."""
+        match rng.choices(("anchor", "right", "base", "miss", "other", "garbage"), self.weights)[0]:
+            case "anchor":
+                return anchor, False
+            case "right":
+                return right_answer(problem, rng), False
+            case "base":
+                return self.base(problem, rng), False
+            case "miss":
+                return self.miss(problem, rng), False
+            case "other":
+                return right_answer(self.another(problem, rng), rng), False
+            case _:
+                return spoil(self.base(problem, rng), rng), True
+
+
 def judgement(
-    question: str, anchor: str, candidate: str, right: bool, garbage: bool = False, picture: Image | None = None
+    problem: Problem,
+    candidates: Candidates,
+    rng: random.Random,
+    own: Sample | None = None,
+    picture: Image | None = None,
 ) -> Lesson:
-    """A candidate to score against an anchor."""
-    score = RIGHT if right else GARBAGE if garbage else WRONG
-    return Lesson("judgement", templates.self_evaluation(question, anchor, candidate), score, picture)
+    """A candidate to score against an anchor; the candidate is `own` if given."""
+    anchor = teacher_answer(problem) if rng.random() < 0.5 else right_answer(problem, rng)
+    candidate, garbage = (own.text, False) if own else candidates.draw(problem, anchor, rng)
+    score = RIGHT if is_right(problem, candidate) else GARBAGE if garbage else WRONG
+    return Lesson("judgement", templates.self_evaluation(problem.question, anchor, candidate), score, picture)
 
 
 def comparison(question: str, anchor: str, candidate: str, right: bool, picture: Image | None = None) -> Lesson:

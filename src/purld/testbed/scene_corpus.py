@@ -15,18 +15,9 @@ from PIL.Image import Image
 from purld.records import IMAGE
 from purld.testbed import pictures, seeing
 from purld.testbed.claims import KINDS, NUMBERS, listing, plural
-from purld.testbed.lessons import Lesson, Phase, Sample, comparison, judgement, spoil
+from purld.testbed.lessons import Candidates, Lesson, Phase, Sample, comparison, judgement
 from purld.testbed.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
-from purld.testbed.world import (
-    SCENE_TASKS,
-    Problem,
-    Task,
-    is_right,
-    right_answer,
-    scene_problem,
-    split_of,
-    teacher_answer,
-)
+from purld.testbed.world import SCENE_TASKS, Problem, Task, right_answer, scene_problem, split_of
 
 TOKENIZER_TEXTS = 3000
 # A step's lessons, computed in so many parts, and those that share a picture.
@@ -127,28 +118,7 @@ def answer_lesson(scene: Scene, picture: Image, errors: float, rng: random.Rando
 def judging_lesson(scene: Scene, picture: Image, rng: random.Random, own: Sample | None = None) -> Lesson:
     """A candidate to score against an anchor; the candidate is `own` if given."""
     problem = own.problem if own else training_problem(rng.choice(SCENE_TASKS), scene, rng)
-    anchor = teacher_answer(problem) if rng.random() < 0.5 else right_answer(problem, rng)
-    candidate, garbage = (own.text, False) if own else _candidate(problem, anchor, rng)
-    return judgement(problem.question, anchor, candidate, is_right(problem, candidate), garbage, picture)
-
-
-def _candidate(problem: Problem, anchor: str, rng: random.Random) -> tuple[str, bool]:
-    """A candidate and whether it was made as garbage; about half of them are right."""
-    kind = rng.choices(("anchor", "right", "base", "miss", "other", "garbage"), (6, 26, 32, 26, 4, 6))[0]
-    match kind:
-        case "anchor":
-            return anchor, False
-        case "right":
-            return right_answer(problem, rng), False
-        case "base":
-            return base_answer(problem, rng), False
-        case "miss":
-            return near_miss(problem, rng), False
-        case "other":
-            assert problem.scene is not None
-            return right_answer(training_problem(problem.task, problem.scene, rng), rng), False
-        case _:
-            return spoil(base_answer(problem, rng), rng), True
+    return judgement(problem, CANDIDATES, rng, own, picture)
 
 
 def base_answer(problem: Problem, rng: random.Random, errors: float = 1.0) -> str:
@@ -159,6 +129,15 @@ def base_answer(problem: Problem, rng: random.Random, errors: float = 1.0) -> st
 def near_miss(problem: Problem, rng: random.Random) -> str:
     """A wrong answer of the right form."""
     return seeing.mistake(problem.asked(), rng)
+
+
+def _about_the_same(problem: Problem, rng: random.Random) -> Problem:
+    """Another problem of the same task and scene."""
+    assert problem.scene is not None
+    return training_problem(problem.task, problem.scene, rng)
+
+
+CANDIDATES = Candidates((6, 26, 32, 26, 4, 6), base_answer, near_miss, _about_the_same)
 
 
 def comparison_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
