@@ -138,7 +138,7 @@ def test_lessons_are_partly_wrong_and_judgements_balanced() -> None:
     rng = random.Random(0)
     for task in TEXT_TASKS:
         problems = generate(task, "train", 1000, 0)
-        right = np.mean([corpus.is_right(p, corpus.base_answer(p, rng)) for p in problems])
+        right = np.mean([world.is_right(p, corpus.base_answer(p, rng)) for p in problems])
         assert 0.4 < right < 0.75
     scores = [corpus.judging_lesson(rng).reply for _ in range(1000)]
     assert 0.4 < scores.count(RIGHT) / 1000 < 0.6
