@@ -26,7 +26,7 @@ from purld.config import Config, Sft, StageTwo, Student, parse_config
 from purld.evaluation.evaluate import answer_prompts
 from purld.evaluation.scores import CheckedGroup, checked_groups, score_quality
 from purld.records import Anchor, Prompt
-from purld.rundir import RunDir, read_json, read_rows, stopwatch
+from purld.rundir import RunDir, read_rows, stopwatch
 from purld.student.encode import Encoder
 from purld.student.load import Roles, load_encoder, load_model
 from purld.student.sample import Decoding, seed_from
@@ -342,9 +342,3 @@ def _wins(problem: Problem, teacher: str, text: str) -> float:
     """1, 0.5 or 0: whether the judge prefers the answer to the teacher's. It weighs both orders alike."""
     ours, theirs = quality(problem, text), quality(problem, teacher)
     return 0.5 if ours == theirs else float(ours > theirs)
-
-
-def stage_one_ready(cell: Cell, folder: Path) -> bool:
-    """Whether the weights that a cell starts from are there."""
-    path = folder / "stage_one" / cell.family / "manifest.json"
-    return path.exists() and "sft" in read_json(path)["finished"]

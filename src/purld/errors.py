@@ -13,3 +13,8 @@ class PlainWarning(UserWarning):
 
     The command line prints it as a line of its own, without the file and line of our code.
     """
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an error says, as the end of a sentence; its type's name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -17,7 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from purld.errors import PlainWarning
+from purld.errors import PlainWarning, reason_of
+from purld.student.halves import bare
 from purld.student.pictures import Head, vision_modules
 from purld.student.prefix import FullSequences, Prefix, SharedPrefix
 
@@ -33,7 +34,7 @@ def may_share(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -
         rows: its continuations.
         pad: a token id to pad with.
     """
-    causal = _causal(model)
+    causal = bare(model)
     verdicts = _verdicts.setdefault(causal, {})
     case = windows_outgrown(model, len(head) + max(map(len, rows))), bool(head.images)
     if case not in verdicts:
@@ -51,13 +52,9 @@ def may_share(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -
 
 def windows_outgrown(model: Any, length: int) -> int:
     """How many of the sizes that may limit a model's attention are exceeded by `length` tokens."""
-    config = _causal(model).config.get_text_config()
+    config = bare(model).config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return sum(length > size for size in sizes if isinstance(size, int))
-
-
-def _causal(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -> str | None:
@@ -68,7 +65,7 @@ def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: in
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever an unknown architecture may raise
-        return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        return reason_of(error)
     # Rounding differs where shapes do, and grows on its way back; a cache that is read wrongly, or cut off from its
     # gradient, is off by about 1. The precision is that of the weights or of autocast.
     tolerance = max(torch.finfo(_precision(model)).eps ** 0.5, 1e-3)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from purld.student.encode import pad_right
+from purld.student.halves import bare
 from purld.student.pictures import Head, features_of
 
 
@@ -45,13 +46,12 @@ def prefix_states(model: Any, head: Head, completions: Sequence[Sequence[int]], 
         completions: K completions as token ids.
         pad: a token id to pad with; states after a completion's end mean nothing.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
     ids, mask = pad_right([[*head.ids, *completion] for completion in completions], pad, device)
     # A token's value is that of the prefix before it, and nothing follows the last token.
     ids, mask = ids[:, :-1], mask[:, :-1]
     beside = features_of(model, [head] * len(ids), ids)
-    states: Tensor = inner.base_model(input_ids=ids, attention_mask=mask, **beside).last_hidden_state
+    states: Tensor = bare(model).base_model(input_ids=ids, attention_mask=mask, **beside).last_hidden_state
     return states[:, len(head) - 1 :].float()
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image as Pil
 from torch import Tensor
 
-from purld.errors import UserError
+from purld.errors import UserError, reason_of
 from purld.images import open_image
 from purld.records import Image
+from purld.student.halves import bare
 from purld.student.shelf import Shelf
 
 PIXELS = "pixel_values"
@@ -53,10 +54,9 @@ class Preparer:
             tokens = [token for token in processor.image_token_ids if token is not None]
             self.marks = {self.placeholder, *processor.tokenizer.convert_ids_to_tokens(tokens)}
         except Exception as error:  # whatever an unknown processor may raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
                 f"{processor.tokenizer.name_or_path}: {type(processor).__name__} does not take pictures the way "
-                f"processors of transformers commonly do, so that purld cannot train this model ({reason})."
+                f"processors of transformers commonly do, so that purld cannot train this model ({reason_of(error)})."
             ) from None
         self._tokens = torch.tensor(tokens)
         self._text = {*processor.tokenizer.model_input_names, self._types}
@@ -160,7 +160,7 @@ def features_of(model: Any, heads: Iterable[Head], ids: Tensor) -> dict[str, Any
         ids: (B, L) token ids.
     """
     seen = [head for head in heads if head.images]
-    body = _body(model)
+    body = bare(model).base_model
     if not seen or not _takes_features(body):
         return pixels_of(seen, ids)
     looks = [_look(body, head, ids.device) for head in seen]
@@ -171,22 +171,18 @@ def features_of(model: Any, heads: Iterable[Head], ids: Tensor) -> dict[str, Any
 
 def vision_modules(model: Any) -> dict[str, Any]:
     """The parts of a model's body that only pictures pass through, by name; none in a model of text."""
-    body = _body(model)
+    body = bare(model).base_model
     if not hasattr(body, "get_image_features"):
         return {}
     decoder = body.get_decoder()
     return {name: module for name, module in body.named_children() if module is not decoder}
 
 
-@dataclass(frozen=True)
-class _Look:
+class _Look(NamedTuple):
     """What a model's vision made of the pictures of one head, and what the model's `forward` takes beside that."""
 
     features: Any
     beside: dict[str, Tensor]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.features, self.beside))
 
 
 # Of each vision that is frozen, what it made of the pictures it saw last.
@@ -251,8 +247,3 @@ def _preparer(heads: Sequence[Head]) -> Preparer:
 
 def _takes_features(body: Any) -> bool:
     return hasattr(body, "get_image_features") and "mm_encoder_outputs" in inspect.signature(body.forward).parameters
-
-
-def _body(model: Any) -> Any:
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.base_model

@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from purld.student.agreement import may_share, windows_outgrown
 from purld.student.cache import repeat_with_room
 from purld.student.encode import Encoder, pad_left
+from purld.student.halves import bare
 from purld.student.pictures import Head, features_of, pixels_of
 
 NOTHING = Head([])
@@ -156,7 +157,7 @@ def _plain_generation_config(model: Any, encoder: Encoder, decoding: Decoding) -
 
     `generate` fills whatever a configuration leaves open from the model's own, so that one is set aside.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = bare(model)
     own = inner.generation_config
     listed = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {encoder.end, *(token for token in listed if token is not None)}

@@ -27,8 +27,9 @@ class Shelf(Generic[T]):
         """The value of `key`, made if it is not there."""
         if key not in self._held:
             value = make()
-            self._held[key] = value, size_of(value)
-            self._size += size_of(value)
+            size = size_of(value)
+            self._held[key] = value, size
+            self._size += size
         self._held.move_to_end(key)
         found = self._held[key][0]
         while self._size > self._room and len(self._held) > 1:
