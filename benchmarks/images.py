@@ -15,17 +15,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
-import platform
 import random
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image as Pil
-from step import Bench, Cell, Shape, phases, ratio, tokenizer, words
+from step import Bench, Cell, Shape, phases, ratio, tokenizer, words, write_report
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -193,6 +192,21 @@ HEADER = """| vision | P/K | sample plain / shared | score plain / shared | upda
 |---|---|---|---|---|---|"""
 
 
+def rows(shape: Shape, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The figures of each architecture, its vision trained and frozen."""
+    cell = Cell(0, options.completion, options.candidates)
+    for architecture in options.architectures:
+        for frozen in (False, True):
+            work = bench(architecture, shape, cell, frozen, options)
+            yield {
+                "architecture": architecture,
+                "frozen": frozen,
+                "prompt": len(work.prompt_head),
+                "candidates": cell.candidates,
+                "phases": phases(work, options.repeats),
+            }
+
+
 def main() -> None:
     """Run both architectures, vision trained and frozen; print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -207,29 +221,8 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     shape = SHAPES["quick" if options.quick else "small"]
-    report: dict[str, Any] = {
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers)},
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "shape": vars(shape),
-        "rows": [],
-    }
     print(HEADER, flush=True)
-    for architecture in options.architectures:
-        for frozen in (False, True):
-            cell = Cell(0, options.completion, options.candidates)
-            work = bench(architecture, shape, cell, frozen, options)
-            row = {
-                "architecture": architecture,
-                "frozen": frozen,
-                "prompt": len(work.prompt_head),
-                "candidates": cell.candidates,
-                "phases": phases(work, options.repeats),
-            }
-            report["rows"].append(row)
-            print(line(row), flush=True)
-            if options.output:
-                options.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_report(rows(shape, options), line, shape, options)
 
 
 if __name__ == "__main__":

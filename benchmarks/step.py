@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -456,6 +456,25 @@ HEADER = """| P/C/K | sample plain / shared | score plain / shared | update plai
 |---|---|---|---|---|---|"""
 
 
+def write_report(
+    rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], shape: Shape, options: argparse.Namespace
+) -> None:
+    """Print a line for each row as it is measured, and keep them all as JSON where `options` ask for it."""
+    report: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
+        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "shape": vars(shape),
+        "rows": [],
+    }
+    for row in rows:
+        report["rows"].append(row)
+        print(line(row), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def cells(options: argparse.Namespace) -> list[Cell]:
     """The grid, the cell that the aims are about first."""
     grid = [Cell(p, options.completion, k) for p in options.prompts for k in options.candidates]
@@ -492,21 +511,9 @@ def main() -> None:
         (cell,) = cells(options)
         print(peak_of_update(shape, cell, options.peak, options))
         return
-    report: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "shape": vars(shape),
-        "rows": [],
-    }
     print(HEADER, flush=True)
-    for cell in cells(options):
-        row = measure(shape, cell, options, options.repeats, not options.phases_only)
-        report["rows"].append(row)
-        print(line(row), flush=True)
-        if options.output:
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
+    rows = (measure(shape, cell, options, options.repeats, not options.phases_only) for cell in cells(options))
+    write_report(rows, line, shape, options)
 
 
 if __name__ == "__main__":
