@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from mini import plan
-from mini.cells import PLAIN
+from mini.cells import ANCHORS, PLAIN, Cell
 from mini.page import few_differences
-from mini.results import OfSeed, Results
+from mini.results import OfSeed, Results, Row
+from purld.names import title
 
 _BLUE, _RED, _GREY = "#2c6fbb", "#c44e52", "#777777"
 _COLOURS = {"ldl_grpo": _BLUE, "anchor_grpo": _RED}
-_TITLES = {"gamma": "γ", "tau": "τ", "beta": "β", "candidates": "K"}
+_NAMES = {"raw": "Raw", "accuracy": "accuracy"}
+_SWEPT: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "gamma": ("γ", "log", {"base": 2}),
+    "tau": ("τ", "linear", {}),
+    "beta": ("β", "symlog", {"linthresh": 0.01}),
+    "candidates": ("K", "log", {"base": 2}),
+    "anchors": ("N", "log", {}),
+}
+"""What is varied alone, with its axis' label and scale."""
+
+Point = tuple[float, OfSeed, OfSeed]
+"""x, an experiment, and the p_sft it starts from."""
 
 
 def draw_figures(results: Results, docs: Path) -> None:
@@ -27,7 +39,7 @@ def draw_figures(results: Results, docs: Path) -> None:
     if results.chosen is None:
         return
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    for name, draw in (("convergence", _convergence), ("noise", _noise), ("sensitivity", _sensitivity)):
+    for name, draw in DRAWN.items():
         figure = draw(results)
         if figure is not None:
             figure.savefig(docs / f"miniature-{name}.png", dpi=110, metadata={"Software": None})
@@ -43,40 +55,42 @@ def _convergence(results: Results) -> Any:
         if not seeds:
             plt.close(figure)
             return None
-        first = [results.row(sft(seed))["curve"] for seed in seeds]
-        second = [results.row(ldl(seed))["curve"] for seed in seeds]
-        top, below = axes[0, column], axes[1, column]
-        best = [results.row(sft(seed))["best_step"] for seed in seeds]
-        _band(top, *_columns(first, "loss"), _BLUE, "Stage I: training loss")
-        _band(top, *_columns(first, "eval_loss"), _GREY, "Stage I: validation loss")
-        offset = max(step for curve in first for step in [row["step"] for row in curve])
-        top.axvspan(min(best), max(best), color=_GREY, alpha=0.15, lw=0)
-        top.axvline(offset, color=_GREY, ls="--", lw=0.8)
-        steps, values = _columns(second, "objective")
-        twin = top.twinx()
-        twin.spines["right"].set_visible(True)
-        _band(twin, steps + offset, values, _RED, "LDL-GRPO: objective")
+        top, below = axes[:, column]
+        _losses(top, [results.row(sft(seed)) for seed in seeds], [results.row(ldl(seed)) for seed in seeds])
         top.set(title=task, xlabel="step (Stage I, then Stage II)")
-        if column == 0:
-            top.set_ylabel("Stage I loss")
-            lines = [*top.get_legend_handles_labels()[0], *twin.get_legend_handles_labels()[0]]
-            top.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=7)
-        for method, colour in _COLOURS.items():
-            curves = [
-                results.row(of(s))["curve"] for of in [results.of_method(task, method)] for s in results.seeds(of)
-            ]
-            if curves:
-                _band(
-                    below,
-                    *_columns(curves, "right", smooth=5),
-                    colour,
-                    "LDL-GRPO" if method == "ldl_grpo" else "Anchor-GRPO",
-                )
-        below.set(xlabel="step of Stage II", ylabel="right candidates" if column == 0 else "")
-        if column == 0:
-            below.legend(frameon=False, fontsize=7)
+        _right_candidates(below, results, task)
+    axes[0, 0].set_ylabel("Stage I loss")
+    axes[1, 0].set_ylabel("right candidates")
+    axes[1, 0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     return figure
+
+
+def _losses(axis: Any, first: Sequence[Row], second: Sequence[Row]) -> None:
+    """Stage I's losses on the left scale, then LDL-GRPO's objective on the right one."""
+    curves = [row["curve"] for row in first]
+    best = [row["best_step"] for row in first]
+    offset = max(row["step"] for curve in curves for row in curve)
+    _band(axis, *_columns(curves, "loss"), _BLUE, "Stage I: training loss")
+    _band(axis, *_columns(curves, "eval_loss"), _GREY, "Stage I: validation loss")
+    axis.axvspan(min(best), max(best), color=_GREY, alpha=0.15, lw=0)
+    axis.axvline(offset, color=_GREY, ls="--", lw=0.8)
+    twin = axis.twinx()
+    twin.spines["right"].set_visible(True)
+    steps, values = _columns([row["curve"] for row in second], "objective")
+    _band(twin, steps + offset, values, _RED, "LDL-GRPO: objective")
+    lines = [*axis.get_legend_handles_labels()[0], *twin.get_legend_handles_labels()[0]]
+    twin.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=7)
+
+
+def _right_candidates(axis: Any, results: Results, task: str) -> None:
+    """The share of candidates that are right along Stage II, for the methods that draw groups."""
+    for method, colour in _COLOURS.items():
+        of = results.of_method(task, method)
+        if seeds := results.seeds(of):
+            curves = [results.row(of(seed))["curve"] for seed in seeds]
+            _band(axis, *_columns(curves, "right", smooth=5), colour, title(method))
+    axis.set_xlabel("step of Stage II")
 
 
 def _columns(curves: Sequence[Sequence[dict[str, Any]]], key: str, smooth: int = 1) -> tuple[Any, Any]:
@@ -99,72 +113,104 @@ def _band(axis: Any, steps: Any, values: Any, colour: str, label: str) -> None:
 
 def _noise(results: Results) -> Any:
     """LDL-GRPO and Anchor-GRPO against SFT by the noise on their scores."""
-    names = ("raw", "accuracy")
-    figure, axes = plt.subplots(len(names), len(plan.TASKS), figsize=(7.2, 4.4), squeeze=False)
+    figure, axes = plt.subplots(len(_NAMES), len(plan.TASKS), figsize=(7.2, 4.4), squeeze=False)
     drawn = False
     for column, task in enumerate(plan.TASKS):
         sft = results.of_method(task, "sft")
-        for line, name in enumerate(names):
+        for line, (name, shown) in enumerate(_NAMES.items()):
             axis = axes[line, column]
             for shift, (method, colour) in zip((-0.02, 0.02), _COLOURS.items()):
-                points = [(d, results.of_method(task, method, noise=d)) for d in (0.0, *plan.NOISE)]
-                drawn |= _errors(axis, results, [(d + shift, of) for d, of in points], sft, name, colour, method)
+                points = [(d + shift, of, sft) for d, of in noisy(results, task, method)]
+                drawn |= _errors(axis, results, points, name, colour, title(method))
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set(title=task if line == 0 else "", xlabel="standard deviation of the noise" if line else "")
             if column == 0:
-                axis.set_ylabel(f"{'Raw' if name == 'raw' else name} − SFT")
-    if not drawn:
-        plt.close(figure)
-        return None
-    axes[0, 0].legend(frameon=False, fontsize=7)
-    figure.tight_layout()
-    return figure
+                axis.set_ylabel(f"{shown} − SFT")
+    return _finished(figure, axes[0, 0], drawn)
 
 
-def _errors(
-    axis: Any, results: Results, points: Sequence[tuple[float, OfSeed]], sft: OfSeed, name: str, colour: str, label: str
-) -> bool:
+def _auc(results: Results) -> Any:
+    """What Stage II gains in accuracy by how well its scores told right from wrong; a dot is a run."""
+    figure, axes = plt.subplots(1, len(plan.TASKS), figsize=(7.2, 2.6), squeeze=False)
+    drawn = False
+    for axis, task in zip(axes[0], plan.TASKS):
+        sft = results.of_method(task, "sft")
+        for method, colour in _COLOURS.items():
+            runs = [
+                (results.row(of(seed))["score"]["auc_within"], gain(results, of(seed), sft(seed), "accuracy"))
+                for _, of in noisy(results, task, method)
+                for seed in results.seeds(of, sft)
+            ]
+            drawn |= bool(runs)
+            axis.plot([x for x, _ in runs], [y for _, y in runs], color=colour, ls="", marker=".", label=title(method))
+        axis.axhline(0, color=_GREY, lw=0.8)
+        axis.set(title=task, xlabel="AUC of the scores within prompts")
+    axes[0, 0].set_ylabel("accuracy − SFT")
+    return _finished(figure, axes[0, 0], drawn)
+
+
+def noisy(results: Results, task: str, method: str) -> list[tuple[float, OfSeed]]:
+    """A method by the noise on its scores, none first."""
+    return [(deviation, results.of_method(task, method, noise=deviation)) for deviation in (0.0, *plan.NOISE)]
+
+
+def gain(results: Results, cell: Cell, start: Cell, name: str) -> float:
+    """How much more a cell has of a figure than what it started from."""
+    return results.figure(cell, name) - results.figure(start, name)
+
+
+def _errors(axis: Any, results: Results, points: Sequence[Point], name: str, colour: str, label: str) -> bool:
     """Means over the few seeds with every seed as a dot; returns whether there was a point."""
-    found = [(x, few_differences(results, of, sft, name)) for x, of in points]
-    found = [(x, mean) for x, mean in found if mean is not None]
+    found = [(x, mean) for x, of, start in points if (mean := few_differences(results, of, start, name))]
     if not found:
         return False
-    title = "LDL-GRPO" if label == "ldl_grpo" else "Anchor-GRPO" if label == "anchor_grpo" else label
-    axis.plot(
-        [x for x, _ in found], [mean.mean for _, mean in found], color=colour, lw=1.2, marker="o", ms=3, label=title
-    )
+    axis.plot(*zip(*[(x, mean.mean) for x, mean in found]), color=colour, lw=1.2, marker="o", ms=3, label=label)
     for x, mean in found:
         axis.plot([x] * mean.n, mean.values, color=colour, ls="", marker=".", ms=3, alpha=0.5)
     return True
 
 
-def _sensitivity(results: Results) -> Any:
-    """Figure 3's counterpart and more: one key at a time around the chosen settings."""
-    keys = list(_TITLES)
-    figure, axes = plt.subplots(2, len(keys), figsize=(7.8, 4.0), squeeze=False)
-    for column, key in enumerate(keys):
-        for task, colour in zip(plan.TASKS, (_BLUE, _RED)):
-            assert results.chosen is not None
-            own = (dict(PLAIN["ldl_grpo"]) | dict(results.chosen[task]["ldl_grpo"]))[key]
-            values = sorted({own, *plan.SWEEPS[key]})
-            sft = results.of_method(task, "sft")
-            points = [(v, results.of_method(task, "ldl_grpo", settings={key: v})) for v in values]
-            for line, name in enumerate(("raw", "accuracy")):
-                axis = axes[line, column]
-                _errors(axis, results, points, sft, name, colour, task)
-                axis.axhline(0, color=_GREY, lw=0.8)
-                if key in ("gamma", "candidates"):
-                    axis.set_xscale("log", base=2)
-                if key == "beta":
-                    axis.set_xscale("symlog", linthresh=0.01)
-                if line:
-                    axis.set_xlabel(_TITLES[key])
-                if column == 0:
-                    axis.set_ylabel(f"{'Raw' if name == 'raw' else name} − SFT")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    if not handles:
+def _finished(figure: Any, first: Any, drawn: bool) -> Any:
+    """The figure with its legend in the first panel; None if nothing was drawn."""
+    if not drawn:
         plt.close(figure)
         return None
-    axes[0, 0].legend(handles, labels, frameon=False, fontsize=7)
+    first.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     return figure
+
+
+def _sensitivity(results: Results) -> Any:
+    """Figure 3's counterpart and more: one key at a time around the chosen settings."""
+    figure, axes = plt.subplots(2, len(_SWEPT), figsize=(8.4, 4.0), squeeze=False)
+    drawn = False
+    for column, (key, (label, scale, how)) in enumerate(_SWEPT.items()):
+        for task, colour in zip(plan.TASKS, (_BLUE, _RED)):
+            points = _swept(results, task, key)
+            for axis, name in zip(axes[:, column], _NAMES):
+                drawn |= _errors(axis, results, points, name, colour, task)
+        for axis in axes[:, column]:
+            axis.axhline(0, color=_GREY, lw=0.8)
+            axis.set_xscale(scale, **how)
+        axes[1, column].set_xlabel(label)
+    for axis, shown in zip(axes[:, 0], _NAMES.values()):
+        axis.set_ylabel(f"{shown} − SFT")
+    return _finished(figure, axes[0, 0], drawn)
+
+
+def _swept(results: Results, task: str, key: str) -> list[Point]:
+    """LDL-GRPO at the values of one key, each with the p_sft it started from."""
+    assert results.chosen is not None
+    if key == "anchors":
+        return [
+            (n, results.of_method(task, "ldl_grpo", anchors=n), results.of_method(task, "sft", anchors=n))
+            for n in sorted({ANCHORS, *plan.ANCHOR_COUNTS})
+        ]
+    own = (dict(PLAIN["ldl_grpo"]) | dict(results.chosen[task]["ldl_grpo"]))[key]
+    sft = results.of_method(task, "sft")
+    values = sorted({own, *plan.SWEEPS[key]})
+    return [(value, results.of_method(task, "ldl_grpo", settings={key: value}), sft) for value in values]
+
+
+DRAWN = {"convergence": _convergence, "noise": _noise, "auc": _auc, "sensitivity": _sensitivity}
+"""The figures by the ends of their files' names."""

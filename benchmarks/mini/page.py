@@ -186,11 +186,22 @@ def _per_task(results: Results, methods: Sequence[str]) -> str:
             if of is None or not seeds:
                 continue
             cells = [f"**{title(method)}**" if method == best else title(method)]
-            cells += [level(results.mean(of, name)) for name in ("raw", "lc", "accuracy")]
+            cells += [level(results.mean(of, name)) for name in ("raw", "lc", "accuracy", "raw_if_right")]
             cells += [f"{_mean(results, of, 'greedy'):.3f}", f"{_mean(results, of, 'length'):.0f}"]
             cells += [f"{_mean(results, of, 'calls'):,.0f}", f"{_mean(results, of, 'seconds'):.0f}", str(len(seeds))]
             rows.append(cells)
-        heads = [task, "Raw ↑", "LC ↑", "accuracy", "greedy", "characters", "teacher calls", "seconds", "seeds"]
+        heads = [
+            task,
+            "Raw ↑",
+            "LC ↑",
+            "accuracy",
+            "Raw if right",
+            "greedy",
+            "characters",
+            "teacher calls",
+            "seconds",
+            "seeds",
+        ]
         parts.append(table(heads, rows))
     return "\n\n".join(parts)
 

@@ -86,10 +86,12 @@ def _mean_of(key: str) -> Callable[[Row], float]:
     return lambda row: float(np.mean(row["measured"][key]))
 
 
+# The judge never prefers a wrong answer, so Raw is accuracy times Raw among the right ones.
 FIGURES: Mapping[str, Callable[[Row], float]] = {
     "raw": _mean_of("wins"),
     "lc": _lc,
     "accuracy": _mean_of("right"),
+    "raw_if_right": lambda row: float(np.sum(row["measured"]["wins"]) / np.sum(row["measured"]["right"])),
     "greedy": _mean_of("greedy_right"),
     "length": _mean_of("length"),
     "seconds": lambda row: float(row["seconds"]),

@@ -144,7 +144,14 @@ def test_figures_are_drawn(tmp_path):
     (tmp_path / "miniature.md").write_text(page())
     write_page(with_tables(0.6, 0.4), tmp_path)
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert drawn == [f"miniature-{name}.png" for name in ("convergence", "noise", "sensitivity")]
+    assert drawn == [f"miniature-{name}.png" for name in ("auc", "convergence", "noise", "sensitivity")]
+
+
+def test_raw_among_right_answers_is_what_accuracy_leaves_of_raw():
+    cell = Cell("writing", 0, "test", "sft")
+    made = row(cell, 0.4)
+    made["measured"]["right"], made["measured"]["wins"] = [1.0, 0.5, 0.0, 0.5], [0.5, 0.5, 0.0, 0.0]
+    assert Results({cell.id: made}).figure(cell, "raw_if_right") == 0.5
 
 
 def test_a_page_without_its_markers_is_refused():
