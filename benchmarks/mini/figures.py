@@ -182,7 +182,7 @@ def _finished(figure: Any, first: Any, drawn: bool) -> Any:
 
 def _sensitivity(results: Results) -> Any:
     """Figure 3's counterpart and more: one key at a time around the chosen settings."""
-    figure, axes = plt.subplots(2, len(_SWEPT), figsize=(8.4, 4.0), squeeze=False)
+    figure, axes = plt.subplots(2, len(_SWEPT), figsize=(8.4, 4.0), squeeze=False, sharey="row")
     drawn = False
     for column, (key, (label, scale, how)) in enumerate(_SWEPT.items()):
         for task, colour in zip(plan.TASKS, (_BLUE, _RED)):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from purld.config import Student
 from purld.errors import UserError
 from purld.records import IMAGE, Prompt
+from purld.rundir import append_rows, read_rows
 from purld.student.encode import Encoder
 from purld.student.load import load_encoder, load_model
 from purld.student.pictures import pixels_of
@@ -19,6 +20,7 @@ from purld.student.processor import read_processor
 from purld.testbed import build, card, pictures, scene_corpus, world
 from purld.testbed.learner import READING, Learner, as_images
 from purld.testbed.lessons import GARBAGE, RIGHT, WRONG, Phase
+from purld.testbed.rounds import Rounds
 from purld.testbed.scenes import draw_scene
 from purld.testbed.shipped import STUDENTS
 from purld.testbed.students import STUDENTS as DESIGNS
@@ -64,11 +66,11 @@ def test_the_shipped_cards_keep_their_promises(name) -> None:
     quality = json.loads((STUDENTS[name] / "quality_card.json").read_text())
     assert quality["tasks"].keys() == set(SCENE_TASKS)
     for figures in quality["tasks"].values():
-        assert 0.15 <= figures["sampled"] <= 0.6
+        assert 0.17 <= figures["sampled"] <= 0.6
         assert figures["sampled"] < figures["greedy"]
         assert figures["pass_at_k"] > 0.6
         assert figures["auc"] >= 0.95
-        assert figures["auc_within"] >= 0.9
+        assert figures["auc_within"] >= 0.93
         assert figures["margin_right"] - figures["margin_wrong"] > 0.5
 
 
@@ -93,14 +95,14 @@ def test_a_picture_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encode
 
 
 def test_a_students_answers_depend_on_the_picture(model, encoder) -> None:
-    """The same question of two pictures: a right answer is far likelier for its own."""
+    """The same question of two pictures: what is true of one is far likelier said of that one."""
     scenes = [draw_scene(random.Random(seed)) for seed in range(2)]
     images = as_images([pictures.draw(scene, random.Random(0)) for scene in scenes])
     likelihood = torch.zeros(2, 2)
     for row, image in enumerate(images):
         head = encoder.prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
         for column, scene in enumerate(scenes):
-            reply = encoder.literal(f"{scene.describe()}.")
+            reply = encoder.literal(" ".join(f"There is a {t.name} at the {t.place}." for t in scene.things))
             ids = torch.tensor([[*head.ids, *reply]])
             with torch.no_grad():
                 logs = model(input_ids=ids, **pixels_of([head], ids)).logits[0].log_softmax(-1)
@@ -220,14 +222,48 @@ def toys(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> None:
     assert (toys[0] / "model.safetensors").read_bytes() == (toys[1] / "model.safetensors").read_bytes()
-    assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
+    assert {"a", "b"} <= {p.name for p in toys[0].parent.iterdir() if not p.name.startswith(".")}
+    assert not list(toys[0].parent.glob(".*"))
     assert {p.name for p in STUDENTS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {"build_log.jsonl"}
-    phases = [json.loads(line)["phase"] for line in (toys[0] / "build_log.jsonl").read_text().splitlines()]
-    assert phases == ["look", "settle", "settle again"]
+    rows = read_rows(toys[0] / "build_log.jsonl")
+    assert [row["phase"] for row in rows] == ["look", "find one of five", "settle", "settle again"]
+    assert rows[-1]["step"] == rows[-1]["of"] and len({row["of"] for row in rows}) == 1
     made = AutoModelForImageTextToText.from_pretrained(toys[0])
     assert made.num_parameters() == json.loads((toys[0] / "quality_card.json").read_text())["parameters"]
     marks = {"qwen2_5_vl": "<|image_pad|>", "llava": "<image>"}
     assert read_processor(str(toys[0])).image_token == marks[name]
+
+
+def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path], name: str) -> None:
+    out, told = toys[0].parent / "stopped", []
+
+    def until(done: int, total: int, note: str) -> None:
+        if note.startswith("settle:"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build.build_student(out, 7, scale=0.001, student=name, progress=until)
+    assert not out.exists()
+    build.build_student(out, 7, scale=0.001, student=name, progress=lambda *said: told.append(said))
+    assert [note.partition(":")[0] for _, _, note in told] == ["settle", "settle again"]
+    for made in ("model.safetensors", "tokenizer.json"):
+        assert (out / made).read_bytes() == (toys[0] / made).read_bytes()
+    rows, expected = (read_rows(path / "build_log.jsonl") for path in (out, toys[0]))
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in toys[0].iterdir())
+
+
+def test_a_build_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
+    first = Rounds(tmp_path, {"student": "llava", "seed": 0, "scale": 1.0})
+    other = Rounds(tmp_path, {"student": "llava", "seed": 1, "scale": 1.0})
+    model, again = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    append_rows(first.log, [{"seconds": 3.0}])
+    first.save(model, 1)
+    append_rows(first.log, [{"seconds": 5.0}])
+    assert first.restore(again) == 1 and torch.equal(again.weight, model.weight)
+    assert first.seconds() == 3.0
+    assert other.restore(again) == 0 and other.seconds() == 0.0
+    assert first.restore(again) == 0
 
 
 def test_a_student_that_sees_starts_as_the_one_that_reads(name: str, tmp_path: Path) -> None:

@@ -26,14 +26,16 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from purld.errors import UserError
 from purld.records import Prompt
-from purld.rundir import append_rows, write_json
+from purld.rundir import RunDir, append_rows, write_json
 from purld.student.encode import Encoder
 from purld.student.processor import read_processor
+from purld.student.sample import seed_from
 from purld.testbed import card, pictures
 from purld.testbed.card import MAX_ANCHOR_TOKENS
 from purld.testbed.learner import Learner, as_images
 from purld.testbed.lessons import Phase, Sample
 from purld.testbed.muon import Muon
+from purld.testbed.rounds import Rounds
 from purld.testbed.scenes import COLOURS, COLUMNS, PLACES, ROWS, SHAPES, Scene, draw_scene
 from purld.testbed.students import STUDENTS, Design, start_from_text
 from purld.testbed.tokenizer import train_tokenizer
@@ -54,6 +56,8 @@ def build_student(
 ) -> dict[str, Any]:
     """Train a student from scratch and save it at `out` as a Hugging Face directory; returns its quality card.
 
+    A build that was stopped goes on after the last round of its curriculum that was finished.
+
     Args:
         out: replaced when the build is complete, not before.
         seed: of the weights, the corpus and the sampling.
@@ -62,25 +66,30 @@ def build_student(
         student: one of STUDENTS.
 
     Raises:
-        UserError: there is no such student.
+        UserError: there is no such student, or another process builds at `out`.
     """
     if student not in STUDENTS:
         raise UserError(f"--student {student}: the testbed's students are {', '.join(STUDENTS)}.")
-    started = time.monotonic()
-    work = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    rng = random.Random(f"student/{seed}")
-    torch.manual_seed(seed)
-    design = STUDENTS[student]
-    learner = new_learner(design, work, rng, scale)
-    for row in train(learner, design, rng, scale):
-        append_rows(work / "build_log.jsonl", [row])
-        if progress:
-            progress(row["step"], row["of"], ", ".join(f"{k} {v}" for k, v in row.items() if k.endswith("loss")))
-    quality = quality_card(learner, design, seed, scale) | {"seconds": round(time.monotonic() - started, 1)}
-    learner.model.save_pretrained(work)
-    write_json(work / "quality_card.json", quality)
+    rounds = Rounds(out.with_name(f".{out.name}.partial"), {"student": student, "seed": seed, "scale": scale})
+    work = rounds.folder
+    with RunDir(work).lock():
+        rng = random.Random(f"student/{seed}")
+        torch.manual_seed(seed)
+        design = STUDENTS[student]
+        learner = new_learner(design, work, rng, scale)
+        done = rounds.restore(learner.model)
+        started = time.monotonic() - rounds.seconds()
+        for row in train(learner, design, rng, seed, scale, rounds, done):
+            row["seconds"] = round(time.monotonic() - started, 1)
+            append_rows(rounds.log, [row])
+            if progress:
+                losses = ", ".join(f"{key} {value}" for key, value in row.items() if key.endswith("loss"))
+                progress(row["step"], row["of"], f"{row['phase']}: {losses}")
+        quality = quality_card(learner, design, seed, scale) | {"seconds": round(time.monotonic() - started, 1)}
+        learner.model.save_pretrained(work)
+        write_json(work / "quality_card.json", quality)
+        rounds.forget()
+    (work / ".lock").unlink()
     replace_folder(work, out)
     return quality
 
@@ -100,18 +109,27 @@ def new_learner(design: Design, work: Path, rng: random.Random, scale: float) ->
     return Learner(model, Encoder(read_processor(str(work)), MAX_ANCHOR_TOKENS))
 
 
-def train(learner: Learner, design: Design, rng: random.Random, scale: float) -> Iterator[dict[str, Any]]:
-    """Run the curriculum; yields rows for the build log."""
-    started = time.monotonic()
+def train(
+    learner: Learner, design: Design, rng: random.Random, seed: int, scale: float, rounds: Rounds, done: int
+) -> Iterator[dict[str, Any]]:
+    """Run what is left of the curriculum after `done` rounds; yields rows for the build log.
 
-    def rows() -> Iterator[dict[str, Any]]:
-        if design.sees:
-            yield from look(learner, rng, max(1, int(LOOKING_STEPS * scale)))
-        for phases in design.corpus.CURRICULUM:
-            yield from train_round(learner, design.corpus, phases, rng, scale)
-
-    for row in rows():
-        yield row | {"seconds": round(time.monotonic() - started, 1)}
+    The first round goes on with `rng`, which has made the student; later ones have random numbers of their own.
+    """
+    looking = max(1, int(LOOKING_STEPS * scale)) if design.sees else 0
+    lengths = [sum(steps_of(phase, scale) for phase in phases) for phases in design.corpus.CURRICULUM]
+    total = looking + sum(lengths)
+    if looking and not done:
+        for row in look(learner, rng, looking):
+            yield row | {"of": total}
+    for number, phases in list(enumerate(design.corpus.CURRICULUM))[done:]:
+        if number:
+            rng = random.Random(f"student/{seed}/round {number}")
+            torch.manual_seed(seed_from("student", seed, number))
+        before = looking + sum(lengths[:number])
+        for row in train_round(learner, design.corpus, phases, rng, scale):
+            yield row | {"step": before + row["step"], "of": total}
+        rounds.save(learner.model, number + 1)
 
 
 def train_round(
@@ -140,8 +158,7 @@ def train_round(
         if step % LOG_EVERY == 0 or step == len(plan):
             answering, judging = (round(sum(part) / len(losses), 4) for part in zip(*losses))
             losses.clear()
-            found = {"step": step, "of": len(plan), "phase": phase.name}
-            yield found | {"answer_loss": answering, "judge_loss": judging}
+            yield {"step": step, "phase": phase.name, "answer_loss": answering, "judge_loss": judging}
 
 
 def steps_of(phase: Phase, scale: float) -> int:
@@ -167,7 +184,7 @@ def look(learner: Learner, rng: random.Random, steps: int) -> Iterator[dict[str,
         update(learner.model, optimizers)
         losses.append(loss.item())
         if step % LOG_EVERY == 0 or step == steps:
-            yield {"step": step, "of": steps, "phase": "look", "look_loss": round(sum(losses) / len(losses), 4)}
+            yield {"step": step, "phase": "look", "look_loss": round(sum(losses) / len(losses), 4)}
             losses.clear()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from PIL.Image import Image
 
 from purld import templates
+from purld.testbed.scenes import THINGS
 from purld.testbed.world import Problem, is_right, right_answer, teacher_answer
 
 Kind = Literal["answer", "caption", "lookup", "judgement", "comparison"]
@@ -52,7 +53,8 @@ class Phase:
 
     `judging` is the share of judgements among the lessons; of these, `bare` are bare comparisons and `own` have a
     candidate that the student drew itself. Of the other lessons `lookups` ask for a word of what a picture shows and
-    `captions` for all of it; the rest are answers, wrong `errors` times as often as the base's shall be.
+    `captions` for all of it; the rest are answers, wrong `errors` times as often as the base's shall be. `things` are
+    the numbers of things that a scene may hold.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Phase:
     lookups: float = 0.0
     captions: float = 0.0
     errors: float = 1.0
+    things: Sequence[int] = THINGS
 
 
 @dataclass(frozen=True)

@@ -26,18 +26,25 @@ OWN_SAMPLES = 192
 CAPTION, IN_A_WORD = "Describe the picture.", "In a word."
 # How often the base answers wrongly; the model's own slips come on top.
 ERRORS: dict[Task, float] = {"scenes-mc": 0.40, "scenes-rationale": 0.40}
-# Two rises and falls of the learning rate: to judge while seeing little, then to see.
+# Three rises and falls of the learning rate: to find one thing among ever more, to judge and to answer, and both again.
 CURRICULUM = (
     (
-        Phase("compare", 150, judging=0.5, bare=1.0, captions=1.0),
-        Phase("judge", 350, judging=0.5, bare=0.3, captions=0.4, errors=0.0),
-        Phase("mixed", 350, judging=0.5, bare=0.05, own=0.3, captions=0.1),
-        Phase("settle", 250, judging=0.4, own=0.5, captions=0.1),
+        Phase("find one", 120, judging=0.0, lookups=1.0, things=(1,)),
+        Phase("find one of two", 120, judging=0.0, lookups=1.0, things=(1, 2)),
+        Phase("find one of three", 120, judging=0.0, lookups=1.0, things=(2, 3)),
+        Phase("find one of four", 120, judging=0.0, lookups=1.0, things=(3, 4)),
+        Phase("find one of five", 720, judging=0.0, lookups=1.0),
     ),
     (
-        Phase("see", 500, judging=0.25, bare=0.2, lookups=0.25, captions=0.25, errors=0.0),
-        Phase("mixed again", 250, judging=0.4, own=0.3, lookups=0.1),
-        Phase("settle again", 150, judging=0.4, own=0.5, lookups=0.05),
+        Phase("compare", 150, judging=0.5, bare=1.0, lookups=0.5, captions=0.5),
+        Phase("judge", 350, judging=0.5, bare=0.3, lookups=0.2, captions=0.2, errors=0.0),
+        Phase("mixed", 350, judging=0.5, bare=0.05, own=0.3, lookups=0.1, captions=0.1),
+        Phase("settle", 250, judging=0.4, own=0.5, lookups=0.05, captions=0.05),
+    ),
+    (
+        Phase("find again", 300, judging=0.25, bare=0.2, lookups=0.5, captions=0.1, errors=0.0),
+        Phase("mixed again", 350, judging=0.5, own=0.3, lookups=0.15),
+        Phase("settle again", 250, judging=0.4, own=0.5, lookups=0.05),
     ),
 )
 
@@ -52,7 +59,7 @@ def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> 
             samples = own[start : start + LESSONS_A_PICTURE]
             scene, picture = samples[0].problem.scene, samples[0].picture
         else:
-            scene = draw_scene(rng)
+            scene = draw_scene(rng, phase.things)
             picture = pictures.draw(scene, rng)
         assert scene is not None and picture is not None
         for place in range(LESSONS_A_PICTURE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -42,8 +43,8 @@ class Scene:
         return ", ".join(f"a {thing.name} at the {thing.place}" for thing in self.things)
 
 
-def draw_scene(rng: random.Random) -> Scene:
-    """A random scene. Shapes and colours repeat often enough that there is something to count."""
-    places = sorted(rng.sample(range(len(PLACES)), rng.choice(THINGS)))
+def draw_scene(rng: random.Random, things: Sequence[int] = THINGS) -> Scene:
+    """A random scene of one of the numbers `things`. Shapes and colours repeat often enough to be counted."""
+    places = sorted(rng.sample(range(len(PLACES)), rng.choice(things)))
     shapes, colours = rng.sample(SHAPES, 3), rng.sample(COLOURS, 4)
     return Scene(tuple(Thing(rng.choice(colours), rng.choice(shapes), PLACES[place]) for place in places))
