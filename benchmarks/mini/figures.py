@@ -14,7 +14,7 @@ import numpy as np
 
 from mini import plan
 from mini.cells import ANCHORS, PLAIN, Cell
-from mini.page import few_differences
+from mini.page import few_differences, noisy
 from mini.results import OfSeed, Results, Row
 from purld.names import title
 
@@ -22,6 +22,7 @@ _BLUE, _RED, _GREY = "#2c6fbb", "#c44e52", "#777777"
 _COLOURS = {"ldl_grpo": _BLUE, "anchor_grpo": _RED}
 _NAMES = {"raw": "Raw", "accuracy": "accuracy"}
 _SWEPT: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
+    "learning_rate": ("learning rate", "log", {}),
     "gamma": ("γ", "log", {"base": 2}),
     "tau": ("τ", "linear", {}),
     "beta": ("β", "symlog", {"linthresh": 0.01}),
@@ -120,7 +121,7 @@ def _noise(results: Results) -> Any:
         for line, (name, shown) in enumerate(_NAMES.items()):
             axis = axes[line, column]
             for shift, (method, colour) in zip((-0.02, 0.02), _COLOURS.items()):
-                points = [(d + shift, of, sft) for d, of in noisy(results, task, method)]
+                points = [(d + shift, noisy(results, task, method, d), sft) for d in (0.0, *plan.NOISE)]
                 drawn |= _errors(axis, results, points, name, colour, title(method))
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set(title=task if line == 0 else "", xlabel="standard deviation of the noise" if line else "")
@@ -138,7 +139,7 @@ def _auc(results: Results) -> Any:
         for method, colour in _COLOURS.items():
             runs = [
                 (results.row(of(seed))["score"]["auc_within"], gain(results, of(seed), sft(seed), "accuracy"))
-                for _, of in noisy(results, task, method)
+                for of in [noisy(results, task, method, deviation) for deviation in (0.0, *plan.NOISE)]
                 for seed in results.seeds(of, sft)
             ]
             drawn |= bool(runs)
@@ -147,11 +148,6 @@ def _auc(results: Results) -> Any:
         axis.set(title=task, xlabel="AUC of the scores within prompts")
     axes[0, 0].set_ylabel("accuracy − SFT")
     return _finished(figure, axes[0, 0], drawn)
-
-
-def noisy(results: Results, task: str, method: str) -> list[tuple[float, OfSeed]]:
-    """A method by the noise on its scores, none first."""
-    return [(deviation, results.of_method(task, method, noise=deviation)) for deviation in (0.0, *plan.NOISE)]
 
 
 def gain(results: Results, cell: Cell, start: Cell, name: str) -> float:

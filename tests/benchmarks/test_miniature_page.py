@@ -142,7 +142,8 @@ def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
 
 def test_figures_are_drawn(tmp_path):
     (tmp_path / "miniature.md").write_text(page())
-    write_page(with_tables(0.6, 0.4), tmp_path)
+    rows = with_tables(0.6, 0.4) | {cell.id: row(cell, 0.5) for cell in plan.noise_cells()}
+    write_page(rows, tmp_path)
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == [f"miniature-{name}.png" for name in ("auc", "convergence", "noise", "sensitivity")]
 
