@@ -377,20 +377,25 @@ def sweep_points(results: Results, task: str) -> list[tuple[str, OfSeed, OfSeed]
     sft, ldl = results.of_method(task, "sft"), results.of_method(task, "ldl_grpo")
     plain = dict(PLAIN["ldl_grpo"]) | dict(results.chosen[task]["ldl_grpo"])
     found = [
-        (f"LDL-GRPO: {named({k: plain[k] for k in ('learning_rate', 'gamma', 'tau', 'beta', 'candidates')})}", ldl, sft)
+        (
+            f"LDL-GRPO: {named({k: plain[k] for k in ('learning_rate', 'gamma', 'tau', 'beta', 'candidates', 'steps')})}",
+            ldl,
+            sft,
+        )
     ]
     for key, values in plan.SWEEPS.items():
         for value in values:
             if plain.get(key) != value:
                 found.append((named({key: value}), results.of_method(task, "ldl_grpo", settings={key: value}), sft))
     found.append(("evaluator moving", results.of_method(task, "ldl_grpo", evaluator="moving"), sft))
+    found.append(("other prompts than Stage I's", results.of_method(task, "ldl_grpo", pool="other"), sft))
     grpo = results.of_method(task, "anchor_grpo")
     found.append(("Anchor-GRPO", grpo, sft))
     found.append(("Anchor-GRPO, evaluator moving", results.of_method(task, "anchor_grpo", evaluator="moving"), sft))
     twice = results.of_method(task, "anchor_grpo", settings={"updates_per_rollout": 2})
     found.append(("Anchor-GRPO, updates_per_rollout=2", twice, sft))
     found.append(("SFT→SFT", results.of_method(task, "sft_sft"), sft))
-    found.append(("SFT→SFT on other prompts", results.of_method(task, "sft_sft", pool="other"), sft))
+    found.append(("SFT→SFT, other prompts than Stage I's", results.of_method(task, "sft_sft", pool="other"), sft))
     for anchors in plan.ANCHOR_COUNTS:
         start = results.of_method(task, "sft", anchors=anchors)
         found.append((f"N={anchors}", results.of_method(task, "ldl_grpo", anchors=anchors), start))

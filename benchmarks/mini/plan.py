@@ -34,6 +34,7 @@ SWEEPS: Mapping[str, Sequence[Any]] = {
     "tau": (0.3, 0.6, 1.5),
     "beta": (0.0, 1.0),
     "candidates": (2, 32),
+    "steps": (128,),
     "score": ("verbal",),
 }
 ANCHOR_COUNTS = (50, 2000)
@@ -133,7 +134,8 @@ def _sweep(chosen: Mapping[str, Mapping[str, Any]], task: str, seed: int) -> Ite
     yield stage_two(task, seed, "test", "ldl_grpo", ldl, evaluator="moving")
     yield stage_two(task, seed, "test", "anchor_grpo", grpo, evaluator="moving")
     yield stage_two(task, seed, "test", "anchor_grpo", grpo | {"updates_per_rollout": 2})
-    yield stage_two(task, seed, "test", "sft_sft", chosen["sft_sft"], pool="other")
+    for method in ("ldl_grpo", "sft_sft"):
+        yield stage_two(task, seed, "test", method, chosen[method], pool="other")
     for anchors in ANCHOR_COUNTS:
         yield Cell(task, seed, "test", "sft", anchors=anchors)
         yield stage_two(task, seed, "test", "ldl_grpo", ldl, anchors=anchors)
