@@ -376,13 +376,8 @@ def sweep_points(results: Results, task: str) -> list[tuple[str, OfSeed, OfSeed]
     assert results.chosen is not None
     sft, ldl = results.of_method(task, "sft"), results.of_method(task, "ldl_grpo")
     plain = dict(PLAIN["ldl_grpo"]) | dict(results.chosen[task]["ldl_grpo"])
-    found = [
-        (
-            f"LDL-GRPO: {named({k: plain[k] for k in ('learning_rate', 'gamma', 'tau', 'beta', 'candidates', 'steps')})}",
-            ldl,
-            sft,
-        )
-    ]
+    around = {key: plain[key] for key in plan.SWEEPS if key in plain}
+    found = [(f"LDL-GRPO: {named(around)}", ldl, sft)]
     for key, values in plan.SWEEPS.items():
         for value in values:
             if plain.get(key) != value:
