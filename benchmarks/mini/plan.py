@@ -30,7 +30,7 @@ NOISE_RATE = {"learning_rate": RATES[1]}
 # One key at a time around the settings of the tables, for ldl_grpo.
 SWEEPS: Mapping[str, Sequence[Any]] = {
     "learning_rate": RATES,
-    "gamma": (1.0, 20.0),
+    "gamma": (1.0, 5.0, 20.0),
     "tau": (0.3, 0.6, 1.5),
     "beta": (0.0, 1.0),
     "candidates": (2, 32),
