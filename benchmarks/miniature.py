@@ -28,7 +28,8 @@ from typing import Any
 from mini import plan
 from mini.cells import Cell
 
-from purld.rundir import append_rows, read_rows
+from purld.errors import UserError
+from purld.rundir import RunDir, append_rows, read_rows
 
 Rows = dict[str, dict[str, Any]]
 
@@ -52,7 +53,7 @@ def main() -> None:
         for cell in cells():
             print("done" if cell.id in rows else "left", cell.title)
         return
-    failed = 0 if options.page else run(cells, rows, options.out, options.jobs)
+    failed = 0 if options.page else run_alone(cells, rows, options.out, options.jobs)
     if options.quick:
         from mini.page import quick_table
 
@@ -84,6 +85,17 @@ def work(cell: Cell, folder: Path) -> dict[str, Any]:
     return run_cell(cell, folder)
 
 
+def run_alone(cells: Callable[[], Sequence[Cell]], rows: Rows, folder: Path, jobs: int) -> int:
+    """Run what is missing while no other process does so in the same folder; returns how many cells failed."""
+    try:
+        with RunDir(folder).lock():
+            rows.update((row["id"], row) for row in read_rows(folder / "results.jsonl"))
+            return run(cells, rows, folder, jobs)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
 def run(
     cells: Callable[[], Sequence[Cell]],
     rows: Rows,
@@ -103,7 +115,6 @@ def run(
     Returns:
         How many cells failed; the others are done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     running: dict[Future[dict[str, Any]], Cell] = {}
     failed: set[str] = set()

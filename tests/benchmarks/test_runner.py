@@ -10,11 +10,12 @@ from collections import Counter
 from pathlib import Path
 
 import counted_work
+import miniature
 import pytest
 from mini.cells import Cell, stage_two
 from miniature import next_cell
 
-from purld.rundir import read_rows
+from purld.rundir import RunDir, read_rows
 
 SFT = Cell("writing", 0, "test", "sft")
 LDL = stage_two("writing", 0, "test", "ldl_grpo", {})
@@ -99,3 +100,11 @@ def test_a_cell_that_fails_takes_no_other_with_it(out):
     assert process.returncode == 1
     assert said.decode().strip() == f"failed: {counted_work.CELLS[2].title}: RuntimeError: as asked"
     assert len(read_rows(out / "results.jsonl")) == 5
+
+
+def test_two_do_not_work_in_one_folder(out):
+    with RunDir(out).lock():
+        command = [sys.executable, miniature.__file__, "--quick", "--out", out]
+        found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr == f"{out}: another purld process is working on this run.\n"
