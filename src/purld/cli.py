@@ -283,8 +283,8 @@ def testbed_build(
 ) -> None:
     """Make a tiny student again, on the CPU.
 
-    The one that reads is made from nothing; those that see are built on it. What was stopped goes on after the last
-    round of its curriculum.
+    The one that reads is made from nothing; those that see are built on it, in rounds: stopped, they go on after the
+    last that was finished.
     """
     from purld.testbed.build import build_student
 

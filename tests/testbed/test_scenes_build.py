@@ -222,8 +222,7 @@ def toys(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> None:
     assert (toys[0] / "model.safetensors").read_bytes() == (toys[1] / "model.safetensors").read_bytes()
-    assert {"a", "b"} <= {p.name for p in toys[0].parent.iterdir() if not p.name.startswith(".")}
-    assert not list(toys[0].parent.glob(".*"))
+    assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
     assert {p.name for p in STUDENTS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {"build_log.jsonl"}
     rows = read_rows(toys[0] / "build_log.jsonl")
     assert [row["phase"] for row in rows] == ["look", "find one of five", "settle", "settle again"]
@@ -234,8 +233,9 @@ def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> 
     assert read_processor(str(toys[0])).image_token == marks[name]
 
 
-def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path], name: str) -> None:
-    out, told = toys[0].parent / "stopped", []
+def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path], name: str, tmp_path: Path) -> None:
+    """Stopped in the second round, and then when all that is left is to put it in its place."""
+    out, told = tmp_path / "stopped", []
 
     def until(done: int, total: int, note: str) -> None:
         if note.startswith("settle:"):
@@ -244,26 +244,53 @@ def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path],
     with pytest.raises(KeyboardInterrupt):
         build.build_student(out, 7, scale=0.001, student=name, progress=until)
     assert not out.exists()
-    build.build_student(out, 7, scale=0.001, student=name, progress=lambda *said: told.append(said))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rounds, "publish", lambda self: until(0, 0, "settle:"))
+        with pytest.raises(KeyboardInterrupt):
+            build.build_student(out, 7, scale=0.001, student=name, progress=lambda *said: told.append(said))
     assert [note.partition(":")[0] for _, _, note in told] == ["settle", "settle again"]
+    told.clear()
+    build.build_student(out, 7, scale=0.001, student=name, progress=lambda *said: told.append(said))
+    assert not told
     for made in ("model.safetensors", "tokenizer.json"):
         assert (out / made).read_bytes() == (toys[0] / made).read_bytes()
     rows, expected = (read_rows(path / "build_log.jsonl") for path in (out, toys[0]))
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in toys[0].iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
 
 
-def test_a_build_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
-    first = Rounds(tmp_path, {"student": "llava", "seed": 0, "scale": 1.0})
-    other = Rounds(tmp_path, {"student": "llava", "seed": 1, "scale": 1.0})
-    model, again = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    append_rows(first.log, [{"seconds": 3.0}])
-    first.save(model, 1)
-    append_rows(first.log, [{"seconds": 5.0}])
-    assert first.restore(again) == 1 and torch.equal(again.weight, model.weight)
-    assert first.seconds() == 3.0
-    assert other.restore(again) == 0 and other.seconds() == 0.0
-    assert first.restore(again) == 0
+def test_rounds_are_kept_with_the_rows_before_them(tmp_path: Path) -> None:
+    rounds, model, again = Rounds(tmp_path / "out", "a" * 64), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    append_rows(rounds.log, [{"seconds": 3.0}])
+    assert rounds.restore(again) == 0 and rounds.seconds() == 0.0
+    append_rows(rounds.log, [{"seconds": 3.0}])
+    rounds.save(model, 1)
+    append_rows(rounds.log, [{"seconds": 5.0}])
+    assert rounds.restore(again) == 1 and torch.equal(again.weight, model.weight)
+    assert rounds.seconds() == 3.0
+
+
+def test_another_build_works_in_another_folder_and_the_same_is_done_once_at_a_time(tmp_path: Path) -> None:
+    hashes = {build.made_of(*of) for of in (("llava", 0, 1.0), ("llava", 1, 1.0), ("llava", 0, 0.5), ("text", 0, 1.0))}
+    assert len({Rounds(tmp_path / "out", each).folder for each in hashes}) == 4
+    assert build.made_of("llava", 0, 1.0) in hashes
+    with Rounds(tmp_path / "out", build.made_of("text", 0, 1.0)).lock(), pytest.raises(UserError, match="another"):
+        build.build_student(tmp_path / "out", 0, 1.0)
+
+
+def test_a_complete_build_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "of the old one").touch()
+    rounds = Rounds(out, "a" * 64)
+    with rounds.lock():
+        append_rows(rounds.log, [{"seconds": 3.0}])
+        rounds.save(torch.nn.Linear(2, 2), 1)
+        Rounds(out, "b" * 64).folder.mkdir()
+        rounds.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["build_log.jsonl"]
 
 
 def test_a_student_that_sees_starts_as_the_one_that_reads(name: str, tmp_path: Path) -> None:

@@ -2,17 +2,17 @@
 
 The curriculum is what lets so small a model judge: first the bare comparison, then judgements of whole answers, then
 everything mixed. Each sequence is weighted by itself, else a short score drowns among answer tokens. A student that
-sees learns to see first: its tower is taught to tell what is in a cell in the embeddings of the words for it.
+sees learns to see first: its tower is taught to tell what is in a cell in the embeddings of the words for it, and then
+the whole to find one thing among ever more.
 On a machine with the same torch and thread count a seed gives the same student. The world's questions and answers are
 in `corpus` and `scene_corpus`; nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import platform
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from purld.errors import UserError
-from purld.records import Prompt
-from purld.rundir import RunDir, append_rows, write_json
+from purld.records import Prompt, content_hash
+from purld.rundir import append_rows, write_json
 from purld.student.encode import Encoder
 from purld.student.processor import read_processor
 from purld.student.sample import seed_from
@@ -37,6 +37,7 @@ from purld.testbed.lessons import Phase, Sample
 from purld.testbed.muon import Muon
 from purld.testbed.rounds import Rounds
 from purld.testbed.scenes import COLOURS, COLUMNS, PLACES, ROWS, SHAPES, Scene, draw_scene
+from purld.testbed.shipped import STUDENTS as SHIPPED
 from purld.testbed.students import STUDENTS, Design, start_from_text
 from purld.testbed.tokenizer import train_tokenizer
 
@@ -56,7 +57,8 @@ def build_student(
 ) -> dict[str, Any]:
     """Train a student from scratch and save it at `out` as a Hugging Face directory; returns its quality card.
 
-    A build that was stopped goes on after the last round of its curriculum that was finished.
+    A build that was stopped goes on after the last round of its curriculum that was finished; the student that reads
+    has but one.
 
     Args:
         out: replaced when the build is complete, not before.
@@ -70,13 +72,12 @@ def build_student(
     """
     if student not in STUDENTS:
         raise UserError(f"--student {student}: the testbed's students are {', '.join(STUDENTS)}.")
-    rounds = Rounds(out.with_name(f".{out.name}.partial"), {"student": student, "seed": seed, "scale": scale})
-    work = rounds.folder
-    with RunDir(work).lock():
+    design = STUDENTS[student]
+    rounds = Rounds(out, made_of(student, seed, scale))
+    with rounds.lock():
         rng = random.Random(f"student/{seed}")
         torch.manual_seed(seed)
-        design = STUDENTS[student]
-        learner = new_learner(design, work, rng, scale)
+        learner = new_learner(design, rounds.folder, rng, scale)
         done = rounds.restore(learner.model)
         started = time.monotonic() - rounds.seconds()
         for row in train(learner, design, rng, seed, scale, rounds, done):
@@ -86,12 +87,17 @@ def build_student(
                 losses = ", ".join(f"{key} {value}" for key, value in row.items() if key.endswith("loss"))
                 progress(row["step"], row["of"], f"{row['phase']}: {losses}")
         quality = quality_card(learner, design, seed, scale) | {"seconds": round(time.monotonic() - started, 1)}
-        learner.model.save_pretrained(work)
-        write_json(work / "quality_card.json", quality)
-        rounds.forget()
-    (work / ".lock").unlink()
-    replace_folder(work, out)
+        learner.model.save_pretrained(rounds.folder)
+        write_json(rounds.folder / "quality_card.json", quality)
+        rounds.publish()
     return quality
+
+
+def made_of(student: str, seed: int, scale: float) -> str:
+    """A hash of what a build depends on: its arguments, the testbed's code, and the student that others start from."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in [*sources, SHIPPED["text"] / "model.safetensors"]]
+    return content_hash([student, seed, scale, torch.__version__, transformers.__version__, *read])
 
 
 def new_learner(design: Design, work: Path, rng: random.Random, scale: float) -> Learner:
@@ -238,12 +244,3 @@ def quality_card(learner: Learner, design: Design, seed: int, scale: float = 1.0
             "transformers": transformers.__version__,
         },
     }
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Put the folder `new` in the place of `target`."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        os.replace(target, old)
-    os.replace(new, target)
-    shutil.rmtree(old, ignore_errors=True)
