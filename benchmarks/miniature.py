@@ -113,7 +113,7 @@ def run(
         do: the work on a cell, in a worker; returns its row.
 
     Returns:
-        How many cells failed; the others are done.
+        How many cells failed; what needs one of them is left, the others are done.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     running: dict[Future[dict[str, Any]], Cell] = {}

@@ -1,7 +1,8 @@
-"""What is run: one cell is one p_sft or one Stage II, with everything that its figures depend on.
+"""What is run: one cell is one p_sft or one Stage II, with all of it that differs between cells.
 
-A cell is known by its content, so the same cell in two tables is run once, and an edited setting is another cell.
-Nothing here trains; torch is not imported.
+A cell is known by its content, so the same cell in two tables is run once, and an edited setting is another cell. What
+all cells share (the student, Stage I, how much is measured) is no part of it: after a change of that take an empty
+folder. Nothing here trains; torch is not imported.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Cell:
     def title(self) -> str:
         """A line for a person."""
         plain = PLAIN.get(self.method, {})
-        special = [f"{k}={v}" for k, v in self.settings if k != "method" and plain.get(k) != v]
+        special = [named({k: v}) for k, v in self.settings if k != "method" and plain.get(k) != v]
         if self.noise:
             special.append(f"noise={self.noise:g}")
         if self.evaluator != "frozen":
@@ -97,6 +98,12 @@ class Cell:
         if self.anchors != ANCHORS:
             special.append(f"N={self.anchors}")
         return " ".join([self.task, f"seed {self.seed}", self.split, self.method, *special])
+
+
+def named(settings: Mapping[str, Any]) -> str:
+    """Settings as a short text."""
+    values = {key: f"{value:g}" if isinstance(value, float) else value for key, value in settings.items()}
+    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def stage_two(task: str, seed: int, split: Split, method: str, chosen: Mapping[str, Any], **more: Any) -> Cell:

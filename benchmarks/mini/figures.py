@@ -13,9 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from mini import plan
-from mini.cells import ANCHORS, PLAIN, Cell
-from mini.page import few_differences, noisy
-from mini.results import OfSeed, Results, Row
+from mini.plan import OfSeed
+from mini.results import Results, Row
 from purld.names import title
 
 _BLUE, _RED, _GREY = "#2c6fbb", "#c44e52", "#777777"
@@ -121,7 +120,7 @@ def _noise(results: Results) -> Any:
         for line, (name, shown) in enumerate(_NAMES.items()):
             axis = axes[line, column]
             for shift, (method, colour) in zip((-0.02, 0.02), _COLOURS.items()):
-                points = [(d + shift, noisy(results, task, method, d), sft) for d in (0.0, *plan.NOISE)]
+                points = [(d + shift, results.noisy(task, method, d), sft) for d in (0.0, *plan.NOISE)]
                 drawn |= _errors(axis, results, points, name, colour, title(method))
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set(title=task if line == 0 else "", xlabel="standard deviation of the noise" if line else "")
@@ -131,33 +130,37 @@ def _noise(results: Results) -> Any:
 
 
 def _auc(results: Results) -> Any:
-    """What Stage II gains in accuracy by how well its scores told right from wrong; a dot is a run."""
+    """What Stage II gains in accuracy by how well its scores told right candidates from wrong ones; a dot is a run."""
     figure, axes = plt.subplots(1, len(plan.TASKS), figsize=(7.2, 2.6), squeeze=False)
     drawn = False
     for axis, task in zip(axes[0], plan.TASKS):
-        sft = results.of_method(task, "sft")
         for method, colour in _COLOURS.items():
-            runs = [
-                (results.row(of(seed))["score"]["auc_within"], gain(results, of(seed), sft(seed), "accuracy"))
-                for of in [noisy(results, task, method, deviation) for deviation in (0.0, *plan.NOISE)]
-                for seed in results.seeds(of, sft)
-            ]
-            drawn |= bool(runs)
-            axis.plot([x for x, _ in runs], [y for _, y in runs], color=colour, ls="", marker=".", label=title(method))
+            aucs, gains = _by_auc(results, task, method)
+            drawn |= bool(aucs)
+            axis.plot(aucs, gains, color=colour, ls="", marker=".", label=title(method))
         axis.axhline(0, color=_GREY, lw=0.8)
         axis.set(title=task, xlabel="AUC of the scores within prompts")
     axes[0, 0].set_ylabel("accuracy − SFT")
     return _finished(figure, axes[0, 0], drawn)
 
 
-def gain(results: Results, cell: Cell, start: Cell, name: str) -> float:
-    """How much more a cell has of a figure than what it started from."""
-    return results.figure(cell, name) - results.figure(start, name)
+def _by_auc(results: Results, task: str, method: str) -> tuple[list[float], list[float]]:
+    """AUC and gain of every run with noise and of those without."""
+    sft = results.of_method(task, "sft")
+    aucs, gains = [], []
+    for deviation in (0.0, *plan.NOISE):
+        of = results.noisy(task, method, deviation)
+        aucs += [results.row(of(seed))["score"]["auc_within"] for seed in results.seeds(of, sft)]
+        found = results.difference(of, sft, "accuracy")
+        gains += found.values if found else ()
+    return aucs, gains
 
 
 def _errors(axis: Any, results: Results, points: Sequence[Point], name: str, colour: str, label: str) -> bool:
     """Means over the few seeds with every seed as a dot; returns whether there was a point."""
-    found = [(x, mean) for x, of, start in points if (mean := few_differences(results, of, start, name))]
+    found = [
+        (x, mean) for x, of, start in points if (mean := results.difference(of, start, name, among=plan.FEW_SEEDS))
+    ]
     if not found:
         return False
     axis.plot(*zip(*[(x, mean.mean) for x, mean in found]), color=colour, lw=1.2, marker="o", ms=3, label=label)
@@ -178,11 +181,12 @@ def _finished(figure: Any, first: Any, drawn: bool) -> Any:
 
 def _sensitivity(results: Results) -> Any:
     """Figure 3's counterpart and more: one key at a time around the chosen settings."""
+    assert results.chosen is not None
     figure, axes = plt.subplots(2, len(_SWEPT), figsize=(8.4, 4.0), squeeze=False, sharey="row")
     drawn = False
     for column, (key, (label, scale, how)) in enumerate(_SWEPT.items()):
         for task, colour in zip(plan.TASKS, (_BLUE, _RED)):
-            points = _swept(results, task, key)
+            points = [(p.value, p.cell, p.start) for p in plan.points(results.chosen[task], task) if p.key == key]
             for axis, name in zip(axes[:, column], _NAMES):
                 drawn |= _errors(axis, results, points, name, colour, task)
         for axis in axes[:, column]:
@@ -192,20 +196,6 @@ def _sensitivity(results: Results) -> Any:
     for axis, shown in zip(axes[:, 0], _NAMES.values()):
         axis.set_ylabel(f"{shown} − SFT")
     return _finished(figure, axes[0, 0], drawn)
-
-
-def _swept(results: Results, task: str, key: str) -> list[Point]:
-    """LDL-GRPO at the values of one key, each with the p_sft it started from."""
-    assert results.chosen is not None
-    if key == "anchors":
-        return [
-            (n, results.of_method(task, "ldl_grpo", anchors=n), results.of_method(task, "sft", anchors=n))
-            for n in sorted({ANCHORS, *plan.ANCHOR_COUNTS})
-        ]
-    own = (dict(PLAIN["ldl_grpo"]) | dict(results.chosen[task]["ldl_grpo"]))[key]
-    sft = results.of_method(task, "sft")
-    values = sorted({own, *plan.SWEEPS[key]})
-    return [(value, results.of_method(task, "ldl_grpo", settings={key: value}), sft) for value in values]
 
 
 DRAWN = {"convergence": _convergence, "noise": _noise, "auc": _auc, "sensitivity": _sensitivity}

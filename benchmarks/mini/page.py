@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mini import plan
-from mini.cells import PLAIN, Cell, stage_two
-from mini.results import FIGURES, NON_ANCHOR, Comparison, OfSeed, Results, best_on_validation, comparisons
-from mini.stats import Mean, holm, over_seeds
+from mini.cells import Cell, named, stage_two
+from mini.plan import OfSeed
+from mini.results import FIGURES, NON_ANCHOR, Comparison, Results, best_on_validation, comparisons
+from mini.stats import LEVEL, Mean, holm
 from purld.errors import UserError
 from purld.names import title
 from purld.rundir import atomic_write, write_json, write_rows
@@ -122,12 +123,6 @@ def signed(mean: Mean | None, seeds: bool = False) -> str:
     return f"{mean.mean:+.3f}{interval}{count}"
 
 
-def named(settings: Mapping[str, Any]) -> str:
-    """Settings as a short text."""
-    values = {key: f"{value:g}" if isinstance(value, float) else value for key, value in settings.items()}
-    return ", ".join(f"{key}={value}" for key, value in values.items())
-
-
 # --- parts ----------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +130,7 @@ def grids(results: Results) -> str:
     """Every setting that was tried, with its validation win rate and accuracy; the chosen ones are bold."""
     rows = []
     for method in plan.TUNED:
-        for setting in plan.grid(method):
+        for setting in plan.GRID:
             cells = [title(method), named(setting)]
             for task in plan.TASKS:
                 cell = stage_two(task, plan.TUNING_SEED, "validation", method, setting)
@@ -198,8 +193,8 @@ def _per_task(results: Results, methods: Sequence[str]) -> str:
             "Raw if right",
             "greedy",
             "characters",
-            "teacher calls",
-            "seconds",
+            "teacher calls in all",
+            "seconds of the stage",
             "seeds",
         ]
         parts.append(table(heads, rows))
@@ -262,29 +257,37 @@ def findings(results: Results) -> str:
     """Every claim of the paper that one method beats another, with its verdict by rule."""
     if results.chosen is None:
         return "The settings are not chosen yet."
-    tested = {}
     claims = comparisons(best_on_validation(results, _BASELINES), best_on_validation(results, NON_ANCHOR))
-    for claim in claims:
-        of_a, of_b = results.of_method(claim.task, claim.a), results.of_method(claim.task, claim.b)
-        if found := results.difference(of_a, of_b, claim.name):
-            tested[claim.key] = found
-    adjusted = holm({key: found.p for key, found in tested.items() if found.p is not None})
-    rows = [_finding(claim, tested[claim.key], adjusted.get(claim.key)) for claim in claims if claim.key in tested]
+    tested = {claim.test: found for claim in claims if (found := _tested(results, claim))}
+    p_values = {test: found.p for test, found in tested.items() if found.p is not None}
+    adjusted = holm(p_values, len({claim.test for claim in claims}))
+    rows = [_finding(claim, tested[claim.test], adjusted.get(claim.test)) for claim in claims if claim.test in tested]
     return table(["finding", "task", "claim", "difference over seeds", "p", "Holm's p", "verdict"], rows)
+
+
+def _tested(results: Results, claim: Comparison) -> Mean | None:
+    a, b = (results.of_method(claim.task, method) for method in (claim.a, claim.b))
+    return results.difference(a, b, claim.name)
 
 
 def _finding(claim: Comparison, found: Mean, adjusted: float | None) -> list[str]:
     what = f"{title(claim.a)} > {title(claim.b)}, {'LC' if claim.name == 'lc' else 'Raw'}"
     p = "" if found.p is None else f"{found.p:.3f}"
     corrected = "" if adjusted is None else f"{adjusted:.3f}"
-    return [claim.finding, claim.task, what, signed(found, seeds=True), p, corrected, verdict(found)]
+    return [claim.finding, claim.task, what, signed(found, seeds=True), p, corrected, verdict(found, adjusted)]
 
 
-def verdict(found: Mean) -> str:
-    """By the interval over seeds: above 0 the claim is reproduced, below it is reversed, else it is not reproduced."""
-    if found.low is None or found.high is None:
+def verdict(found: Mean, adjusted: float | None) -> str:
+    """By the interval over seeds: above 0 the claim is reproduced, below it is reversed, else it is not reproduced.
+
+    Alone: a verdict that does not hold for all claims of the table together.
+    """
+    if found.low is None or found.high is None or adjusted is None:
         return "one seed"
-    return "reproduced" if found.low > 0 else "reversed" if found.high < 0 else "not reproduced"
+    if found.low <= 0 <= found.high:
+        return "not reproduced"
+    word = "reproduced" if found.low > 0 else "reversed"
+    return word if adjusted < 1 - LEVEL else f"{word}, alone"
 
 
 def noise(results: Results) -> str:
@@ -295,13 +298,15 @@ def noise(results: Results) -> str:
     for task in plan.TASKS:
         sft = results.of_method(task, "sft")
         for deviation in (0.0, *plan.NOISE):
-            ldl, grpo = (noisy(results, task, m, deviation) for m in ("ldl_grpo", "anchor_grpo"))
-            if not results.seeds(ldl, grpo):
+            ldl, grpo = (results.noisy(task, method, deviation) for method in ("ldl_grpo", "anchor_grpo"))
+            seeds = results.seeds(ldl, grpo, sft, among=plan.FEW_SEEDS)
+            if not seeds:
                 continue
-            cells = [task, f"{deviation:g}", auc_within(results, ldl)]
+            aucs = [results.row(ldl(seed))["score"]["auc_within"] for seed in seeds]
+            cells = [task, f"{deviation:g}", f"{sum(aucs) / len(aucs):.3f}"]
             for name in ("raw", "accuracy"):
-                cells += [signed(few_differences(results, of, sft, name)) for of in (ldl, grpo)]
-                cells.append(signed(few_differences(results, ldl, grpo, name), seeds=True))
+                cells += [signed(results.difference(of, sft, name, among=seeds)) for of in (ldl, grpo)]
+                cells.append(signed(results.difference(ldl, grpo, name, among=seeds), seeds=True))
             rows.append(cells)
     heads = ["task", "noise", "AUC"]
     for name in ("Raw", "accuracy"):
@@ -309,23 +314,7 @@ def noise(results: Results) -> str:
     return table(heads, rows)
 
 
-def noisy(results: Results, task: str, method: str, deviation: float) -> OfSeed:
-    """A method on scores with so much noise, at the rate that both methods have there."""
-    return results.of_method(task, method, settings=plan.NOISE_RATE, noise=deviation)
-
-
-def few_differences(results: Results, a: OfSeed, b: OfSeed, name: str) -> Mean | None:
-    """A difference on the seeds of the smaller experiments alone, so that all rows of a table are about the same."""
-    seeds = [seed for seed in results.seeds(a, b) if seed in plan.FEW_SEEDS]
-    values = [results.figure(a(seed), name) - results.figure(b(seed), name) for seed in seeds]
-    return over_seeds(values) if values else None
-
-
-def auc_within(results: Results, of: OfSeed) -> str:
-    """The mean over seeds of the scores' AUC within prompts."""
-    seeds = [seed for seed in results.seeds(of) if seed in plan.FEW_SEEDS]
-    found = [results.row(of(seed))["score"]["auc_within"] for seed in seeds]
-    return f"{sum(found) / len(found):.3f}" if found else ""
+FORM_FIGURES = ("raw", "lc", "accuracy", "greedy")
 
 
 def forms(results: Results) -> str:
@@ -337,12 +326,12 @@ def forms(results: Results) -> str:
         sft = results.of_method(task, "sft")
         for q in ("likelihood", "mean", "ratio"):
             of = results.of_method(task, "ldl_grpo", settings={"q": q})
-            if not results.seeds(of):
+            if not results.seeds(of, among=plan.FEW_SEEDS):
                 continue
             cells = [
                 task,
                 q,
-                *(signed(few_differences(results, of, sft, name)) for name in ("raw", "lc", "accuracy", "greedy")),
+                *(signed(results.difference(of, sft, name, among=plan.FEW_SEEDS)) for name in FORM_FIGURES),
             ]
             cells += [_last(results, of, key) for key in ("length", "length_correlation", "sharper_than_labels", "kl")]
             rows.append(cells)
@@ -352,7 +341,7 @@ def forms(results: Results) -> str:
 
 def _last(results: Results, of: OfSeed, key: str, steps: int = 10) -> str:
     """The mean of a logged value over the last steps and the seeds."""
-    seeds = [seed for seed in results.seeds(of) if seed in plan.FEW_SEEDS]
+    seeds = results.seeds(of, among=plan.FEW_SEEDS)
     values = [row[key] for seed in seeds for row in results.row(of(seed))["curve"][-steps:] if key in row]
     return f"{sum(values) / len(values):.2f}" if values else ""
 
@@ -363,38 +352,15 @@ def sweeps(results: Results) -> str:
         return "The settings are not chosen yet."
     rows = []
     for task in plan.TASKS:
-        for what, of, start in sweep_points(results, task):
-            if not results.seeds(of, start):
+        own = results.of_method(task, "ldl_grpo")(0)
+        for point in plan.points(results.chosen[task], task):
+            seeds = results.seeds(point.cell, point.start, among=plan.FEW_SEEDS)
+            if not seeds:
                 continue
-            row = [task, what, *(signed(few_differences(results, of, start, name)) for name in ("raw", "accuracy"))]
-            rows.append([*row, str(len([s for s in results.seeds(of, start) if s in plan.FEW_SEEDS]))])
-    return table(["task", "setting", "Raw − SFT", "accuracy − SFT", "seeds"], rows)
-
-
-def sweep_points(results: Results, task: str) -> list[tuple[str, OfSeed, OfSeed]]:
-    """(what, the experiment, the p_sft it starts from) for every point of the sensitivity figures."""
-    assert results.chosen is not None
-    sft, ldl = results.of_method(task, "sft"), results.of_method(task, "ldl_grpo")
-    plain = dict(PLAIN["ldl_grpo"]) | dict(results.chosen[task]["ldl_grpo"])
-    around = {key: plain[key] for key in plan.SWEEPS if key in plain}
-    found = [(f"LDL-GRPO: {named(around)}", ldl, sft)]
-    for key, values in plan.SWEEPS.items():
-        for value in values:
-            if plain.get(key) != value:
-                found.append((named({key: value}), results.of_method(task, "ldl_grpo", settings={key: value}), sft))
-    found.append(("evaluator moving", results.of_method(task, "ldl_grpo", evaluator="moving"), sft))
-    found.append(("other prompts than Stage I's", results.of_method(task, "ldl_grpo", pool="other"), sft))
-    grpo = results.of_method(task, "anchor_grpo")
-    found.append(("Anchor-GRPO", grpo, sft))
-    found.append(("Anchor-GRPO, evaluator moving", results.of_method(task, "anchor_grpo", evaluator="moving"), sft))
-    twice = results.of_method(task, "anchor_grpo", settings={"updates_per_rollout": 2})
-    found.append(("Anchor-GRPO, updates_per_rollout=2", twice, sft))
-    found.append(("SFT→SFT", results.of_method(task, "sft_sft"), sft))
-    found.append(("SFT→SFT, other prompts than Stage I's", results.of_method(task, "sft_sft", pool="other"), sft))
-    for anchors in plan.ANCHOR_COUNTS:
-        start = results.of_method(task, "sft", anchors=anchors)
-        found.append((f"N={anchors}", results.of_method(task, "ldl_grpo", anchors=anchors), start))
-    return found
+            label = f"{point.label} (the tables')" if point.cell(0) == own else point.label
+            found = [results.difference(point.cell, point.start, name, among=seeds) for name in ("raw", "accuracy")]
+            rows.append([task, label, *(signed(mean, seeds=True) for mean in found)])
+    return table(["task", "setting", "Raw − SFT", "accuracy − SFT"], rows)
 
 
 def account(results: Results) -> str:
@@ -405,9 +371,8 @@ def account(results: Results) -> str:
         seconds = sum(results.row(c)["seconds"] + results.row(c)["measured"]["seconds"] for c in done)
         left += len(cells) - len(done)
         rows.append([name, str(len(cells)), str(len(done)), f"{seconds / 60:.0f}"])
-    closing = (
-        "Everything is run." if not left else f"{left} cells are not run; `make miniature` runs them and no other."
-    )
+    later = "" if results.chosen is not None else ", and then those of the tables"
+    closing = f"{left} cells are not run; `make miniature` runs them{later}." if left else "Everything is run."
     return table(["what", "cells", "done", "minutes of one core"], rows) + f"\n\n{closing}"
 
 

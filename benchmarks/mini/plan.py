@@ -5,17 +5,18 @@ What is tuned is chosen from the rows of the tuning cells, so later cells are kn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mini.cells import PLAIN, Cell, stage_two
+from mini.cells import ANCHORS, PLAIN, Cell, named, stage_two
 
 TASKS = ("writing", "counting")
 SEEDS = (0, 1, 2, 3, 4)
 FEW_SEEDS = (0, 1, 2)
-TUNING_SEED = 1000  # draws prompts and problems that no table sees
+TUNING_SEED = 1000  # of no table; its problems are of the training split, so no table is measured on them
 
 TUNED = ("ldl_grpo", "anchorrank_dpo", "anchor_grpo", "self_ppo", "singlepair_dpo", "sft_sft")
 METHODS = (*TUNED, "teacher_judge_grpo")
@@ -39,13 +40,13 @@ SWEEPS: Mapping[str, Sequence[Any]] = {
 }
 ANCHOR_COUNTS = (50, 2000)
 
+GRID: Sequence[Mapping[str, Any]] = tuple({"learning_rate": rate} for rate in RATES)
+"""The settings that are tried for every method."""
+
 Chosen = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Settings by task and method."""
-
-
-def grid(method: str) -> list[dict[str, Any]]:
-    """The settings that are tried for a method: as many for each."""
-    return [{"learning_rate": rate} for rate in RATES]
+OfSeed = Callable[[int], Cell]
+"""The same experiment on any seed."""
 
 
 def tuning_cells() -> list[Cell]:
@@ -55,7 +56,7 @@ def tuning_cells() -> list[Cell]:
         stage_two(task, TUNING_SEED, "validation", method, setting)
         for method in TUNED
         for task in TASKS
-        for setting in grid(method)
+        for setting in GRID
     ]
 
 
@@ -71,9 +72,9 @@ def choose(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[st
     for task in TASKS:
         chosen[task] = {}
         for method in TUNED:
-            cells = {i: stage_two(task, TUNING_SEED, "validation", method, s) for i, s in enumerate(grid(method))}
+            cells = {i: stage_two(task, TUNING_SEED, "validation", method, s) for i, s in enumerate(GRID)}
             best = max(cells, key=lambda i: float(np.mean(rows[cells[i].id]["measured"]["wins"])))
-            chosen[task][method] = grid(method)[best]
+            chosen[task][method] = dict(GRID[best])
         # It is Anchor-GRPO with another scorer, and there for the price: it takes that one's setting.
         chosen[task]["teacher_judge_grpo"] = chosen[task]["anchor_grpo"]
     return chosen
@@ -84,9 +85,9 @@ def middle() -> dict[str, dict[str, dict[str, Any]]]:
     return {task: {method: {"learning_rate": RATES[1]} for method in METHODS} for task in TASKS}
 
 
-def main_cells(chosen: Chosen, tasks: Sequence[str] = TASKS, seeds: Sequence[int] = SEEDS) -> list[Cell]:
+def main_cells(chosen: Chosen, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     """Tables 1 and 2: every method on every task and seed, seed by seed; the judging teacher, which is ours, last."""
-    runs = [(task, seed) for seed in seeds for task in tasks]
+    runs = [(task, seed) for seed in seeds for task in TASKS]
     found = [
         cell
         for task, seed in runs
@@ -120,25 +121,63 @@ def form_cells(chosen: Chosen) -> list[Cell]:
     ]
 
 
-def sweep_cells(chosen: Chosen, seed: int) -> list[Cell]:
-    """Sensitivity: one key at a time, then what the configuration cannot say."""
-    return [cell for task in TASKS for cell in _sweep(chosen[task], task, seed)]
+@dataclass(frozen=True)
+class Point:
+    """One thing changed around the settings of the tables.
+
+    Attributes:
+        key: what is changed, if it is a key that has several values.
+        value: of the key.
+        label: for a person.
+        cell: the experiment.
+        start: the p_sft it starts from.
+    """
+
+    key: str
+    value: Any
+    label: str
+    cell: OfSeed
+    start: OfSeed
 
 
-def _sweep(chosen: Mapping[str, Mapping[str, Any]], task: str, seed: int) -> Iterator[Cell]:
-    ldl, grpo = chosen["ldl_grpo"], chosen["anchor_grpo"]
+def points(chosen: Mapping[str, Mapping[str, Any]], task: str) -> list[Point]:
+    """One key of LDL-GRPO at a time, its own value among the others; then what is no key of it.
+
+    Args:
+        chosen: the task's settings by method.
+    """
+
+    def p_sft(anchors: int = ANCHORS) -> OfSeed:
+        return lambda seed: Cell(task, seed, "test", "sft", anchors=anchors)
+
+    def of(method: str, changed: Mapping[str, Any] | None = None, **more: Any) -> OfSeed:
+        settings = {**chosen[method], **(changed or {})}
+        return lambda seed: stage_two(task, seed, "test", method, settings, **more)
+
+    plain = PLAIN["ldl_grpo"] | chosen["ldl_grpo"]
+    found = []
     for key, values in SWEEPS.items():
-        for value in values:
-            if (PLAIN["ldl_grpo"] | ldl).get(key) != value:
-                yield stage_two(task, seed, "test", "ldl_grpo", ldl | {key: value})
-    yield stage_two(task, seed, "test", "ldl_grpo", ldl, evaluator="moving")
-    yield stage_two(task, seed, "test", "anchor_grpo", grpo, evaluator="moving")
-    yield stage_two(task, seed, "test", "anchor_grpo", grpo | {"updates_per_rollout": 2})
-    for method in ("ldl_grpo", "sft_sft"):
-        yield stage_two(task, seed, "test", method, chosen[method], pool="other")
-    for anchors in ANCHOR_COUNTS:
-        yield Cell(task, seed, "test", "sft", anchors=anchors)
-        yield stage_two(task, seed, "test", "ldl_grpo", ldl, anchors=anchors)
+        own = [plain[key]] if key in plain else []
+        for value in sorted({*own, *values}):
+            found.append(Point(key, value, named({key: value}), of("ldl_grpo", {key: value}), p_sft()))
+    for n in sorted({ANCHORS, *ANCHOR_COUNTS}):
+        found.append(Point("anchors", n, f"N={n}", of("ldl_grpo", anchors=n), p_sft(n)))
+    others = {
+        "evaluator moving": of("ldl_grpo", evaluator="moving"),
+        "other prompts than Stage I's": of("ldl_grpo", pool="other"),
+        "Anchor-GRPO": of("anchor_grpo"),
+        "Anchor-GRPO, evaluator moving": of("anchor_grpo", evaluator="moving"),
+        "Anchor-GRPO, two updates per rollout, so half the candidates": of("anchor_grpo", {"updates_per_rollout": 2}),
+        "SFT→SFT": of("sft_sft"),
+        "SFT→SFT, other prompts than Stage I's": of("sft_sft", pool="other"),
+    }
+    return found + [Point("", None, label, cell, p_sft()) for label, cell in others.items()]
+
+
+def sweep_cells(chosen: Chosen, seed: int) -> list[Cell]:
+    """All points on one seed."""
+    found = [(p.start(seed), p.cell(seed)) for task in TASKS for p in points(chosen[task], task)]
+    return list(dict.fromkeys(cell for pair in found for cell in pair))
 
 
 def all_cells(rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:

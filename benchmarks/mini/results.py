@@ -10,14 +10,13 @@ import numpy as np
 
 from mini import plan
 from mini.cells import ANCHORS, Cell, stage_two
+from mini.plan import OfSeed
 from mini.stats import Mean, over_seeds
 from purld.evaluation.accuracy import paired_difference
 from purld.evaluation.intervals import Interval
 from purld.evaluation.winrate import length_controlled_rate
 
 Row = Mapping[str, Any]
-OfSeed = Callable[[int], Cell]
-"""The same experiment on any seed."""
 
 
 class Results:
@@ -55,18 +54,22 @@ class Results:
         settings = self.chosen[task][method] | more.pop("settings", {})
         return lambda seed: stage_two(task, seed, "test", method, settings, **more)
 
-    def seeds(self, *cells: OfSeed) -> list[int]:
+    def noisy(self, task: str, method: str, deviation: float) -> OfSeed:
+        """A method on scores with so much noise, at the rate that both methods have there."""
+        return self.of_method(task, method, settings=plan.NOISE_RATE, noise=deviation)
+
+    def seeds(self, *cells: OfSeed, among: Sequence[int] = plan.SEEDS) -> list[int]:
         """The seeds on which all of these are done."""
-        return [seed for seed in plan.SEEDS if all(of(seed) in self for of in cells)]
+        return [seed for seed in among if all(of(seed) in self for of in cells)]
 
     def mean(self, cell: OfSeed, name: str) -> Mean | None:
         """A figure over seeds; None if no seed is done."""
         values = [self.figure(cell(seed), name) for seed in self.seeds(cell)]
         return over_seeds(values) if values else None
 
-    def difference(self, a: OfSeed, b: OfSeed, name: str) -> Mean | None:
+    def difference(self, a: OfSeed, b: OfSeed, name: str, among: Sequence[int] = plan.SEEDS) -> Mean | None:
         """How much more `a` has of a figure than `b` on the same seeds; None if they share none."""
-        seeds = self.seeds(a, b)
+        seeds = self.seeds(a, b, among=among)
         values = [self.figure(a(seed), name) - self.figure(b(seed), name) for seed in seeds]
         return over_seeds(values) if values else None
 
@@ -91,13 +94,13 @@ FIGURES: Mapping[str, Callable[[Row], float]] = {
     "raw": _mean_of("wins"),
     "lc": _lc,
     "accuracy": _mean_of("right"),
-    "raw_if_right": lambda row: float(np.sum(row["measured"]["wins"]) / np.sum(row["measured"]["right"])),
+    "raw_if_right": lambda row: float(np.sum(row["measured"]["wins"]) / max(np.sum(row["measured"]["right"]), 1e-9)),
     "greedy": _mean_of("greedy_right"),
     "length": _mean_of("length"),
     "seconds": lambda row: float(row["seconds"]),
     "calls": lambda row: float(row["teacher_calls"]),
 }
-PER_PROMPT = {"raw": "wins", "accuracy": "right", "greedy": "greedy_right"}
+PER_PROMPT = {"raw": "wins", "accuracy": "right"}
 """The column of a row that a figure is the mean of."""
 
 
@@ -115,16 +118,16 @@ class Comparison:
     name: str
 
     @property
-    def key(self) -> str:
-        """Tells it from the others."""
-        return f"{self.finding} {self.task} {self.a}-{self.b} {self.name}"
+    def test(self) -> str:
+        """What is tested: the same for claims of several findings that say the same."""
+        return f"{self.task} {self.a}-{self.b} {self.name}"
 
 
 NON_ANCHOR = ("sft", "sft_sft", "singlepair_dpo", "self_ppo")
 
 
 def comparisons(best_baseline: Mapping[str, str], best_non_anchor: Mapping[str, str]) -> list[Comparison]:
-    """Everything that is tested: the paper's claims on the paper's figures, raw and length-controlled."""
+    """The paper's claims: finding 3 is about LC, the others about Raw."""
     found = []
     for task in plan.TASKS:
         pairs = [
@@ -142,10 +145,8 @@ def comparisons(best_baseline: Mapping[str, str], best_non_anchor: Mapping[str, 
             ("5", "anchorrank_dpo", "singlepair_dpo"),
             ("ablation", "ldl_grpo", "anchor_grpo"),
         ]
-        for finding, a, b in pairs:
-            names = ("lc",) if finding == "3" else ("raw",)
-            found += [Comparison(finding, task, a, b, name) for name in names]
-    return list({c.key: c for c in found}.values())
+        found += [Comparison(finding, task, a, b, "lc" if finding == "3" else "raw") for finding, a, b in pairs]
+    return list(dict.fromkeys(found))
 
 
 def best_on_validation(results: Results, among: Sequence[str]) -> dict[str, str]:

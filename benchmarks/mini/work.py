@@ -94,7 +94,7 @@ def anchored(cell: Cell) -> Pairs:
 
 
 def problems_to_measure_on(task: str, split: Split, seed: int) -> list[Problem]:
-    """Held-out problems; for validation, problems of the training split that no run of this seed trains on."""
+    """Held-out problems; for validation, problems of the training split that tuning does not train on."""
     if split == "test":
         return generate(task, "heldout", HELD_OUT, seed)  # type: ignore[arg-type]
     asked = {p.question for p in generate(task, "train", 2 * ANCHORS, seed)}  # type: ignore[arg-type]

@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 from mini import plan
 from mini.cells import Cell, stage_two
-from mini.page import PARTS, findings, quick_table, replaced, table_one, verdict, write_page
-from mini.results import Results
+from mini.page import (
+    PARTS,
+    differences,
+    findings,
+    forms,
+    noise,
+    quick_table,
+    replaced,
+    sweeps,
+    table_one,
+    verdict,
+    write_page,
+)
+from mini.results import Results, comparisons
 from mini.stats import over_seeds
 
 from purld.errors import UserError
@@ -15,10 +27,11 @@ from purld.rundir import read_rows
 
 
 def row(cell: Cell, wins: float, length: float = 40.0) -> dict:
-    """Ten problems of which a share is won; lengths differ a little from the teacher's."""
-    won = [1.0] * round(10 * wins) + [0.0] * (10 - round(10 * wins))
+    """Ten problems of which a share is won, one more right, and one more than that right in a greedy answer."""
+    ahead = round(10 * wins)
+    won, right, greedy = ([1.0] * n + [0.0] * (10 - n) for n in (ahead, ahead + 1, ahead + 2))
     measured = {
-        "wins": won, "right": won, "greedy_right": won, "seconds": 2.0,
+        "wins": won, "right": right, "greedy_right": greedy, "seconds": 2.0,
         "length": [length + 3 * i % 7 for i in range(10)], "teacher_length": [41] * 10,
     }  # fmt: skip
     curve = [{"step": s, "loss": 1.0, "eval_loss": 1.0, "objective": 0.5, "right": 0.5} for s in range(1, 7)]
@@ -34,7 +47,7 @@ def tuned(best: int = 2) -> dict:
         p_sft = Cell(task, plan.TUNING_SEED, "validation", "sft")
         rows[p_sft.id] = row(p_sft, 0.3)
         for method in plan.TUNED:
-            for index, setting in enumerate(plan.grid(method)):
+            for index, setting in enumerate(plan.GRID):
                 cell = stage_two(task, plan.TUNING_SEED, "validation", method, setting)
                 rows[cell.id] = row(cell, 0.5 if index == best else 0.3)
     return rows
@@ -42,11 +55,11 @@ def tuned(best: int = 2) -> dict:
 
 def test_every_method_is_tuned_on_as_many_settings_and_none_of_them_twice():
     for method in plan.TUNED:
-        cells = [stage_two("writing", 0, "test", method, setting) for setting in plan.grid(method)]
+        cells = [stage_two("writing", 0, "test", method, setting) for setting in plan.GRID]
         assert len({cell.id for cell in cells}) == len(plan.RATES) == 3
 
 
-def test_tuning_sees_neither_the_seeds_nor_the_problems_of_the_tables():
+def test_tuning_has_a_seed_of_its_own_and_measures_on_validation():
     for cell in plan.tuning_cells():
         assert cell.split == "validation" and cell.seed not in plan.SEEDS
 
@@ -57,7 +70,7 @@ def test_later_cells_wait_for_the_choice_and_use_it():
     assert plan.choose({key: r for key, r in rows.items() if key != last.id}) is None
     assert plan.all_cells({}) == plan.tuning_cells()
     chosen = plan.choose(rows)
-    assert all(chosen[task][m] == plan.grid(m)[2] for task in plan.TASKS for m in plan.TUNED)
+    assert all(chosen[task][m] == dict(plan.GRID[2]) for task in plan.TASKS for m in plan.TUNED)
     cells = plan.all_cells(rows)
     assert len({cell.id for cell in cells}) == len(cells)
     main = plan.main_cells(chosen)
@@ -81,17 +94,43 @@ def test_a_cell_is_known_by_all_that_it_depends_on():
 
 
 def with_tables(ldl: float, others: float) -> dict:
+    """LDL-GRPO has a tenth more on odd seeds."""
     rows = tuned()
     for cell in plan.main_cells(plan.choose(rows)):
-        rows[cell.id] = row(cell, ldl if cell.method == "ldl_grpo" else others)
+        rows[cell.id] = row(cell, ldl + 0.1 * (cell.seed % 2) if cell.method == "ldl_grpo" else others)
     return rows
 
 
 def test_table_one_has_the_figures_of_the_rows():
     text = table_one(Results(with_tables(ldl=0.6, others=0.4)))
-    assert "| **LDL-GRPO** | 0.600 [0.600, 0.600] |" in text
+    raw, right, if_right = "0.640 [0.572, 0.708]", "0.740 [0.672, 0.808]", "0.864 [0.852, 0.876]"
+    for line in [line for line in text.splitlines() if "LDL-GRPO" in line]:
+        _, name, *cells = (cell.strip() for cell in line.split("|"))
+        assert [name, cells[0], *cells[2:5]] == ["**LDL-GRPO**", raw, right, if_right, "0.840"]
     assert text.count("| SFT | 0.400 [0.400, 0.400] |") == len(plan.TASKS)
     assert "| 256 | 30 | 5 |" in text
+
+
+def test_differences_are_paired_by_seed():
+    """0.2, 0.3, 0.2, 0.3, 0.2: a mean of 0.24, a standard error of 0.0245, and 2.776 of them on both sides."""
+    assert "| LDL-GRPO | +0.240 [+0.172, +0.308] (5/5) |" in differences(Results(with_tables(0.6, 0.4)))
+
+
+def test_a_claim_of_two_findings_is_one_test():
+    """t = 0.24 / 0.0245 = 9.8, p = 0.0006, the smallest of as many tests as there are different ones."""
+    results = Results(with_tables(0.6, 0.4))
+    text = findings(results)
+    claims = [line for line in text.splitlines() if "| LDL-GRPO > SFT, Raw |" in line]
+    tests = {
+        claim.test
+        for claim in comparisons(
+            {task: "sft_sft" for task in plan.TASKS},
+            {task: "sft_sft" for task in plan.TASKS},
+        )
+    }
+    assert len(claims) == 2 and len(tests) == 24
+    assert all("| 0.001 | " in line and "reproduced" in line for line in claims)
+    assert "LDL-GRPO > SFT, LC" in text
 
 
 def test_a_table_shows_what_is_done_and_no_more():
@@ -104,16 +143,18 @@ def test_a_table_shows_what_is_done_and_no_more():
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("values", "adjusted", "expected"),
     [
-        ([0.1, 0.11, 0.12], "reproduced"),
-        ([-0.1, -0.11, -0.12], "reversed"),
-        ([0.1, -0.11, 0.12], "not reproduced"),
-        ([0.1], "one seed"),
+        ([0.1, 0.11, 0.12], 0.01, "reproduced"),
+        ([0.1, 0.11, 0.12], 0.2, "reproduced, alone"),
+        ([-0.1, -0.11, -0.12], 0.01, "reversed"),
+        ([-0.1, -0.11, -0.12], 0.2, "reversed, alone"),
+        ([0.1, -0.11, 0.12], 1.0, "not reproduced"),
+        ([0.1], None, "one seed"),
     ],
 )
-def test_a_verdict_is_by_the_interval_alone(values, expected):
-    assert verdict(over_seeds(values)) == expected
+def test_a_verdict_is_by_the_interval_and_says_if_it_stands_alone(values, adjusted, expected):
+    assert verdict(over_seeds(values), adjusted) == expected
 
 
 def test_quick_table_pairs_a_method_with_its_own_p_sft():
@@ -135,15 +176,36 @@ def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
     assert text.count("More by hand.") == len(PARTS) - 1 and "\nold\n" not in text
     assert (tmp_path / "chosen.json").exists() == bool(rows)
     brief = read_rows(tmp_path / "miniature.jsonl")
-    assert len(brief) == len(rows) and all(r["raw"] in (0.3, 0.4, 0.5, 0.6) and "lc" in r for r in brief)
+    assert len(brief) == len(rows) and all(r["raw"] in (0.3, 0.4, 0.5, 0.6, 0.7) and "lc" in r for r in brief)
     write_page(rows, tmp_path)
     assert (tmp_path / "miniature.md").read_text() == text
 
 
+def with_everything() -> dict:
+    """Every cell of the plan; no two settings of the smaller experiments have equally many tokens."""
+    rows = with_tables(0.6, 0.4)
+    for number, cell in enumerate(plan.all_cells(rows)):
+        rows.setdefault(cell.id, row(cell, 0.1 + 0.1 * (number % 7)))
+    return rows
+
+
+def test_every_planned_cell_is_shown():
+    results = Results(with_everything())
+    points = plan.points(results.chosen["writing"], "writing")
+    assert len({point.cell(0) for point in points}) == len(points) - 6  # seven keys have the tables' own cell
+
+    def lines(text: str) -> int:
+        return len(text.splitlines()) - 2
+
+    assert lines(sweeps(results)) == len(plan.TASKS) * len(points)
+    assert sweeps(results).count("(the tables')") == len(plan.TASKS) * 7
+    assert lines(noise(results)) == len(plan.TASKS) * (1 + len(plan.NOISE))
+    assert lines(forms(results)) == len(plan.TASKS) * 3
+
+
 def test_figures_are_drawn(tmp_path):
     (tmp_path / "miniature.md").write_text(page())
-    rows = with_tables(0.6, 0.4) | {cell.id: row(cell, 0.5) for cell in plan.noise_cells()}
-    write_page(rows, tmp_path)
+    write_page(with_everything(), tmp_path)
     drawn = sorted(path.name for path in tmp_path.glob("*.png"))
     assert drawn == [f"miniature-{name}.png" for name in ("auc", "convergence", "noise", "sensitivity")]
 

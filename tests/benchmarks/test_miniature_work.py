@@ -7,6 +7,7 @@ from pathlib import Path
 import mini.work
 import numpy as np
 import pytest
+from mini import plan
 from mini.cells import Cell, stage_two
 from mini.work import (
     MovingEvaluator,
@@ -68,11 +69,14 @@ def test_a_stage_two_without_its_stage_one_is_refused(folder):
         run_cell(stage_two("writing", 7, "test", "sft_sft", SMALL, anchors=8), folder)
 
 
-def test_validation_problems_are_neither_trained_on_nor_tested_on():
-    trained = {p.question for p in generate("writing", "train", 512, 0)}
-    validation = {p.question for p in problems_to_measure_on("writing", "validation", 0)}
+@pytest.mark.parametrize("task", plan.TASKS)
+def test_validation_problems_are_neither_trained_on_nor_tested_on(task):
+    seed = plan.TUNING_SEED
+    trained = {p.question for p in generate(task, "train", 512, seed)}
+    validation = {p.question for p in problems_to_measure_on(task, "validation", seed)}
     assert len(validation) == 200 and not validation & trained
-    assert not validation & {p.question for p in problems_to_measure_on("writing", "test", 0)}
+    for table in plan.SEEDS:
+        assert not validation & {p.question for p in problems_to_measure_on(task, "test", table)}
 
 
 def test_more_anchors_are_read_fewer_times():

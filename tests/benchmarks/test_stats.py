@@ -39,5 +39,10 @@ def test_seeds_that_agree_in_nothing_at_all_prove_nothing():
 
 def test_holm_by_hand():
     """Sorted: 0.01 * 3, then max(0.03, 0.02 * 2), then max(0.04, 0.03 * 1)."""
-    assert holm({"c": 0.03, "a": 0.01, "b": 0.02}) == pytest.approx({"c": 0.04, "a": 0.03, "b": 0.04})
-    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+    three = {"c": 0.03, "a": 0.01, "b": 0.02}
+    assert holm(three, 3) == pytest.approx({"c": 0.04, "a": 0.03, "b": 0.04})
+    assert holm({"a": 0.9, "b": 0.8}, 2) == {"a": 1.0, "b": 1.0}
+
+
+def test_holm_counts_the_tests_that_have_no_p_value_yet():
+    assert holm({"a": 0.01, "b": 0.02}, 4) == pytest.approx({"a": 0.04, "b": 0.06})
