@@ -128,25 +128,26 @@ def signed(mean: Mean | None, seeds: bool = False) -> str:
 
 def grids(results: Results) -> str:
     """Every setting that was tried, with its validation win rate and accuracy; the chosen ones are bold."""
-    rows = []
-    for method in plan.TUNED:
-        for setting in plan.GRID:
-            cells = [title(method), named(setting)]
-            for task in plan.TASKS:
-                cell = stage_two(task, plan.TUNING_SEED, "validation", method, setting)
-                if cell not in results:
-                    cells.append("")
-                    continue
-                shown = f"{results.figure(cell, 'raw'):.3f} / {results.figure(cell, 'accuracy'):.3f}"
-                best = results.chosen is not None and results.chosen[task][method] == setting
-                cells.append(f"**{shown}**" if best else shown)
-            rows.append(cells)
     start = ["SFT", "as in [results](results.md)"]
-    for task in plan.TASKS:
-        cell = Cell(task, plan.TUNING_SEED, "validation", "sft")
-        done = cell in results
-        start.append(f"{results.figure(cell, 'raw'):.3f} / {results.figure(cell, 'accuracy'):.3f}" if done else "")
-    return table(["method", "setting", *plan.TASKS], [start, *rows])
+    start += [_on_validation(results, Cell(task, plan.TUNING_SEED, "validation", "sft")) for task in plan.TASKS]
+    rows = [start]
+    for method in plan.TUNED:
+        for rate in sorted({*plan.RATES, *plan.BEYOND}):
+            setting = {"learning_rate": rate}
+            shown = []
+            for task in plan.TASKS:
+                text = _on_validation(results, stage_two(task, plan.TUNING_SEED, "validation", method, setting))
+                best = results.chosen is not None and results.chosen[task][method] == setting
+                shown.append(f"**{text}**" if best else text)
+            if any(shown) or rate in plan.RATES:
+                beyond = "" if rate in plan.RATES else ", beyond the grid"
+                rows.append([title(method), f"{named(setting)}{beyond}", *shown])
+    return table(["method", "setting", *plan.TASKS], rows)
+
+
+def _on_validation(results: Results, cell: Cell) -> str:
+    """Raw and accuracy of a cell that is done."""
+    return f"{results.figure(cell, 'raw'):.3f} / {results.figure(cell, 'accuracy'):.3f}" if cell in results else ""
 
 
 def table_one(results: Results) -> str:
@@ -307,11 +308,12 @@ def noise(results: Results) -> str:
             for name in ("raw", "accuracy"):
                 cells += [signed(results.difference(of, sft, name, among=seeds)) for of in (ldl, grpo)]
                 cells.append(signed(results.difference(ldl, grpo, name, among=seeds), seeds=True))
-            rows.append(cells)
+            held = results.noisy(task, "anchor_grpo", deviation, **plan.HELD)
+            rows.append([*cells, signed(results.difference(held, sft, "accuracy", among=seeds))])
     heads = ["task", "noise", "AUC"]
     for name in ("Raw", "accuracy"):
         heads += [f"LDL-GRPO − SFT, {name}", f"Anchor-GRPO − SFT, {name}", f"LDL-GRPO − Anchor-GRPO, {name}"]
-    return table(heads, rows)
+    return table([*heads, f"Anchor-GRPO with {named(plan.HELD)} − SFT, accuracy"], rows)
 
 
 FORM_FIGURES = ("raw", "lc", "accuracy", "greedy")
@@ -383,6 +385,7 @@ def suites(results: Results) -> dict[str, list[Cell]]:
         found["Tables 1 and 2"] = plan.main_cells(results.chosen)
         found["noise"] = plan.noise_cells()
         found["forms of q"] = plan.form_cells(results.chosen)
+        found["beyond the grid"] = plan.edge_cells(results.chosen)
         found["sensitivity"] = [c for seed in plan.FEW_SEEDS for c in plan.sweep_cells(results.chosen, seed)]
     seen: set[Cell] = set()
     for name, cells in found.items():

@@ -20,14 +20,17 @@ TUNING_SEED = 1000  # of no table; its problems are of the training split, so no
 
 TUNED = ("ldl_grpo", "anchorrank_dpo", "anchor_grpo", "self_ppo", "singlepair_dpo", "sft_sft")
 METHODS = (*TUNED, "teacher_judge_grpo")
-# Three rates for each; what else a method has stays as published (see `cells.PLAIN`). 4.5e-4 was worse than all of them
-# wherever it was tried.
+# Three rates for each; what else a method has stays as published (see `cells.PLAIN`).
 RATES = (1.5e-5, 5e-5, 1.5e-4)
+# Tried where the first or the last of them was chosen, to show what a wider grid would have said.
+BEYOND = (5e-6, 4.5e-4)
 
 NOISE = (0.5, 1.0, 2.0)
 # Both methods take it under noise, whatever was chosen for them: AdamW's steps are as large for one loss as for
 # another, so what noise does to a method is only seen at one rate.
 NOISE_RATE = {"learning_rate": RATES[1]}
+# What Anchor-GRPO has of LDL-GRPO's hold on p_sft in one arm, to tell labels from hold.
+HELD = {"beta": PLAIN["ldl_grpo"]["beta"]}
 # One key at a time around the settings of the tables, for ldl_grpo.
 SWEEPS: Mapping[str, Sequence[Any]] = {
     "learning_rate": RATES,
@@ -108,6 +111,21 @@ def noise_cells() -> list[Cell]:
         for noise in (0.0, *NOISE)
         for task in TASKS
         for method in ("ldl_grpo", "anchor_grpo")
+    ] + [
+        stage_two(task, seed, "test", "anchor_grpo", {**NOISE_RATE, **HELD}, noise=NOISE[-1])
+        for seed in FEW_SEEDS
+        for task in TASKS
+    ]
+
+
+def edge_cells(chosen: Chosen) -> list[Cell]:
+    """On validation, the rate beyond every chosen one that is the first or the last of the grid."""
+    edges = {RATES[0]: BEYOND[0], RATES[-1]: BEYOND[1]}
+    return [
+        stage_two(task, TUNING_SEED, "validation", method, {"learning_rate": edges[rate]})
+        for method in TUNED
+        for task in TASKS
+        if (rate := chosen[task][method]["learning_rate"]) in edges
     ]
 
 
@@ -185,7 +203,7 @@ def all_cells(rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
     chosen = choose(rows)
     if chosen is None:
         return tuning_cells()
-    found = tuning_cells() + main_cells(chosen) + noise_cells() + form_cells(chosen)
+    found = tuning_cells() + main_cells(chosen) + noise_cells() + form_cells(chosen) + edge_cells(chosen)
     for seed in FEW_SEEDS:
         found += sweep_cells(chosen, seed)
     return list(dict.fromkeys(found))

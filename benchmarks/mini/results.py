@@ -54,9 +54,9 @@ class Results:
         settings = self.chosen[task][method] | more.pop("settings", {})
         return lambda seed: stage_two(task, seed, "test", method, settings, **more)
 
-    def noisy(self, task: str, method: str, deviation: float) -> OfSeed:
-        """A method on scores with so much noise, at the rate that both methods have there."""
-        return self.of_method(task, method, settings=plan.NOISE_RATE, noise=deviation)
+    def noisy(self, task: str, method: str, deviation: float, **settings: Any) -> OfSeed:
+        """A method on scores with so much noise, at the rate that all have there."""
+        return self.of_method(task, method, settings={**plan.NOISE_RATE, **settings}, noise=deviation)
 
     def seeds(self, *cells: OfSeed, among: Sequence[int] = plan.SEEDS) -> list[int]:
         """The seeds on which all of these are done."""

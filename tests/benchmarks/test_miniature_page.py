@@ -11,6 +11,7 @@ from mini.page import (
     differences,
     findings,
     forms,
+    grids,
     noise,
     quick_table,
     replaced,
@@ -62,6 +63,13 @@ def test_every_method_is_tuned_on_as_many_settings_and_none_of_them_twice():
 def test_tuning_has_a_seed_of_its_own_and_measures_on_validation():
     for cell in plan.tuning_cells():
         assert cell.split == "validation" and cell.seed not in plan.SEEDS
+
+
+def test_an_edge_of_the_grid_is_looked_beyond():
+    rates = {dict(cell.settings)["learning_rate"] for cell in plan.edge_cells(plan.choose(tuned(best=0)))}
+    assert rates == {plan.BEYOND[0]} and not plan.edge_cells(plan.choose(tuned(best=1)))
+    assert "| LDL-GRPO | learning_rate=0.00045, beyond the grid |" in grids(Results(with_everything()))
+    assert "beyond" not in grids(Results(tuned()))
 
 
 def test_later_cells_wait_for_the_choice_and_use_it():
