@@ -386,7 +386,7 @@ def suites(results: Results) -> dict[str, list[Cell]]:
         found["noise"] = plan.noise_cells()
         found["forms of q"] = plan.form_cells(results.chosen)
         found["beyond the grid"] = plan.edge_cells(results.chosen)
-        found["sensitivity"] = [c for seed in plan.FEW_SEEDS for c in plan.sweep_cells(results.chosen, seed)]
+        found["sensitivity"] = plan.sweep_cells(results.chosen)
     seen: set[Cell] = set()
     for name, cells in found.items():
         found[name] = [cell for cell in dict.fromkeys(cells) if cell not in seen]
