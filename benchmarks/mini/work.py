@@ -85,10 +85,15 @@ def _row(cell: Cell, facts: dict[str, Any], measured: dict[str, Any]) -> dict[st
     return {"id": cell.id, "cell": asdict(cell)} | facts | {"measured": measured}
 
 
+def problems_trained_on(cell: Cell) -> list[Problem]:
+    """Problems of the training split: the first ones, or as many after them."""
+    first = cell.anchors if cell.method != "sft" and cell.pool == "other" else 0
+    return generate(cell.task, "train", first + cell.anchors, cell.seed)[first:]  # type: ignore[arg-type]
+
+
 def anchored(cell: Cell) -> Pairs:
     """The prompts that a cell trains on with the teacher's answers."""
-    first = cell.anchors if cell.method != "sft" and cell.pool == "other" else 0
-    problems = generate(cell.task, "train", first + cell.anchors, cell.seed)[first:]  # type: ignore[arg-type]
+    problems = problems_trained_on(cell)
     prompts = [_prompt(problem) for problem in problems]
     return [(p, Anchor(p.id, teacher_answer(problem))) for p, problem in zip(prompts, problems)]
 
@@ -298,8 +303,8 @@ def _measured(cell: Cell, model: Path, folder: Path) -> dict[str, Any]:
         return loaded[0]
 
     with stopwatch() as seconds:
-        drawn = _answers(cell, problems, load, Decoding(1.0, 64), SAMPLES[cell.split], folder)
-        greedy = [] if cell.split == "validation" else _answers(cell, problems, load, Decoding(0.0, 64), 1, folder)
+        drawn = answers(cell, problems, load, Decoding(1.0, 64), SAMPLES[cell.split], folder)
+        greedy = [] if cell.split == "validation" else answers(cell, problems, load, Decoding(0.0, 64), 1, folder)
     teacher = [teacher_answer(p) for p in problems]
 
     def right(problem: Problem, _: str, text: str) -> float:
@@ -315,7 +320,7 @@ def _measured(cell: Cell, model: Path, folder: Path) -> dict[str, Any]:
     } | ({"greedy_right": _per_prompt(problems, greedy, right, teacher)} if greedy else {})
 
 
-def _answers(
+def answers(
     cell: Cell, problems: Sequence[Problem], load: Callable[[], Any], decoding: Decoding, samples: int, folder: Path
 ) -> list[list[str]]:
     """Texts by prompt and sample."""
