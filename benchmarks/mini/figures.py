@@ -121,7 +121,7 @@ def _noise(results: Results) -> Any:
             axis = axes[line, column]
             for shift, (method, colour) in zip((-0.02, 0.02), _COLOURS.items()):
                 points = [(d + shift, results.noisy(task, method, d), sft) for d in (0.0, *plan.NOISE)]
-                drawn |= _errors(axis, results, points, name, colour, title(method))
+                drawn |= _errors(axis, results, points, plan.FEW_SEEDS, name, colour, title(method))
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set(title=task if line == 0 else "", xlabel="standard deviation of the noise" if line else "")
             if column == 0:
@@ -156,11 +156,11 @@ def _by_auc(results: Results, task: str, method: str) -> tuple[list[float], list
     return aucs, gains
 
 
-def _errors(axis: Any, results: Results, points: Sequence[Point], name: str, colour: str, label: str) -> bool:
-    """Means over the few seeds with every seed as a dot; returns whether there was a point."""
-    found = [
-        (x, mean) for x, of, start in points if (mean := results.difference(of, start, name, among=plan.FEW_SEEDS))
-    ]
+def _errors(
+    axis: Any, results: Results, points: Sequence[Point], among: Sequence[int], name: str, colour: str, label: str
+) -> bool:
+    """Means over some seeds, every seed a dot; returns whether there was a point."""
+    found = [(x, mean) for x, of, start in points if (mean := results.difference(of, start, name, among))]
     if not found:
         return False
     axis.plot(*zip(*[(x, mean.mean) for x, mean in found]), color=colour, lw=1.2, marker="o", ms=3, label=label)
@@ -188,7 +188,7 @@ def _sensitivity(results: Results) -> Any:
         for task, colour in zip(plan.TASKS, (_BLUE, _RED)):
             points = [(p.value, p.cell, p.start) for p in plan.points(results.chosen[task], task) if p.key == key]
             for axis, name in zip(axes[:, column], _NAMES):
-                drawn |= _errors(axis, results, points, name, colour, task)
+                drawn |= _errors(axis, results, points, plan.SWEEP_SEEDS, name, colour, task)
         for axis in axes[:, column]:
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set_xscale(scale, **how)

@@ -356,13 +356,18 @@ def sweeps(results: Results) -> str:
     for task in plan.TASKS:
         own = results.of_method(task, "ldl_grpo")(0)
         for point in plan.points(results.chosen[task], task):
-            seeds = results.seeds(point.cell, point.start, among=plan.FEW_SEEDS)
+            seeds = results.seeds(point.cell, point.start, among=plan.SWEEP_SEEDS)
             if not seeds:
                 continue
             label = f"{point.label} (the tables')" if point.cell(0) == own else point.label
             found = [results.difference(point.cell, point.start, name, among=seeds) for name in ("raw", "accuracy")]
-            rows.append([task, label, *(signed(mean, seeds=True) for mean in found)])
+            rows.append([task, label, *(each(mean) for mean in found)])
     return table(["task", "setting", "Raw − SFT", "accuracy − SFT"], rows)
+
+
+def each(mean: Mean | None) -> str:
+    """A difference with its value on every seed: what may be shown of two."""
+    return "" if mean is None else f"{mean.mean:+.3f} ({', '.join(f'{value:+.3f}' for value in mean.values)})"
 
 
 def account(results: Results) -> str:
