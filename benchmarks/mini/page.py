@@ -184,6 +184,7 @@ def _per_task(results: Results, methods: Sequence[str]) -> str:
             cells = [f"**{title(method)}**" if method == best else title(method)]
             cells += [level(results.mean(of, name)) for name in ("raw", "lc", "accuracy", "raw_if_right")]
             cells += [f"{_mean(results, of, 'greedy'):.3f}", f"{_mean(results, of, 'length'):.0f}"]
+            cells.append(_last(results, of, "kl", plan.SEEDS))
             cells += [f"{_mean(results, of, 'calls'):,.0f}", f"{_mean(results, of, 'seconds'):.0f}", str(len(seeds))]
             rows.append(cells)
         heads = [
@@ -194,6 +195,7 @@ def _per_task(results: Results, methods: Sequence[str]) -> str:
             "Raw if right",
             "greedy",
             "characters",
+            "KL from p_sft",
             "teacher calls in all",
             "seconds of the stage",
             "seeds",
@@ -335,15 +337,18 @@ def forms(results: Results) -> str:
                 q,
                 *(signed(results.difference(of, sft, name, among=plan.FEW_SEEDS)) for name in FORM_FIGURES),
             ]
-            cells += [_last(results, of, key) for key in ("length", "length_correlation", "sharper_than_labels", "kl")]
+            cells += [
+                _last(results, of, key, plan.FEW_SEEDS)
+                for key in ("length", "length_correlation", "sharper_than_labels", "kl")
+            ]
             rows.append(cells)
     heads = ["task", "q", "Raw − SFT", "LC − SFT", "accuracy − SFT", "greedy − SFT"]
     return table([*heads, "tokens", "corr(q, length)", "sharper than D", "KL from p_sft"], rows)
 
 
-def _last(results: Results, of: OfSeed, key: str, steps: int = 10) -> str:
-    """The mean of a logged value over the last steps and the seeds."""
-    seeds = results.seeds(of, among=plan.FEW_SEEDS)
+def _last(results: Results, of: OfSeed, key: str, among: Sequence[int], steps: int = 10) -> str:
+    """The mean of a logged value over the last steps and some seeds; empty if it was not logged."""
+    seeds = results.seeds(of, among=among)
     values = [row[key] for seed in seeds for row in results.row(of(seed))["curve"][-steps:] if key in row]
     return f"{sum(values) / len(values):.2f}" if values else ""
 

@@ -186,6 +186,8 @@ def points(chosen: Mapping[str, Mapping[str, Any]], task: str) -> list[Point]:
         "evaluator moving": of("ldl_grpo", evaluator="moving"),
         "SFT→SFT": of("sft_sft"),
         "SFT→SFT, other prompts than Stage I's": of("sft_sft", pool="other"),
+        "AnchorRank-DPO": of("anchorrank_dpo"),
+        "AnchorRank-DPO, pairs of clearly different scores, margin=0.3": of("anchorrank_dpo", {"margin": 0.3}),
         "Anchor-GRPO": of("anchor_grpo"),
         "Anchor-GRPO, evaluator moving": of("anchor_grpo", evaluator="moving"),
         "Anchor-GRPO, two updates per rollout, so half the candidates": of("anchor_grpo", {"updates_per_rollout": 2}),
