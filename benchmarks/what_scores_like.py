@@ -9,6 +9,8 @@ seeds. Stage II moves a policy along these preferences, so they say where a meth
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,22 +32,24 @@ from purld.student.selfeval import SelfEvaluator
 from purld.testbed.world import is_right, quality, teacher_answer
 
 CANDIDATES = 8
-PROMPTS = 256
 
 Figures = dict[str, float]
 
 
 def main() -> None:
-    """Print one row a task."""
+    """Print one row a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="the miniature's folder")
     out = parser.parse_args().out
     torch.set_num_threads(1)
-    rows = []
-    for task in plan.TASKS:
-        found = [figures(task, seed, out) for seed in plan.SEEDS]
-        rows.append([task, *(level(over_seeds([figure[name] for figure in found])) for name in found[0])])
-    print(table(["task", *found[0]], rows))
+    try:
+        found = {task: [figures(task, seed, out) for seed in plan.SEEDS] for task in plan.TASKS}
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    names = list(found[plan.TASKS[0]][0])
+    rows = [[name, *(level(over_seeds([f[name] for f in of_task])) for of_task in found.values())] for name in names]
+    print(table(["within prompts, on p_sft's own candidates", *found], rows))
 
 
 def figures(task: str, seed: int, out: Path) -> Figures:
@@ -59,8 +63,9 @@ def figures(task: str, seed: int, out: Path) -> Figures:
     if "sft" not in run.finished():
         raise UserError(f"{run.path}: no finished Stage I; run benchmarks/miniature.py first.")
     model = load_model(student(), run.sft)
-    problems = problems_trained_on(cell)[:PROMPTS]
-    drawn = answers(cell, problems, lambda: model, Decoding(1.0, 64), CANDIDATES, out)
+    problems = problems_trained_on(cell)
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = answers(cell, problems, lambda: model, Decoding(1.0, 64), CANDIDATES, Path(folder))
     score = SelfEvaluator(encoder(), "expected", CANDIDATES + 1).score
     anchored, alone, lengths, right, judged = [], [], [], [], []
     for problem, texts in zip(problems, drawn, strict=True):
@@ -73,12 +78,13 @@ def figures(task: str, seed: int, out: Path) -> Figures:
     among_right = partial(within, kept=right)
     return {
         "right": float(np.mean(right)),
-        "characters, right minus wrong": within(_right_minus_wrong, lengths, right),
-        "score and length": within(_correlation, anchored, lengths),
-        "the same among right ones": among_right(_correlation, anchored, lengths),
-        "score without anchor and length": within(_correlation, alone, lengths),
-        "score without anchor and right": within(_correlation, alone, right),
-        "verdict and length, among right ones": among_right(_correlation, judged, lengths),
+        "characters: right minus wrong": within(_right_minus_wrong, lengths, right),
+        "anchored score: right minus wrong": within(_right_minus_wrong, anchored, right),
+        "anchored score among right ones: standard deviation": among_right(_spread, anchored, lengths),
+        "anchored score among right ones: correlation with length": among_right(_correlation, anchored, lengths),
+        "score without anchor: correlation with length": within(_correlation, alone, lengths),
+        "score without anchor: correlation with being right": within(_correlation, alone, right),
+        "verdict among right ones: correlation with length": among_right(_correlation, judged, lengths),
     }
 
 
@@ -102,10 +108,15 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _right_minus_wrong(lengths: np.ndarray, right: np.ndarray) -> float:
+def _right_minus_wrong(values: np.ndarray, right: np.ndarray) -> float:
     """NaN if all are right or all wrong."""
     yes = right.astype(bool)
-    return float(lengths[yes].mean() - lengths[~yes].mean()) if 0 < yes.sum() < len(yes) else float("nan")
+    return float(values[yes].mean() - values[~yes].mean()) if 0 < yes.sum() < len(yes) else float("nan")
+
+
+def _spread(values: np.ndarray, _: np.ndarray) -> float:
+    """NaN if there is but one."""
+    return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
 
 
 if __name__ == "__main__":

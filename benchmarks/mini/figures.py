@@ -28,7 +28,7 @@ _SWEPT: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "candidates": ("K", "log", {"base": 2}),
     "anchors": ("N", "log", {}),
 }
-"""What is varied alone, with its axis' label and scale."""
+"""What is drawn of what is varied alone, with its axis' label and scale."""
 
 Point = tuple[float, OfSeed, OfSeed]
 """x, an experiment, and the p_sft it starts from."""
@@ -80,7 +80,7 @@ def _losses(axis: Any, first: Sequence[Row], second: Sequence[Row]) -> None:
     steps, values = _columns([row["curve"] for row in second], "objective")
     _band(twin, steps + offset, values, _RED, "LDL-GRPO: objective")
     lines = [*axis.get_legend_handles_labels()[0], *twin.get_legend_handles_labels()[0]]
-    twin.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=7)
+    twin.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=7, loc=(0.28, 0.5))
 
 
 def _right_candidates(axis: Any, results: Results, task: str) -> None:
@@ -121,7 +121,7 @@ def _noise(results: Results) -> Any:
             axis = axes[line, column]
             for shift, (method, colour) in zip((-0.02, 0.02), _COLOURS.items()):
                 points = [(d + shift, results.noisy(task, method, d), sft) for d in (0.0, *plan.NOISE)]
-                drawn |= _errors(axis, results, points, plan.FEW_SEEDS, name, colour, title(method))
+                drawn |= _points(axis, results, points, plan.FEW_SEEDS, name, colour, title(method))
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set(title=task if line == 0 else "", xlabel="standard deviation of the noise" if line else "")
             if column == 0:
@@ -156,7 +156,7 @@ def _by_auc(results: Results, task: str, method: str) -> tuple[list[float], list
     return aucs, gains
 
 
-def _errors(
+def _points(
     axis: Any, results: Results, points: Sequence[Point], among: Sequence[int], name: str, colour: str, label: str
 ) -> bool:
     """Means over some seeds, every seed a dot; returns whether there was a point."""
@@ -188,7 +188,7 @@ def _sensitivity(results: Results) -> Any:
         for task, colour in zip(plan.TASKS, (_BLUE, _RED)):
             points = [(p.value, p.cell, p.start) for p in plan.points(results.chosen[task], task) if p.key == key]
             for axis, name in zip(axes[:, column], _NAMES):
-                drawn |= _errors(axis, results, points, plan.SWEEP_SEEDS, name, colour, task)
+                drawn |= _points(axis, results, points, plan.SWEEP_SEEDS, name, colour, task)
         for axis in axes[:, column]:
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set_xscale(scale, **how)

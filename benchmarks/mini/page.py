@@ -312,7 +312,7 @@ def noise(results: Results) -> str:
                 cells.append(signed(results.difference(ldl, grpo, name, among=seeds), seeds=True))
             held = results.noisy(task, "anchor_grpo", deviation, **plan.HELD)
             rows.append([*cells, signed(results.difference(held, sft, "accuracy", among=seeds))])
-    heads = ["task", "noise", "AUC"]
+    heads = ["task", "noise", "AUC (LDL-GRPO's)"]
     for name in ("Raw", "accuracy"):
         heads += [f"LDL-GRPO − SFT, {name}", f"Anchor-GRPO − SFT, {name}", f"LDL-GRPO − Anchor-GRPO, {name}"]
     return table([*heads, f"Anchor-GRPO with {named(plan.HELD)} − SFT, accuracy"], rows)

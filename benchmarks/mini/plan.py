@@ -190,7 +190,9 @@ def points(chosen: Mapping[str, Mapping[str, Any]], task: str) -> list[Point]:
         "AnchorRank-DPO, pairs of clearly different scores, margin=0.3": of("anchorrank_dpo", {"margin": 0.3}),
         "Anchor-GRPO": of("anchor_grpo"),
         "Anchor-GRPO, evaluator moving": of("anchor_grpo", evaluator="moving"),
-        "Anchor-GRPO, two updates per rollout, so half the candidates": of("anchor_grpo", {"updates_per_rollout": 2}),
+        "Anchor-GRPO, two updates per rollout: half the prompts and candidates": of(
+            "anchor_grpo", {"updates_per_rollout": 2}
+        ),
     }
     return found + [Point("", None, label, cell, p_sft()) for label, cell in others.items()]
 

@@ -190,7 +190,7 @@ def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
 
 
 def with_everything() -> dict:
-    """Every cell of the plan; no two settings of the smaller experiments have equally many tokens."""
+    """Every cell of the plan."""
     rows = with_tables(0.6, 0.4)
     for number, cell in enumerate(plan.all_cells(rows)):
         rows.setdefault(cell.id, row(cell, 0.1 + 0.1 * (number % 7)))

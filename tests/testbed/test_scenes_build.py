@@ -254,6 +254,8 @@ def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path],
     assert not told
     for made in ("model.safetensors", "tokenizer.json"):
         assert (out / made).read_bytes() == (toys[0] / made).read_bytes()
+    cards = [json.loads((path / "quality_card.json").read_text()) for path in (out, toys[0])]
+    assert cards[0]["tasks"] == cards[1]["tasks"] and cards[0]["steps"] == cards[1]["steps"]
     rows, expected = (read_rows(path / "build_log.jsonl") for path in (out, toys[0]))
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in toys[0].iterdir())
@@ -271,25 +273,48 @@ def test_rounds_are_kept_with_the_rows_before_them(tmp_path: Path) -> None:
     assert rounds.seconds() == 3.0
 
 
-def test_another_build_works_in_another_folder_and_the_same_is_done_once_at_a_time(tmp_path: Path) -> None:
+def test_another_build_has_other_weights_and_one_builds_at_a_time(tmp_path: Path) -> None:
     hashes = {build.made_of(*of) for of in (("llava", 0, 1.0), ("llava", 1, 1.0), ("llava", 0, 0.5), ("text", 0, 1.0))}
     assert len({Rounds(tmp_path / "out", each).folder for each in hashes}) == 4
     assert build.made_of("llava", 0, 1.0) in hashes
-    with Rounds(tmp_path / "out", build.made_of("text", 0, 1.0)).lock(), pytest.raises(UserError, match="another"):
+    with Rounds(tmp_path / "out", "of another").lock(), pytest.raises(UserError, match="another purld process"):
         build.build_student(tmp_path / "out", 0, 1.0)
 
 
-def test_a_complete_build_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "of the old one").touch()
-    rounds = Rounds(out, "a" * 64)
+def complete(out: Path, content: str) -> Rounds:
+    rounds = Rounds(out, content * 64)
     with rounds.lock():
         append_rows(rounds.log, [{"seconds": 3.0}])
         rounds.save(torch.nn.Linear(2, 2), 1)
-        Rounds(out, "b" * 64).folder.mkdir()
+    return rounds
+
+
+@pytest.mark.parametrize("moves", [0, 1], ids=["before the old one is moved", "before the new one is"])
+def test_a_complete_build_takes_the_place_of_the_old_one_whenever_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    out, sibling = tmp_path / "out", tmp_path / ".out.v2.build"
+    sibling.mkdir()
+    out.mkdir()
+    (out / "of the old one").touch()
+    complete(out, "b")  # another that was stopped
+    rounds, done = complete(out, "a"), []
+
+    def replace(source: Path, target: Path) -> None:
+        if len(done) == moves:
+            raise KeyboardInterrupt
+        done.append(target)
+        source.rename(target)
+
+    with monkeypatch.context() as patch, rounds.lock(), pytest.raises(KeyboardInterrupt):
+        patch.setattr("purld.testbed.rounds.os.replace", replace)
         rounds.publish()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    again = torch.nn.Linear(2, 2)
+    with rounds.lock():
+        assert [path.name for path in out.iterdir()] == ["of the old one"]
+        assert rounds.restore(again) == 1
+        rounds.publish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.v2.build", "out"]
     assert [path.name for path in out.iterdir()] == ["build_log.jsonl"]
 
 

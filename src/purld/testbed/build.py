@@ -94,9 +94,11 @@ def build_student(
 
 
 def made_of(student: str, seed: int, scale: float) -> str:
-    """A hash of what a build depends on: its arguments, the testbed's code, and the student that others start from."""
+    """A hash of what a build depends on: arguments, versions, the testbed's code, and the student it starts from."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in [*sources, SHIPPED["text"] / "model.safetensors"]]
+    if STUDENTS[student].sees:
+        sources += sorted(SHIPPED["text"].iterdir())
+    read = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sources]
     return content_hash([student, seed, scale, torch.__version__, transformers.__version__, *read])
 
 

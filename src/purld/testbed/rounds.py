@@ -24,7 +24,7 @@ class Rounds:
 
     Attributes:
         out: where the complete build goes.
-        made_of: a hash of all that makes the build what it is: another build works in another folder.
+        made_of: a hash of all that makes the build what it is: another build goes on from other weights.
     """
 
     out: Path
@@ -32,8 +32,8 @@ class Rounds:
 
     @property
     def folder(self) -> Path:
-        """What is there of the build."""
-        return self.out.with_name(f".{self.out.name}.{self.made_of[:12]}.partial")
+        """What will be at `out`."""
+        return self._beside / self.made_of[:12]
 
     @property
     def log(self) -> Path:
@@ -41,17 +41,27 @@ class Rounds:
         return self.folder / "build_log.jsonl"
 
     @property
+    def _beside(self) -> Path:
+        return self.out.with_name(f".{self.out.name}.build")
+
+    @property
     def _weights(self) -> Path:
-        return self.folder / "round.pt"
+        return self._beside / f"{self.made_of[:12]}.pt"
+
+    @property
+    def _aside(self) -> Path:
+        return self._beside / "old"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Work on the build alone.
+        """Build at `out` alone; what a kill had set aside there is put back first.
 
         Raises:
-            UserError: another process builds the same.
+            UserError: another process builds at `out`.
         """
-        with RunDir(self.folder).lock():
+        with RunDir(self._beside).lock():
+            if self._aside.exists() and not self.out.exists():
+                os.replace(self._aside, self.out)
             yield
 
     def restore(self, model: PreTrainedModel) -> int:
@@ -74,7 +84,7 @@ class Rounds:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, self._weights)
-        sync_folder(self.folder)
+        sync_folder(self._beside)
 
     def seconds(self) -> float:
         """What the rows of the log took together, over all sittings."""
@@ -82,17 +92,17 @@ class Rounds:
         return float(rows[-1]["seconds"]) if rows else 0.0
 
     def publish(self) -> None:
-        """Put the complete build in its place; what is there steps aside until then.
+        """Put the complete build in its place.
 
-        The weights between rounds go last, so that a kill on the way costs no more than measuring once more.
+        What was there is set aside for a moment, and put back by the next build if a kill falls into it; the weights
+        between rounds go last, so that this costs no more than measuring once more.
         """
-        aside = self.out.with_name(f".{self.out.name}.old")
+        for path in self.folder.iterdir():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
         if self.out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(self.out, aside)
+            shutil.rmtree(self._aside, ignore_errors=True)
+            os.replace(self.out, self._aside)
         os.replace(self.folder, self.out)
-        shutil.rmtree(aside, ignore_errors=True)
-        for name in (".lock", self._weights.name):
-            (self.out / name).unlink(missing_ok=True)
-        for other in self.out.parent.glob(f".{self.out.name}.*.partial"):
-            shutil.rmtree(other, ignore_errors=True)
+        sync_folder(self.out.parent)
+        shutil.rmtree(self._beside)
