@@ -185,6 +185,9 @@ def _sensitivity(results: Results) -> Any:
     figure, axes = plt.subplots(2, len(_SWEPT), figsize=(8.4, 4.0), squeeze=False, sharey="row")
     drawn = False
     for column, (key, (label, scale, how)) in enumerate(_SWEPT.items()):
+        values = sorted(
+            {p.value for task in plan.TASKS for p in plan.points(results.chosen[task], task) if p.key == key}
+        )
         for task, colour in zip(plan.TASKS, (_BLUE, _RED)):
             points = [(p.value, p.cell, p.start) for p in plan.points(results.chosen[task], task) if p.key == key]
             for axis, name in zip(axes[:, column], _NAMES):
@@ -192,6 +195,8 @@ def _sensitivity(results: Results) -> Any:
         for axis in axes[:, column]:
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set_xscale(scale, **how)
+            axis.set_xticks(values, [f"{value:g}" for value in values], rotation=45, fontsize=6)
+            axis.set_xticks([], minor=True)
         axes[1, column].set_xlabel(label)
     for axis, shown in zip(axes[:, 0], _NAMES.values()):
         axis.set_ylabel(f"{shown} − SFT")
