@@ -15,7 +15,7 @@ setup: .venv/installed
 demo: setup
 	@$(BIN)/purld demo
 
-# Hours; what is done is kept in runs/miniature and not done again. `make miniature QUICK=--quick` takes ten minutes.
+# Hours; what is done is kept in runs/miniature and not done again. `make miniature QUICK=--quick` takes five minutes.
 miniature: setup
 	@$(BIN)/python benchmarks/miniature.py $(QUICK)
 
