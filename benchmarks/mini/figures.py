@@ -181,15 +181,12 @@ def _finished(figure: Any, first: Any, drawn: bool) -> Any:
 
 def _sensitivity(results: Results) -> Any:
     """Figure 3's counterpart and more: one key at a time around the chosen settings."""
-    assert results.chosen is not None
     figure, axes = plt.subplots(2, len(_SWEPT), figsize=(8.4, 4.0), squeeze=False, sharey="row")
     drawn = False
     for column, (key, (label, scale, how)) in enumerate(_SWEPT.items()):
-        values = sorted(
-            {p.value for task in plan.TASKS for p in plan.points(results.chosen[task], task) if p.key == key}
-        )
-        for task, colour in zip(plan.TASKS, (_BLUE, _RED)):
-            points = [(p.value, p.cell, p.start) for p in plan.points(results.chosen[task], task) if p.key == key]
+        by_task = {task: _swept(results, task, key) for task in plan.TASKS}
+        values = sorted({x for points in by_task.values() for x, _, _ in points})
+        for (task, points), colour in zip(by_task.items(), (_BLUE, _RED)):
             for axis, name in zip(axes[:, column], _NAMES):
                 drawn |= _points(axis, results, points, plan.SWEEP_SEEDS, name, colour, task)
         for axis in axes[:, column]:
@@ -201,6 +198,12 @@ def _sensitivity(results: Results) -> Any:
     for axis, shown in zip(axes[:, 0], _NAMES.values()):
         axis.set_ylabel(f"{shown} − SFT")
     return _finished(figure, axes[0, 0], drawn)
+
+
+def _swept(results: Results, task: str, key: str) -> list[Point]:
+    """The points of one key."""
+    assert results.chosen is not None
+    return [(p.value, p.cell, p.start) for p in plan.points(results.chosen[task], task) if p.key == key]
 
 
 DRAWN = {"convergence": _convergence, "noise": _noise, "auc": _auc, "sensitivity": _sensitivity}
