@@ -38,11 +38,11 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from purld.model import vision as pictures
+from purld.model.encode import Encoder
+from purld.model.processor import images_alone
+from purld.model.vision import vision_modules
 from purld.records import IMAGE, Image, Prompt
-from purld.student import pictures
-from purld.student.encode import Encoder
-from purld.student.pictures import vision_modules
-from purld.student.processor import images_alone
 
 ARCHITECTURES = ("llava", "qwen2_5_vl")
 SHAPES = {"small": Shape(512, 12, 1408, 2, 32_000), "quick": Shape(256, 4, 704, 1, 32_000)}

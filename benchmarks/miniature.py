@@ -29,7 +29,8 @@ from mini import plan
 from mini.cells import Cell
 
 from purld.errors import UserError
-from purld.rundir import RunDir, append_rows, read_rows
+from purld.runs.files import append_rows, read_rows
+from purld.runs.run_dir import RunDir
 
 Rows = dict[str, dict[str, Any]]
 

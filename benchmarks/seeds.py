@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from purld.compare import read_evaluated
 from purld.evaluation.summary import Evaluated, difference, model_metrics
-from purld.rundir import RunDir, read_json, read_rows
+from purld.pipeline.compare import read_evaluated
+from purld.runs.files import read_json, read_rows
+from purld.runs.run_dir import RunDir
 from purld.testbed.demo import HELD_OUT_PROMPTS
 from purld.testbed.shipped import DEMOS, problems, students_of
-from purld.testbed.world import to_prompt
+from purld.testbed.world.world import to_prompt
 
 # What runs: a demo that asks for several tasks at once stands for them.
 DEFAULT = ("counting", "writing", "scenes")

@@ -41,14 +41,14 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from purld.model.encode import Encoder, pad_left
+from purld.model.load import Roles
+from purld.model.log_probs import micro_batches, prefix_of
+from purld.model.prefix import FullSequences, Prefix
+from purld.model.sample import Decoding, GenerateSampler
+from purld.model.self_evaluation import SelfEvaluator
+from purld.model.vision import Head, pixels_of
 from purld.records import Prompt
-from purld.student.encode import Encoder, pad_left
-from purld.student.group import micro_batches, prefix_of
-from purld.student.load import Roles
-from purld.student.pictures import Head, pixels_of
-from purld.student.prefix import FullSequences, Prefix
-from purld.student.sample import Decoding, GenerateSampler
-from purld.student.selfeval import SelfEvaluator
 
 _SPECIAL = ["[PAD]", "[UNK]", "<|turn|>", "<|end|>"]
 _CHAT = "{% for m in messages %}<|turn|> {{ m['role'] }} {{ m['content'] }} <|end|> {% endfor %}<|turn|> assistant "

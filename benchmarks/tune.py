@@ -16,10 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from purld.rundir import write_rows
+from purld.runs.files import write_rows
 from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, demo_values
 from purld.testbed.shipped import DEMOS, problems
-from purld.testbed.world import Problem, teacher_answer, to_prompt, write_prompts
+from purld.testbed.world.world import Problem, teacher_answer, to_prompt, write_prompts
 
 # Another seed than any demo's draws other problems.
 VALIDATION_SEED = 777

@@ -78,7 +78,7 @@ def write_tiny_config(random_student: Path, folder: Path) -> Path:
 
     import yaml
 
-    from purld.testbed.world import generate, teacher_answer
+    from purld.testbed.world.world import generate, teacher_answer
 
     rows = [
         {"prompt": p.question, "reference": p.truth, "answer": teacher_answer(p)}

@@ -12,14 +12,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from purld.blackbox.ledger import Caps, Ledger, Request, Result, Usage
 from purld.cli import app, main
-from purld.config import OpenAIEndpoint, load_config
-from purld.console import Reporter
-from purld.pipeline import Pipeline
-from purld.rundir import RunDir
-from purld.stages import _standing
-from purld.tasks.paper import TASKS
+from purld.clients.ledger import Caps, Ledger, Request, Result, Usage
+from purld.config.load import load_config
+from purld.config.schema import OpenAIEndpoint
+from purld.display.progress import Reporter
+from purld.pipeline.pipeline import Pipeline
+from purld.pipeline.stages import _standing
+from purld.runs.run_dir import RunDir
+from purld.tasks.registry import TASKS
 
 
 def purld(*arguments):

@@ -15,7 +15,7 @@ import numpy as np
 from mini import plan
 from mini.plan import OfSeed
 from mini.results import Results, Row
-from purld.names import title
+from purld.display.names import title
 
 _BLUE, _RED, _GREY = "#2c6fbb", "#c44e52", "#777777"
 _COLOURS = {"ldl_grpo": _BLUE, "anchor_grpo": _RED}

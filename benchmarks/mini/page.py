@@ -17,9 +17,9 @@ from mini.cells import Cell, named, stage_two
 from mini.plan import OfSeed
 from mini.results import FIGURES, NON_ANCHOR, Comparison, Results, best_on_validation, comparisons
 from mini.stats import LEVEL, Mean, holm
+from purld.display.names import title
 from purld.errors import UserError
-from purld.names import title
-from purld.rundir import atomic_write, write_json, write_rows
+from purld.runs.files import atomic_write, write_json, write_rows
 
 SHOWN = ("sft", "sft_sft", "singlepair_dpo", "anchor_grpo", "self_ppo", "anchorrank_dpo", "ldl_grpo")
 """The rows of Table 1 in the paper's order."""

@@ -21,18 +21,21 @@ import torch
 import transformers
 
 from mini.cells import ANCHORS, Cell, Split
-from purld.blackbox.replies import OnReply, Reply
-from purld.config import Config, Sft, StageTwo, Student, parse_config
-from purld.evaluation.evaluate import answer_prompts
-from purld.evaluation.scores import CheckedGroup, checked_groups, score_quality
+from purld.clients.base import OnReply, Reply
+from purld.config.load import parse_config
+from purld.config.methods import StageTwo
+from purld.config.schema import Config, Sft, Student
+from purld.evaluation.answers import answer_prompts
+from purld.evaluation.score_quality import CheckedGroup, checked_groups, score_quality
+from purld.model.encode import Encoder
+from purld.model.load import Roles, load_encoder, load_model
+from purld.model.sample import Decoding, seed_from
+from purld.model.self_evaluation import GroupScores
 from purld.records import Anchor, Prompt
-from purld.rundir import RunDir, read_rows, stopwatch
-from purld.student.encode import Encoder
-from purld.student.load import Roles, load_encoder, load_model
-from purld.student.sample import Decoding, seed_from
-from purld.student.selfeval import GroupScores
+from purld.runs.files import read_rows, stopwatch
+from purld.runs.run_dir import RunDir
 from purld.testbed.server import TEACHER, Turn, reply
-from purld.testbed.world import Problem, check, generate, is_right, quality, recognise, teacher_answer
+from purld.testbed.world.world import Problem, check, generate, is_right, quality, recognise, teacher_answer
 from purld.training.align import align
 from purld.training.scoring import Scoring, SelfScoring, Unscored
 from purld.training.sft import fine_tune
@@ -194,7 +197,7 @@ class TestbedTeacher:
         self.calls = 0
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
-        """See `purld.blackbox.replies.Client`."""
+        """See `purld.clients.base.Client`."""
         self.calls += len(prompts)
         return [Reply("answered", reply(TEACHER, Turn("user", p.question)), "stop") for p in prompts]
 

@@ -107,8 +107,8 @@ def check(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
 
     What will leave this machine, what it may cost, what it takes. Touches no network.
     """
-    from purld.plan.make import make_plan
-    from purld.plan.sheet import show
+    from purld.pipeline.plan import make_plan
+    from purld.pipeline.plan_sheet import show
 
     show(make_plan(*_open(config, overrides, run_dir)))
 
@@ -173,7 +173,7 @@ def report(
     if Path(first).is_file() or (first.endswith((".yaml", ".yml")) and not Path(first).is_dir()):
         _execute(Path(first), overrides, run_dir, ["report"])
     else:
-        from purld.finished import report_runs
+        from purld.pipeline.export import report_runs
 
         print(report_runs([Path(run) for run in runs], out))
 
@@ -190,7 +190,7 @@ def compare(
 
     RUN_A's final model against RUN_B's, paired on the same held-out prompts.
     """
-    from purld.compare import compare, show
+    from purld.pipeline.compare import compare, show
 
     with _interruptible():
         show(compare(run_a, run_b, judge, _reporter()))
@@ -212,7 +212,7 @@ def sweep(
 
     Runs share anchors and Stage I wherever they can.
     """
-    from purld.sweep import plan_sweep, run_sweep
+    from purld.pipeline.sweep import plan_sweep, run_sweep
 
     cells = plan_sweep(config, grid, run_dir or Path("runs") / f"{config.stem}-sweep")
     with _interruptible():
@@ -222,7 +222,7 @@ def sweep(
 @app.command()
 def methods() -> None:
     """List the methods of alignment."""
-    from purld.method.table import METHODS
+    from purld.methods.table import METHODS
 
     _table(
         ["method", "signal", "objective", "teacher calls"],
@@ -233,7 +233,7 @@ def methods() -> None:
 @app.command()
 def tasks() -> None:
     """List the tasks that come with purld."""
-    from purld.tasks.paper import TASKS
+    from purld.tasks.registry import TASKS
     from purld.testbed.shipped import DEMOS
 
     rows = [[task, "testbed", f"purld demo --task {task}"] for task in DEMOS]
@@ -248,7 +248,7 @@ def export(
     stage: Annotated[str, typer.Option(help="align, or sft for Stage I's model.")] = "align",
 ) -> None:
     """Write a run's model for serving, adapters merged."""
-    from purld.finished import export_model
+    from purld.pipeline.export import export_model
 
     path = export_model(run_path, out, stage)
     print(path)
@@ -265,7 +265,7 @@ def ledger(
 
     With --export, every request and answer.
     """
-    from purld.finished import ledger_totals
+    from purld.pipeline.export import ledger_totals
 
     rows = ledger_totals(run_path, export_to)
     names = [name for name in rows[0] if name != "role"]
@@ -286,15 +286,15 @@ def testbed_build(
     The one that reads is made from nothing; those that see are built on it, in rounds: stopped, they go on after the
     last that was finished.
     """
-    from purld.testbed.build import build_student
+    from purld.testbed.students.build import build_student
 
     with _reporter().progress("steps") as progress:
         build_student(out, seed=seed, progress=progress, student=student)
 
 
 def _open(config: Path, overrides: Sequence[str] | None, run_dir: Path | None) -> tuple[Any, Any]:
-    from purld.config import load_config
-    from purld.rundir import RunDir
+    from purld.config.load import load_config
+    from purld.runs.run_dir import RunDir
 
     return load_config(config, overrides or []), RunDir(run_dir or Path("runs") / config.stem)
 
@@ -306,7 +306,7 @@ def _execute(
     stages: Sequence[str] | None,
     resend_unknown: bool = False,
 ) -> None:
-    from purld.pipeline import STAGES
+    from purld.pipeline.pipeline import STAGES
 
     settings, run = _open(config, overrides, run_dir)
     with _interruptible():
@@ -326,28 +326,28 @@ def _interruptible() -> Iterator[None]:
 
 
 def _pipeline(config: Any, run: Any, reporter: Any, resend_unknown: bool = False) -> Any:
-    from purld.pipeline import Pipeline
+    from purld.pipeline.pipeline import Pipeline
 
     return Pipeline(config, run, reporter, resend_unknown)
 
 
 def _reporter() -> Any:
-    from purld.console import Reporter
+    from purld.display.progress import Reporter
 
     return Reporter()
 
 
 def _closing(run: Any) -> None:
     """The results of a finished run as a table on stdout."""
-    from purld.results import show
+    from purld.display.results import show
 
     show(run)
 
 
 def _dry_run(config: Path, overrides: Sequence[str] | None, run_dir: Path | None, resend_unknown: bool) -> None:
-    from purld.pipeline import Pipeline
-    from purld.plan.leaving import write_dry_run
-    from purld.pools import load_pools
+    from purld.pipeline.pipeline import Pipeline
+    from purld.pipeline.plan_requests import write_dry_run
+    from purld.pipeline.pools import load_pools
 
     settings, run = _open(config, overrides, run_dir)
     reporter = _reporter()

@@ -10,7 +10,7 @@ from typing import Any
 from mini.cells import Cell, stage_two
 from miniature import run
 
-from purld.rundir import read_rows
+from purld.runs.files import read_rows
 
 CELLS = [
     cell

@@ -24,7 +24,7 @@ from mini.results import Results, comparisons
 from mini.stats import over_seeds
 
 from purld.errors import UserError
-from purld.rundir import read_rows
+from purld.runs.files import read_rows
 
 
 def row(cell: Cell, wins: float, length: float = 40.0) -> dict:

@@ -18,10 +18,10 @@ from mini.work import (
     stage_one_settings,
 )
 
+from purld.model.self_evaluation import GroupScores
 from purld.records import Prompt
-from purld.student.selfeval import GroupScores
 from purld.templates import rating
-from purld.testbed.world import generate, teacher_answer
+from purld.testbed.world.world import generate, teacher_answer
 from purld.training.scoring import Unscored
 
 SMALL = {"steps": 3, "prompts_per_step": 2, "candidates": 3, "max_new_tokens": 16, "learning_rate": 1e-3}

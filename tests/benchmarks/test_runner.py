@@ -15,7 +15,8 @@ import pytest
 from mini.cells import Cell, stage_two
 from miniature import next_cell
 
-from purld.rundir import RunDir, read_rows
+from purld.runs.files import read_rows
+from purld.runs.run_dir import RunDir
 
 SFT = Cell("writing", 0, "test", "sft")
 LDL = stage_two("writing", 0, "test", "ldl_grpo", {})

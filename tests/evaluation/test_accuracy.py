@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from purld.evaluation.accuracy import accuracy, exact_match, mcnemar, paired_difference
+from purld.evaluation.accuracy import accuracy, mcnemar, paired_difference
 from purld.evaluation.intervals import wilson_interval
 from purld.records import Prompt
+from purld.tasks.checks import exact_match
 
 
 def test_one_sample_per_prompt_is_plain_wilson() -> None:

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import pytest
 
-from purld.blackbox.clients import open_client
-from purld.blackbox.ledger import Ledger
-from purld.blackbox.replies import OnReply, Reply
-from purld.config import OpenAIEndpoint
+from purld.clients.base import OnReply, Reply
+from purld.clients.ledger import Ledger
+from purld.clients.open import open_client
+from purld.config.schema import OpenAIEndpoint
 from purld.evaluation.judge import ASKED_AGAIN, NO_REFERENCE, judge_answers, judge_questions, preferences
 from purld.records import IMAGE, Generation, Image, Prompt, Verdict
 from purld.templates import JUDGE_AGAIN

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from purld.evaluation.movement import label_divergence
+from purld.evaluation.diagnostics import label_divergence
 
 
 def test_by_hand() -> None:

@@ -8,7 +8,8 @@ import yaml
 
 from purld.cli import main
 from purld.evaluation.judge import ASKED_AGAIN
-from purld.rundir import RunDir, read_json, read_rows
+from purld.runs.files import read_json, read_rows
+from purld.runs.run_dir import RunDir
 
 
 def purld(monkeypatch, *arguments):

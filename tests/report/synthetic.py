@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from purld.album import question_of
 from purld.records import Generation, Group, Prompt, Verdict
-from purld.rundir import RunDir, append_rows, atomic_write, read_rows, write_json, write_rows
+from purld.runs.files import append_rows, atomic_write, read_rows, write_json, write_rows
+from purld.runs.run_dir import RunDir
+from purld.runs.thumbnails import question_of
 
 HOSTILE = "<script>window.injected = true; alert(1)</script></script><!-- <img src=x onerror='window.injected=true'>"
 REVERSED = "transfer \u202egnirts desrever\u202c to \u2066isolated\u2069 \x1b[31mred\x07 soft\u00adhyphen \ud83d lone"

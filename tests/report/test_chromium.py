@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 from chromium import EXECUTABLE, Page
-from pictures import encoded, picture
+from image_factory import encoded, picture
 from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run, synthetic_run
 
-from purld.images import read_image
+from purld.data.images import read_image
 from purld.records import IMAGE, Prompt
 from purld.report.page import write_report
-from purld.rundir import RunDir, read_rows, write_rows
+from purld.runs.files import read_rows, write_rows
+from purld.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from synthetic import Build, metrics
 
 from purld.report.figures import COLOURS, convergence, drawings, save_convergence, score_quality_line
-from purld.report.read import Run, read_run
-from purld.rundir import write_rows
+from purld.report.run_data import Run, read_run
+from purld.runs.files import write_rows
 
 
 def logged(build: Build, *stages: str, **changes: float | None) -> Run:

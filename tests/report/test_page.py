@@ -13,7 +13,8 @@ from synthetic import Build
 
 from purld.errors import UserError
 from purld.report.page import write_report
-from purld.rundir import RunDir, read_json, write_json
+from purld.runs.files import read_json, write_json
+from purld.runs.run_dir import RunDir
 
 
 class Elements(HTMLParser):

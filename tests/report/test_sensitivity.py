@@ -12,9 +12,9 @@ import yaml
 from synthetic import Build, results
 
 from purld.report.page import write_report
-from purld.report.read import Run, read_run
+from purld.report.run_data import Run, read_run
 from purld.report.sensitivity import _Point, draw, flat, sensitivity
-from purld.rundir import write_json
+from purld.runs.files import write_json
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_other_settings_are_lines_with_names(swept: Any) -> None:
 
 
 def test_a_page_of_many_runs_stays_small(build: Build, swept: Any, tmp_path: Path) -> None:
-    from purld.rundir import RunDir
+    from purld.runs.run_dir import RunDir
 
     runs = swept(tau=[0.6, 0.9, 1.2], beta=[0.001, 0.01])
     page = tmp_path / "report.html"

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from pictures import save_picture
+from image_factory import save_picture
 
 from purld.errors import UserError
 from purld.records import IMAGE
-from purld.tasks.paper import load_task
+from purld.tasks.registry import load_task
 
 ENTRY = {
     "split": "train",

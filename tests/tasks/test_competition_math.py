@@ -11,7 +11,7 @@ import pytest
 from purld.errors import UserError
 from purld.records import Prompt
 from purld.tasks.competition_math import is_correct, require_math_verify
-from purld.tasks.paper import load_task
+from purld.tasks.registry import load_task
 
 REAL = Path(os.environ.get("PURLD_SHARED_DATA") or Path(__file__).parents[2] / ".." / "shared" / "data")
 COUNT, GEOMETRY = "Counting & Probability", "Geometry"

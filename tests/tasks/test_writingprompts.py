@@ -3,7 +3,7 @@
 import pytest
 
 from purld.errors import UserError
-from purld.tasks.paper import load_task
+from purld.tasks.registry import load_task
 from purld.tasks.writingprompts import detokenise
 
 SOURCE = """\

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from purld.errors import UserError
-from purld.pools import load_pools
-from purld.student.load import load_encoder
+from purld.model.load import load_encoder
+from purld.pipeline.pools import load_pools
 from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, prepare
 from purld.testbed.shipped import DEMOS, STUDENTS, problems, students_of
-from purld.testbed.world import to_prompt
+from purld.testbed.world.world import to_prompt
 
 
 @pytest.mark.parametrize("student", [None, "llava"])

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image as Pil
 
 from purld import templates
-from purld.checks import find_check
-from purld.config import Data
-from purld.images import open_image, read_image
+from purld.config.schema import Data
+from purld.data.files import Row
+from purld.data.images import open_image, read_image
+from purld.data.prompts import parse_prompt
 from purld.records import IMAGE, Prompt
-from purld.rows import Row
-from purld.tasks.load import parse_prompt
-from purld.testbed import pictures, seeing, world
-from purld.testbed.claims import read_claims
-from purld.testbed.scene_corpus import base_answer, near_miss
-from purld.testbed.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
+from purld.tasks.checks import find_check
 from purld.testbed.server import JUDGE, TEACHER, UNKNOWN_QUESTION, TestbedServer
-from purld.testbed.world import SCENE_TASKS, Problem
+from purld.testbed.students.scene_corpus import base_answer, near_miss
+from purld.testbed.world import pictures, seeing, world
+from purld.testbed.world.claims import read_claims
+from purld.testbed.world.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
+from purld.testbed.world.world import SCENE_TASKS, Problem
 
 SEEDS = st.integers(0, 2**32)
 RED, BLUE, GREEN = Thing("red", "circle", "top left"), Thing("blue", "ring", "middle center"), None

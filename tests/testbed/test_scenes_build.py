@@ -9,22 +9,23 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from purld.config import Student
+from purld.config.schema import Student
 from purld.errors import UserError
+from purld.model.encode import Encoder
+from purld.model.load import load_encoder, load_model
+from purld.model.processor import read_processor
+from purld.model.vision import pixels_of
 from purld.records import IMAGE, Prompt
-from purld.rundir import append_rows, read_rows
-from purld.student.encode import Encoder
-from purld.student.load import load_encoder, load_model
-from purld.student.pictures import pixels_of
-from purld.student.processor import read_processor
-from purld.testbed import build, card, pictures, scene_corpus, world
-from purld.testbed.learner import READING, Learner, as_images
-from purld.testbed.lessons import GARBAGE, RIGHT, WRONG, Phase
-from purld.testbed.rounds import Rounds
-from purld.testbed.scenes import draw_scene
+from purld.runs.files import append_rows, read_rows
 from purld.testbed.shipped import STUDENTS
-from purld.testbed.students import STUDENTS as DESIGNS
-from purld.testbed.world import SCENE_TASKS
+from purld.testbed.students import build, card, scene_corpus
+from purld.testbed.students.learner import READING, Learner, as_images
+from purld.testbed.students.lessons import GARBAGE, RIGHT, WRONG, Phase
+from purld.testbed.students.rounds import Rounds
+from purld.testbed.students.students import STUDENTS as DESIGNS
+from purld.testbed.world import pictures, world
+from purld.testbed.world.scenes import draw_scene
+from purld.testbed.world.world import SCENE_TASKS
 
 SEEING = ("qwen2_5_vl", "llava")
 
@@ -307,7 +308,7 @@ def test_a_complete_build_takes_the_place_of_the_old_one_whenever_it_is_killed(
         source.rename(target)
 
     with monkeypatch.context() as patch, rounds.lock(), pytest.raises(KeyboardInterrupt):
-        patch.setattr("purld.testbed.rounds.os.replace", replace)
+        patch.setattr("purld.testbed.students.rounds.os.replace", replace)
         rounds.publish()
     again = torch.nn.Linear(2, 2)
     with rounds.lock():

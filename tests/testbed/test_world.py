@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from purld.errors import UserError
 from purld.records import Prompt
-from purld.testbed import counting, world, writing
-from purld.testbed.corpus import near_miss
-from purld.testbed.lessons import spoil
-from purld.testbed.world import TEXT_TASKS, Problem
+from purld.testbed.students.corpus import near_miss
+from purld.testbed.students.lessons import spoil
+from purld.testbed.world import counting, world, writing
+from purld.testbed.world.world import TEXT_TASKS, Problem
 
 SEEDS = st.integers(0, 2**32)
 

@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-from purld.method.credit import group_advantages
-from purld.method.losses import dpo_loss, grpo_loss
-from purld.student.load import Roles
-from purld.student.pictures import Head
-from purld.training.update import GroupUpdate
+from purld.methods.advantages import group_advantages
+from purld.methods.losses import dpo_loss, grpo_loss
+from purld.model.load import Roles
+from purld.model.vision import Head
+from purld.training.group_update import GroupUpdate
 
 HEAD_LENGTH, LENGTHS = 19, (5, 12, 9, 12)
 TOLERANCE = 1e-5

@@ -13,16 +13,17 @@ from PIL import Image as Pil
 from tiny_vlm import ARCHITECTURES, write_model
 from transformers import AutoModelForImageTextToText
 
-from purld.config import load_config
-from purld.console import Reporter
-from purld.finished import export_model
-from purld.method.table import METHODS
-from purld.pipeline import Pipeline
-from purld.pools import load_pools
-from purld.rundir import RunDir, read_json, read_rows
-from purld.student.encode import training_batch
-from purld.student.load import load_encoder, load_model
-from purld.student.pictures import vision_modules
+from purld.config.load import load_config
+from purld.display.progress import Reporter
+from purld.methods.table import METHODS
+from purld.model.encode import training_batch
+from purld.model.load import load_encoder, load_model
+from purld.model.vision import vision_modules
+from purld.pipeline.export import export_model
+from purld.pipeline.pipeline import Pipeline
+from purld.pipeline.pools import load_pools
+from purld.runs.files import read_json, read_rows
+from purld.runs.run_dir import RunDir
 
 SECOND_STAGE = [name for name, method in METHODS.items() if method.stage_two]
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")

@@ -7,17 +7,18 @@ import pytest
 import torch
 from misbehaving import completion, serving
 
-from purld.config import load_config
-from purld.console import Reporter
+from purld.config.load import load_config
+from purld.display.names import title
+from purld.display.progress import Reporter
 from purld.errors import UserError
-from purld.evaluation.movement import label_divergence
-from purld.method.table import METHODS
-from purld.names import title
-from purld.pipeline import Pipeline
+from purld.evaluation.diagnostics import label_divergence
+from purld.methods.table import METHODS
+from purld.model.load import load_model
+from purld.model.log_probs import sequence_log_probs
+from purld.pipeline.pipeline import Pipeline
 from purld.records import Prompt
-from purld.rundir import RunDir, read_json, read_rows
-from purld.student.group import sequence_log_probs
-from purld.student.load import load_model
+from purld.runs.files import read_json, read_rows
+from purld.runs.run_dir import RunDir
 from purld.training.align import AlignTrainer, RepeatedBatches
 
 AGAIN = ("label_divergence", "completions")

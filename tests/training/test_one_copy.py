@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from purld.config import load_config
-from purld.console import Reporter
-from purld.pipeline import Pipeline
-from purld.rundir import RunDir
-from purld.student.group import sequence_log_probs
-from purld.student.load import count_parameters, load_model, load_roles
-from purld.student.pictures import Head
+from purld.config.load import load_config
+from purld.display.progress import Reporter
+from purld.model.load import count_parameters, load_model, load_roles
+from purld.model.log_probs import sequence_log_probs
+from purld.model.vision import Head
+from purld.pipeline.pipeline import Pipeline
+from purld.runs.run_dir import RunDir
 from purld.training import align as align_module
 from purld.training.align import AlignTrainer
 

@@ -11,7 +11,8 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from purld.cli import main
-from purld.rundir import RunDir, read_rows
+from purld.runs.files import read_rows
+from purld.runs.run_dir import RunDir
 from purld.training import trackers
 from purld.training.trackers import check_trackers, tracked, tracker_arguments
 

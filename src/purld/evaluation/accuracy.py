@@ -6,14 +6,12 @@ decides that one is right, is the business of the caller.
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from purld.evaluation.intervals import Array, Interval, mean_interval, wilson_interval
-from purld.records import Prompt
 
 
 @dataclass(frozen=True)
@@ -83,17 +81,6 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, float(2 * tail / 2**n))
 
 
-def exact_match(prompt: Prompt, text: str) -> bool:
-    """Whether an answer is the prompt's reference, but for case, white space and wrapping punctuation.
-
-    Raises:
-        ValueError: the prompt has no reference.
-    """
-    if prompt.reference is None:
-        raise ValueError(f"prompt {prompt.id} has no reference to compare an answer with")
-    return _normal(text) == _normal(prompt.reference)
-
-
 def _shares(values: ArrayLike, name: str) -> Array:
     """Values in [0, 1] as (prompts, samples)."""
     shares = np.asarray(values, dtype=np.float64)
@@ -103,8 +90,3 @@ def _shares(values: ArrayLike, name: str) -> Array:
     if not np.all((shares >= 0) & (shares <= 1)):
         raise ValueError(f"{name} must hold values from 0 to 1")
     return shares
-
-
-def _normal(text: str) -> str:
-    words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return words.strip("*_`\"'“”‘’ .")

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from purld.blackbox.replies import Client, OnReply, Reply
+from purld.clients.base import Client, OnReply, Reply
 from purld.records import Generation, Message, Outcome, Prompt, Verdict, content_hash
 from purld.templates import JUDGE_AGAIN, judge, plain
 

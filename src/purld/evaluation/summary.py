@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from purld.evaluation.accuracy import accuracy, paired_difference
-from purld.evaluation.diversity import distinct_2, unique_answers
+from purld.evaluation.diagnostics import distinct_2, unique_answers
 from purld.evaluation.intervals import Interval
 from purld.evaluation.judge import preferences
 from purld.evaluation.winrate import length_controlled_difference, summarize

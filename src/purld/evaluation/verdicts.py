@@ -12,14 +12,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from purld.blackbox.clients import open_client
-from purld.blackbox.ledger import Ledger
-from purld.chats import readable
-from purld.config import AnswerFile, Evaluate, FileColumns
+from purld.clients.ledger import Ledger
+from purld.clients.open import open_client
+from purld.config.schema import AnswerFile, Evaluate, FileColumns
+from purld.data.chat import readable
 from purld.errors import UserError
 from purld.evaluation.judge import Progress, judge_answers, judge_questions
 from purld.records import Generation, Prompt, Verdict
-from purld.rundir import write_rows
+from purld.runs.files import write_rows
 
 Watch = Callable[[str], AbstractContextManager[Progress]]
 """Opens a progress display under a title."""

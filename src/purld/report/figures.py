@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from purld.names import title
-from purld.report.read import Row, Run
+from purld.display.names import title
+from purld.report.run_data import Row, Run
 
 # Roles of colour; the page's style sheet has the same names with a value for light and one for dark.
 COLOURS = {

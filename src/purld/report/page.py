@@ -14,16 +14,17 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from purld.names import title
-from purld.report.browser import Browser, browser
+from purld.display.names import title
+from purld.report.answer_browser import Browser, browser
+from purld.report.cost import spend_section
 from purld.report.figures import drawings
+from purld.report.headline import Sentence, Tone, verdict
 from purld.report.markup import Section, figures, text
-from purld.report.read import Run, read_run
-from purld.report.results import results_section
+from purld.report.run_data import Run, read_run
 from purld.report.sensitivity import sensitivity_section
-from purld.report.spend import spend_section
-from purld.report.verdict import Sentence, Tone, verdict
-from purld.rundir import RunDir, atomic_write
+from purld.report.tables import results_section
+from purld.runs.files import atomic_write
+from purld.runs.run_dir import RunDir
 
 _WHOLE_TRAINING = 4  # up to so many runs on a page, each has its own sentence and all its training figures
 

@@ -17,10 +17,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from purld.names import METRICS, title
+from purld.display.names import METRICS, title
 from purld.report.figures import COLOURS, STYLE, Drawing, as_svg
 from purld.report.markup import Section, figures
-from purld.report.read import Run
+from purld.report.run_data import Run
 
 _SHAPING = ("student", "teacher", "anchors", "sft", "align", "data")  # what may change a result, seed apart
 _PLACES = frozenset({"path", "prompts", "eval_prompts", "base_url"})  # where things lie, not what they are

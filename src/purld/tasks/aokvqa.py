@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from purld.data.files import BadRowError, Row, check_text, read_json
+from purld.data.images import read_image
 from purld.errors import UserError
-from purld.images import read_image
 from purld.records import IMAGE, Image, Message, Prompt
-from purld.rows import BadRowError, Row, check_text, read_json
-from purld.tasks.source import Splits, split_name
+from purld.tasks.sources import Splits, split_name
 
 
 def read(path: str) -> Splits:

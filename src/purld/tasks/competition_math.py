@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from purld.data.files import BadRowError, Row, check_text, read_json
 from purld.errors import UserError
 from purld.records import Message, Prompt
-from purld.rows import BadRowError, Row, check_text, read_json
-from purld.tasks.source import Splits, hub_splits, is_hub_id, row_splits, split_name
+from purld.tasks.sources import Splits, hub_splits, is_hub_id, row_splits, split_name
 
 PREFIX = "Solve the following competition math problem: "
 COUNTING = "Counting & Probability"

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+from purld.data.files import BadRowError, Row, check_text
 from purld.errors import UserError
 from purld.records import Message, Prompt
-from purld.rows import BadRowError, Row, check_text
-from purld.tasks.source import Splits, find_splits, hub_splits, is_hub_id
+from purld.tasks.sources import Splits, find_splits, hub_splits, is_hub_id
 
 _TAG = re.compile(r"\s*\[\s*(\w+)\s*\]\s*")
 _BEFORE = re.compile(r" +([.,;:!?%)\]}]|n't\b|'(?:s|re|ve|ll|d|m)\b)", re.IGNORECASE)

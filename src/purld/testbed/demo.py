@@ -16,12 +16,14 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from purld.config import Config, load_config
+from purld.config.load import load_config
+from purld.config.schema import Config
 from purld.errors import UserError
-from purld.rundir import RunDir, atomic_write
+from purld.runs.files import atomic_write
+from purld.runs.run_dir import RunDir
 from purld.testbed.server import TestbedServer
 from purld.testbed.shipped import DEMOS, STUDENTS, problems, students_of
-from purld.testbed.world import write_prompts
+from purld.testbed.world.world import write_prompts
 
 KEY_VARIABLE = "PURLD_TESTBED_KEY"
 TRAIN_PROMPTS = 256

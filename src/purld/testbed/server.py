@@ -23,11 +23,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from purld import templates
+from purld.data.images import read_image
 from purld.errors import UserError
-from purld.images import read_image
 from purld.records import IMAGE
-from purld.testbed.scenes import Scene
-from purld.testbed.world import quality, read_scene, recognise, teacher_answer
+from purld.testbed.world.scenes import Scene
+from purld.testbed.world.world import quality, read_scene, recognise, teacher_answer
 
 TEACHER, JUDGE = "testbed-teacher", "testbed-judge"
 MODELS = (TEACHER, JUDGE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from purld.testbed.world import SCENE_TASKS, TEXT_TASKS, Problem, Split, Task, generate
+from purld.testbed.world.world import SCENE_TASKS, TEXT_TASKS, Problem, Split, Task, generate
 
 _ASSETS = Path(str(files("purld.testbed") / "assets"))
 STUDENTS = {name: _ASSETS / folder for name, folder in (("text", "student"), ("qwen2_5_vl",) * 2, ("llava",) * 2)}

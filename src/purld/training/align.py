@@ -2,7 +2,7 @@
 
 One step takes a batch of prompts; for each it draws candidates from the moving policy, has them scored, makes a signal
 of the scores, and accumulates the gradient of the method's objective. What differs between methods is in a row of
-`purld.method.table`. `transformers.Trainer` supplies what is not ours: the optimiser, the schedule, clipping,
+`purld.methods.table`. `transformers.Trainer` supplies what is not ours: the optimiser, the schedule, clipping,
 checkpoints, devices. Only a method that the teacher judges talks to a network here.
 """
 
@@ -19,28 +19,30 @@ from torch import Tensor
 from torch.utils.data import Sampler as IndexSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from purld.album import question_of
-from purld.blackbox.replies import Client
-from purld.config import SelfPpo, Student
-from purld.config import SelfScoring as SelfScoringSettings
-from purld.config import StageTwo as Settings
+from purld.clients.base import Client
+from purld.config.methods import SelfPpo
+from purld.config.methods import SelfScoring as SelfScoringSettings
+from purld.config.methods import StageTwo as Settings
+from purld.config.schema import Student
 from purld.errors import UserError
-from purld.method.losses import Loss, Tokens
-from purld.method.table import METHODS, StageTwo
+from purld.methods.losses import Loss, Tokens
+from purld.methods.table import METHODS, StageTwo
+from purld.model.critic import ValueHead, hidden_size
+from purld.model.encode import Encoder
+from purld.model.load import Roles, load_roles, save_policy
+from purld.model.sample import Decoding, GenerateSampler, Sampler, seed_from
+from purld.model.self_evaluation import SelfEvaluator
 from purld.records import Anchor, Prompt
-from purld.rundir import RunDir, append_rows, read_rows, write_rows
-from purld.student.critic import ValueHead, hidden_size
-from purld.student.encode import Encoder
-from purld.student.load import Roles, load_roles, save_policy
-from purld.student.sample import Decoding, GenerateSampler, Sampler, seed_from
-from purld.student.selfeval import SelfEvaluator
+from purld.runs.files import append_rows, read_rows, write_rows
+from purld.runs.run_dir import RunDir
+from purld.runs.thumbnails import question_of
 from purld.training.checkpoints import OwnNames, Progress, RunCallback, device_arguments, last_checkpoint
-from purld.training.measures import LOGGED, StepMeasures, group_record
-from purld.training.revisit import REVISITED, revisit
+from purld.training.group_update import GroupUpdate
+from purld.training.metrics import LOGGED, StepMeasures, group_record
+from purld.training.remeasure import REVISITED, revisit
 from purld.training.rollout import Drawing, Question, Rollout
 from purld.training.scoring import Scoring, SelfScoring, TeacherScoring, unscored
 from purld.training.trackers import tracker_arguments
-from purld.training.update import GroupUpdate
 
 _CRITIC = "critic.pt"
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from purld.rundir import RunDir, sync_folder
+from purld.runs.files import sync_folder
+from purld.runs.run_dir import RunDir
 
 Progress = Callable[[int, int, str], None]
 """Called with what is done, the total, and a short note."""

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from purld.config import StageTwo as Settings
-from purld.method.table import Evidence, StageTwo
+from purld.config.methods import StageTwo as Settings
+from purld.methods.table import Evidence, StageTwo
+from purld.model.encode import Encoder
+from purld.model.sample import Completion
+from purld.model.self_evaluation import GroupScores
+from purld.model.vision import Head
 from purld.records import Prompt
-from purld.student.encode import Encoder
-from purld.student.pictures import Head
-from purld.student.sample import Completion
-from purld.student.selfeval import GroupScores
+from purld.training.group_update import GroupUpdate, Members
 from purld.training.scoring import Scoring, Unscored
-from purld.training.update import GroupUpdate, Members
 
 
 @dataclass(frozen=True)

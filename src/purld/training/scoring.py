@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from purld.blackbox.replies import Client, Reply
+from purld.clients.base import Client, Reply
 from purld.errors import UserError
+from purld.model.load import Roles
+from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
-from purld.student.load import Roles
-from purld.student.selfeval import GroupScores, SelfEvaluator, parse_score
 from purld.templates import rating
 
 

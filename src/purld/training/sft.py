@@ -17,13 +17,13 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from purld.config import Sft, Student
+from purld.config.schema import Sft, Student
 from purld.errors import UserError
+from purld.model.encode import Encoder, training_batch
+from purld.model.load import load_model, save_model, trainable
+from purld.model.vision import Head
 from purld.records import Anchor, Prompt, content_hash
-from purld.rundir import RunDir
-from purld.student.encode import Encoder, training_batch
-from purld.student.load import load_model, save_model, trainable
-from purld.student.pictures import Head
+from purld.runs.run_dir import RunDir
 from purld.training.checkpoints import OwnNames, Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.trackers import tracker_arguments
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from purld.errors import UserError
-from purld.rundir import RunDir
+from purld.runs.run_dir import RunDir
 
 # transformers takes tensorboardX as well.
 _PACKAGES = {

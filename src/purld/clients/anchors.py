@@ -1,0 +1,101 @@
+"""Anchors for a pool of prompts: ask once each, and apply the policy to what is not a whole answer.
+
+Knows neither which kind of client answers nor how progress is shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from purld.clients.base import Client, Reply, ReplyState
+from purld.config.schema import AnchorPolicy
+from purld.errors import UserError
+from purld.records import Anchor, Prompt
+
+OnProgress = Callable[[Counter[ReplyState]], None]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The anchors that may be used, in the order of their prompts, and what became of every prompt."""
+
+    anchors: list[Anchor]
+    counts: dict[ReplyState, int]  # every state, zeros included; sums to the number of prompts
+    reasons: dict[str, int]  # what was remarked, and of how many prompts, most frequent first
+
+    @property
+    def dropped(self) -> int:
+        """How many prompts are left without an anchor."""
+        return sum(self.counts.values()) - len(self.anchors)
+
+    def summary(self) -> str:
+        """One line for a person: what came back, and why something is missing."""
+        states = ", ".join(f"{count:,} {state}" for state, count in self.counts.items() if count)
+        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.reasons.items())
+        return f"{states}; {self.dropped:,} dropped" + (f" ({reasons})" if reasons else "")
+
+
+def collect_anchors(
+    prompts: Sequence[Prompt],
+    client: Client,
+    policy: AnchorPolicy | None = None,
+    on_progress: OnProgress | None = None,
+) -> Collection:
+    """Ask `client` once for every prompt. `on_progress` sees the count of each state after every reply.
+
+    Raises:
+        UserError: no prompt got an answer; the policy says that such a reply fails the run; or the client
+            cannot ask at all.
+    """
+    policy = policy or AnchorPolicy()
+    counts: Counter[ReplyState] = Counter()
+
+    def count(_: int, reply: Reply) -> None:
+        counts[reply.state] += 1
+        if on_progress:
+            on_progress(counts)
+
+    replies = client.ask(prompts, count)
+    _check_policy(prompts, replies, policy)
+    anchors = [
+        Anchor(prompt.id, reply.text)
+        for prompt, reply in zip(prompts, replies, strict=True)
+        if reply.text is not None and _treatment(reply, policy) == "keep"
+    ]
+    reasons = Counter(reply.detail for reply in replies if reply.detail)
+    if not anchors:
+        raise UserError(_nothing_came(len(prompts), reasons))
+    ordered = {state: counts[state] for state in get_args(ReplyState)}
+    return Collection(anchors, ordered, dict(reasons.most_common()))
+
+
+def _treatment(reply: Reply, policy: AnchorPolicy) -> str:
+    match reply.state:
+        case "answered":
+            return "keep"
+        case "refused":
+            return policy.refused
+        case "truncated":
+            return policy.truncated
+        case _:
+            return policy.failed
+
+
+def _check_policy(prompts: Sequence[Prompt], replies: Sequence[Reply], policy: AnchorPolicy) -> None:
+    failing = [n for n, reply in enumerate(replies) if _treatment(reply, policy) == "fail"]
+    if failing:
+        first = replies[failing[0]]
+        raise UserError(
+            f"{len(failing)} of {len(replies)} prompts got no answer that the anchors policy accepts;"
+            f" the first is prompt {prompts[failing[0]].id}, {first.state}: {first.detail}."
+        )
+
+
+def _nothing_came(asked: int, reasons: Counter[str]) -> str:
+    if not asked:
+        return "there are no prompts to ask about."
+    [(reason, count)] = reasons.most_common(1) or [("no reason was given", asked)]
+    return f"none of the {asked} prompts got a usable answer; the most common reason ({count} times): {reason}."

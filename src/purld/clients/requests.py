@@ -1,0 +1,144 @@
+"""What leaves for a prompt, byte for byte, what it can cost at most, and the key it leaves with.
+
+Sends nothing and knows nothing of the ledger's file: `purld check` and a dry run need no more than this.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from purld.clients.ledger import Request
+from purld.config.schema import OpenAIEndpoint
+from purld.data.images import Bounds, for_sending, sent_size
+from purld.data.parallel import in_order
+from purld.errors import UserError
+from purld.records import IMAGE, Image, Message, Prompt
+
+# Upper bounds for the worst case of a call. No tokenizer in use makes more tokens of a text than it has bytes;
+# a chat template adds a few tokens per message and perhaps a short preamble.
+TOKENS_PER_CALL = 64
+TOKENS_PER_MESSAGE = 16
+# Of an image, in models that look at every one through the same number of tiles: InternVL's 13 of 256 tokens each,
+# more than LLaVA-NeXT's 5 of 576.
+FIXED_IMAGE_TOKENS = 13 * 256
+# OpenAI's tiles of 512 pixels: tokens for the whole image, and for each tile.
+TILE_TOKENS = {"gpt-4o-mini": (2833, 5667)}
+USUAL_TILE_TOKENS = (85, 170)
+
+
+def request_of(endpoint: OpenAIEndpoint, prompt: Prompt) -> Request:
+    """Exactly what would leave for `prompt`, and to where.
+
+    Raises:
+        UserError: an image of the prompt has gone, or has changed since it was read.
+    """
+    messages = list(prompt.messages)
+    if endpoint.system is not None and messages[0].role != "system":
+        messages.insert(0, Message("system", endpoint.system))
+    urls = iter([_data_url(image, endpoint.max_image_side, endpoint.max_image_bytes) for image in prompt.images])
+    turns = [{"role": message.role, "content": _content(message.content, urls)} for message in messages]
+    body: dict[str, Any] = {"model": endpoint.model, "messages": turns}
+    if endpoint.temperature is not None:
+        body["temperature"] = endpoint.temperature
+    body[endpoint.token_limit_field] = endpoint.max_tokens_per_answer
+    return Request(
+        endpoint.base_url,
+        endpoint.model,
+        json.dumps(body | endpoint.extra_body, separators=(",", ":")),
+        prompt.id,
+    )
+
+
+def requests_of(endpoint: OpenAIEndpoint, prompts: Iterable[Prompt]) -> Iterator[Request]:
+    """`request_of` every prompt, in order: images are encoded on all cores, shortly before they are wanted."""
+    return in_order(functools.partial(request_of, endpoint), prompts)
+
+
+def worst_case(endpoint: OpenAIEndpoint, prompt: Prompt) -> tuple[int, int]:
+    """The most input and output tokens that one call for `prompt` can take."""
+    texts = [message.content for message in prompt.messages] + [endpoint.system or ""]
+    input_tokens = TOKENS_PER_CALL + TOKENS_PER_MESSAGE * len(texts)
+    input_tokens += sum(image_tokens(endpoint, image) for image in prompt.images)
+    input_tokens += sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if endpoint.extra_body:
+        input_tokens += len(json.dumps(endpoint.extra_body, ensure_ascii=False).encode("utf-8", "replace"))  # a schema
+    return input_tokens, endpoint.max_tokens_per_answer
+
+
+def image_tokens(endpoint: OpenAIEndpoint, image: Image) -> int:
+    """The most input tokens that an image can take in any model whose way of counting is published.
+
+    These count patches of the image as it is sent: of 32 pixels at 2.46 tokens (OpenAI's newer models), of 28 with
+    one more for each row (Claude; Qwen-VL), of 16 with one more for each row after scaling to 1024 pixels (Pixtral);
+    or tiles of 512 pixels after scaling the shorter side to 768 within 2048 (OpenAI's older models); or they take the
+    same number for every image.
+    """
+    size = sent_size(image.size, endpoint.max_image_side)
+    whole, tile = next((v for name, v in TILE_TOKENS.items() if name in endpoint.model), USUAL_TILE_TOKENS)
+    scale = min(2048 / max(size), 768 / min(size))
+    return max(
+        FIXED_IMAGE_TOKENS,
+        math.ceil(2.46 * _patches(size, 32)),
+        _patches(size, 28) + math.ceil(size[1] / 28),
+        _patches(sent_size(size, 1024), 16) + 64,
+        whole + tile * _patches((size[0] * scale, size[1] * scale), 512),
+    )
+
+
+def _patches(size: tuple[float, float], edge: int) -> int:
+    return math.ceil(size[0] / edge) * math.ceil(size[1] / edge)
+
+
+def price(endpoint: OpenAIEndpoint, input_tokens: int, output_tokens: int) -> float:
+    """What so many tokens cost, in the currency of the endpoint's prices."""
+    return (input_tokens * endpoint.input_price + output_tokens * endpoint.output_price) / 1e6
+
+
+def read_key(endpoint: OpenAIEndpoint) -> str | None:
+    """The API key, from where the configuration says it is.
+
+    Raises:
+        UserError: it is not there or cannot be a key; never shows what was found.
+    """
+    if endpoint.api_key_env:
+        place, key = f"environment variable {endpoint.api_key_env}", os.environ.get(endpoint.api_key_env, "")
+    elif endpoint.api_key_file:
+        place = f"file {endpoint.api_key_file}"
+        try:
+            key = Path(endpoint.api_key_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"the key {place} cannot be read.") from None
+    else:
+        return None
+    key = key.strip()
+    if not key:
+        raise UserError(f"the {place} holds no API key for {endpoint.base_url}.")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"what the {place} holds cannot be an API key: it has spaces or special characters.")
+    return key
+
+
+def _content(text: str, urls: Iterator[str]) -> str | list[dict[str, Any]]:
+    """A message's text, or its parts in their order where images stand in it."""
+    if IMAGE not in text:
+        return text
+    parts: list[dict[str, Any]] = []
+    for number, piece in enumerate(text.split(IMAGE)):
+        if number:
+            parts.append({"type": "image_url", "image_url": {"url": next(urls)}})
+        if piece.strip():  # some endpoints refuse a part of white space
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+@functools.lru_cache(maxsize=32)  # one image is sent with every candidate, and with both orders of a pair
+def _data_url(image: Image, side: int, size: int) -> str:
+    mime, data = for_sending(image, Bounds(side, size))
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"

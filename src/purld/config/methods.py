@@ -1,0 +1,164 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from purld.config.base import Count, Fraction, NonNegative, Positive, Section
+
+
+class StageTwo(Section):
+    """What every method of Stage II has: so many updates on so many prompts each, and the optimiser's settings."""
+
+    prompts_per_step: Count = 8
+    steps: Count = 200  # updates of the policy, whatever the method
+    learning_rate: Positive = 1.0e-6
+    warmup_ratio: Fraction = 0.05
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    max_grad_norm: Positive = 1.0
+    micro_batch_size: Count = 8  # members of a group per backward pass; the gradient does not depend on it
+    checkpoint_steps: Count = 50
+
+    @property
+    def drawn(self) -> int:
+        """Candidates drawn per prompt."""
+        return 0
+
+    @property
+    def updates(self) -> int:
+        """Updates made on the same candidates."""
+        return 1
+
+    @property
+    def candidates_in_all(self) -> int:
+        """Candidates that the whole stage draws."""
+        return -(-self.steps // self.updates) * self.prompts_per_step * self.drawn
+
+
+class Sampling(StageTwo):
+    """A method that draws one candidate per prompt."""
+
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Count = 512
+
+    @property
+    def drawn(self) -> int:
+        """Candidates drawn per prompt."""
+        return 1
+
+
+class GroupSampling(Sampling):
+    """A method that compares the candidates of a group."""
+
+    candidates: Annotated[int, Field(ge=2)] = 8  # K
+
+    @property
+    def drawn(self) -> int:
+        """Candidates drawn per prompt."""
+        return self.candidates
+
+
+class SelfScoring(Section):
+    """A method whose candidates are scored by the frozen p_sft."""
+
+    score: Literal["expected", "verbal"] = "expected"
+    score_batch_size: Count = 16
+
+
+class Clipping(StageTwo):
+    """A policy-gradient method: it may make several updates on the same candidates, its steps kept small by a clip."""
+
+    updates_per_rollout: Count = 1
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+    @property
+    def updates(self) -> int:
+        """Updates made on the same candidates."""
+        return self.updates_per_rollout
+
+    @model_validator(mode="after")
+    def _checkpoints_between_rollouts(self) -> Self:
+        every, updates = min(self.checkpoint_steps, self.steps), self.updates_per_rollout
+        if every < self.steps and every % updates:
+            raise ValueError(
+                f"checkpoint_steps ({every}) must be a multiple of updates_per_rollout ({updates}): "
+                "candidates are not part of a checkpoint"
+            )
+        return self
+
+
+class LdlGrpo(GroupSampling, SelfScoring):
+    """Stage II by LDL-GRPO (section 3.3)."""
+
+    method: Literal["ldl_grpo"] = "ldl_grpo"
+    # Eq. 3 is `likelihood`; `mean` divides by length; `ratio` divides by p_sft. docs/decisions.md compares.
+    q: Literal["ratio", "likelihood", "mean"] = "ratio"
+    gamma: Positive = 5.0
+    tau: Positive = 1.2
+    beta: NonNegative = 0.01  # of KL(p || p_sft), in every method that has one
+
+
+class AnchorRankDpo(GroupSampling, SelfScoring):
+    """Stage II by DPO on the pairs that the candidates' ranking implies."""
+
+    method: Literal["anchorrank_dpo"]
+    beta: Positive = 0.1
+    pairs: Literal["all", "extremes"] = "all"  # extremes: the best candidate against the worst
+    margin: NonNegative = 0.0  # the scores of a pair differ by more than this
+
+
+class AnchorGrpo(GroupSampling, SelfScoring, Clipping):
+    """Stage II by GRPO with the anchor-conditioned score as the reward."""
+
+    method: Literal["anchor_grpo"]
+    beta: NonNegative = 0.0
+
+
+class TeacherJudgeGrpo(GroupSampling, Clipping):
+    """Stage II by GRPO with the teacher's score of every candidate as the reward."""
+
+    method: Literal["teacher_judge_grpo"]
+    beta: NonNegative = 0.0
+    max_tokens_per_score: Count = 16
+
+
+class SelfPpo(Sampling, SelfScoring, Clipping):
+    """Stage II by PPO on the student's score of one candidate, without an anchor."""
+
+    method: Literal["self_ppo"]
+    beta: NonNegative = 0.05  # a cost per token of the reward
+    discount: Annotated[float, Field(gt=0, le=1)] = 1.0
+    trace: Annotated[float, Field(ge=0, le=1)] = 0.95  # GAE's lambda
+    value_clip: Positive = 0.2
+    value_learning_rate: Positive = 1.0e-3
+
+
+class SinglePairDpo(Sampling):
+    """Stage II by DPO, the anchor over one candidate."""
+
+    method: Literal["singlepair_dpo"]
+    beta: Positive = 0.1
+
+
+class SftSft(StageTwo):
+    """Stage II as more fine-tuning, on the anchors of its prompts."""
+
+    method: Literal["sft_sft"]
+
+
+class SftOnly(Section):
+    """Stop after Stage I."""
+
+    method: Literal["sft"]
+
+
+Align = Annotated[
+    LdlGrpo | AnchorRankDpo | AnchorGrpo | SelfPpo | SinglePairDpo | SftSft | TeacherJudgeGrpo | SftOnly,
+    Field(discriminator="method"),
+]

@@ -1,0 +1,82 @@
+"""results.json as a person reads it on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from purld.display.names import METRICS, title
+from purld.runs.files import read_json
+from purld.runs.run_dir import RunDir
+
+
+def show(run: RunDir, console: Console | None = None) -> None:
+    """Print a run's results: metrics against models with 95% intervals, what the teacher cost, where to look."""
+    results = read_json(run.results)
+    console = console or Console(highlight=False)
+    models = results["models"]
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in ("", *(title(name) for name in models)):
+        table.add_column(heading, no_wrap=True)
+    for key, label in METRICS.items():
+        if any(key in metrics for metrics in models.values()):
+            table.add_row(label, *(_cell(metrics, key) for metrics in models.values()))
+    console.print()
+    console.print(table)
+    console.print()
+    n = max(metrics["n"] for metrics in models.values())
+    lines = [
+        f"On {n} held-out prompts, with 95% intervals.",
+        *_differences(results),
+        *_unjudged(models),
+        *_scores(results),
+    ]
+    for line in [*lines, _teacher(results["teacher"]), f"Report: {run.report}"]:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def signed(found: Mapping[str, Any], key: str) -> str:
+    """A difference of two models with its interval, both with their signs."""
+    low, high = found[f"{key}_ci"]
+    return f"{found[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _cell(metrics: dict[str, Any], key: str) -> str:
+    if key not in metrics:
+        return "-"
+    low, high = metrics[f"{key}_ci"]
+    return f"{metrics[key]:.3f} [{low:.2f}, {high:.2f}]"
+
+
+def _differences(results: dict[str, Any]) -> list[str]:
+    lines = []
+    for pair, found in results.get("difference", {}).items():
+        ours, theirs = (title(name) for name in pair.split(" - "))
+        parts = [f"{label} {signed(found, key)}" for key, label in METRICS.items() if key in found]
+        lines.append(f"{ours} minus {theirs}: {', '.join(parts)}.")
+    return lines
+
+
+def _unjudged(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    counts = [f"{title(name)} {metrics['unjudged']}" for name, metrics in models.items() if metrics.get("unjudged")]
+    return [f"Verdicts that were none, left out and kept with their words: {', '.join(counts)}."] if counts else []
+
+
+def _scores(results: dict[str, Any]) -> list[str]:
+    found = results.get("score_quality", {})
+    if "auc_within" not in found:
+        return []
+    low, high = found["auc_within_ci"]
+    return [f"Self-evaluation against gold: AUC within prompts {found['auc_within']:.3f} [{low:.2f}, {high:.2f}]."]
+
+
+def _teacher(teacher: dict[str, Any]) -> str:
+    spent = f", cost {teacher['cost']:.4f}" if teacher.get("cost") else ""
+    tokens = teacher["input_tokens"] + teacher["output_tokens"]
+    return (
+        f"Teacher: {teacher['calls']} calls for {teacher['prompts']} prompts, "
+        f"{teacher['answered']} usable answers, {tokens} tokens{spent}."
+    )

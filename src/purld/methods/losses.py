@@ -1,0 +1,268 @@
+"""The objectives of Stage II, each a pure function of one group's per-token log-probabilities.
+
+Every objective takes `Tokens` and its signal and returns a `Loss`. It sees the model through (K, C) log-probabilities
+alone (PPO's also through (K, C) values), so its gradient in the parameters is sum_kt c_kt * grad log p(y_kt|x, y_k<t)
+with one number c_kt per token. `differentiate` gives these numbers from log-probabilities computed without a graph;
+the trainer then sends members backward in micro-batches of any size, and the sum is the exact gradient, whatever the
+objective. How signals are made of scores is in `labels` and `credit`; sampling and scoring happen elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from purld.methods.advantages import Credit
+from purld.methods.labels import entropy
+
+QForm = Literal["ratio", "likelihood", "mean"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The members of one group as an objective sees them; every tensor is (K, C), float32, padded after the end.
+
+    Attributes:
+        policy: log p_theta of each token, in nats; what gradients are taken in.
+        reference: the same under the frozen p_sft.
+        old: the same under the policy that the members were drawn from.
+        mask: 1 on a member's tokens, 0 after them.
+        values: the critic's value before each token; what gradients are taken in, too. None without a critic.
+        old_values: the same as the critic was when the members were drawn.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    old: Tensor
+    mask: Tensor
+    values: Tensor | None = None
+    old_values: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        """(K,) number of tokens, as floats."""
+        return self.mask.sum(dim=1)
+
+    def sequences(self, log_probs: Tensor) -> Tensor:
+        """(K,) sums over tokens of (K, C) log-probabilities."""
+        return (log_probs * self.mask).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An objective's value on one group and what is worth logging of it.
+
+    Attributes:
+        value: shape (); its gradient is the objective's, or an unbiased estimate of it.
+        metrics: () tensors by name.
+        members: (K,) tensors by name, for the record of the group.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    members: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def differentiate(objective: Callable[[Tokens], Loss], tokens: Tokens) -> tuple[Loss, Tensor, Tensor | None]:
+    """The objective and its (K, C) gradients in `tokens.policy` and `tokens.values`; no graph is needed or kept."""
+    policy = tokens.policy.detach().requires_grad_()
+    values = None if tokens.values is None else tokens.values.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = objective(replace(tokens, policy=policy, values=values))
+        loss.value.backward()  # type: ignore[no-untyped-call]
+    gradients = [None if x is None else torch.zeros_like(x) if x.grad is None else x.grad for x in (policy, values)]
+    detached = Loss(
+        loss.value.detach(),
+        {name: metric.detach() for name, metric in loss.metrics.items()},
+        {name: column.detach() for name, column in loss.members.items()},
+    )
+    assert gradients[0] is not None
+    return detached, gradients[0], gradients[1]
+
+
+# --- LDL-GRPO ------------------------------------------------------------------------------------------------
+
+
+def ldl_loss(tokens: Tokens, log_labels: Tensor, *, form: QForm, beta: float) -> Loss:
+    """KL(D || q_theta) + beta KL(p_theta || p_sft) of one group (Eq. 4).
+
+    Args:
+        tokens: K candidates drawn from the policy.
+        log_labels: (K,) log D_x.
+        form: how the policy is mapped onto the group, see `log_policy_distribution`.
+        beta: weight of the KL from p_sft.
+    """
+    log_probs, reference = tokens.sequences(tokens.policy), tokens.sequences(tokens.reference)
+    log_q = log_policy_distribution(log_probs, reference, tokens.lengths, form)
+    divergence = label_divergence(log_labels, log_q)
+    entropy_labels, entropy_policy = entropy(log_labels), entropy(log_q.detach())
+    metrics = {
+        "ldl": divergence,
+        "entropy_labels": entropy_labels,
+        "entropy_policy": entropy_policy,
+        "sharper_than_labels": (entropy_policy < entropy_labels).float(),
+    }
+    q = log_q.exp()
+    if (correlation := _correlation(q.detach(), tokens.lengths)) is not None:
+        metrics["length_correlation"] = correlation
+    value = divergence + beta * kl_from_reference(log_probs, reference)
+    return Loss(value, metrics, {"labels": log_labels.exp(), "policy_before": q})
+
+
+def log_policy_distribution(log_probs: Tensor, reference_log_probs: Tensor, lengths: Tensor, form: QForm) -> Tensor:
+    """log q_theta over one group, shape (K,): the log-softmax of one number per candidate.
+
+    `likelihood` is Eq. 3, log p_theta(y_k|x). `mean` divides it by the number of tokens. `ratio` is
+    log p_theta(y_k|x) - log p_sft(y_k|x): candidates are drawn from the policy already, so Eq. 3 weighs them
+    by it twice; against p_sft the fixed point of KL(D || q) is p_sft * D, the optimum of KL-regularised RL.
+
+    Args:
+        log_probs: (K,) sequence log-likelihoods under the policy, in nats.
+        reference_log_probs: (K,) the same under p_sft.
+        lengths: (K,) number of completion tokens.
+        form: which of the three.
+    """
+    if form == "likelihood":
+        logits = log_probs
+    elif form == "mean":
+        logits = log_probs / lengths
+    else:
+        logits = log_probs - reference_log_probs
+    return torch.log_softmax(logits, dim=0)
+
+
+def label_divergence(log_labels: Tensor, log_q: Tensor) -> Tensor:
+    """KL(D || q) of one group in nats, shape () from two (K,) log-distributions (Eq. 4, first term)."""
+    labels = log_labels.exp()
+    # 0 * (-inf - x) would be nan: a label that underflowed contributes nothing.
+    return torch.where(labels > 0, labels * (log_labels - log_q), torch.zeros_like(labels)).sum()
+
+
+def kl_coefficients(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """Coefficients (K,) of grad log p_theta(y_k|x) that estimate the gradient of KL(p_theta || p_sft).
+
+    With y ~ p_theta the gradient is E[(log p_theta(y) - log p_sft(y)) grad log p_theta(y)]; the mean of the
+    other candidates' log-ratios is subtracted, which leaves the expectation as it is because it does not
+    depend on y_k, and lowers the variance. (Differentiating the k3 estimator instead would give the
+    gradient of KL(p_sft || p_theta).) A group of one has no others and goes without.
+    """
+    log_ratios = (log_probs - reference_log_probs).detach()
+    k = log_ratios.numel()
+    if k == 1:
+        return log_ratios
+    others = (log_ratios.sum() - log_ratios) / (k - 1)
+    return (log_ratios - others) / k
+
+
+def kl_from_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """An estimate of KL(p_theta || p_sft) in nats per sequence, shape (), from (K,) log-likelihoods of draws.
+
+    Its value is the mean log-ratio; its gradient is that of `kl_coefficients`, which the mean's own gradient is not.
+    """
+    value = (log_probs - reference_log_probs).detach().mean()
+    coefficients = kl_coefficients(log_probs, reference_log_probs)
+    return value + (coefficients * (log_probs - log_probs.detach())).sum()
+
+
+def _correlation(x: Tensor, y: Tensor) -> Tensor | None:
+    """Pearson's correlation of two (K,) tensors, shape (); None where one of them is constant."""
+    if x.numel() < 2 or x.std() < 1e-8 or y.std() < 1e-8:
+        return None
+    return torch.corrcoef(torch.stack([x, y]))[0, 1]
+
+
+# --- DPO -----------------------------------------------------------------------------------------------------
+
+
+def dpo_loss(tokens: Tokens, pairs: Tensor, *, beta: float) -> Loss:
+    """-log sigmoid(beta (log-ratio of the chosen - log-ratio of the rejected)), the mean over pairs of one group.
+
+    Rafailov et al., 2023, Eq. 7; log-ratios are log p_theta - log p_sft of whole sequences. A member may be in
+    several pairs.
+
+    Args:
+        tokens: the members.
+        pairs: (P, 2) indices of members, the chosen one first; P >= 1.
+        beta: the strength of the implied KL from p_sft.
+    """
+    log_ratios = tokens.sequences(tokens.policy - tokens.reference)
+    gaps = log_ratios[pairs[:, 0]] - log_ratios[pairs[:, 1]]  # (P,)
+    metrics = {"pair_accuracy": (gaps > 0).float().mean(), "pairs": torch.tensor(float(len(pairs)))}
+    return Loss(-logsigmoid(beta * gaps).mean(), metrics)
+
+
+# --- policy gradients ----------------------------------------------------------------------------------------
+
+
+def grpo_loss(tokens: Tokens, advantages: Tensor, *, clip: float, beta: float) -> Loss:
+    """The clipped surrogate with one advantage per member, plus beta KL(p_theta || p_sft) (Shao et al., 2024, Eq. 3).
+
+    The mean over a member's tokens, then over members. The KL is the k3 estimate times the importance ratio: so the
+    expectation over draws, and hence the gradient, is KL(p_theta || p_sft)'s; k3's alone is KL(p_sft || p_theta)'s.
+
+    Args:
+        tokens: K candidates drawn from the policy `tokens.old`.
+        advantages: (K,).
+        clip: the ratio to the old policy is clipped to [1 - clip, 1 + clip].
+        beta: weight of the KL; 0 leaves it out.
+    """
+    per_token, clipped = _clipped_surrogate(tokens, advantages.unsqueeze(1), clip)
+    if beta:
+        to_reference = tokens.reference - tokens.policy
+        per_token = per_token + beta * _ratios(tokens) * (to_reference.exp() - to_reference - 1)
+    value = mean_over_tokens(per_token, tokens.mask).mean()
+    return Loss(value, {"clipped": clipped}, {"advantages": advantages})
+
+
+def ppo_loss(tokens: Tokens, credit: Credit, *, clip: float, value_clip: float) -> Loss:
+    """The clipped surrogate with an advantage per token, plus half the clipped squared error of the critic.
+
+    Schulman et al., 2017, Eq. 7 and 9, the value clipped as in its published implementation. The critic's part has no
+    weight because policy and critic share no parameters. The mean over a member's tokens, then over members.
+
+    Args:
+        tokens: members drawn from the policy `tokens.old`, with the critic's values now and then.
+        credit: advantages and returns.
+        clip: the ratio to the old policy is clipped to [1 - clip, 1 + clip].
+        value_clip: values are clipped to within this of the old ones.
+    """
+    if tokens.values is None or tokens.old_values is None:
+        raise ValueError("PPO needs the critic's values")
+    per_token, clipped = _clipped_surrogate(tokens, credit.advantages, clip)
+    near = tokens.old_values + (tokens.values - tokens.old_values).clamp(-value_clip, value_clip)
+    errors = torch.max((tokens.values - credit.returns) ** 2, (near - credit.returns) ** 2) / 2
+    value_loss = mean_over_tokens(errors, tokens.mask).mean()
+    value = mean_over_tokens(per_token, tokens.mask).mean() + value_loss
+    mean_advantages = mean_over_tokens(credit.advantages, tokens.mask)
+    return Loss(value, {"clipped": clipped, "value_loss": value_loss}, {"advantages": mean_advantages})
+
+
+def _clipped_surrogate(tokens: Tokens, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """-min(ratio A, clipped ratio A) per token, (K, C), and the share of tokens whose gradient the clip cut, ()."""
+    ratios = _ratios(tokens)
+    free, bound = ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages
+    cut = (bound < free).float() * tokens.mask
+    return -torch.min(free, bound), cut.sum() / tokens.mask.sum()
+
+
+def _ratios(tokens: Tokens) -> Tensor:
+    """(K, C) p_theta / p_old of each token."""
+    return (tokens.policy - tokens.old).exp()
+
+
+# --- imitation -----------------------------------------------------------------------------------------------
+
+
+def nll_loss(tokens: Tokens) -> Loss:
+    """-log p_theta(y|x) per token (Eq. 1): the mean over a member's tokens, then over members."""
+    return Loss(-mean_over_tokens(tokens.policy, tokens.mask).mean())
+
+
+def mean_over_tokens(x: Tensor, mask: Tensor) -> Tensor:
+    """(K,) means of (K, C) over each member's own tokens."""
+    return (x * mask).sum(dim=1) / mask.sum(dim=1)

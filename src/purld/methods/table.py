@@ -1,0 +1,184 @@
+"""The methods by name: what each learns from and how it moves the policy.
+
+A method is a row: who scores, how scores become a signal, and which objective the signal goes into. Sampler, scorer
+and trainer are the same for all of them and read these rows; none of them asks for a method by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from purld.methods.advantages import (
+    Credit,
+    generalised_advantages,
+    group_advantages,
+    ranked_pairs,
+    token_rewards,
+    whitened,
+)
+from purld.methods.labels import PuLabels, pu_labels
+from purld.methods.losses import Loss, Tokens, dpo_loss, grpo_loss, ldl_loss, nll_loss, ppo_loss
+
+Signal = TypeVar("Signal")
+Scorer = Literal["anchored", "alone", "teacher"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of one group before its update.
+
+    Attributes:
+        scores: (K,) scores of the members that have one; (0,) where nobody scores.
+        anchor_score: s*, if the anchor was scored.
+        tokens: the members at the time they were drawn; only for a method with a critic.
+    """
+
+    scores: Tensor
+    anchor_score: float | None = None
+    tokens: Tokens | None = None
+
+
+@dataclass(frozen=True)
+class StageTwo(Generic[Signal]):
+    """How a method learns in Stage II. `settings` is its section of the configuration.
+
+    Attributes:
+        signal: (evidence, settings) -> what the objective is told of one group; None leaves the group out.
+        loss: (tokens, signal, settings) -> the objective on one group.
+        scorer: `anchored` self-evaluation, self-evaluation `alone`, the `teacher`, or nobody.
+        anchor_member: whether the anchor is the group's first member, before the candidates.
+        critic: whether values are learned beside the policy.
+        across: (signals, masks) -> the signals after what the prompts of a step do to each other.
+    """
+
+    signal: Callable[[Evidence, Any], Signal | None]
+    loss: Callable[[Tokens, Signal, Any], Loss]
+    scorer: Scorer | None = None
+    anchor_member: bool = False
+    critic: bool = False
+    across: Callable[[list[Signal], list[Tensor]], list[Signal]] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table; the first four columns are what `purld methods` prints."""
+
+    name: str
+    signal: str
+    objective: str
+    teacher_calls: str
+    stage_two: StageTwo[Any] | None = None
+
+
+def _pu_labels(evidence: Evidence, settings: Any) -> PuLabels | None:
+    if evidence.anchor_score is None or evidence.scores.numel() < 2:
+        return None
+    return pu_labels(evidence.scores, evidence.anchor_score, settings.gamma, settings.tau)
+
+
+def _ldl_loss(tokens: Tokens, labels: PuLabels, settings: Any) -> Loss:
+    loss = ldl_loss(tokens, labels.log_distribution, form=settings.q, beta=settings.beta)
+    return replace(loss, members={**loss.members, "confidences": labels.confidences})
+
+
+def _advantages(evidence: Evidence, settings: Any) -> Tensor | None:
+    return group_advantages(evidence.scores) if evidence.scores.numel() >= 2 else None
+
+
+def _grpo_loss(tokens: Tokens, advantages: Tensor, settings: Any) -> Loss:
+    return grpo_loss(tokens, advantages, clip=settings.clip, beta=settings.beta)
+
+
+def _ranked_pairs(evidence: Evidence, settings: Any) -> Tensor | None:
+    if evidence.scores.numel() < 2:
+        return None
+    pairs = ranked_pairs(evidence.scores, settings.margin, settings.pairs)
+    return pairs if len(pairs) else None
+
+
+def _anchor_first(evidence: Evidence, settings: Any) -> Tensor:
+    return torch.tensor([[0, 1]])
+
+
+def _dpo_loss(tokens: Tokens, pairs: Tensor, settings: Any) -> Loss:
+    return dpo_loss(tokens, pairs, beta=settings.beta)
+
+
+def _credit(evidence: Evidence, settings: Any) -> Credit | None:
+    tokens = evidence.tokens
+    if not evidence.scores.numel() or tokens is None or tokens.old_values is None:
+        return None
+    rewards = token_rewards(evidence.scores, tokens.old, tokens.reference, tokens.mask, settings.beta)
+    return generalised_advantages(rewards, tokens.old_values, tokens.mask, settings.discount, settings.trace)
+
+
+def _ppo_loss(tokens: Tokens, credit: Credit, settings: Any) -> Loss:
+    return ppo_loss(tokens, credit, clip=settings.clip, value_clip=settings.value_clip)
+
+
+def _imitate(evidence: Evidence, settings: Any) -> bool:
+    return True  # the members are all there is to know
+
+
+def _nll_loss(tokens: Tokens, signal: bool, settings: Any) -> Loss:
+    return nll_loss(tokens)
+
+
+_ROWS = (
+    Method(
+        "ldl_grpo",
+        signal="anchor-conditioned self-evaluation, as a PU label distribution (Eq. 2)",
+        objective="KL(D || q) + beta KL(p || p_sft) (Eq. 4)",
+        teacher_calls="N",
+        stage_two=StageTwo(_pu_labels, _ldl_loss, scorer="anchored"),
+    ),
+    Method(
+        "anchorrank_dpo",
+        signal="anchor-conditioned self-evaluation, as ranked pairs of candidates",
+        objective="DPO over a group's pairs",
+        teacher_calls="N",
+        stage_two=StageTwo(_ranked_pairs, _dpo_loss, scorer="anchored"),
+    ),
+    Method(
+        "anchor_grpo",
+        signal="anchor-conditioned self-evaluation, as a reward",
+        objective="GRPO: clipped ratio times group-standardised advantage",
+        teacher_calls="N",
+        stage_two=StageTwo(_advantages, _grpo_loss, scorer="anchored"),
+    ),
+    Method(
+        "self_ppo",
+        signal="self-evaluation of one candidate, without anchor or teacher",
+        objective="PPO with a critic, GAE and clipping",
+        teacher_calls="N, none in Stage II",
+        stage_two=StageTwo(_credit, _ppo_loss, scorer="alone", critic=True, across=whitened),
+    ),
+    Method(
+        "singlepair_dpo",
+        signal="the anchor over one candidate",
+        objective="DPO",
+        teacher_calls="N",
+        stage_two=StageTwo(_anchor_first, _dpo_loss, anchor_member=True),
+    ),
+    Method(
+        "sft_sft",
+        signal="the anchors of Stage II's prompts",
+        objective="maximum likelihood",
+        teacher_calls="N",
+        stage_two=StageTwo(_imitate, _nll_loss, anchor_member=True),
+    ),
+    Method(
+        "teacher_judge_grpo",
+        signal="the teacher's score of every candidate",
+        objective="GRPO: clipped ratio times group-standardised advantage",
+        teacher_calls="N + one per candidate",
+        stage_two=StageTwo(_advantages, _grpo_loss, scorer="teacher"),
+    ),
+    Method("sft", signal="the teacher's answers (Eq. 1)", objective="maximum likelihood", teacher_calls="N"),
+)
+METHODS = {row.name: row for row in _ROWS}

@@ -1,0 +1,223 @@
+"""Weights, adapters, and the roles they play.
+
+In Stage II one model is policy, sampler, evaluator and reference. With LoRA that is literally one copy of the
+weights: Stage I's adapter is merged into them when they are loaded, so that switching Stage II's adapter off
+gives p_sft (and not p_base). Without LoRA all weights move, and p_sft is a second, frozen copy. What a model sees
+pictures with may stay as it is while the rest moves; then all roles share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig
+
+from purld.config.schema import Student
+from purld.errors import UserError
+from purld.model.encode import Encoder
+from purld.model.processor import model_class, read_processor, reads_pictures, save_processor
+from purld.model.vision import vision_modules
+
+_ADAPTER = "adapter_config.json"
+
+
+class Roles:
+    """The policy that moves and the p_sft that does not.
+
+    Attributes:
+        policy: the model to sample from and to update.
+    """
+
+    def __init__(self, policy: Any, frozen_copy: Any | None) -> None:
+        self.policy = policy
+        self._frozen_copy = frozen_copy
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[Any]:
+        """p_sft, the evaluator and reference, without gradients."""
+        with torch.no_grad():
+            if self._frozen_copy is not None:
+                yield self._frozen_copy
+            else:
+                with self.policy.disable_adapter():
+                    yield self.policy
+
+
+def load_encoder(student: Student) -> Encoder:
+    """The student's tokenizer, or its processor if it reads pictures, with the conventions of a run.
+
+    Raises:
+        UserError: there is none, or none for chats.
+    """
+    check_model_directory(student.model)
+    try:
+        processor = read_processor(student.model)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loadable(student.model, error) from None
+    return Encoder(processor, student.max_anchor_tokens, student.max_image_pixels)
+
+
+def load_model(student: Student, path: str | Path) -> Any:
+    """The model saved at `path`: full weights, or an adapter merged into the student's.
+
+    Args:
+        student: says where the base weights are and in which dtype they are held.
+        path: the student's own directory or hub id, or a stage's directory in a run.
+
+    Raises:
+        UserError: it cannot be loaded as a model that writes text.
+    """
+    adapter = (Path(path) / _ADAPTER).exists()
+    base = student.model if adapter else str(path)
+    check_model_directory(base)
+    try:
+        model = _weights(student, base)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _not_loadable(base, error) from None
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    model.to(fastest_device())
+    return model.eval()
+
+
+def trainable(student: Student, model: Any) -> Any:
+    """The model with what is to be trained switched on: an adapter, or all weights; its vision only if so configured.
+
+    Args:
+        student: says what is trained.
+        model: as loaded.
+
+    Raises:
+        UserError: the vision is to stay as it is, and it cannot be told which part of the model that is.
+    """
+    if not student.trains_vision and reads_pictures(model.config) and not vision_modules(model):
+        raise UserError(
+            f"student.model: it cannot be told which part of a {type(model).__name__} sees pictures, so it cannot be "
+            "left alone; set student.train_vision to true."
+        )
+    if student.lora is not None:
+        return get_peft_model(model, lora_config(student, model))
+    if not student.trains_vision:
+        for module in vision_modules(model).values():
+            module.requires_grad_(False)
+    return model
+
+
+def load_roles(student: Student, sft: Path) -> Roles:
+    """The roles of Stage II, everyone starting from the p_sft saved at `sft`."""
+    policy = trainable(student, load_model(student, sft))
+    if student.lora is not None:
+        return Roles(policy, None)
+    frozen = load_model(student, sft)
+    if not student.trains_vision:
+        for name, module in vision_modules(policy).items():
+            setattr(frozen.base_model, name, module)
+    frozen.requires_grad_(False)
+    return Roles(policy, frozen)
+
+
+def lora_config(student: Student, model: Any) -> LoraConfig:
+    """The student's adapter settings as peft takes them for `model`; alpha is 2 r unless set."""
+    if student.lora is None:
+        raise ValueError("this student has no adapter")
+    spared = [] if student.trains_vision else vision_modules(model)
+    return LoraConfig(
+        r=student.lora.r,
+        lora_alpha=student.lora.alpha or 2 * student.lora.r,
+        lora_dropout=student.lora.dropout,
+        target_modules=student.lora.target_modules,
+        exclude_modules=rf".*\b({'|'.join(spared)})\..*" if spared else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def save_model(student: Student, model: Any, encoder: Encoder, path: Path) -> None:
+    """Save weights, or an adapter, with the student's tokenizer or processor, as an ordinary Hugging Face directory."""
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path)
+    save_processor(encoder.processor, student.model, path)
+
+
+def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path) -> None:
+    """Save the policy so that it loads on the base weights.
+
+    Stage II's adapter was trained on top of Stage I's, so the two are concatenated into one of their summed
+    rank, which is exact.
+    """
+    if student.lora is None:
+        save_model(student, roles.policy, encoder, path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        stage_two = Path(folder) / "stage_two"
+        roles.policy.save_pretrained(stage_two)
+        base = _weights(student, student.model)
+        both = PeftModel.from_pretrained(base, str(sft), adapter_name="stage_one")
+        both.load_adapter(str(stage_two), adapter_name="stage_two")
+        both.add_weighted_adapter(["stage_one", "stage_two"], [1.0, 1.0], "policy", combination_type="cat")
+        both.save_pretrained(folder, selected_adapters=["policy"])
+        path.mkdir(parents=True, exist_ok=True)
+        for file in (Path(folder) / "policy").iterdir():
+            shutil.copy(file, path / file.name)
+    save_processor(encoder.processor, student.model, path)
+
+
+def check_model_directory(model: str) -> None:
+    """Refuse a path that is no model directory; hub ids pass.
+
+    Raises:
+        UserError: `model` is a folder without config.json, or looks like a path and is not there.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"student.model: {model} is not a model directory; it holds no config.json.")
+        try:
+            json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"student.model: {model}/config.json is not readable JSON.") from None
+    elif path.is_file():
+        raise UserError(f"student.model: {model} is a file; give the directory that holds config.json.")
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UserError(f"student.model: {model} does not exist; give a model directory or a hub id.")
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters held, each tensor once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def context_length(model: str) -> int | None:
+    """How many tokens the positions of a model directory or hub id reach, if its configuration says."""
+    config = AutoConfig.from_pretrained(model)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _weights(student: Student, path: str) -> Any:
+    return model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=_dtype(student))
+
+
+def _dtype(student: Student) -> torch.dtype | str:
+    if student.dtype == "auto":
+        # Weights that are trained themselves need float32: small updates vanish in bfloat16.
+        frozen_base = student.lora is not None and torch.cuda.is_available()
+        return "auto" if frozen_base else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[student.dtype]
+
+
+def fastest_device() -> torch.device:
+    """Where models are put."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _not_loadable(model: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"student.model: {model} cannot be loaded: {reason}")

@@ -1,0 +1,156 @@
+"""The stages in order: what is done, what is left, and what a run that has begun still allows.
+
+A stage that the manifest calls finished is skipped; a configuration that contradicts what a run has already done is
+refused. What a stage does is in `purld.pipeline.stages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import yaml
+
+from purld.config.load import load_config
+from purld.config.schema import TRANSPORT, Config
+from purld.display.progress import Reporter
+from purld.errors import UserError
+from purld.methods.table import METHODS
+from purld.model.load import load_encoder
+from purld.pipeline.pools import Pools, load_pools
+from purld.pipeline.preflight import check_context, check_judging, check_scoring
+from purld.pipeline.stages import Job, run_align, run_anchors, run_evaluate, run_report, run_sft
+from purld.runs.files import atomic_write, stopwatch
+from purld.runs.run_dir import RunDir
+from purld.tasks.checks import find_check, missing_gold
+from purld.training.trackers import check_trackers, tracked
+
+_RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "anchors": run_anchors,
+    "sft": run_sft,
+    "align": run_align,
+    "evaluate": run_evaluate,
+    "report": run_report,
+}
+STAGES = tuple(_RUNNERS)
+
+_TITLES = {
+    "anchors": "Anchors: one teacher answer per prompt",
+    "sft": "Stage I: SFT on the anchors",
+    "align": "Stage II: alignment",
+    "evaluate": "Evaluation on held-out prompts",
+    "report": "Report",
+}
+# The first stage that each section of the configuration touches.
+_FIRST_STAGE = {
+    "student": "anchors",
+    "data": "anchors",
+    "teacher": "anchors",
+    "anchors": "anchors",
+    "seed": "anchors",
+    "sft": "sft",
+    "align": "align",
+    "evaluate": "evaluate",
+}
+
+
+class Pipeline:
+    """One run: a configuration, the directory it lives in, and whom to tell.
+
+    Args:
+        config: the validated configuration.
+        run: the run's directory; created when the first stage starts.
+        reporter: told what happens.
+        resend_unknown: ask again what may have been billed without an answer arriving.
+
+    Raises:
+        UserError: the student's tokenizer, a tracker or a library for the check is missing, or the lengths do not
+            fit its context.
+    """
+
+    def __init__(self, config: Config, run: RunDir, reporter: Reporter, resend_unknown: bool = False) -> None:
+        self.config = config
+        self.run = run
+        self.reporter = reporter
+        self.resend_unknown = resend_unknown
+        self.encoder = load_encoder(config.student)
+        self.check = find_check(config.data)
+        check_trackers(config.report_to)
+        check_context(config)
+        check_scoring(config, self.encoder)
+
+    def execute(self, stages: Sequence[str] = STAGES) -> None:
+        """Run the given stages in order, skipping what is finished.
+
+        Raises:
+            UserError: the input, the configuration or an earlier stage does not allow it.
+        """
+        pools = load_pools(self.config, self.encoder, self.reporter.say)
+        check_judging(self.config, pools)
+        if missing := missing_gold(self.config.data, pools.held_out):
+            raise UserError(missing)
+        with self.run.lock():
+            self._adopt_config()
+            self._check_pools(pools)
+            job = Job(self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown)
+            for stage in stages:
+                self._execute(stage, job)
+
+    def _execute(self, stage: str, job: Job) -> None:
+        if not self._takes_part(stage):
+            return
+        if stage in self.run.finished() and not self._again(stage):
+            self.reporter.say(f"{_TITLES[stage]}: done before.")
+            return
+        for earlier in STAGES[: STAGES.index(stage)]:
+            if self._takes_part(earlier) and earlier not in self.run.finished():
+                raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
+        self.run.begin(stage)
+        self.reporter.headline(_TITLES[stage])
+        with stopwatch() as seconds, tracked(self.config.report_to, self.run, stage):
+            facts = _RUNNERS[stage](job)
+        self.run.finish(stage, seconds[0], **facts)
+
+    def _again(self, stage: str) -> bool:
+        """Whether a finished stage runs again: a report always, anchors to resend what was lost, until trained on."""
+        return stage == "report" or (stage == "anchors" and self.resend_unknown and "sft" not in self.run.begun())
+
+    def _takes_part(self, stage: str) -> bool:
+        return stage != "align" or METHODS[self.config.align.method].stage_two is not None
+
+    def _adopt_config(self) -> None:
+        """Write config.yaml, or see that it agrees with the one this run began with."""
+        new = self.config.model_dump(mode="json")
+        if self.run.config.exists():
+            # As it reads today: keys that are newer than the run had their defaults in force when it began.
+            old = load_config(self.run.config).model_dump(mode="json")
+            begun = self.run.begun()
+            for key, before, after in _differences(old, new):
+                section, *_, leaf = key.split(".")
+                if section != "report_to" and _FIRST_STAGE[section] in begun and leaf not in TRANSPORT:
+                    raise UserError(
+                        f"{self.run.path} holds a run with {key}: {before}, and now it is {after}; "
+                        "give this one another --run-dir."
+                    )
+        with atomic_write(self.run.config) as handle:
+            yaml.safe_dump(new, handle, sort_keys=False)
+
+    def _check_pools(self, pools: Pools) -> None:
+        done = self.run.finished().get("anchors")
+        if done and done["pool"] != pools.fingerprint:
+            raise UserError(
+                f"{self.run.path}: the prompts of {self.config.data.source} have changed since this run's anchors "
+                "were collected; give the new ones another --run-dir."
+            )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The keys, as dotted paths, in which two configurations differ, with both values."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return [] if old == new else [(prefix, old, new)]
+    keys = [*old, *(key for key in new if key not in old)]
+    return [
+        found
+        for key in keys
+        for found in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+    ]

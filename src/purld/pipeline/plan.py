@@ -1,0 +1,107 @@
+"""The plan of a run: prompts, what leaves and what it costs, steps, memory and disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from purld.config.methods import LdlGrpo, StageTwo
+from purld.config.schema import Config
+from purld.model.load import load_encoder
+from purld.pipeline.pipeline import STAGES
+from purld.pipeline.plan_machine import plan_machine
+from purld.pipeline.plan_requests import plan_leaving
+from purld.pipeline.plan_sheet import Plan
+from purld.pipeline.pools import Pools, load_pools
+from purld.pipeline.preflight import check_context, check_judging, check_scoring
+from purld.runs.run_dir import RunDir
+from purld.tasks.checks import find_check, missing_gold
+from purld.training.sft import is_validation
+
+_BINS = 6
+
+
+def make_plan(config: Config, run: RunDir) -> Plan:
+    """Validate the configuration against the files it names, and work out what the run takes.
+
+    Raises:
+        UserError: a file, a row, the model directory or a length is wrong.
+    """
+    plan = Plan()
+    encoder = load_encoder(config.student)
+    check_context(config)
+    check_scoring(config, encoder)
+    pools = load_pools(config, encoder, lambda line: plan.add("Prompts", line))
+    check_judging(config, pools)
+    _prompts(plan, pools)
+    _gold(plan, config, pools)
+    plan_leaving(plan, config, encoder, pools, run)
+    _training(plan, config, pools)
+    plan_machine(plan, config, run.path)
+    _run(plan, run)
+    return plan
+
+
+def _prompts(plan: Plan, pools: Pools) -> None:
+    lengths = sorted(pools.tokens.values())
+    plan.add(
+        "Prompts",
+        f"{pools.rows} rows, {pools.duplicates} of them duplicates",
+        f"{len(pools.train)} for training, {len(pools.held_out)} held out",
+        f"tokens per prompt: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}",
+        *_histogram(lengths),
+    )
+
+
+def _histogram(lengths: Sequence[int]) -> list[str]:
+    """A few bars of prompt lengths."""
+    width = max(1, math.ceil((lengths[-1] + 1) / _BINS))
+    counts = [sum(i * width <= n < (i + 1) * width for n in lengths) for i in range(_BINS)]
+    scale = max(counts)
+    return [
+        f"{i * width:>6}-{(i + 1) * width - 1:<6} {'█' * math.ceil(30 * count / scale)} {count}"
+        for i, count in enumerate(counts)
+        if count
+    ]
+
+
+def _gold(plan: Plan, config: Config, pools: Pools) -> None:
+    """Accuracy needs a check and something to check against."""
+    if find_check(config.data) is None:
+        plan.add("Prompts", "no check of answers against gold: no accuracy will be reported")
+    elif missing := missing_gold(config.data, pools.held_out):
+        plan.add("Prompts", missing)
+        plan.problems.append(missing)
+
+
+def _training(plan: Plan, config: Config, pools: Pools) -> None:
+    sft, align = config.sft, config.align
+    validation = sum(is_validation(p, sft.validation_fraction) for p in pools.sft)
+    steps = math.ceil(math.ceil((len(pools.sft) - validation) / sft.batch_size) * sft.epochs)
+    plan.add(
+        "Training",
+        f"Stage I: {steps} steps of {sft.batch_size} anchors ({sft.epochs:g} epochs), {validation} for validation",
+    )
+    if isinstance(align, StageTwo):
+        plan.add("Training", _stage_two(align, len(pools.align)))
+    if config.set_aside:
+        plan.add("Training", config.set_aside)
+    if config.data.sft_fraction is not None:
+        plan.add("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
+
+
+def _stage_two(align: StageTwo, prompts: int) -> str:
+    each, in_all = f"{align.prompts_per_step} prompts", ""
+    if align.drawn:
+        each += f" × {align.drawn} candidates" if align.drawn > 1 else ", one candidate each"
+        in_all = f"{align.candidates_in_all:,} in all, "
+    passes = align.steps / align.updates * align.prompts_per_step / prompts
+    more = f", {align.updates} on the same candidates" if align.updates > 1 else ""
+    method = getattr(align, "method", "") + (f" with q={align.q}" if isinstance(align, LdlGrpo) else "")
+    return f"Stage II: {align.steps} steps of {each}{more} ({in_all}{passes:.1f} passes over the prompts), {method}"
+
+
+def _run(plan: Plan, run: RunDir) -> None:
+    done = [stage for stage in STAGES if stage in run.finished()]
+    plan.add("Run", f"{Path(run.path)}: " + (f"finished so far: {', '.join(done)}" if done else "nothing done yet"))

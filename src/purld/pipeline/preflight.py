@@ -1,0 +1,61 @@
+"""What a run must keep to, seen before anything is paid for: the student's context and scores, the teacher's cap."""
+
+from __future__ import annotations
+
+from purld.config.methods import SelfScoring, TeacherJudgeGrpo
+from purld.config.schema import Config, OpenAIEndpoint, TeacherAnchors
+from purld.errors import UserError
+from purld.model.encode import Encoder
+from purld.model.load import context_length
+from purld.model.self_evaluation import SelfEvaluator
+from purld.pipeline.pools import Pools
+
+# Words of the self-evaluation and chat templates around question, anchor and candidate, generously.
+_TEMPLATE_TOKENS = 256
+
+
+def check_context(config: Config) -> None:
+    """See that the longest self-evaluation fits the student's context.
+
+    Raises:
+        UserError: it does not; names the keys to lower.
+    """
+    context = context_length(config.student.model)
+    lengths = config.student.max_prompt_tokens + config.student.max_anchor_tokens + _TEMPLATE_TOKENS
+    lengths += max(getattr(config.align, "max_new_tokens", 0), config.evaluate.max_new_tokens)
+    if context is not None and lengths > context:
+        raise UserError(
+            f"student.max_prompt_tokens, student.max_anchor_tokens and max_new_tokens add up to {lengths} tokens "
+            f"with the self-evaluation template, more than the {context} that {config.student.model} reads; "
+            "lower one of them."
+        )
+
+
+def check_scoring(config: Config, encoder: Encoder) -> None:
+    """See that the student can score in the way that the configuration asks for.
+
+    Raises:
+        UserError: its tokenizer does not spell numbers as `align.score: expected` needs.
+    """
+    if isinstance(config.align, SelfScoring):
+        SelfEvaluator(encoder, config.align.score, batch_size=1)
+
+
+def check_judging(config: Config, pools: Pools) -> None:
+    """See that the teacher's cap on calls covers a stage in which it judges every candidate.
+
+    Raises:
+        UserError: it does not; what tokens will cost is not known before they are drawn.
+    """
+    if not isinstance(config.align, TeacherJudgeGrpo) or not isinstance(config.teacher, OpenAIEndpoint):
+        return
+    anchors = len(pools.train)
+    if isinstance(config.evaluate.opponent, TeacherAnchors):
+        anchors += len(pools.held_out)
+    calls, cap = config.align.candidates_in_all, config.teacher.max_calls
+    if cap is not None and calls + anchors > cap:
+        raise UserError(
+            f"align.method {config.align.method} asks the teacher {anchors:,} prompts and about {calls:,} candidates, "
+            f"and teacher.max_calls is {cap:,}; raise it, or lower align.steps, align.prompts_per_step or "
+            "align.candidates."
+        )

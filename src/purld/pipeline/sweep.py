@@ -1,0 +1,306 @@
+"""A grid of runs over one configuration, sharing whatever is the same before Stage II.
+
+Runs whose configuration agrees up to Stage I form a family. The first of a family collects the anchors and
+trains Stage I; the others are given both, so that no anchor is bought and no Stage I is trained twice. Families
+collect their anchors one after the other, each from a copy of the last one's ledger. All work is done by the
+ordinary `purld` commands in processes of their own, so a sweep goes on where it stopped, as runs do. What a
+judge costs is not shared: each run's verdicts are its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from purld.clients.ledger import LedgerView
+from purld.config.load import load_config
+from purld.config.schema import Config
+from purld.display.names import METRICS, title
+from purld.display.progress import Reporter
+from purld.display.results import signed
+from purld.errors import UserError
+from purld.methods.table import METHODS
+from purld.records import content_hash
+from purld.report.page import write_report
+from purld.runs.files import read_json, read_rows, sync_folder, write_json, write_rows
+from purld.runs.run_dir import RunDir
+
+_PURLD = (sys.executable, "-c", "from purld.cli import main; main()")
+_LOG = "sweep.log"
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        values: the swept keys and what they are here.
+        overrides: the same as the command line takes them.
+        config: the whole configuration.
+        run: where it lives.
+    """
+
+    values: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    config: Config
+    run: RunDir
+
+    @property
+    def name(self) -> str:
+        """The folder's name, which tells it from the others."""
+        return self.run.path.name
+
+    @property
+    def family(self) -> str:
+        """Equal for runs with the same anchors and the same Stage I."""
+        values = self.config.model_dump(mode="json")
+        sections = [values[key] for key in ("student", "data", "teacher", "anchors", "sft", "seed")]
+        return content_hash([*sections, values["evaluate"]["opponent"]])
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is done, under this very configuration."""
+        if "report" not in self.run.finished() or not self.run.config.exists():
+            return False
+        there = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))
+        return bool(there == self.config.model_dump(mode="json"))
+
+
+def plan_sweep(config: Path, grid: Sequence[str], folder: Path) -> list[Cell]:
+    """The runs of a grid, in its order: the last key varies fastest.
+
+    Args:
+        config: the configuration that they vary.
+        grid: `key.path=value,value,…`, each once.
+        folder: the runs' parent.
+
+    Raises:
+        UserError: the configuration, a key or a value is wrong, or a key or value comes twice.
+    """
+    axes = dict(_axis(entry) for entry in grid)
+    if len(axes) < len(grid):
+        raise UserError("a key of the sweep is given twice; give each once, with all its values.")
+    cells = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        overrides = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
+        cells.append(Cell(chosen, overrides, load_config(config, overrides), RunDir(folder / _name(chosen))))
+    names = [cell.name for cell in cells]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"the sweep holds {twice[0]} twice; give each value once.")
+    return cells
+
+
+def run_sweep(config: Path, cells: Sequence[Cell], jobs: int, reporter: Reporter) -> None:
+    """Run what is not finished, `jobs` runs at a time, and show all of it in one table and one page.
+
+    The folder of the runs gets `sweep.json` and `report.html`; what each run said is in its `sweep.log`.
+
+    Raises:
+        UserError: runs failed; the others are finished and shown first.
+    """
+    failed: dict[str, str] = {}
+    leaders = list({cell.family: cell for cell in reversed(cells)}.values())[::-1]
+    open_families = [leader for leader in leaders if "sft" not in leader.run.finished()]
+    reporter.headline(f"{len(cells)} runs, {len(leaders)} different Stage I")
+    _collect_in_turn(config, open_families, reporter, failed)
+    _run_each(config, "sft", [c for c in open_families if c.name not in failed], jobs, reporter, failed)
+    shared = _share(cells, {leader.family: leader for leader in leaders}, failed)
+    if shared:
+        reporter.say(f"{shared} runs were given the anchors and Stage I of another.")
+    ready = [cell for cell in cells if "sft" in cell.run.finished() and not cell.finished]
+    _run_each(config, "run", ready, jobs, reporter, failed)
+    _close(cells, failed)
+
+
+def share_stage_one(source: RunDir, target: RunDir) -> None:
+    """Give `target` the finished anchors and Stage I of `source`: weights as links, the manifest last.
+
+    Raises:
+        UserError: another process works on one of the two.
+    """
+    with source.lock(), target.lock():
+        shutil.rmtree(target.sft, ignore_errors=True)
+        shutil.copytree(source.sft, target.sft, copy_function=_link)
+        sync_folder(target.sft)
+        for ours, theirs in ((source.anchors, target.anchors), (source.opponent, target.opponent)):
+            if ours.exists():
+                write_rows(theirs, read_rows(ours))
+        write_rows(target.metrics, [row for row in read_rows(source.metrics) if row["stage"] == "sft"])
+        _copy_ledger(source, target)
+        finished = source.finished()
+        for stage in ("anchors", "sft"):
+            target.begin(stage)
+            target.finish(stage, **finished[stage] | {"shared_from": source.path.name})
+
+
+def _axis(entry: str) -> tuple[str, list[Any]]:
+    """A key and its values."""
+    key, equals, text = entry.partition("=")
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        values = None
+    if not equals or not key.strip() or not values:
+        raise UserError(f"sweep {entry!r}: write key.path=value,value, for example align.tau=0.6,0.9.")
+    return key.strip(), values
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    """A folder's name: each key by its last part, or whole where two end alike."""
+    leaves = [key.rpartition(".")[2] for key in values]
+    parts = [
+        f"{key if leaves.count(leaf) > 1 else leaf}={value if isinstance(value, str) else json.dumps(value)}"
+        for (key, value), leaf in zip(values.items(), leaves, strict=True)
+    ]
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(parts))
+
+
+def _collect_in_turn(config: Path, leaders: Sequence[Cell], reporter: Reporter, failed: dict[str, str]) -> None:
+    """The anchors of every family, each knowing what the ones before it bought."""
+    before: Cell | None = None
+    for leader in leaders:
+        if before is not None and not leader.run.ledger.exists():
+            leader.run.path.mkdir(parents=True, exist_ok=True)
+            _copy_ledger(before.run, leader.run)
+        _run_each(config, "anchors", [leader], 1, reporter, failed)
+        before = leader
+
+
+def _copy_ledger(source: RunDir, target: RunDir) -> None:
+    if source.ledger.exists() and not target.ledger.exists():
+        with LedgerView(source.ledger) as ledger:
+            ledger.copy(target.ledger)
+
+
+def _share(cells: Sequence[Cell], leaders: Mapping[str, Cell], failed: dict[str, str]) -> int:
+    """Give Stage I to every run that lacks it, and return to how many."""
+    count = 0
+    for cell in cells:
+        leader = leaders[cell.family]
+        if "sft" in cell.run.finished():
+            continue
+        if "sft" in leader.run.finished():
+            share_stage_one(leader.run, cell.run)
+            count += 1
+        else:
+            failed.setdefault(cell.name, f"it needs Stage I of {leader.name}, which failed")
+    return count
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file that no finished stage changes, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _run_each(
+    config: Path, command: str, cells: Sequence[Cell], jobs: int, reporter: Reporter, failed: dict[str, str]
+) -> None:
+    """Run a command for every cell, `jobs` at a time; notes in `failed` what went wrong."""
+    waiting, running, done = deque(cells), dict[subprocess.Popen[bytes], Cell](), 0
+    with reporter.progress(f"purld {command}: runs") as progress:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell = waiting.popleft()
+                    running[_start(config, command, cell, jobs)] = cell
+                ended = [process for process in running if process.poll() is not None]
+                for process in ended:
+                    done += 1
+                    cell = running.pop(process)
+                    if process.returncode:
+                        failed[cell.name] = _last_words(cell, process.returncode)
+                    progress(done, len(cells), f"{len(failed)} failed" if failed else "")
+                if not ended:
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            for process in running:
+                process.send_signal(signal.SIGINT)
+            for process in running:
+                process.wait()
+
+
+def _start(config: Path, command: str, cell: Cell, jobs: int) -> subprocess.Popen[bytes]:
+    cell.run.path.mkdir(parents=True, exist_ok=True)
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    # A session of its own: Ctrl-C reaches it once, through this process, and not a second time from the terminal.
+    with (cell.run.path / _LOG).open("ab") as log:
+        return subprocess.Popen(
+            [*_PURLD, command, str(config), *cell.overrides, "--run-dir", str(cell.run.path)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=threads | os.environ,
+            start_new_session=True,
+        )
+
+
+def _last_words(cell: Cell, status: int) -> str:
+    log = cell.run.path / _LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line.removeprefix("purld: ").rstrip(".") for line in lines if line.startswith("purld: ")]
+    return said[-1] if said and status == 2 else f"it ended with status {status}, see {log}"
+
+
+def _close(cells: Sequence[Cell], failed: Mapping[str, str]) -> None:
+    """The table, sweep.json and the page about what is finished; then what failed."""
+    folder = cells[0].run.path.parent
+    done = [cell for cell in cells if "evaluate" in cell.run.finished()]
+    rows = [_row(cell) for cell in done]
+    write_json(folder / "sweep.json", {"keys": list(cells[0].values), "runs": rows, "failed": dict(failed)})
+    if done:
+        _show(rows)
+        page = folder / "report.html"
+        write_report([cell.run for cell in done], page)
+        print(f"Report: {page}")
+    if failed:
+        first = next(cell.name for cell in cells if cell.name in failed)
+        raise UserError(f"{len(failed)} of {len(cells)} runs failed; {first}: {failed[first]}.")
+
+
+def _row(cell: Cell) -> dict[str, Any]:
+    results = read_json(cell.run.results)
+    method = results["method"]
+    model, rival = (method, "sft") if METHODS[method].stage_two else ("sft", "base")
+    return {
+        "run": cell.name,
+        "values": dict(cell.values),
+        "model": model,
+        "metrics": results["models"][model],
+        "difference": {"to": rival, **results.get("difference", {}).get(f"{model} - {rival}", {})},
+    }
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """All runs in one table: the swept keys, the final model's metrics, and its difference to the model before."""
+    shown = [key for key in METRICS if any(key in row["metrics"] for row in rows)]
+    rival = title(rows[0]["difference"]["to"])
+    heads = [*rows[0]["values"], *(METRICS[key] for key in shown), *([f"minus {rival}"] if shown else [])]
+    table = Table(*heads, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for row in rows:
+        cells = [str(value) for value in row["values"].values()]
+        cells += [f"{row['metrics'][key]:.3f}" if key in row["metrics"] else "-" for key in shown]
+        if shown:
+            cells.append(signed(row["difference"], shown[0]) if shown[0] in row["difference"] else "-")
+        table.add_row(*cells)
+    Console(highlight=False, soft_wrap=True).print(table)

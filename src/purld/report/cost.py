@@ -1,0 +1,75 @@
+"""What a run took: of the teacher, and of time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from purld.methods.table import METHODS
+from purld.report.markup import Section, text
+from purld.report.run_data import Run
+
+_SPEND = {
+    "prompts": "prompts",
+    "answered": "answered",
+    "calls": "calls",
+    "input_tokens": "tokens in",
+    "output_tokens": "tokens out",
+    "cost": "cost",
+}
+
+
+def spend_section(runs: Sequence[Run]) -> Section:
+    """Calls, tokens and cost, the calls that were not needed, and the time of each stage."""
+    parts = []
+    for run in runs:
+        body = _tiles(run) + _candidates(run) + _seconds(run)
+        parts.append(f"<h3>{text(run.name)}</h3>{body}" if body and len(runs) > 1 else body)
+    return Section("spend", "What it took", "".join(parts))
+
+
+def _tiles(run: Run) -> str:
+    teacher = run.results.get("teacher", {})
+    tiles = "".join(
+        f"<div><dd>{_amount(teacher[key])}</dd><dt>{name}</dt></div>"
+        for key, name in _SPEND.items()
+        if key in teacher and (key != "cost" or teacher[key])
+    )
+    return f'<h3>Asked of the teacher</h3><dl class="tiles">{tiles}</dl>\n' if tiles else ""
+
+
+def _amount(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def _candidates(run: Run) -> str:
+    """How many calls a teacher that judges every candidate would have had to answer."""
+    align, steps = run.config.get("align", {}), run.stage("align")
+    if not steps or "candidates" not in align or "prompts_per_step" not in align:
+        return ""
+    stage = METHODS[align["method"]].stage_two if align.get("method") in METHODS else None
+    if stage is not None and stage.scorer == "teacher":
+        return '<p class="note">The teacher scored every candidate: its calls are among those above.</p>\n'
+    scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"] // align.get("updates_per_rollout", 1)
+    return (
+        f'<p class="note">Stage II sampled and scored {scored:,} candidates without the teacher; '
+        f"with the teacher as judge each of them would have been one more call.</p>\n"
+    )
+
+
+def _seconds(run: Run) -> str:
+    seconds = {stage: s for stage, s in run.results.get("seconds", {}).items() if s > 0}
+    if not seconds:
+        return ""
+    longest = max(seconds.values())
+    rows = "".join(
+        f'<div><dt>{text(stage)}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>{_duration(s)}</dd></div>'
+        for stage, s in seconds.items()
+    )
+    return f'<h3>Time</h3><dl class="times">{rows}</dl>\n'
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"

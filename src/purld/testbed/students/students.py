@@ -1,0 +1,264 @@
+"""The tiny students before they have learned anything: what each is made of and how it reads a turn.
+
+`text` is a Qwen2. The two that see are a LLaVA (CLIP tower, Qwen2 language model, as llava-interleave has it) and a
+Qwen2.5-VL. Both take a picture as nine vectors, one a cell, and both speak through ordinary Hugging Face processors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from purld.testbed.shipped import STUDENTS as SHIPPED
+from purld.testbed.students import corpus, scene_corpus
+from purld.testbed.world.scenes import COLUMNS
+from purld.testbed.world.world import SCENE_TASKS, TEXT_TASKS, Task
+
+# What a tower sees of a picture, in pixels: a cell is 16 wide.
+_SIGHT, _CELL = 48, 16
+_VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+_TEXT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Pictures stand where the chat puts them.
+_QWEN_VL_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# A turn's pictures come before its words.
+_LLAVA_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a student is made of.
+
+    Attributes:
+        tasks: what it is measured on.
+        corpus: the module that it learns from.
+        chat_template: how it reads a chat.
+        model: makes the untrained model for a tokenizer.
+        save_processor: saves what its directory holds beside the model.
+        marks: special tokens of its own, for pictures.
+    """
+
+    tasks: tuple[Task, ...]
+    corpus: ModuleType
+    chat_template: str
+    model: Callable[[PreTrainedTokenizerBase], PreTrainedModel]
+    save_processor: Callable[[PreTrainedTokenizerBase, Path], None]
+    marks: tuple[str, ...] = ()
+
+    @property
+    def sees(self) -> bool:
+        """Whether it takes pictures."""
+        return len(self.marks) > 0
+
+
+def _language(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The settings that the students' language models share."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096,
+        # Tied, the output's gradient would blur the input embeddings, and comparing words needs them distinct.
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        # The usual 0.02 suits wide models; at this width attention would start out uniform and stay so for long.
+        "initializer_range": 0.08,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def _text_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**_language(tokenizer)))
+
+
+def _llava_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=_SIGHT,
+            patch_size=_CELL,
+            initializer_range=0.08,
+        ),
+        text_config=Qwen2Config(**_language(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=len(COLUMNS) ** 2,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    return LlavaForConditionalGeneration(config)
+
+
+def _qwen2_5_vl_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    language = _language(tokenizer)
+    language["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image_token_id", _IMAGE_PAD),
+            ("video_token_id", _VIDEO_PAD),
+            ("vision_start_token_id", _VISION_START),
+            ("vision_end_token_id", _VISION_END),
+        )
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=language,
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 4,
+            "patch_size": _CELL // 2,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": _SIGHT,
+            "out_hidden_size": 128,
+            "fullatt_block_indexes": [0, 1],
+            "initializer_range": 0.08,
+        },
+        tie_word_embeddings=False,
+        **ids,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    tokenizer.save_pretrained(path)
+
+
+def _save_llava_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": _SIGHT}, crop_size={"height": _SIGHT, "width": _SIGHT})
+    processor = LlavaProcessor(
+        pixels,
+        tokenizer,
+        patch_size=_CELL,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(path)
+
+
+def _save_qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """What `Qwen2_5_VLProcessor.save_pretrained` writes, its part for videos too: where torchvision is, it is loaded.
+
+    The class itself cannot be had without torchvision.
+    """
+    tokenizer.save_pretrained(path)
+    pixels = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": _SIGHT**2, "longest_edge": _SIGHT**2},
+        patch_size=_CELL // 2,
+        merge_size=2,
+        temporal_patch_size=2,
+    )
+    image = json.loads(pixels.to_json_string())
+    video = {key: value for key, value in image.items() if key != "image_processor_type"} | _VIDEO
+    parts = {"image_processor": image, "processor_class": "Qwen2_5_VLProcessor", "video_processor": video}
+    (path / "processor_config.json").write_text(json.dumps(parts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def start_from_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a model the text student's layers and, for the tokens that both know, its embeddings.
+
+    A model that sees is built on one that reads, as the real ones are.
+    """
+    known = AutoModelForCausalLM.from_pretrained(SHIPPED["text"])
+    read = AutoTokenizer.from_pretrained(SHIPPED["text"]).get_vocab()
+    decoder = model.get_decoder()
+    decoder.layers.load_state_dict(known.model.layers.state_dict())
+    decoder.norm.load_state_dict(known.model.norm.state_dict())
+    vocabulary = tokenizer.get_vocab()
+    shared = sorted(vocabulary.keys() & read.keys())
+    mine, theirs = [vocabulary[token] for token in shared], [read[token] for token in shared]
+    with torch.no_grad():
+        for ours, its in (
+            (model.get_input_embeddings(), known.get_input_embeddings()),
+            (model.get_output_embeddings(), known.get_output_embeddings()),
+        ):
+            ours.weight[mine] = its.weight[theirs]
+
+
+_VIDEO = {
+    "do_sample_frames": False,
+    "max_frames": 768,
+    "max_video_tokens": 128_000,
+    "min_frames": 4,
+    "return_metadata": False,
+    "video_processor_type": "Qwen2VLVideoProcessor",
+}
+
+STUDENTS = {
+    "text": Design(TEXT_TASKS, corpus, _TEXT_TEMPLATE, _text_model, _save_tokenizer),
+    "qwen2_5_vl": Design(
+        SCENE_TASKS,
+        scene_corpus,
+        _QWEN_VL_TEMPLATE,
+        _qwen2_5_vl_model,
+        _save_qwen2_5_vl_processor,
+        (_VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD),
+    ),
+    "llava": Design(SCENE_TASKS, scene_corpus, _LLAVA_TEMPLATE, _llava_model, _save_llava_processor, ("<image>",)),
+}

@@ -1,0 +1,123 @@
+"""What a Stage II step is worth writing down: means for metrics.jsonl, groups for the report."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from purld.methods.losses import Loss, Tokens
+from purld.records import Group
+from purld.training.rollout import Rollout
+
+_SUMMED = frozenset({"truncated", "unscored", "dropped_groups"})
+LOGGED = frozenset(
+    {
+        "objective",
+        "ldl",
+        "kl",
+        "entropy_labels",
+        "entropy_policy",
+        "sharper_than_labels",
+        "length",
+        "length_correlation",
+        "score",
+        "margin",
+        "anchor_score",
+        "clipped",
+        "value_loss",
+        "pairs",
+        "pair_accuracy",
+        "learning_rate",
+        "grad_norm",
+    }
+    | _SUMMED
+)
+Q = "policy_before"  # the member column that holds the policy's distribution over the group, in a method that has one
+
+
+class StepMeasures:
+    """Collects values group by group and gives their means (counts: their sums) at the step's end."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = defaultdict(list)
+
+    def add_rollout(self, rollout: Rollout, scored: bool) -> None:
+        """Note what came of sampling and scoring one group; `scored` if the method has a scorer at all."""
+        scores = [s for s in rollout.scores.candidates if s is not None]
+        self._values["truncated"] += [float(not c.finished) for c in rollout.completions]
+        self._values["length"] += [float(len(c.ids)) for c in rollout.completions]
+        self._values["dropped_groups"].append(float(not rollout.usable))
+        self._values["score"] += scores
+        if scored:
+            self._values["unscored"].append(float(len(rollout.completions) - len(scores)))
+        if rollout.scores.anchor is not None:
+            self._values["anchor_score"].append(rollout.scores.anchor)
+            self._values["margin"] += [s - rollout.scores.anchor for s in scores]
+
+    def add_update(self, loss: Loss, tokens: Tokens, candidates: int) -> None:
+        """Note the objective of one group, of whose members the last `candidates` were drawn from the policy."""
+        self._values["objective"].append(loss.value.item())
+        for name, metric in loss.metrics.items():
+            self._values[name].append(metric.item())
+        if candidates:
+            log_ratios = tokens.sequences(tokens.policy - tokens.reference)[-candidates:]
+            self._values["kl"].append(log_ratios.mean().item())
+
+    def drain(self) -> dict[str, float]:
+        """The step's values, and start over."""
+        found = {
+            name: sum(values) if name in _SUMMED else sum(values) / len(values)
+            for name, values in self._values.items()
+            if values
+        }
+        self._values.clear()
+        return found
+
+
+def group_record(step: int, rollout: Rollout, loss: Loss, keep_ids: bool) -> Group:
+    """One group as the report shows it.
+
+    Args:
+        step: of the update that it was first part of.
+        rollout: the group.
+        loss: the objective on it.
+        keep_ids: whether it may be measured again, which needs token ids: a text does not always encode to its own.
+    """
+    scores, anchor_score = rollout.scores.candidates, rollout.scores.anchor
+    optional: dict[str, Any] = dict(member_columns(rollout, loss.members))
+    if (divergence := label_divergence(loss)) is not None:
+        optional["label_divergence"] = divergence
+    if keep_ids and Q in loss.members:
+        optional["completions"] = [asdict(c) for c in rollout.completions]
+    if anchor_score is not None:
+        optional["margins"] = [None if s is None else s - anchor_score for s in scores]
+    if any(s is not None for s in scores):
+        optional["scores"] = scores
+    return Group(
+        step=step,
+        prompt_id=rollout.question.prompt.id,
+        anchor=rollout.question.anchor,
+        candidates=rollout.texts,
+        lengths=[len(c.ids) for c in rollout.completions],
+        anchor_score=anchor_score,
+        **optional,
+    )
+
+
+def member_columns(rollout: Rollout, members: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """The objective's (K,) columns by name, a value per candidate; one that is no member has None there."""
+    columns: dict[str, list[float | None]] = {}
+    for name, column in members.items():
+        columns[name] = [None] * len(rollout.texts)
+        for place, value in zip(rollout.places, column.tolist()[-len(rollout.places) :]):
+            columns[name][place] = value
+    return columns
+
+
+def label_divergence(loss: Loss) -> float | None:
+    """KL(D || q) of one group, None where the objective has no labels; from logarithms, which outlive a q of 0."""
+    return loss.metrics["ldl"].item() if "ldl" in loss.metrics else None

@@ -1,0 +1,585 @@
+"""Every fault of an endpoint, over real HTTP: what is repeated, what is paid, what is remembered."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from image_factory import encoded, picture, save_picture
+from misbehaving import SECRET, answer, completion, date_in, drip, error, hang_up, raw, reset, silence
+from PIL import Image
+
+from purld import records
+from purld.clients import endpoint as endpoint_module
+from purld.clients import rate_limit as pace
+from purld.clients.endpoint import EndpointClient
+from purld.clients.ledger import Ledger, LedgerView
+from purld.clients.requests import TOKENS_PER_CALL, TOKENS_PER_MESSAGE, image_tokens, request_of, worst_case
+from purld.config.schema import OpenAIEndpoint
+from purld.data.images import read_image
+from purld.errors import UserError
+from purld.evaluation.judge import judge_questions
+from purld.records import IMAGE, Generation, Message, Prompt
+from purld.training.scoring import question
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt.from_text(text) for text in texts]
+
+
+def numbered(count: int) -> list[Prompt]:
+    return prompts(*(f"question {n}" for n in range(count)))
+
+
+def ask(endpoint, ledger, texts, **options):
+    return EndpointClient(endpoint, ledger, "teacher", **options).ask(prompts(*texts))
+
+
+def test_replies_come_in_the_order_of_the_prompts_and_are_durable_when_announced(server, endpoint, ledger):
+    for n, text in enumerate("abcdef"):
+        server.script[text] = [
+            lambda handler, n=n: (time.sleep(0.05 * (6 - n)), handler.reply(completion(handler.prompt * 2)))
+        ]
+    seen = []
+
+    def on_reply(place, reply):
+        with sqlite3.connect(ledger.path) as other:
+            seen.append(
+                (place, reply.text, other.execute("SELECT text FROM calls WHERE text = ?", (reply.text,)).fetchone())
+            )
+
+    replies = EndpointClient(endpoint(), ledger, "teacher").ask(prompts(*"abcdef"), on_reply)
+    assert [reply.text for reply in replies] == ["aa", "bb", "cc", "dd", "ee", "ff"]
+    assert sorted(seen) == [(n, text * 2, (text * 2,)) for n, text in enumerate("abcdef")]
+    assert [place for place, *_ in seen] != sorted(place for place, *_ in seen), "slow first prompts held up others"
+
+
+def test_the_ledger_holds_the_bytes_that_left(server, endpoint, ledger):
+    config = endpoint(system="Be brief.", extra_body={"top_p": 0.5}, token_limit_field="max_completion_tokens")
+    prompt = Prompt((Message("user", "Çava? \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")),))
+    EndpointClient(config, ledger, "teacher").ask([prompt])
+    [row] = ledger.rows()
+    assert server.bodies == [request_of(config, prompt).body.encode()]
+    assert row["request"] == json.loads(server.bodies[0])
+    assert row["request"]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert row["request"]["top_p"] == 0.5
+    assert row["request"]["max_completion_tokens"] == config.max_tokens_per_answer
+    assert row["bytes"] == len(server.bodies[0])
+
+
+def test_a_system_turn_of_the_prompt_is_kept(endpoint):
+    prompt = Prompt((Message("system", "Own."), Message("user", "q")))
+    body = json.loads(request_of(endpoint(system="Ours."), prompt).body)
+    assert [turn["content"] for turn in body["messages"]] == ["Own.", "q"]
+
+
+def test_a_question_is_bought_once(server, endpoint, ledger):
+    assert [r.text for r in ask(endpoint(), ledger, ["a", "b", "a"])] == ["An answer."] * 3
+    ask(endpoint(), ledger, ["b", "a", "c"])
+    assert sorted(server.arrived) == ["a", "b", "c"]
+    assert ledger.totals("teacher") == {
+        "prompts": 3, "answered": 3, "failed": 0, "unknown": 0, "under_way": 0, "calls": 3,
+        "input_tokens": 30, "output_tokens": 15, "cost": 0.0, "unsettled_cost": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": "n"}, {"temperature": 0.5}, {"system": "s"}, {"max_tokens_per_answer": 9}]
+)
+def test_another_model_or_sampling_is_another_question(server, endpoint, ledger, change):
+    ask(endpoint(), ledger, ["a"])
+    ask(endpoint(**change), ledger, ["a"])
+    assert server.arrived == ["a", "a"]
+
+
+def sent_urls(request) -> list[str]:
+    contents = [turn["content"] for turn in json.loads(request.body)["messages"]]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+
+
+def test_the_bytes_of_an_image_are_part_of_the_question_and_its_name_is_not(endpoint, tmp_path):
+    keys = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        data = save_picture(tmp_path / f"{name}.png", seed=seed).read_bytes()
+        request = request_of(endpoint(), Prompt.from_text(f"{IMAGE}q", images=(read_image(f"{name}.png", tmp_path),)))
+        assert sent_urls(request) == ["data:image/png;base64," + base64.b64encode(data).decode()]
+        keys.append(request.key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_images_leave_where_they_stand_in_the_chat(endpoint):
+    red, green, blue = (read_image(encoded(picture(seed=n)), Path()) for n in range(3))
+    messages = (
+        Message("system", "S"), Message("user", f"{IMAGE} and {IMAGE}\n"), Message("assistant", "A"),
+        Message("user", f"like {IMAGE}?"),
+    )  # fmt: skip
+    request = request_of(endpoint(), Prompt(messages, (red, green, blue)))
+    urls = ["data:image/png;base64," + base64.b64encode(image.data).decode() for image in (red, green, blue)]
+    first, second, third = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
+    assert [turn["content"] for turn in json.loads(request.body)["messages"]] == [
+        "S",
+        [first, {"type": "text", "text": " and "}, second],  # white space alone is no part: some endpoints refuse it
+        "A",
+        [{"type": "text", "text": "like "}, third, {"type": "text", "text": "?"}],
+    ]
+
+
+def test_an_image_leaves_within_the_configured_bounds(endpoint):
+    image = read_image(encoded(picture(900, 600), "JPEG"), Path())
+    prompt = Prompt.from_text(f"{IMAGE}q", images=(image,))
+    whole = request_of(endpoint(), prompt)
+    small = request_of(endpoint(max_image_side=300), prompt)
+    [url] = sent_urls(small)
+    assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == (300, 200)
+    assert whole.key != small.key and len(small.body) < len(whole.body)
+
+
+def test_a_scorer_and_a_judge_see_the_images_of_the_question(endpoint):
+    prompt = Prompt.from_text(f"Is {IMAGE} red?", images=(read_image(encoded(picture()), Path()),))
+    for asked in (
+        question(prompt, f"{IMAGE}yes"),
+        judge_questions([prompt], [Generation(prompt.id, 0, f"no{IMAGE}", 1, True)], {prompt.id: "yes"})[0],
+    ):
+        before, part, after = json.loads(request_of(endpoint(), asked).body)["messages"][0]["content"]
+        assert before["text"].endswith("\nIs ") and part["type"] == "image_url" and after["text"].startswith(" red?\n")
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "tokens"),
+    [
+        # OpenAI's own examples: 1024 x 1024 is 765 tokens in tiles; 1,024 patches are 2.46 times as many tokens. The
+        # bound covers InternVL's 3,328, too, and Pixtral's 64 x 64 patches with a break for each row.
+        ("m", (1024, 1024), 64 * 64 + 64),
+        ("m", (640, 480), 3328),
+        ("m", (1, 1), 3328),
+        ("m", (1536, 1536), 5668),  # 48 x 48 patches of 32 pixels at 2.46
+        ("m", (6000, 6000), 5668),  # sent as 1536 x 1536
+        ("gpt-4o-mini-2024-07-18", (1024, 1024), 2833 + 4 * 5667),  # scaled to 768 x 768: four tiles
+        ("gpt-4o-mini", (2000, 500), 2833 + 4 * 5667),  # 2048 x 512
+    ],
+)
+def test_the_worst_case_of_an_image_follows_from_its_size(endpoint, model, size, tokens):
+    assert image_tokens(endpoint(model=model), records.Image("a1", size)) == tokens
+    bare = worst_case(endpoint(model=model), Prompt.from_text("q"))[0]
+    prompt = Prompt.from_text(f"{IMAGE}q{IMAGE}", images=(records.Image("a1", size),) * 2)
+    # A mark is three bytes, which are counted along.
+    assert worst_case(endpoint(model=model), prompt)[0] == bare + 2 * tokens + 2 * len(IMAGE.encode())
+
+
+def test_an_image_that_changed_since_the_prompts_were_read_does_not_leave(server, endpoint, ledger, tmp_path):
+    path = save_picture(tmp_path / "a.png", seed=101)
+    prompt = Prompt.from_text(f"{IMAGE}q", images=(read_image("a.png", tmp_path),))
+    save_picture(path, seed=9)
+    with pytest.raises(UserError, match=r"a\.png: the image has changed"):
+        EndpointClient(endpoint(), ledger, "teacher").ask([prompt])
+    assert server.bodies == []
+
+
+def test_what_is_under_way_is_kept_when_an_image_goes_missing(server, endpoint, ledger, monkeypatch):
+    """The second prompt's image vanishes after its key was known, while the first prompt is being answered."""
+
+    def request(config, prompt):
+        if prompt.question == "gone":
+            server.started.wait(5)
+            raise UserError("a.png: the image cannot be read any more.")
+        return request_of(config, prompt)
+
+    def slow(handler):
+        server.started.set()
+        time.sleep(0.3)
+        handler.reply(completion("paid for"))
+
+    server.started = threading.Event()
+    server.script["slow"] = [slow]
+    monkeypatch.setattr(endpoint_module, "request_of", request)
+    with pytest.raises(UserError, match=r"a\.png: the image cannot be read any more"):
+        ask(endpoint(concurrency=2), ledger, ["slow", "gone", "later"])
+    assert server.arrived == ["slow"]
+    assert [row["answer"] for row in ledger.rows()] == ["paid for"]
+
+
+def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):
+    prompt = Prompt((Message("system", "S"), Message("user", "naïve 🤝")))
+    input_tokens, output_tokens = worst_case(endpoint(max_tokens_per_answer=7), prompt)
+    assert input_tokens >= len("Snaïve 🤝".encode()) + 2 * 8
+    assert output_tokens == 7
+    schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "é" * 100}}}
+    more, _ = worst_case(endpoint(extra_body=schema), prompt)
+    assert more >= input_tokens + 200, "what goes along with every request is read, too"
+
+
+# What a server does on each arrival; the reply; the last call's error; calls that left; tokens that count.
+WORST = len("q") + TOKENS_PER_CALL + 2 * TOKENS_PER_MESSAGE + 100
+FAULTS = {
+    "429": ([error(429)], "answered", None, 2, 15),
+    "429 with seconds": ([error(429, headers={"Retry-After": "0"})], "answered", None, 2, 15),
+    "429 with a date": ([error(429, headers={"Retry-After": date_in(-5)})], "answered", None, 2, 15),
+    "429 with nonsense": ([error(429, headers={"Retry-After": "soon"})], "answered", None, 2, 15),
+    "429 for ever": ([error(429)] * 9, "failed", "http_429", 4, 0),
+    "500": ([error(500)], "answered", None, 2, 15),
+    "502": ([raw(b"<html>Bad gateway</html>", 502)], "answered", None, 2, 15),
+    "503 twice": ([error(503), error(503)], "answered", None, 3, 15),
+    "503 for ever": ([error(503)] * 9, "failed", "http_503", 4, 0),
+    "504": ([error(504)], "unknown", "http_504", 1, WORST),
+    "reset mid-body": ([reset], "unknown", "connection_lost", 1, WORST),
+    "hang-up": ([hang_up], "unknown", "connection_lost", 1, WORST),
+    "silence": ([silence], "unknown", "timeout", 1, WORST),
+    "a byte at a time": ([drip], "unknown", "timeout", 1, WORST),
+    "invalid JSON": ([raw(b'{"choices": [{"mess')], "failed", "invalid_response", 1, WORST),
+    "a login page": ([raw(b"<html>Sign in</html>")], "failed", "invalid_response", 1, WORST),
+    "no UTF-8": ([raw(b"\xff\xfe\x00")], "failed", "invalid_response", 1, WORST),
+    "an error with status 200": ([raw(b'{"error": {"message": "m"}}')], "failed", "invalid_response", 1, WORST),
+    "no choices": ([raw(b'{"choices": []}')], "failed", "invalid_response", 1, WORST),
+    "choices of another kind": ([raw(b'{"choices": [null]}')], "failed", "invalid_response", 1, WORST),
+    "JSON nested deep": ([raw(b"[" * 100_000)], "failed", "invalid_response", 1, WORST),
+    "empty answer": ([answer("")], "failed", "empty_answer", 1, 15),
+    "blank answer": ([answer(" \n")], "failed", "empty_answer", 1, 15),
+    "null answer": ([answer(None)], "failed", "empty_answer", 1, 15),
+    "an answer of another kind": ([answer(["x"])], "failed", "empty_answer", 1, 15),
+    "thought too long": ([answer("", "length")], "failed", "empty_answer", 1, 15),
+    "truncated": ([answer("Half an", "length")], "truncated", None, 1, 15),
+    "refusal": ([answer(None, refusal="I can't.")], "refused", None, 1, 15),
+    "filtered answer": ([answer("Par", "content_filter")], "refused", None, 1, 15),
+    "filtered prompt": ([error(400, "content_filter")], "refused", "content_filter", 1, 0),
+    "context": ([error(400, "context_length_exceeded")], "failed", "context_too_long", 1, 0),
+    "context in words": (
+        [error(400, message="This model's maximum context length is 5 tokens.")], "failed", "context_too_long", 1, 0
+    ),
+    "a parameter it does not know": ([error(400, message="no such thing")], "failed", "http_400: no such thing", 1, 0),
+    "403": ([error(403, message="blocked")], "failed", "http_403: blocked", 1, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault(name, server, endpoint, ledger):
+    script, state, error_class, calls, tokens = FAULTS[name]
+    server.script["q"] = script
+    [reply] = ask(endpoint(timeout=0.4, max_tokens_per_answer=100), ledger, ["q"])
+    [row] = ledger.rows()
+    assert (reply.state, row["calls"][-1]["error"]) == (state, error_class)
+    assert bool(reply.detail) == (state != "answered")
+    totals = ledger.totals("teacher")
+    assert totals["calls"] == calls == len(server.arrived)
+    assert totals["prompts"] == 1
+    assert ledger.booked("teacher").tokens == tokens
+
+
+def test_the_raw_body_of_a_failure_is_kept(server, endpoint, ledger):
+    server.script["q"] = [raw(b"<html>Sign in</html>")]
+    ask(endpoint(), ledger, ["q"])
+    [row] = ledger.rows()
+    assert row["calls"][0]["raw"] == "<html>Sign in</html>"
+
+
+def test_a_failure_is_no_answer_and_may_be_asked_again_in_a_later_run(server, endpoint, ledger):
+    server.script["q"] = [raw(b"oops")]
+    assert ask(endpoint(), ledger, ["q"])[0].state == "failed"
+    assert ask(endpoint(), ledger, ["q"])[0].text == "An answer."
+    assert ledger.totals("teacher")["failed"] == 0
+
+
+def test_a_refusal_was_paid_and_is_not_bought_again(server, endpoint, ledger):
+    server.script["q"] = [answer(None, refusal="I can't.")]
+    first, again = ask(endpoint(), ledger, ["q"]), ask(endpoint(), ledger, ["q"])
+    assert first == again
+    assert first[0].text == "I can't."
+    assert len(server.arrived) == 1
+
+
+def test_unknown_is_sent_again_only_when_told_to(server, endpoint, ledger):
+    server.script["q"] = [hang_up]
+    assert ask(endpoint(), ledger, ["q"])[0].state == "unknown"
+    assert ask(endpoint(), ledger, ["q"])[0].state == "unknown"
+    assert len(server.arrived) == 1
+    assert ask(endpoint(), ledger, ["q"], resend_unknown=True)[0].text == "An answer."
+    totals = ledger.totals("teacher")
+    assert (totals["unknown"], totals["answered"], totals["calls"]) == (0, 1, 2)
+
+
+def test_connection_refused_is_repeated_and_counts_as_no_call(endpoint, ledger):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        config = endpoint(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}/v1", max_calls=1)
+        [reply] = ask(config, ledger, ["q"])
+    assert (reply.state, reply.detail) == ("failed", "no connection to the endpoint")
+    [row] = ledger.rows()
+    assert len(row["calls"]) == 4
+    assert ledger.totals("teacher")["calls"] == ledger.booked("teacher").calls == 0
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_waited_for_by_all(server, endpoint, ledger, form):
+    arrivals: list[float] = []
+
+    def note(handler):
+        arrivals.append(time.monotonic())
+        handler.reply(completion())
+
+    headers = {"Retry-After": "1"} if form == "seconds" else {"Retry-After": date_in(2)}
+    server.script["first"] = [error(429, headers=headers)]
+    server.default = note
+    started = time.monotonic()
+    ask(endpoint(concurrency=1), ledger, ["first", "second"])
+    assert len(arrivals) == 2
+    assert min(arrivals) - started > 0.9
+
+
+def test_a_long_retry_after_is_bounded(server, endpoint, ledger, monkeypatch):
+    monkeypatch.setattr(pace, "LONGEST_WAIT", 0.05)
+    server.script["q"] = [error(429, headers={"Retry-After": "86400"})]
+    assert ask(endpoint(), ledger, ["q"])[0].state == "answered"
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (error(401, message=f"Incorrect API key provided: {SECRET}"), "environment variable TEST_KEY (HTTP 401)"),
+        (error(404, "model_not_found", "The model m does not exist"), "has no model 'm'"),
+        (error(429, "insufficient_quota", "You exceeded your quota"), "quota is used up"),
+        (raw(b"", 307), "redirects elsewhere"),
+    ],
+)
+def test_what_no_other_prompt_can_survive_stops_at_once(server, endpoint, ledger, fault, words):
+    server.default = fault
+    with pytest.raises(UserError, match=words.replace("(", r"\(").replace(")", r"\)")) as stopped:
+        EndpointClient(endpoint(concurrency=4), ledger, "teacher").ask(numbered(50))
+    assert SECRET not in str(stopped.value)
+    assert len(server.arrived) <= 4
+    assert ledger.totals("teacher")["unknown"] == 0, "calls under way were heard out"
+
+
+def test_an_endpoint_that_is_down_stops_the_run_and_not_one_fault_among_answers(server, endpoint, ledger, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "STOP_AFTER", 3)
+    server.script |= {f"question {n}": [error(503)] * 9 for n in range(0, 10, 2)}
+    replies = EndpointClient(endpoint(concurrency=1), ledger, "teacher").ask(numbered(10))
+    assert [reply.state for reply in replies] == ["failed", "answered"] * 5
+    server.default = error(503)
+    before = len(server.arrived)
+    with pytest.raises(UserError, match=r"3 prompts in a row failed \(http_503\)"):
+        EndpointClient(endpoint(model="n", concurrency=1), ledger, "teacher").ask(numbered(10))
+    assert len(server.arrived) - before == 3 * 4
+
+
+@pytest.mark.parametrize("cap", ["max_calls", "max_tokens", "max_cost"])
+@pytest.mark.parametrize("fault", [None, error(503), hang_up])
+def test_a_cap_is_never_passed_at_any_concurrency(server, endpoint, ledger, cap, fault, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "STOP_AFTER", 10**9)
+    if fault:
+        server.script = {prompt.question: [fault] for prompt in numbered(60)[::3]}
+    worst = len("question 10") + TOKENS_PER_CALL + 2 * TOKENS_PER_MESSAGE + 20
+    limit = {"max_calls": 20, "max_tokens": 5 * worst, "max_cost": 5 * worst / 1e6}[cap]
+    config = endpoint(concurrency=16, max_tokens_per_answer=20, input_price=1.0, output_price=1.0, **{cap: limit})
+    highest = []
+    monkeypatch.setattr(
+        ledger, "sent", lambda call, sent=ledger.sent: (highest.append(ledger.booked("teacher")), sent(call))
+    )
+    replies = EndpointClient(config, ledger, "teacher").ask(numbered(60))
+    measure = {"max_calls": "calls", "max_tokens": "tokens", "max_cost": "cost"}[cap]
+    assert max(getattr(booked, measure) for booked in highest) <= limit * (1 + 1e-9)
+    if cap == "max_calls":
+        assert len(server.arrived) == limit, "the cap is used up, and not by one more"
+    capped = [reply for reply in replies if reply.state == "capped"]
+    assert capped and cap in capped[0].detail
+    assert {reply.state for reply in replies} <= {"answered", "capped", "unknown", "failed"}
+    # What was left under the cap could not hold one more call.
+    room = {"max_calls": 1, "max_tokens": worst, "max_cost": worst / 1e6}[cap]
+    assert getattr(ledger.booked("teacher"), measure) + room > limit
+
+
+def test_a_cap_counts_what_earlier_runs_spent(server, endpoint, tmp_path):
+    for answered in (3, 3):
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            replies = EndpointClient(endpoint(max_calls=3), ledger, "teacher").ask(numbered(5))
+        assert sum(reply.state == "answered" for reply in replies) == answered
+    assert len(server.arrived) == 3
+
+
+def test_roles_have_their_own_caps(server, endpoint, ledger):
+    EndpointClient(endpoint(max_calls=2), ledger, "teacher").ask(prompts("a", "b"))
+    [reply] = EndpointClient(endpoint(max_calls=1), ledger, "judge").ask(prompts("c"))
+    assert reply.state == "answered"
+    assert ledger.totals("judge")["calls"] == 1
+
+
+def test_a_server_that_reports_no_usage_is_booked_at_the_worst(server, endpoint, ledger):
+    server.default = lambda handler: handler.reply({**completion(), "usage": {"prompt_tokens": -3}})
+    ask(endpoint(max_tokens_per_answer=100, input_price=1.0, output_price=1.0), ledger, ["q"])
+    totals = ledger.totals("teacher")
+    assert (totals["answered"], totals["cost"]) == (1, 0)
+    assert totals["unsettled_cost"] == pytest.approx(WORST / 1e6)
+    assert ledger.booked("teacher").tokens == WORST
+
+
+def test_cost_follows_the_reported_usage(server, endpoint, ledger):
+    ask(endpoint(input_price=3.0, output_price=15.0), ledger, ["q"])
+    assert ledger.totals("teacher")["cost"] == pytest.approx((10 * 3 + 5 * 15) / 1e6)
+
+
+def test_no_more_calls_at_once_than_configured(server, endpoint, ledger):
+    at_once, most, mutex = 0, [], threading.Lock()
+
+    def slow(handler):
+        nonlocal at_once
+        with mutex:
+            at_once += 1
+            most.append(at_once)
+        time.sleep(0.05)
+        with mutex:
+            at_once -= 1
+        handler.reply(completion())
+
+    server.default = slow
+    EndpointClient(endpoint(concurrency=3, timeout=60), ledger, "teacher").ask(numbered(20))
+    assert 1 < max(most) <= 3
+
+
+def test_requests_are_paced(server, endpoint, ledger):
+    started = time.monotonic()
+    EndpointClient(endpoint(requests_per_minute=600), ledger, "teacher").ask(numbered(6))
+    assert time.monotonic() - started > 0.45
+
+
+def test_tokens_are_paced_and_unused_ones_given_back(server, endpoint, ledger):
+    started = time.monotonic()
+    config = endpoint(tokens_per_minute=60 * 60, max_tokens_per_answer=400, concurrency=1)
+    EndpointClient(config, ledger, "teacher").ask(numbered(6))
+    assert 1.2 < time.monotonic() - started < 30, "6 × 500 tokens at 60 a second take 40 s and more; 5 × 15 take 1.25 s"
+
+
+def test_lone_surrogates_and_nul_in_an_answer_are_survived(server, endpoint, ledger):
+    server.default = lambda handler: handler.reply(completion("a\ud800b\0c"))
+    assert ask(endpoint(), ledger, ["q"])[0].text == "a?b\0c"
+    assert ask(endpoint(), ledger, ["q"])[0].text == "a?b\0c"
+
+
+def test_no_file_of_a_run_and_no_message_holds_the_key(server, endpoint, tmp_path, capfd, caplog):
+    caplog.set_level("DEBUG")
+
+    def echo(handler):
+        handler.reply({"error": {"message": handler.headers["Authorization"], "code": "x"}}, 403)
+
+    def escaped(handler):
+        key = "".join(f"\\u{ord(letter):04X}" if letter.isalpha() else letter for letter in SECRET)
+        handler.reply(f'{{"error": {{"message": "not {key}"}}}}'.replace("/", "\\/").encode(), 400)
+
+    server.script = {
+        "echo": [echo],
+        "escaped": [escaped],
+        "an answer": [lambda h: h.reply(completion(h.headers["Authorization"]))],
+        "503": [lambda h: h.reply(h.headers["Authorization"].encode(), 503)],
+        "lost": [reset],
+    }
+    with Ledger(tmp_path / "run" / "ledger.sqlite") as ledger:
+        replies = ask(endpoint(), ledger, ["plain", "echo", "escaped", "an answer", "503", "lost"])
+        server.default = error(401, message=f"Bearer {SECRET}")
+        with pytest.raises(UserError) as stopped:
+            ask(endpoint(), ledger, ["wrong"])
+        ledger.export(tmp_path / "run" / "export.jsonl")
+        files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
+    out, err = capfd.readouterr()
+    assert [replies[2].detail, replies[3].text] == ["http_400: not [key]", "Bearer [key]"]
+    said = repr(replies) + str(stopped.value) + repr(stopped.value.__context__) + out + err + caplog.text
+    assert {path.name for path in files} >= {"ledger.sqlite", "ledger.sqlite-wal", "export.jsonl"}
+    for text in [said.encode(), *files.values()]:
+        assert SECRET.encode() not in text
+        assert SECRET.replace("/", "\\/").encode() not in text
+
+
+def test_a_placeholder_for_a_key_is_left_alone_in_answers(server, endpoint, ledger, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", "content")
+    server.default = lambda handler: handler.reply(completion("The content is EMPTY."))
+    assert ask(endpoint(), ledger, ["q"])[0].text == "The content is EMPTY."
+
+
+def test_what_a_run_beside_this_one_bought_is_not_bought_again(server, endpoint, tmp_path):
+    server.script["lost"] = [hang_up]
+    server.script["failed"] = [raw(b"oops")]
+    first, second = tmp_path / "a.sqlite", tmp_path / "b.sqlite"
+    (tmp_path / "damaged.sqlite").write_bytes(b"no ledger" * 100)
+    with Ledger(first) as ledger:
+        ask(endpoint(), ledger, ["known", "lost", "failed", "unasked"])
+    for _ in range(2):
+        with Ledger(second, [tmp_path / "damaged.sqlite", first]) as ledger:
+            replies = ask(endpoint(max_calls=2), ledger, ["known", "lost", "failed", "new"])
+            totals = ledger.totals("teacher")
+    assert [reply.state for reply in replies] == ["answered", "unknown", "answered", "answered"]
+    assert sorted(server.arrived) == sorted(["known", "lost", "failed", "unasked", "failed", "new"])
+    assert {name: totals[name] for name in ("prompts", "answered", "unknown", "calls")} == {
+        "prompts": 4, "answered": 3, "unknown": 1, "calls": 2,
+    }  # fmt: skip
+    assert (totals["input_tokens"], totals["unsettled_cost"]) == (20, 0), (
+        "what another run paid for cost this one nothing"
+    )
+    with Ledger(second, [first]) as ledger:
+        assert ask(endpoint(), ledger, ["lost"], resend_unknown=True)[0].state == "answered"
+        assert len(list(ledger.rows())) == 4
+
+
+def test_no_key_of_another_service_is_sent(server, ledger, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    config = OpenAIEndpoint(kind="openai", base_url=server.url, model="m")
+    ask(config, ledger, ["q"])
+    assert SECRET not in json.dumps(server.headers)
+
+
+@pytest.mark.parametrize("value", [None, "", "  \n", "two words", "schlüssel", "a\x07b"])
+def test_a_key_that_cannot_be_one(endpoint, ledger, monkeypatch, value):
+    config = endpoint()
+    monkeypatch.delenv("TEST_KEY")
+    if value is not None:
+        monkeypatch.setenv("TEST_KEY", value)
+    with pytest.raises(UserError, match="environment variable TEST_KEY") as stopped:
+        EndpointClient(config, ledger, "teacher")
+    assert not value or not value.strip() or value not in str(stopped.value)
+
+
+def test_a_key_file(server, endpoint, ledger, tmp_path: Path):
+    (tmp_path / "key").write_text(f"{SECRET}\n")
+    ask(endpoint(api_key_env=None, api_key_file=str(tmp_path / "key")), ledger, ["q"])
+    assert server.headers[0]["authorization"] == f"Bearer {SECRET}"
+    with pytest.raises(UserError, match="nowhere cannot be read"):
+        EndpointClient(endpoint(api_key_env=None, api_key_file="nowhere"), ledger, "teacher")
+
+
+def test_a_full_disk_is_one_sentence_and_stops_the_run(server, endpoint, ledger):
+    ledger._db.execute("PRAGMA max_page_count = 12")
+    with pytest.raises(UserError, match="the disk is full; make room"):
+        EndpointClient(endpoint(), ledger, "teacher").ask(prompts(*(f"{n}" * 3000 for n in range(30))))
+    assert len(server.arrived) < 30
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 20 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_costs_no_answer(server, endpoint, small_disk):
+    prompts = [Prompt.from_text(f"question {n}") for n in range(40)]
+    server.default = lambda handler: (time.sleep(0.2), handler.reply(completion("x" * 200_000)))
+    with Ledger(small_disk / "l.sqlite") as ledger, pytest.raises(UserError, match="the disk is full"):
+        EndpointClient(endpoint(concurrency=8), ledger, "teacher").ask(prompts)
+    assert 8 <= len(server.arrived) < 40
+    with LedgerView(small_disk / "l.sqlite") as ledger:
+        assert ledger.totals("teacher")["answered"] == len(server.arrived) == len(server.finished)
+    (small_disk / "filler").write_bytes(bytes(2**20))
+    with pytest.raises(UserError, match="no room of 16 MiB"):
+        Ledger(small_disk / "l.sqlite")
+    assert not (small_disk / "l.sqlite.room").exists()

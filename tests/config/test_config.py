@@ -1,0 +1,160 @@
+"""What a user may write, and the one sentence they get for what they may not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from purld.config.load import load_config, parse_config
+from purld.config.methods import LdlGrpo
+from purld.config.schema import Config
+from purld.errors import UserError
+from purld.methods.table import METHODS
+
+MINIMAL = {
+    "student": {"model": "m"},
+    "data": {"prompts": "p.jsonl"},
+    "teacher": {"kind": "file", "path": "a.jsonl"},
+}
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+def with_values(**sections):
+    return MINIMAL | sections
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs_are_valid(path):
+    assert isinstance(load_config(path), Config)
+
+
+def test_defaults_are_the_vetted_method():
+    config = parse_config(MINIMAL, "x")
+    assert config.align == LdlGrpo()
+    assert (config.align.tau, config.align.beta) == (1.2, 0.01)
+
+
+def test_method_may_be_left_out():
+    assert parse_config(with_values(align={"tau": 0.9}), "x").align.tau == 0.9
+
+
+ALIGN = {"candidates": 4, "gamma": 3.0, "tau": 0.9, "beta": 0.02, "steps": 7, "learning_rate": 1e-4, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_changing_the_method_is_enough(method):
+    """What all methods have is kept, what only others have is set aside, what none has is an error."""
+    values = MINIMAL | {"teacher": {"kind": "local", "model": "t"}}
+    section = parse_config(values | {"align": ALIGN | {"method": method}}, "x").align
+    assert section.method == method
+    kept = {key: value for key, value in ALIGN.items() if key in type(section).model_fields}
+    assert kept == {key: getattr(section, key) for key in kept}
+    assert method == "sft" or {"steps", "learning_rate"} <= kept.keys()
+    with pytest.raises(UserError, match=r"unknown key align\.temprature"):
+        parse_config(values | {"align": ALIGN | {"method": method, "temprature": 1.0}}, "x")
+
+
+def test_what_only_other_methods_have_is_named():
+    values = with_values(align={"method": "anchor_grpo", "gamma": 3.0, "tau": 0.9, "clip": 0.1})
+    assert parse_config(values, "x").set_aside == (
+        "align.gamma and align.tau are set aside: only other methods than anchor_grpo have such a setting."
+    )
+    alone = parse_config(with_values(align={"margin": 0.1}), "x").set_aside
+    assert alone == "align.margin is set aside: only other methods than ldl_grpo have such a setting."
+    assert parse_config(with_values(align={"gamma": 3.0}), "x").set_aside is None
+
+
+def test_updates_count_their_candidates_once():
+    settings = {"method": "anchor_grpo", "steps": 10, "updates_per_rollout": 4, "checkpoint_steps": 4}
+    section = parse_config(with_values(align=settings | {"candidates": 3, "prompts_per_step": 2}), "x").align
+    assert section.candidates_in_all == 3 * 2 * 3  # three rollouts of two prompts and three candidates
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"student": {}}, "key student.model is missing"),
+        ({"student": {"modle": "m"}}, "did you mean model?"),
+        ({"student": {"model": "m", "lora": {"rank": 8}}}, "unknown key student.lora.rank"),
+        ({"alignment": {}}, "did you mean align?"),
+        ({"teacher": {"kind": "gpt", "path": "x"}}, "teacher.kind is 'gpt'; it can be 'openai', 'file', 'local'"),
+        ({"teacher": {"path": "x"}}, "key teacher.kind is missing"),
+        (
+            {"teacher": {"kind": "openai", "base_url": "http://t/v1", "model": "m", "max_image_side": 8}},
+            "teacher.max_image_side: Input should be greater than or equal to 32",
+        ),
+        ({"teacher": {"kind": "file", "path": "x", "colums": {}}}, "unknown key teacher.colums; did you mean columns?"),
+        ({"align": {"tau": -1}}, "align.tau: Input should be greater than 0 (found -1)"),
+        ({"align": {"candidates": 1}}, "align.candidates"),
+        ({"align": {"method": "ppo2"}}, "align.method is 'ppo2'"),
+        ({"align": {"q": "prob"}}, "align.q"),
+        ({"align": {"method": "anchorrank_dpo", "beta": 0}}, "align.beta: Input should be greater than 0"),
+        ({"align": {"method": "anchor_grpo", "clip": 1.0}}, "align.clip"),
+        (
+            {"align": {"method": "anchor_grpo", "updates_per_rollout": 4}},
+            "align: checkpoint_steps (50) must be a multiple of updates_per_rollout (4)",
+        ),
+        ({"align": {"method": "teacher_judge_grpo"}}, "teacher.kind file holds answers only"),
+        ({"data": {"prompts": "p", "eval_fraction": 1.0}}, "data.eval_fraction"),
+        ({"data": {}}, "data: give either prompts, or task and path"),
+        ({"data": {"prompts": "p", "task": "aokvqa_mc", "path": "d"}}, "data: give either prompts, or task and path"),
+        ({"data": {"task": "aokvqa_mc"}}, "data: task and path go together"),
+        ({"data": {"task": "poetry", "path": "d"}}, "data.task: Input should be 'writingprompts_cw'"),
+        ({"data": {"task": "aokvqa_mc", "path": "d", "eval_prompts": "e"}}, "eval_prompts and columns go with prompts"),
+        ({"data": {"prompts": "p", "sft_fraction": 1.0}}, "data.sft_fraction"),
+        ({"seed": "one"}, "seed"),
+        ({"evaluate": {"opponent": {"kind": "teacher"}}}, "go together"),
+        ({"student": None}, "student"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_sentence(sections, sentence):
+    with pytest.raises(UserError) as error:
+        parse_config(with_values(**sections), "run.yaml")
+    assert str(error.value).startswith("run.yaml: ")
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cap_on_cost_needs_prices():
+    endpoint = {"kind": "openai", "base_url": "http://127.0.0.1/v1", "model": "m", "max_cost": 1.0}
+    with pytest.raises(UserError, match="max_cost needs input_price"):
+        parse_config(with_values(teacher=endpoint), "x")
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = load_config(path, ["align.tau=0.9", "sft.learning_rate=1e-5", "student.lora={r: 4}", "seed=3"])
+    assert (config.align.tau, config.sft.learning_rate, config.student.lora.r, config.seed) == (0.9, 1e-5, 4, 3)
+
+
+@pytest.mark.parametrize("override", ["align.tau", "=3", "student.model.x=1", "align.tau=[1"])
+def test_bad_overrides_are_named(tmp_path, override):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    with pytest.raises(UserError, match="override"):
+        load_config(path, [override])
+
+
+@pytest.mark.parametrize("content", [b"student: [", b"\xff\xfe\x00", b"just text", b"", b"- a\n- b\n"])
+def test_what_is_no_configuration_is_named(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"run\.yaml") as error:
+        load_config(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("module", ["purld.cli", "purld.config.schema", "purld.records", "purld.templates"])
+def test_quick_modules_import_nothing_heavy(module):
+    heavy = "torch transformers trl peft openai matplotlib datasets numpy"
+    code = f"import {module}, sys; print([m for m in {heavy.split()} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -1,0 +1,38 @@
+"""The results of a run as its last lines on the terminal."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from purld.display.results import show
+from purld.runs.files import write_json
+from purld.runs.run_dir import RunDir
+
+
+def shown(run: RunDir, **changes) -> str:
+    models = {
+        "base": {"n": 30, "accuracy": 0.1, "accuracy_ci": [0.05, 0.2], "unjudged": 0},
+        "ldl_grpo": {"n": 30, "accuracy": 0.3, "accuracy_ci": [0.2, 0.4], "unjudged": 7},
+    }
+    difference = {"ldl_grpo - base": {"accuracy": 0.2, "accuracy_ci": [0.1, 0.31]}}
+    teacher = {"prompts": 5, "answered": 4, "calls": 6, "input_tokens": 70, "output_tokens": 30, "cost": 0.0}
+    write_json(run.results, {"models": models, "difference": difference, "teacher": teacher} | changes)
+    out = io.StringIO()
+    show(run, Console(file=out, width=100, highlight=False))
+    return out.getvalue()
+
+
+def test_rates_differences_and_spend_are_said(tmp_path):
+    said = shown(RunDir(tmp_path))
+    assert "0.300 [0.20, 0.40]" in said
+    assert "LDL-GRPO minus Base: accuracy +0.200 [+0.100, +0.310]." in said
+    assert "Teacher: 6 calls for 5 prompts, 4 usable answers, 100 tokens." in said
+    assert "win rate" not in said
+
+
+def test_what_a_judge_left_open_is_not_silent(tmp_path):
+    assert "Verdicts that were none, left out and kept with their words: LDL-GRPO 7." in shown(RunDir(tmp_path))
+    models = {"base": {"n": 30, "unjudged": 0}}
+    assert "Verdicts" not in shown(RunDir(tmp_path), models=models, difference={})

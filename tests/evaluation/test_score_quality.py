@@ -1,0 +1,143 @@
+"""The agreement of scores with gold, against numbers worked out by hand and truths that were put in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from purld.evaluation.score_quality import (
+    CheckedGroup,
+    accuracy_by_step,
+    as_results,
+    auc,
+    checked_groups,
+    score_quality,
+)
+from purld.records import Prompt
+
+
+def test_by_hand() -> None:
+    """Group p: right .9, .4 against wrong .4: won 1 + half = 1.5 of 2. Group q: right .1 against wrong .8, .2: 0 of 2.
+
+    Within: 1.5 of 4. Overall, right {.9, .4, .1} against wrong {.4, .8, .2}: .9 wins 3, .4 wins 1.5, .1 none: 4.5 of 9.
+    Bins: .1 (right), .2 (wrong), .4 .4 (one right), .8 (wrong), .9 (right): ECE = (.9 + .2 + 2·.1 + .8 + .1)/6.
+    """
+    found = score_quality(
+        [
+            CheckedGroup("p", 1, [0.9, 0.4, 0.4], [True, True, False]),
+            CheckedGroup("q", 1, [0.1, 0.8, 0.2], [True, False, False]),
+        ]
+    )
+    assert (found.n, found.prompts, found.right) == (6, 2, 0.5)
+    assert found.auc == pytest.approx(4.5 / 9)
+    assert found.auc_within == pytest.approx(1.5 / 4)
+    assert found.ece == pytest.approx(2.2 / 6)
+    assert [(b.n, b.right) for b in found.bins] == [(1, 1.0), (1, 0.0), (2, 0.5), (1, 0.0), (1, 1.0)]
+
+
+def test_knowing_which_prompts_are_hard_is_not_knowing_which_answers_are_right() -> None:
+    easy = CheckedGroup("easy", 1, [0.8] * 10, [True] * 9 + [False])
+    hard = CheckedGroup("hard", 1, [0.2] * 10, [False] * 9 + [True])
+    found = score_quality([easy, hard])
+    assert found.auc == pytest.approx(0.9)
+    assert found.auc_within == 0.5
+
+
+def test_a_score_that_is_the_probability_is_calibrated_and_the_interval_holds_the_truth() -> None:
+    """Within a group scores are uniform and right with probability s: P(right outscores wrong) is 5/6."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for prompt in range(300):
+        scores = rng.uniform(size=8)
+        groups.append(CheckedGroup(str(prompt), 1, scores.tolist(), (rng.uniform(size=8) < scores).tolist()))
+    found = score_quality(groups)
+    assert found.ece < 0.03
+    assert len(found.bins) == 10
+    assert found.auc_within is not None and found.auc_within_ci is not None
+    assert found.auc_within_ci[0] < 5 / 6 < found.auc_within_ci[1]
+    assert found.auc_within_ci[1] - found.auc_within_ci[0] < 0.06
+
+
+def test_several_groups_of_one_prompt_are_one_unit() -> None:
+    rng = np.random.default_rng(1)
+    drawn = [(rng.uniform(size=6), rng.uniform(size=6) < 0.5) for _ in range(40)]
+    groups = [CheckedGroup(str(p), 1, scores.tolist(), right.tolist()) for p, (scores, right) in enumerate(drawn)]
+    once, thrice = score_quality(groups), score_quality(groups * 3)
+    assert thrice.auc_within == pytest.approx(once.auc_within)
+    assert thrice.auc_within_ci == pytest.approx(once.auc_within_ci)
+
+
+def test_without_pairs_there_is_no_auc() -> None:
+    found = score_quality([CheckedGroup("p", 1, [0.0, 1.0], [True, True])])
+    assert (found.auc, found.auc_within, found.auc_within_ci) == (None, None, None)
+    assert found.ece == 0.5
+
+
+def test_a_perfect_score_still_has_an_interval() -> None:
+    found = score_quality([CheckedGroup(str(p), 1, [1.0, 0.0], [True, False]) for p in range(20)])
+    assert found.auc_within == 1.0
+    assert found.auc_within_ci is not None and 0.8 < found.auc_within_ci[0] < 1.0
+
+
+@pytest.mark.parametrize("groups", [[], [CheckedGroup("p", 1, [], [])], [CheckedGroup("p", 1, [1.5], [True])]])
+def test_nothing_to_measure_is_an_error(groups: list[CheckedGroup]) -> None:
+    with pytest.raises(ValueError, match="scored candidate"):
+        score_quality(groups)
+
+
+def test_groups_as_logged_are_checked_and_what_cannot_be_is_left_out() -> None:
+    known, unknown = Prompt.from_text("2 + 2?", reference="4"), Prompt.from_text("A poem?")
+    rows = [
+        {"prompt_id": known.id, "candidates": ["4", "5", "?"], "scores": [0.9, 0.3, None]},
+        {"prompt_id": unknown.id, "candidates": ["Roses"], "scores": [0.5]},
+        {"prompt_id": "of another run", "candidates": ["x"], "scores": [0.5]},
+        {"prompt_id": known.id, "candidates": ["4"], "scores": [None]},
+    ]
+    rows = [row | {"step": step} for step, row in enumerate(rows, 1)]
+    found = checked_groups(rows, [known, unknown], lambda prompt, text: text == prompt.reference)
+    assert found == [
+        CheckedGroup(known.id, 1, [0.9, 0.3, None], [True, False, False]),
+        CheckedGroup(known.id, 4, [None], [True]),
+    ]
+    quality = score_quality(found)
+    assert (quality.n, quality.prompts, quality.right) == (2, 1, 0.5)
+    results = as_results(quality)
+    assert results["bins"] == [{"n": 1, "score": 0.3, "right": 0.0}, {"n": 1, "score": 0.9, "right": 1.0}]
+    assert results["auc_within"] == 1.0
+    assert "auc" not in as_results(score_quality([CheckedGroup("p", 1, [0.5], [True])]))
+
+
+def test_the_accuracy_of_training_counts_every_candidate_scored_or_not() -> None:
+    groups = [
+        CheckedGroup("p", 2, [0.5, None], [True, True]),
+        CheckedGroup("q", 1, [0.5, 0.1], [False, True]),
+        CheckedGroup("q", 2, [0.5, 0.1], [False, False]),
+    ]
+    assert accuracy_by_step(groups) == [{"step": 1, "n": 2, "right": 0.5}, {"step": 2, "n": 4, "right": 0.5}]
+
+
+def test_auc_by_hand() -> None:
+    """Right 0.9, 0.5; wrong 0.5, 0.1: three of four comparisons won, one tied."""
+    assert auc([0.9, 0.5, 0.5, 0.1], [True, True, False, False]) == pytest.approx(3.5 / 4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=30))
+def test_auc_is_the_mean_of_all_comparisons(rows: list[tuple[int, bool]]) -> None:
+    right = [s for s, y in rows if y]
+    wrong = [s for s, y in rows if not y]
+    scores, positive = zip(*rows, strict=True)
+    if not right or not wrong:
+        with pytest.raises(ValueError, match="one right and one wrong"):
+            auc(scores, positive)
+        return
+    expected = np.mean([(r > w) + (r == w) / 2 for r in right for w in wrong])
+    assert auc(scores, positive) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("scores", "words"), [([0.1, np.nan], "NaN"), ([0.1], "one length")])
+def test_auc_refuses_unscored(scores: list[float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        auc(scores, [True, False])

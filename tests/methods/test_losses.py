@@ -1,0 +1,217 @@
+"""Every objective: values derived by hand, gradients against autograd, and the KLs' gradients against the exact one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purld.methods.advantages import Credit
+from purld.methods.losses import (
+    Tokens,
+    differentiate,
+    dpo_loss,
+    grpo_loss,
+    kl_coefficients,
+    label_divergence,
+    ldl_loss,
+    log_policy_distribution,
+    nll_loss,
+    ppo_loss,
+)
+
+FORMS = ("ratio", "likelihood", "mean")
+
+
+def members(policy, reference=None, old=None, mask=None, **values):
+    """Tokens from nested lists; what is not given is as the policy, and unpadded."""
+    policy = torch.as_tensor(policy)
+    reference, old = (policy if x is None else torch.as_tensor(x) for x in (reference, old))
+    mask = torch.ones_like(policy) if mask is None else torch.as_tensor(mask)
+    return Tokens(policy, reference, old, mask, **{name: torch.as_tensor(v) for name, v in values.items()})
+
+
+# --- LDL-GRPO ------------------------------------------------------------------------------------------------
+
+
+def test_hand_derived_ldl():
+    """Two one-token candidates, D = (3/4, 1/4), log p = (log 0.2, log 0.2), log p_sft = (log 0.1, log 0.2), beta 0.5.
+
+    likelihood: q = (1/2, 1/2)
+        KL(D||q) = 3/4 log(3/2) + 1/4 log(1/2) = 0.304099 - 0.173287 = 0.130812
+    KL(p||p_sft) is estimated by the mean log-ratio: (log 2 + 0) / 2 = 0.346574
+        value = 0.130812 + 0.5 * 0.346574 = 0.304099
+    coefficients: q - D = (-1/4, 1/4); the KL's: (log 2 - 0)/2 and (0 - log 2)/2 = (0.346574, -0.346574)
+        (-0.25 + 0.173287, 0.25 - 0.173287) = (-0.076713, 0.076713)
+    ratio: q = (2, 1)/3; KL = 3/4 log(9/8) + 1/4 log(3/4) = 0.088337 - 0.071921 = 0.016417
+    """
+    log_labels = torch.tensor([0.75, 0.25]).log()
+    group = members(torch.tensor([[0.2], [0.2]]).log(), torch.tensor([[0.1], [0.2]]).log())
+    loss, coefficients, _ = differentiate(lambda t: ldl_loss(t, log_labels, form="likelihood", beta=0.5), group)
+    assert loss.metrics["ldl"].item() == pytest.approx(0.130812, abs=1e-6)
+    assert loss.value.item() == pytest.approx(0.304099, abs=1e-6)
+    assert coefficients.flatten().tolist() == pytest.approx([-0.076713, 0.076713], abs=1e-6)
+    ratio = ldl_loss(group, log_labels, form="ratio", beta=0.5)
+    assert ratio.members["policy_before"].tolist() == pytest.approx([2 / 3, 1 / 3], abs=1e-6)
+    assert ratio.metrics["ldl"].item() == pytest.approx(0.016417, abs=1e-6)
+
+
+def test_mean_form_divides_by_length():
+    log_q = log_policy_distribution(torch.tensor([-4.0, -9.0]), torch.zeros(2), torch.tensor([2.0, 3.0]), "mean")
+    assert log_q.exp().tolist() == pytest.approx(torch.softmax(torch.tensor([-2.0, -3.0]), 0).tolist())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(data=st.data())
+def test_gradient_of_the_divergence_is_q_minus_d(form, data):
+    """In the form's logits; on tokens it is the same for every token of a member, and none after its end."""
+    k = data.draw(st.integers(2, 16))
+    numbers = st.lists(st.floats(-40, 0), min_size=k, max_size=k)
+    lengths = torch.tensor(data.draw(st.lists(st.integers(1, 5), min_size=k, max_size=k)))
+    mask = (torch.arange(5) < lengths.unsqueeze(1)).double()  # (K, 5)
+    policy = torch.tensor(data.draw(numbers), dtype=torch.float64).unsqueeze(1) / lengths.unsqueeze(1) * mask
+    reference = torch.tensor(data.draw(numbers), dtype=torch.float64).unsqueeze(1) / lengths.unsqueeze(1) * mask
+    log_labels = torch.log_softmax(torch.tensor(data.draw(numbers), dtype=torch.float64), dim=0)
+    group = Tokens(policy, reference, policy, mask)
+    loss, coefficients, _ = differentiate(lambda t: ldl_loss(t, log_labels, form=form, beta=0.0), group)
+    expected = loss.members["policy_before"] - log_labels.exp()
+    if form == "mean":
+        expected = expected / lengths
+    assert torch.allclose(coefficients, expected.unsqueeze(1) * mask, atol=1e-9, rtol=1e-6)
+
+
+def test_extreme_log_likelihoods_stay_finite():
+    log_probs = torch.tensor([[-5.0], [-5000.0], [-900.0]])
+    log_labels = torch.tensor([-2000.0, 0.0, -1500.0])
+    group = members(log_probs, log_probs - 1)
+    loss, coefficients, _ = differentiate(lambda t: ldl_loss(t, log_labels, form="likelihood", beta=0.01), group)
+    assert torch.isfinite(coefficients).all()
+    assert math.isfinite(loss.value.item())
+    assert loss.metrics["ldl"].item() == pytest.approx(4995.0)
+    assert label_divergence(log_labels, log_labels).item() == 0
+
+
+def exact_kl_gradient(logits, reference_logits):
+    """d KL(p || ref) / d logits of two categoricals, by autograd."""
+    logits = logits.clone().requires_grad_()
+    log_p = torch.log_softmax(logits, 0)
+    (log_p.exp() * (log_p - torch.log_softmax(reference_logits, 0))).sum().backward()
+    return logits.grad
+
+
+def mean_estimated_gradient(logits, reference_logits, k):
+    """The estimator's exact expectation: every group of k draws, weighted by its probability."""
+    log_p = torch.log_softmax(logits, 0)
+    log_reference = torch.log_softmax(reference_logits, 0)
+    total = torch.zeros_like(logits)
+    scores = torch.eye(len(logits), dtype=logits.dtype) - log_p.exp()  # row y: d log p(y) / d logits
+    for group in torch.cartesian_prod(*[torch.arange(len(logits))] * k).reshape(-1, k):
+        weight = log_p[group].sum().exp()
+        total += weight * (kl_coefficients(log_p[group], log_reference[group]) @ scores[group])
+    return total
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_kl_estimator_has_the_gradient_of_kl_policy_to_reference(k):
+    """In expectation over groups, exactly; and that of the reverse divergence is another one."""
+    logits = torch.tensor([0.3, -1.2, 0.9, 0.0], dtype=torch.float64)
+    reference = torch.tensor([-0.5, 0.4, 0.1, 1.3], dtype=torch.float64)
+    found = mean_estimated_gradient(logits, reference, k)
+    assert torch.allclose(found, exact_kl_gradient(logits, reference), atol=1e-12)
+    reverse = torch.softmax(logits, 0) - torch.softmax(reference, 0)  # d KL(ref || p) / d logits
+    assert (found - reverse).abs().max() > 0.05
+
+
+def test_kl_pulls_back_towards_the_reference():
+    coefficients = kl_coefficients(torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0]))
+    assert coefficients.tolist() == pytest.approx([1.0, -1.0])
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_the_kl_of_grpo_has_the_gradient_of_kl_policy_to_reference(beta):
+    """In expectation over draws, exactly: one token, no advantage, so that the KL is all there is.
+
+    At theta = theta_old the ratio's gradient times k3 plus k3's own is (k3 + 1 - r) grad log p with r = p_sft / p, and
+    k3 + 1 - r = r - log r - 1 + 1 - r = log p - log p_sft: the score-function estimator of KL(p || p_sft).
+    """
+    logits = torch.tensor([0.3, -1.2, 0.9, 0.0], dtype=torch.float64)
+    reference = torch.tensor([-0.5, 0.4, 0.1, 1.3], dtype=torch.float64)
+    log_p, log_reference = torch.log_softmax(logits, 0), torch.log_softmax(reference, 0)
+    found = torch.zeros_like(logits)
+    for y in range(4):
+        group = members(log_p[y].reshape(1, 1), log_reference[y].reshape(1, 1))
+        _, coefficient, _ = differentiate(
+            lambda t: grpo_loss(t, torch.zeros(1, dtype=torch.float64), clip=0.2, beta=beta), group
+        )
+        found += log_p[y].exp() * coefficient.item() * (torch.eye(4, dtype=torch.float64)[y] - log_p.exp())
+    assert torch.allclose(found, beta * exact_kl_gradient(logits, reference), atol=1e-12)
+
+
+# --- DPO -----------------------------------------------------------------------------------------------------
+
+
+def test_hand_derived_dpo_over_two_pairs():
+    """Three members of two tokens, log-ratios to the reference (1, 0, -2), beta 0.5, pairs (0, 1) and (0, 2).
+
+    gaps 1 and 3: -log sigmoid(0.5) = log(1 + e^-0.5) = 0.474077, -log sigmoid(1.5) = log(1 + e^-1.5) = 0.201413
+        value = 0.337745
+    d value / d gap = -beta sigmoid(-beta gap) / 2: -0.25 * 0.377541 = -0.094385, -0.25 * 0.182426 = -0.045606
+        member 0: -0.139992, member 1: 0.094385, member 2: 0.045606, the same on every token
+    """
+    group = members([[-1.0, -1.0], [-2.0, -1.0], [-3.0, -3.0]], [[-1.5, -1.5], [-1.0, -2.0], [-2.0, -2.0]])
+    pairs = torch.tensor([[0, 1], [0, 2]])
+    loss, coefficients, _ = differentiate(lambda t: dpo_loss(t, pairs, beta=0.5), group)
+    assert loss.value.item() == pytest.approx(0.337745, abs=1e-6)
+    assert coefficients[:, 0].tolist() == pytest.approx([-0.139992, 0.094385, 0.045606], abs=1e-6)
+    assert torch.equal(coefficients[:, 0], coefficients[:, 1])
+    assert loss.metrics["pair_accuracy"].item() == 1.0
+
+
+# --- policy gradients ----------------------------------------------------------------------------------------
+
+
+def test_hand_derived_grpo_with_clipping():
+    """Two members, ratios (1.5, 1) and (0.5), advantages 1 and -1, clip 0.2, no KL.
+
+    member 0: min(1.5, 1.2) = 1.2, and 1; member 1: min(-0.5, -0.8) = -0.8 (clipped: it has been pushed far enough)
+        per token -1.2, -1, 0.8; means -1.1 and 0.8; value = (-1.1 + 0.8) / 2 = -0.15
+    gradients: clipped tokens none; member 0's second token -A ratio / 2 tokens / 2 members = -0.25
+    """
+    old = torch.zeros(2, 2)
+    group = members(torch.tensor([[1.5, 1.0], [0.5, 1.0]]).log(), old=old, mask=[[1.0, 1.0], [1.0, 0.0]])
+    loss, coefficients, _ = differentiate(lambda t: grpo_loss(t, torch.tensor([1.0, -1.0]), clip=0.2, beta=0.0), group)
+    assert loss.value.item() == pytest.approx(-0.15, abs=1e-6)
+    assert coefficients.flatten().tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0], abs=1e-6)
+    assert loss.metrics["clipped"].item() == pytest.approx(2 / 3)
+
+
+def test_hand_derived_ppo():
+    """One member, two tokens, ratios (1, 1.5), advantages (2, 1), clip 0.2; values (0.5, 1.0), before (0.1, 1.0),
+    returns (1, 0), value clip 0.2.
+
+    policy: -2, -min(1.5, 1.2) = -1.2; mean -1.6
+    critic: the first value may move to 0.3: max(0.25, 0.49) = 0.49; the second has not moved: 1; half the mean 0.3725
+        value = -1.2275
+    gradients in the policy: -2 * 1 / 2 = -1, clipped 0; in the values: the clipped branch has none, 1.0 / 2 = 0.5
+    """
+    group = members(
+        torch.tensor([[1.0, 1.5]]).log(), old=torch.zeros(1, 2), values=[[0.5, 1.0]], old_values=[[0.1, 1.0]]
+    )
+    credit = Credit(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    loss, in_policy, in_values = differentiate(lambda t: ppo_loss(t, credit, clip=0.2, value_clip=0.2), group)
+    assert loss.value.item() == pytest.approx(-1.2275, abs=1e-6)
+    assert in_policy.flatten().tolist() == pytest.approx([-1.0, 0.0], abs=1e-6)
+    assert in_values.flatten().tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
+
+
+def test_ppo_without_a_critic_is_refused():
+    credit = Credit(torch.zeros(1, 1), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="critic"):
+        ppo_loss(members([[0.0]]), credit, clip=0.2, value_clip=0.2)
+
+
+def test_likelihood_is_the_mean_over_a_members_own_tokens():
+    loss, coefficients, _ = differentiate(nll_loss, members([[-1.0, -3.0], [-4.0, 0.0]], mask=[[1.0, 1.0], [1.0, 0.0]]))
+    assert loss.value.item() == pytest.approx((2 + 4) / 2)
+    assert coefficients.tolist() == [[-0.25, -0.25], [-0.5, 0.0]]

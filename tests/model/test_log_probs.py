@@ -1,0 +1,87 @@
+"""Sharing a group's head gives the plain computation's numbers and gradients."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from purld.model.log_probs import micro_batches, prefix_of, sequence_log_probs, token_log_probs
+from purld.model.vision import Head
+
+LENGTHS = (1, 5, 9, 9, 3)
+
+
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def model(request, random_student):
+    if request.param == "qwen2":
+        return AutoModelForCausalLM.from_pretrained(random_student).eval()
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=120, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def group():
+    generator = torch.Generator().manual_seed(3)
+    head = Head(torch.randint(0, 120, (17,), generator=generator).tolist())
+    return head, [torch.randint(0, 120, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def plain_log_probs(model, head, completions):
+    """One unpadded forward pass per completion."""
+    sums = []
+    for completion in completions:
+        log_probs = model(input_ids=torch.tensor([head.ids + completion])).logits[0].float().log_softmax(-1)
+        sums.append(sum(log_probs[len(head) - 1 + i, token] for i, token in enumerate(completion)))
+    return torch.stack(sums)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_log_probs_and_gradients_equal_the_plain_ones(model, group):
+    head, completions = group
+    weights = torch.tensor([0.5, -1.0, 2.0, 0.3, -0.7])
+    plain = plain_log_probs(model, head, completions)
+    shared = sequence_log_probs(model, head, completions, pad=0)
+    assert torch.allclose(shared, plain, rtol=1e-5, atol=1e-4)
+    expected = gradients(model, (weights * plain).sum())
+    found = gradients(model, (weights * shared).sum())
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+def test_sequences_are_sums_of_tokens_and_padding_counts_nothing(model, group):
+    head, completions = group
+    with torch.no_grad():
+        log_probs, mask = token_log_probs(model, head, completions, pad=0)
+        assert torch.equal(log_probs.sum(dim=1), sequence_log_probs(model, head, completions, pad=0))
+    assert mask.sum(dim=1).tolist() == list(LENGTHS)
+    assert log_probs.dtype == torch.float32
+    assert (log_probs[mask == 1] < 0).all()
+    assert (log_probs[mask == 0] == 0).all()
+
+
+def test_padding_is_inert(model, group):
+    head, completions = group
+    with torch.no_grad():
+        one_by_one = torch.cat([sequence_log_probs(model, head, [c], pad=0) for c in completions])
+        together = sequence_log_probs(model, head, completions, pad=7)
+    assert torch.allclose(one_by_one, together, rtol=1e-5, atol=1e-4)
+
+
+def test_closing_logits_equal_the_plain_ones(model, group):
+    head, completions = group
+    tails = [c for c in completions if len(c) >= 3]
+    with torch.no_grad():
+        found = prefix_of(model, head, tails, pad=0).closing_logits(tails, count=3)
+        for tail, logits in zip(tails, found):
+            plain = model(input_ids=torch.tensor([head.ids + tail])).logits[0, -3:]
+            assert torch.allclose(logits, plain, atol=1e-4)
+
+
+def test_micro_batches_cover_everything_once():
+    assert [list(range(10))[rows] for rows in micro_batches(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]

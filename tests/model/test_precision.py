@@ -1,0 +1,48 @@
+"""How far bfloat16 weights take sequence log-probabilities from float32's: the bound that docs/methods.md states."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from purld.model.encode import Encoder
+from purld.model.log_probs import sequence_log_probs
+from purld.records import Prompt
+from purld.testbed.world.world import generate, teacher_answer
+
+
+@pytest.fixture(scope="module")
+def answers(tokenizer):
+    """Twenty prompts with two answers each, as token ids."""
+    encoder = Encoder(tokenizer, 128)
+    problems = generate("counting", "heldout", 21, 3)
+    texts = [teacher_answer(p) for p in problems]
+    return [
+        (encoder.prompt(Prompt.from_text(p.question)), [encoder.answer(t).ids for t in pair])
+        for p, *pair in zip(problems, texts, texts[1:])
+    ]
+
+
+def log_probs(model, answers):
+    with torch.no_grad():
+        return torch.cat([sequence_log_probs(model, head, ids, pad=0) for head, ids in answers])
+
+
+def test_the_error_grows_with_the_root_of_the_length_and_stays_within_its_bound(shipped_student, answers):
+    full, half = (
+        log_probs(AutoModelForCausalLM.from_pretrained(shipped_student, dtype=dtype).eval(), answers)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.dtype == torch.float32
+    lengths = torch.tensor([float(len(c)) for _, ids in answers for c in ids])
+    error = (half - full) / lengths.sqrt()
+    assert 0 < error.pow(2).mean().sqrt() < 0.03
+    assert (half - full).abs().max() < 0.5
+
+
+def test_at_the_first_step_the_ratio_is_exactly_zero_whatever_the_weights_are(shipped_student, answers):
+    model = AutoModelForCausalLM.from_pretrained(shipped_student, dtype=torch.bfloat16).eval()
+    policy = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    with policy.disable_adapter():
+        reference = log_probs(policy, answers)
+    assert torch.equal(log_probs(policy, answers), reference)

@@ -1,0 +1,120 @@
+"""The score: read off the logits as defined, parsed strictly, unscored when there is none."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from purld.model.encode import Encoder
+from purld.model.self_evaluation import SelfEvaluator, parse_score
+from purld.records import Prompt
+
+PROMPT = Prompt.from_text("How many?")
+CANDIDATES = ["It is 4.", "Five of them, I believe.", "", "4"]
+
+
+@pytest.fixture(scope="module")
+def model(random_student):
+    return AutoModelForCausalLM.from_pretrained(random_student).eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(tokenizer):
+    return Encoder(tokenizer, max_anchor_tokens=64)
+
+
+def expected_by_hand(model, encoder, tokenizer, candidate):
+    """Two plain forward passes over the whole text, no cache, no padding, digits one by one."""
+    frame = encoder.evaluation_frame(PROMPT, "It is 4.")
+    ids = frame.head.ids + encoder.literal(candidate) + frame.tail
+    zero, one, point = (tokenizer.convert_tokens_to_ids(t) for t in ("0", "1", "."))
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([ids])).logits[0, -1]
+        second = model(input_ids=torch.tensor([[*ids, zero, point]])).logits[0, -1]
+    p_zero, p_one = first[[zero, one]].softmax(0).tolist()
+    digits = second[tokenizer.convert_tokens_to_ids(list("0123456789"))].softmax(0)
+    return p_one + p_zero * sum(digit / 10 * p.item() for digit, p in enumerate(digits))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_expected_score_is_its_definition(model, encoder, tokenizer, batch_size):
+    scores = SelfEvaluator(encoder, "expected", batch_size).score(model, PROMPT, "It is 4.", CANDIDATES)
+    found = [scores.anchor, *scores.candidates]
+    by_hand = [expected_by_hand(model, encoder, tokenizer, c) for c in ["It is 4.", *CANDIDATES]]
+    assert found == pytest.approx(by_hand, abs=1e-5)
+    assert all(0 <= score <= 1 for score in found)
+
+
+def test_a_token_that_opens_every_text_comes_before_the_score(model, encoder, tokenizer, monkeypatch):
+    """As with Llama 2's tokenizer: the score is read behind it."""
+    opener = tokenizer.convert_tokens_to_ids("7")
+    plain = encoder.literal
+    monkeypatch.setattr(encoder, "literal", lambda text: [opener, *plain(text)])
+    found = SelfEvaluator(encoder, "expected", 4).score(model, PROMPT, "It is 4.", ["It is 5."])
+    frame = encoder.evaluation_frame(PROMPT, "It is 4.")
+    ids = [*frame.head.ids, *encoder.literal("It is 5."), *frame.tail, opener]
+    zero, one, point = (tokenizer.convert_tokens_to_ids(t) for t in ("0", "1", "."))
+    with torch.no_grad():
+        p_zero, p_one = model(input_ids=torch.tensor([ids])).logits[0, -1][[zero, one]].softmax(0).tolist()
+        after = model(input_ids=torch.tensor([[*ids, zero, point]])).logits[0, -1]
+    digits = after[tokenizer.convert_tokens_to_ids(list("0123456789"))].softmax(0)
+    expected = p_one + p_zero * sum(digit / 10 * p.item() for digit, p in enumerate(digits))
+    assert found.candidates[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_anchor_as_candidate_scores_like_the_anchor(model, encoder):
+    scores = SelfEvaluator(encoder, "expected", 16).score(model, PROMPT, "It is 4.", ["It is 4."])
+    assert scores.candidates[0] == pytest.approx(scores.anchor, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("0.95", 0.95),
+        (" 1.00\n", 1.0),
+        ("1", 1.0),
+        ("0", 0.0),
+        (".5 because", 0.5),
+        ("0.85.", 0.85),
+        ("The score is 0.5", None),
+        ("1.5", None),
+        ("10", None),
+        ("2", None),
+        ("-0.5", None),
+        ("", None),
+    ],
+)
+def test_verbal_reply_opens_with_a_number_or_is_unscored(reply, score):
+    assert parse_score(reply) == score
+
+
+def test_verbal_score_of_a_model_that_writes_none_is_none(model, encoder):
+    scores = SelfEvaluator(encoder, "verbal", 16).score(model, PROMPT, "It is 4.", CANDIDATES)
+    assert len(scores.candidates) == len(CANDIDATES)
+    assert scores.candidates[0] is None
+
+
+def test_the_shipped_student_says_what_it_thinks(shipped_student, encoder):
+    """Both kinds agree that the same answer in other words is right and another number wrong."""
+    student = AutoModelForCausalLM.from_pretrained(shipped_student).eval()
+    from purld.testbed.world.world import generate, is_right, teacher_answer
+
+    problem = next(p for p in generate("counting", "heldout", 20, 5) if "/" not in p.truth)
+    anchor = teacher_answer(problem)
+    wrong = anchor.replace(problem.truth, str(int(problem.truth) + 1))
+    assert not is_right(problem, wrong)
+    for kind in ("expected", "verbal"):
+        scores = SelfEvaluator(encoder, kind, 16).score(
+            student, Prompt.from_text(problem.question), anchor, [anchor, wrong]
+        )
+        assert scores.candidates[0] > 0.8
+        assert scores.candidates[1] < 0.4
+
+
+@pytest.mark.parametrize("kind", ["expected", "verbal"])
+def test_without_an_anchor_every_candidate_is_rated_on_its_own(random_student, encoder, kind):
+    student = AutoModelForCausalLM.from_pretrained(random_student).eval()
+    evaluator, prompt = SelfEvaluator(encoder, kind, 2), Prompt.from_text("How many?")
+    together = evaluator.score(student, prompt, None, ["4", "It is 5.", "none"])
+    alone = [evaluator.score(student, prompt, None, [text]).candidates[0] for text in ("4", "It is 5.", "none")]
+    assert together.anchor is None
+    assert together.candidates == pytest.approx(alone, abs=1e-5) if kind == "expected" else together.candidates == alone

@@ -1,0 +1,27 @@
+"""Values are kept while there is room for their tensors, the last used longest."""
+
+import torch
+
+from purld.model.tensor_lru import Shelf, size_of
+
+
+def test_what_was_not_used_for_longest_goes_first():
+    made = []
+    shelf = Shelf(room=3 * 40)
+
+    def get(key):
+        return shelf.get(key, lambda: made.append(key) or {"pixels": [torch.zeros(10)]})
+
+    for key in ("a", "b", "c", "a", "d", "a", "b"):
+        get(key)
+    assert made == ["a", "b", "c", "d", "b"]
+
+
+def test_one_value_is_kept_however_large():
+    shelf = Shelf(room=1)
+    value = torch.zeros(10)
+    assert shelf.get("a", lambda: value) is shelf.get("a", lambda: None) is value
+
+
+def test_sizes_are_of_all_tensors():
+    assert size_of({"a": torch.zeros(2, 3), "b": [torch.zeros(1, dtype=torch.int64), ("text", 5, None)]}) == 32

@@ -1,0 +1,226 @@
+"""A run from prompts to report through the real command line, killed and not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from purld.cli import main
+from purld.runs.files import read_json, read_rows
+from purld.runs.run_dir import RunDir
+
+
+def purld(monkeypatch, *arguments):
+    """Run the command in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", ["purld", *map(str, arguments)])
+    try:
+        main()
+    except SystemExit as stopped:
+        return stopped.code or 0
+    return 0
+
+
+def sentence(capsys):
+    """What the user was told on stderr, which must be one line without a traceback."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("purld: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_run_goes_from_prompts_to_report_and_then_has_nothing_left_to_do(tiny_config, tmp_path, monkeypatch, capsys):
+    run = RunDir(tmp_path / "run")
+    assert purld(monkeypatch, "run", tiny_config, "--run-dir", run.path) == 0
+    shown = capsys.readouterr().out
+    assert "LDL-GRPO minus SFT" in shown
+    results = read_json(run.results)
+    assert list(results["models"]) == ["base", "sft", "ldl_grpo"]
+    assert results["models"]["sft"]["n"] == 8
+    assert "win_rate" not in results["models"]["sft"]  # no judge: absent, not zero
+    assert results["teacher"]["prompts"] == 16
+    assert {"accuracy", "accuracy_ci"} <= results["difference"]["ldl_grpo - sft"].keys()
+    assert set(run.finished()) == {"anchors", "sft", "align", "evaluate", "report"}
+    assert [r["step"] for r in read_rows(run.metrics) if r["stage"] == "align"] == list(range(1, 7))
+    assert len(read_rows(run.groups)) == 12
+    assert run.report.stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*.safetensors")}
+    assert purld(monkeypatch, "run", tiny_config, "--run-dir", run.path) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run.path.rglob("*.safetensors")}
+    assert purld(monkeypatch, "export", run.path) == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(run.path / "export")
+    AutoTokenizer.from_pretrained(run.path / "export")
+
+
+def test_stages_run_one_by_one_and_in_order(tiny_config, tmp_path, monkeypatch, capsys):
+    there = ["--run-dir", tmp_path / "run"]
+    assert purld(monkeypatch, "sft", tiny_config, *there) == 2
+    assert "stage anchors is not finished" in sentence(capsys)
+    for stage in ("anchors", "sft"):
+        assert purld(monkeypatch, stage, tiny_config, *there) == 0
+    assert purld(monkeypatch, "evaluate", tiny_config, *there) == 2
+    assert "stage align is not finished" in sentence(capsys)
+
+
+def test_method_sft_stops_after_stage_one(tiny_config, tmp_path, monkeypatch):
+    values = yaml.safe_load(tiny_config.read_text()) | {"align": {"method": "sft"}}
+    tiny_config.write_text(yaml.safe_dump(values))
+    run = RunDir(tmp_path / "run")
+    assert purld(monkeypatch, "run", tiny_config, "--run-dir", run.path) == 0
+    assert list(read_json(run.results)["models"]) == ["base", "sft"]
+    assert not run.align.exists()
+
+
+def test_lora_and_verbal_scores_go_the_same_way(tiny_config, tmp_path, monkeypatch, shipped_student):
+    run = RunDir(tmp_path / "run")
+    overrides = ["student.lora={r: 2}", "align.score=verbal", "align.steps=2", f"student.model={shipped_student}"]
+    assert purld(monkeypatch, "run", tiny_config, *overrides, "--run-dir", run.path) == 0
+    assert (run.sft / "adapter_config.json").exists()
+    assert (run.align / "adapter_config.json").exists()
+    assert purld(monkeypatch, "export", run.path) == 0
+    assert not (run.path / "export" / "adapter_config.json").exists()
+
+
+def results_of(run):
+    """Everything a run ends with that two equal runs must share."""
+    results = read_json(run.results)
+    results.pop("seconds")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run.sft, run.align)]
+    files = {path.name: path.read_text() for path in sorted((run.path / "generations").glob("*.jsonl"))}
+    return results, weights, files, read_rows(run.metrics)
+
+
+def start(config, run):
+    command = [sys.executable, "-c", "from purld.cli import main; main()", "run", config, "--run-dir", run.path]
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )
+
+
+def kill_when(process, condition, number=signal.SIGKILL):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def logged(run, stage):
+    return max((r["step"] for r in read_rows(run.metrics) if r["stage"] == stage), default=0)
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_config, tmp_path):
+    calm, killed = RunDir(tmp_path / "calm"), RunDir(tmp_path / "killed")
+    assert start(tiny_config, calm).wait(timeout=120) == 0
+    assert kill_when(start(tiny_config, killed), lambda: logged(killed, "sft") >= 5) == -signal.SIGKILL
+    assert "sft" not in killed.finished()
+    assert kill_when(start(tiny_config, killed), lambda: logged(killed, "align") >= 3) == -signal.SIGKILL
+    assert "align" not in killed.finished()
+    answers = killed.generations("ldl_grpo")
+    assert kill_when(start(tiny_config, killed), lambda: answers.exists()) == -signal.SIGKILL
+    assert "evaluate" not in killed.finished()
+    assert start(tiny_config, killed).wait(timeout=120) == 0
+    assert results_of(killed) == results_of(calm)
+
+
+def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start(tiny_config, run)
+    assert kill_when(process, lambda: logged(run, "align") >= 1, signal.SIGINT) == 130
+    error = process.stderr.read()
+    assert "the same command goes on from here" in error
+    assert "Traceback" not in error
+    assert start(tiny_config, run).wait(timeout=120) == 0
+
+
+def test_a_contradicting_configuration_is_refused_and_names_the_key(tiny_config, tmp_path, monkeypatch, capsys):
+    there = ["--run-dir", tmp_path / "run"]
+    assert purld(monkeypatch, "anchors", tiny_config, *there) == 0
+    assert purld(monkeypatch, "anchors", tiny_config, "align.tau=0.9", *there) == 0  # Stage II has not begun
+    assert purld(monkeypatch, "anchors", tiny_config, "student.max_anchor_tokens=100", *there) == 2
+    assert "student.max_anchor_tokens: 128, and now it is 100" in sentence(capsys)
+
+
+def test_changed_prompts_are_noticed(tiny_config, tmp_path, monkeypatch, capsys):
+    there = ["--run-dir", tmp_path / "run"]
+    assert purld(monkeypatch, "anchors", tiny_config, *there) == 0
+    with (tmp_path / "prompts.jsonl").open("a") as handle:
+        handle.write(json.dumps({"prompt": "One more?", "reference": "1"}) + "\n")
+    assert purld(monkeypatch, "sft", tiny_config, *there) == 2
+    assert "have changed" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("prompts.jsonl", "", "prompts.jsonl"),
+        ("prompts.jsonl", '{"question": "How many?"}\n', "prompts.jsonl, line 1"),
+        ("prompts.jsonl", '{"prompt": "a?"}\n{"prompt": \n', "prompts.jsonl, line 2"),
+        ("answers.jsonl", None, "answers.jsonl"),
+        ("prompts.jsonl", None, "prompts.jsonl: no such file"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing_half_done(
+    tiny_config, tmp_path, monkeypatch, capsys, file, content, words
+):
+    path = tmp_path / file
+    path.unlink() if content is None else path.write_text(content)
+    assert purld(monkeypatch, "run", tiny_config, "--run-dir", tmp_path / "run") == 2
+    assert words in sentence(capsys)
+    assert RunDir(tmp_path / "run").finished() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "none.yaml"], "none.yaml: no such configuration file"),
+        (["run", "CONFIG", "student.model=./nowhere"], "./nowhere does not exist"),
+        (["run", "CONFIG", "align.temprature=1"], "did you mean temperature?"),
+        (["run", "CONFIG", "student.max_anchor_tokens=4000"], "lower one of them"),
+        (["run", "CONFIG", "student.max_prompt_tokens=4"], "no prompts are left"),
+        (["export", "nowhere"], "not a run directory"),
+        (["ledger", "nowhere"], "not a run directory"),
+        (["demo", "--task", "poetry"], "counting, writing, scenes"),
+        (["demo", "seed=x"], "a seed is a whole number"),
+    ],
+)
+def test_wrong_commands_are_one_sentence(tiny_config, tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert purld(monkeypatch, *[tiny_config if a == "CONFIG" else a for a in arguments]) == 2
+    assert words in sentence(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_shows_the_plan_and_writes_nothing(tiny_config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert purld(monkeypatch, "check", tiny_config, "--run-dir", run) == 0
+    shown = capsys.readouterr().out
+    for words in ("16 for training, 8 held out", "Stage II: 6 steps of 2 prompts × 3 candidates", "answers come from"):
+        assert words in shown
+    assert not run.exists()
+
+
+def test_what_is_left_out_or_cut_is_counted_and_said(tiny_config, tmp_path, monkeypatch, capsys):
+    rows = (tmp_path / "prompts.jsonl").read_text().splitlines()
+    (tmp_path / "prompts.jsonl").write_text(
+        "\n".join([*rows, rows[0], json.dumps({"prompt": "many words " * 300})]) + "\n"
+    )
+    assert purld(monkeypatch, "anchors", tiny_config, "--run-dir", tmp_path / "run") == 0
+    said = capsys.readouterr().err
+    assert "1 rows repeat a prompt" in said
+    assert "1 of 17 training prompts have more than 256 tokens" in said
+    cut = ["student.max_anchor_tokens=4", "--run-dir", tmp_path / "other"]
+    assert purld(monkeypatch, "anchors", tiny_config, *cut) == 0
+    assert purld(monkeypatch, "sft", tiny_config, *cut) == 0
+    assert "16 anchors were cut at 4 tokens" in capsys.readouterr().err

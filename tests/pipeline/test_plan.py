@@ -1,0 +1,79 @@
+"""What the plan says of prompts, gold and the machine."""
+
+import json
+
+import pytest
+
+from purld.config.load import load_config
+from purld.errors import UserError
+from purld.pipeline import plan_machine as machine
+from purld.pipeline.plan import make_plan
+from purld.pipeline.plan_sheet import show
+from purld.runs.run_dir import RunDir
+
+
+@pytest.fixture
+def plan(tiny_config, tmp_path):
+    def plan(*overrides):
+        return make_plan(load_config(tiny_config, overrides), RunDir(tmp_path / "deep" / "run"))
+
+    return plan
+
+
+def test_rows_duplicates_and_stages(plan, tmp_path):
+    first = (tmp_path / "prompts.jsonl").read_text().splitlines()[0]
+    with (tmp_path / "prompts.jsonl").open("a") as handle:
+        handle.write(first + "\n")
+    sheet = plan("data.sft_fraction=0.5")
+    assert "25 rows, 1 of them duplicates" in sheet.sections["Prompts"]
+    assert any("others for Stage II" in line for line in sheet.sections["Training"])
+
+
+def test_settings_of_other_methods_are_told(plan):
+    assert not any("set aside" in line for line in plan().sections["Training"])
+    told = plan("align.method=anchor_grpo", "align.gamma=3", "align.q=mean").sections["Training"]
+    assert any("align.q" in line and "set aside" in line for line in told)
+
+
+def test_a_check_without_gold_is_told(plan, tmp_path):
+    assert not any("reference" in line for line in plan().sections["Prompts"])
+    rows = [json.loads(line) for line in (tmp_path / "held_out.jsonl").read_text().splitlines()]
+    for keep, words in [(3, "5 of 8 held-out prompts have no reference"), (0, "8 of 8 held-out prompts have no")]:
+        kept = [row if n < keep else {"prompt": row["prompt"]} for n, row in enumerate(rows)]
+        (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        sheet = plan()
+        assert any(words in line for line in sheet.sections["Prompts"])
+        with pytest.raises(UserError, match=f"^{words}.*data.check=none"):
+            show(sheet)
+    assert any("no accuracy will be reported" in line for line in plan("data.check=none").sections["Prompts"])
+
+
+def test_disk_is_counted_and_a_full_one_stands_in_the_way(plan, tmp_path, monkeypatch):
+    assert any("of disk at most" in line for line in plan().sections["Student"])
+    usage = machine.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"deep/run: the run needs about .* MiB of disk"):
+        show(plan())
+
+
+def test_an_adapter_trains_few_weights_and_a_wrong_one_is_told(plan):
+    assert any("LoRA r=2" in line for line in plan("student.lora={r: 2}").sections["Student"])
+    with pytest.raises(UserError, match=r"^student\.lora: no adapter can be made"):
+        plan("student.lora={r: 2, target_modules: [nowhere]}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["align.method=ldl_grpo"], "6 steps of 2 prompts × 3 candidates (36 in all, 0.8 passes"),
+        (
+            ["align.method=anchor_grpo", "align.updates_per_rollout=2"],
+            "6 steps of 2 prompts × 3 candidates, 2 on the same candidates (18 in all, 0.4 passes",
+        ),
+        (["align.method=self_ppo"], "6 steps of 2 prompts, one candidate each (12 in all, 0.8 passes"),
+        (["align.method=sft_sft"], "6 steps of 2 prompts (0.8 passes over the prompts), sft_sft"),
+    ],
+)
+def test_stage_two_of_every_kind(plan, overrides, words):
+    [line] = [line for line in plan(*overrides).sections["Training"] if line.startswith("Stage II")]
+    assert words in line

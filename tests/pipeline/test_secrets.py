@@ -1,0 +1,56 @@
+"""The API key of a run is nowhere: not in its files, not in what it prints, not in its export."""
+
+import base64
+import os
+import subprocess
+import sys
+from urllib.parse import quote
+
+import yaml
+from misbehaving import SECRET, answer, error, serving
+
+from purld.runs.files import read_rows
+from purld.runs.run_dir import RunDir
+
+FORMS = [form.encode() for form in (SECRET, quote(SECRET, safe=""), SECRET.replace("/", "\\/"))]
+FORMS.append(base64.b64encode(SECRET.encode()))
+COMMANDS = """
+import sys
+from purld.cli import main
+config, run = sys.argv[1:]
+for arguments in (["run", config, "--run-dir", run], ["ledger", run, "--export", run + "/audit.jsonl"]):
+    sys.argv = ["purld", *arguments]
+    try:
+        main()
+    except SystemExit as stopped:
+        assert not stopped.code, arguments
+"""
+
+
+def test_no_file_and_no_line_of_a_whole_run_holds_the_key(tiny_config, tmp_path):
+    run = RunDir(tmp_path / "run")
+    prompts = [row["prompt"] for row in read_rows(tmp_path / "prompts.jsonl")]
+    with serving() as server:
+        server.script = {
+            prompts[0]: [error(400, "bad", f"Incorrect API key provided: {SECRET}")],
+            prompts[1]: [answer(f"Your key is {SECRET}.")],
+            prompts[2]: [error(503, "busy", SECRET)],
+        }
+        values = yaml.safe_load(tiny_config.read_text())
+        endpoint = {"kind": "openai", "base_url": server.url, "model": "m", "api_key_env": "TEST_KEY"}
+        values["teacher"] = endpoint
+        values["evaluate"] |= {"judge": endpoint, "opponent": {"kind": "teacher"}}
+        tiny_config.write_text(yaml.safe_dump(values))
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS, str(tiny_config), str(run.path)],
+            env=os.environ | {"TEST_KEY": SECRET, "OPENAI_LOG": "debug", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        assert all(headers["authorization"] == f"Bearer {SECRET}" for headers in server.headers)
+    files = {path.name: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert {"ledger.sqlite", "config.yaml", "anchors.jsonl", "results.json", "report.html", "audit.jsonl"} <= set(files)
+    assert b"Your key is [key]." in files["audit.jsonl"], "the server did say it"
+    for name, content in (files | {"stdout": done.stdout, "stderr": done.stderr}).items():
+        assert not any(form in content for form in FORMS), name

@@ -1,0 +1,66 @@
+"""Which option an answer chooses."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from purld.records import Prompt
+from purld.tasks.multiple_choice import chosen, has_gold, is_correct
+
+COLOURS = ["purple", "red", "blue", "dark red"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "place"),
+    [
+        ("red", 1), ("Red.", 1), ("(1) red", 1), ("(1)", 1), ("1", 1), ("1. red", 1), ("B", 1), ("(B)", 1),
+        ("B) red", 1),
+        ("Option B", 1), ("option B", 1), ("Answer: red", 1), ("The answer is **dark red**.", 3),
+        ("**Answer:** (2)", 2), ("Answer:\nblue", 2), ("It reflects dark red light.", 3),
+        ("It is not blue. The answer is red\nbecause the case is dark red.", 1),
+        ("red or blue", None), ("A dog.", None), ("green", None), ("", None), ("7", None), ("E", None),
+        ("I would answer red", 1), ("A-frame", None), ("2.5 metres", None), ("bored", None), ("Answer:", None),
+    ],
+)  # fmt: skip
+def test_an_answer_chooses_one_option_or_none(answer, place):
+    assert chosen(answer, COLOURS) == place
+
+
+def test_an_option_that_looks_like_a_label_is_meant_itself():
+    counts = ["2", "1", "4", "0"]
+    assert chosen("2", counts) == 0
+    assert chosen("(2)", counts) == 2
+    assert chosen("Answer: 0", counts) == 3
+
+
+def test_options_without_letters_never_match_an_empty_answer():
+    assert chosen("", ["<", ">"]) is None
+    assert chosen("!", ["<", ">"]) is None
+
+
+def test_gold_is_compared_by_place():
+    prompt = Prompt.from_text("q", reference="Answer: red", metadata={"choices": COLOURS})
+    assert is_correct(prompt, "(1)") and is_correct(prompt, "B")
+    assert not is_correct(prompt, "dark red")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reference": "red"},
+        {"metadata": {"choices": COLOURS}},
+        {"reference": "green", "metadata": {"choices": COLOURS}},
+        {"reference": "red", "metadata": {"choices": "red"}},
+    ],
+)
+def test_without_gold_an_answer_is_not_wrong_but_unscored(fields):
+    prompt = Prompt.from_text("q", **fields)
+    assert not has_gold(prompt)
+    with pytest.raises(ValueError, match="one of its choices"):
+        is_correct(prompt, "red")
+
+
+@given(answer=st.text(max_size=40), options=st.lists(st.text(max_size=8), min_size=1, max_size=5))
+def test_whatever_is_said_it_names_one_of_the_options_or_none(answer, options):
+    place = chosen(answer, options)
+    assert place is None or 0 <= place < len(options)
