@@ -38,9 +38,9 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from purld.model import vision as pictures
+from purld.model import vision
 from purld.model.encode import Encoder
-from purld.model.processor import images_alone
+from purld.model.processor import processor_without_video
 from purld.model.vision import vision_modules
 from purld.records import IMAGE, Image, Prompt
 
@@ -86,7 +86,7 @@ def llava(shape: Shape, text: PreTrainedTokenizerFast) -> tuple[Any, Any]:
         num_additional_image_tokens=1,
         chat_template=_TEMPLATE,
     )
-    vision = CLIPVisionConfig(
+    vision_config = CLIPVisionConfig(
         hidden_size=shape.hidden // 2,
         intermediate_size=shape.hidden * 2,
         num_hidden_layers=shape.layers // 2,
@@ -95,7 +95,7 @@ def llava(shape: Shape, text: PreTrainedTokenizerFast) -> tuple[Any, Any]:
         patch_size=PATCH,
     )
     config = LlavaConfig(
-        vision_config=vision.to_dict(),
+        vision_config=vision_config.to_dict(),
         text_config=LlamaConfig(**text_config(shape, text)).to_dict(),
         image_token_index=text.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
@@ -110,7 +110,7 @@ def qwen2_5_vl(shape: Shape, text: PreTrainedTokenizerFast) -> tuple[Any, Any]:
     pixels = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, size=size)
     text.image_token, text.video_token = "<image>", "<video>"
     text.image_token_id, text.video_token_id = text.convert_tokens_to_ids(["<image>", "<video>"])
-    processor = images_alone(Qwen2_5_VLProcessor)(pixels, text, None, chat_template=_TEMPLATE)
+    processor = processor_without_video(Qwen2_5_VLProcessor)(pixels, text, None, chat_template=_TEMPLATE)
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": shape.layers // 2,
@@ -145,7 +145,7 @@ class PictureBench(Bench):
 
     def sample_shared(self) -> list[list[int]]:
         """See `Bench`."""
-        pictures._seen.clear()  # a run meets other pictures at every step
+        vision._seen.clear()  # a run meets other pictures at every step
         return super().sample_shared()
 
 

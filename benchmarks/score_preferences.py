@@ -29,7 +29,7 @@ from purld.model.sample import Decoding
 from purld.model.self_evaluation import SelfEvaluator
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
-from purld.testbed.world.world import is_right, quality, teacher_answer
+from purld.testbed.world.world import answer_quality, is_right, teacher_answer
 
 CANDIDATES = 8
 
@@ -74,7 +74,7 @@ def figures(task: str, seed: int, out: Path) -> Figures:
         alone.append(score(model, prompt, None, texts).candidates)
         lengths.append([len(text) for text in texts])
         right.append([is_right(problem, text) for text in texts])
-        judged.append([quality(problem, text) for text in texts])
+        judged.append([answer_quality(problem, text) for text in texts])
     among_right = partial(within, kept=right)
     return {
         "right": float(np.mean(right)),

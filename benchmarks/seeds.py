@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from purld.evaluation.summary import Evaluated, difference, model_metrics
+from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
 from purld.pipeline.compare import read_evaluated
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.testbed.demo import HELD_OUT_PROMPTS
-from purld.testbed.shipped import DEMOS, problems, students_of
+from purld.testbed.shipped import DEMOS, demo_problems, students_of
 from purld.testbed.world.world import to_prompt
 
 # What runs: a demo that asks for several tasks at once stands for them.
@@ -84,19 +84,21 @@ def run(demo: str, student: str, seed: int, out: Path, overrides: list[str]) -> 
 
 def task_results(run: RunDir, demo: str, seed: int) -> list[dict[str, Any]]:
     """The part of results.json that is about answers, for each task of a run of several."""
-    task_of = {to_prompt(p).id: p.task for p in problems(demo, "heldout", HELD_OUT_PROMPTS, seed)}
+    task_of = {to_prompt(p).id: p.task for p in demo_problems(demo, "heldout", HELD_OUT_PROMPTS, seed)}
     opponents = {row["prompt_id"]: row["text"] for row in read_rows(run.opponent)}
     found = []
     for task in DEMOS[demo]:
         ids = {prompt_id for prompt_id, of in task_of.items() if of == task}
         models = {name: part_of(read_evaluated(run, name), ids) for name in MODELS}
-        pairs = {f"{a} - {b}": difference(models[a], models[b], opponents, seed) for a, b in pairwise(MODELS[::-1])}
+        pairs = {
+            f"{a} - {b}": model_difference(models[a], models[b], opponents, seed) for a, b in pairwise(MODELS[::-1])
+        }
         metrics = {name: model_metrics(model, opponents, seed) for name, model in models.items()}
         found.append({"models": metrics, "difference": pairs})
     return found
 
 
-def part_of(model: Evaluated, ids: set[str]) -> Evaluated:
+def part_of(model: EvaluatedModel, ids: set[str]) -> EvaluatedModel:
     """A model's answers to some of the prompts."""
     prompts = list(dict.fromkeys(g.prompt_id for g in model.generations))
     kept = np.array([prompt_id in ids for prompt_id in prompts])

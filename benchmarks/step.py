@@ -43,11 +43,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from purld.model.encode import Encoder, pad_left
 from purld.model.load import Roles
-from purld.model.log_probs import micro_batches, prefix_of
+from purld.model.log_probs import make_prefix, micro_batches
 from purld.model.prefix import FullSequences, Prefix
 from purld.model.sample import Decoding, GenerateSampler
 from purld.model.self_evaluation import SelfEvaluator
-from purld.model.vision import Head, pixels_of
+from purld.model.vision import EncodedPrompt, pixel_inputs
 from purld.records import Prompt
 
 _SPECIAL = ["[PAD]", "[UNK]", "<|turn|>", "<|end|>"]
@@ -151,7 +151,7 @@ class Bench:
         self.policy.generate(
             input_ids=ids,
             attention_mask=mask,
-            **pixels_of([self.prompt_head], ids),
+            **pixel_inputs([self.prompt_head], ids),
             num_return_sequences=self.cell.candidates,
             do_sample=True,
             top_k=0,
@@ -170,7 +170,7 @@ class Bench:
         opening = self.encoder.literal("0.")
         rows = [frame.head.ids + self.encoder.literal(t) + frame.tail + opening for t in (self.anchor, *texts)]
         ids, mask = pad_left(rows, self.encoder.pad, self.device)
-        beside = pixels_of([frame.head] * len(rows), ids)
+        beside = pixel_inputs([frame.head] * len(rows), ids)
         logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3, **beside).logits.float()
         zero, one = self.encoder.literal("0")[0], self.encoder.literal("1")[0]
         digits = torch.tensor([self.encoder.literal(str(d))[0] for d in range(10)], device=self.device)
@@ -211,7 +211,7 @@ class Bench:
 
     def shared_prefix(self, completions: Sequence[Sequence[int]]) -> Prefix:
         """The prompt of a group, once."""
-        return prefix_of(self.policy, self.prompt_head, completions, self.encoder.pad, cut=True)
+        return make_prefix(self.policy, self.prompt_head, completions, self.encoder.pad, cut=True)
 
     def advantages(self) -> Tensor:
         """Some advantages of both signs."""
@@ -369,8 +369,8 @@ def peak_of_update(shape: Shape, cell: Cell, form: str, options: argparse.Namesp
     bench = Bench.of_text(shape, cell, options)
     bench.optimiser.zero_grad = lambda: None  # type: ignore[method-assign]  # gradients stay, as part of what is held
     few = [c[:4] for c in bench.completions[:2]]
-    head = Head(bench.prompt_head.ids[:16])
-    bench.update(prefix_of(bench.policy, head, few, bench.encoder.pad, cut=True), few, bench.advantages()[:2])
+    head = EncodedPrompt(bench.prompt_head.ids[:16])
+    bench.update(make_prefix(bench.policy, head, few, bench.encoder.pad, cut=True), few, bench.advantages()[:2])
     before = held(bench.device)
     {"plain": bench.update_plain, "shared": bench.update_shared}[form]()
     return peak(bench.device) - before

@@ -18,7 +18,7 @@ import yaml
 
 from purld.runs.files import write_rows
 from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, demo_values
-from purld.testbed.shipped import DEMOS, problems
+from purld.testbed.shipped import DEMOS, demo_problems
 from purld.testbed.world.world import Problem, teacher_answer, to_prompt, write_prompts
 
 # Another seed than any demo's draws other problems.
@@ -43,9 +43,9 @@ def main() -> None:
 
 def write_config(task: str, student: str | None, folder: Path) -> Path:
     """The demo's configuration on files: seed 0's prompts, their anchors, and validation problems."""
-    prompts = problems(task, "train", TRAIN_PROMPTS, 0)
+    prompts = demo_problems(task, "train", TRAIN_PROMPTS, 0)
     asked = {(p.question, p.scene) for p in prompts}
-    others = problems(task, "train", HELD_OUT_PROMPTS + TRAIN_PROMPTS, VALIDATION_SEED)
+    others = demo_problems(task, "train", HELD_OUT_PROMPTS + TRAIN_PROMPTS, VALIDATION_SEED)
     write_prompts(folder / "prompts.jsonl", prompts)
     validation = [p for p in others if (p.question, p.scene) not in asked]
     write_prompts(folder / "held_out.jsonl", validation[:HELD_OUT_PROMPTS])

@@ -78,11 +78,11 @@ def write_tiny_config(random_student: Path, folder: Path) -> Path:
 
     import yaml
 
-    from purld.testbed.world.world import generate, teacher_answer
+    from purld.testbed.world.world import generate_problems, teacher_answer
 
     rows = [
         {"prompt": p.question, "reference": p.truth, "answer": teacher_answer(p)}
-        for p in generate("counting", "train", 24, 0)
+        for p in generate_problems("counting", "train", 24, 0)
     ]
     prompts, held_out = folder / "prompts.jsonl", folder / "held_out.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows[:16]))

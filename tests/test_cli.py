@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from purld.cli import app, main
-from purld.clients.ledger import Caps, Ledger, Request, Result, Usage
+from purld.clients.ledger import CallResult, Caps, Ledger, Request, Usage
 from purld.config.load import load_config
 from purld.config.schema import OpenAIEndpoint
 from purld.display.progress import Reporter
@@ -43,12 +43,13 @@ def test_the_ledger_is_shown_and_exported_while_a_run_writes_it(tiny_config, tmp
     Pipeline(load_config(tiny_config), run, Reporter(Console(file=io.StringIO()))).execute(["anchors"])
     with Ledger(run.ledger) as ledger:
         ledger.settle(
-            ledger.reserve(asked("a"), "teacher", 9, 1.0, Caps()), Result("answered", "yes", usage=Usage(1200, 5, 0.25))
+            ledger.reserve(asked("a"), "teacher", 9, 1.0, Caps()),
+            CallResult("answered", "yes", usage=Usage(1200, 5, 0.25)),
         )
         ledger.sent(ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps()))
         lost = ledger.reserve(asked("c"), "teacher", 9, 1.5, Caps())
         ledger.sent(lost)
-        ledger.settle(lost, Result("unknown", error="timeout"))
+        ledger.settle(lost, CallResult("unknown", error="timeout"))
         shown = purld("ledger", run.path, "--export", tmp_path / "audit.jsonl")
     columns = [line.rsplit(maxsplit=3) for line in shown.splitlines()]
     assert [header.strip() for header in columns[0]] == ["teacher", "opponent", "judge"]
@@ -66,7 +67,8 @@ def test_progress_tells_states_calls_in_flight_and_what_was_spent(tmp_path, pric
     endpoint = OpenAIEndpoint(kind="openai", base_url="http://a/v1", model="m", input_price=price)
     with Ledger(tmp_path / "l.sqlite") as ledger:
         ledger.settle(
-            ledger.reserve(asked("a"), "teacher", 9, 1.0, Caps()), Result("answered", "yes", usage=Usage(1200, 5, 0.25))
+            ledger.reserve(asked("a"), "teacher", 9, 1.0, Caps()),
+            CallResult("answered", "yes", usage=Usage(1200, 5, 0.25)),
         )
         ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps())
         standing = _standing(Counter(answered=1, failed=2, refused=0), ledger, "teacher", endpoint)

@@ -15,7 +15,7 @@ import numpy as np
 from mini import plan
 from mini.plan import OfSeed
 from mini.results import Results, Row
-from purld.display.names import title
+from purld.display.titles import model_title
 
 _BLUE, _RED, _GREY = "#2c6fbb", "#c44e52", "#777777"
 _COLOURS = {"ldl_grpo": _BLUE, "anchor_grpo": _RED}
@@ -89,7 +89,7 @@ def _right_candidates(axis: Any, results: Results, task: str) -> None:
         of = results.of_method(task, method)
         if seeds := results.seeds(of):
             curves = [results.row(of(seed))["curve"] for seed in seeds]
-            _band(axis, *_columns(curves, "right", smooth=5), colour, title(method))
+            _band(axis, *_columns(curves, "right", smooth=5), colour, model_title(method))
     axis.set_xlabel("step of Stage II")
 
 
@@ -121,7 +121,7 @@ def _noise(results: Results) -> Any:
             axis = axes[line, column]
             for shift, (method, colour) in zip((-0.02, 0.02), _COLOURS.items()):
                 points = [(d + shift, results.noisy(task, method, d), sft) for d in (0.0, *plan.NOISE)]
-                drawn |= _points(axis, results, points, plan.FEW_SEEDS, name, colour, title(method))
+                drawn |= _points(axis, results, points, plan.FEW_SEEDS, name, colour, model_title(method))
             axis.axhline(0, color=_GREY, lw=0.8)
             axis.set(title=task if line == 0 else "", xlabel="standard deviation of the noise" if line else "")
             if column == 0:
@@ -137,7 +137,7 @@ def _auc(results: Results) -> Any:
         for method, colour in _COLOURS.items():
             aucs, gains = _by_auc(results, task, method)
             drawn |= bool(aucs)
-            axis.plot(aucs, gains, color=colour, ls="", marker=".", label=title(method))
+            axis.plot(aucs, gains, color=colour, ls="", marker=".", label=model_title(method))
         axis.axhline(0, color=_GREY, lw=0.8)
         axis.set(title=task, xlabel="AUC of the scores within prompts")
     axes[0, 0].set_ylabel("accuracy − SFT")

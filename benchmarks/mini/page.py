@@ -17,7 +17,7 @@ from mini.cells import Cell, named, stage_two
 from mini.plan import OfSeed
 from mini.results import FIGURES, NON_ANCHOR, Comparison, Results, best_on_validation, comparisons
 from mini.stats import LEVEL, Mean, holm
-from purld.display.names import title
+from purld.display.titles import model_title
 from purld.errors import UserError
 from purld.runs.files import atomic_write, write_json, write_rows
 
@@ -79,7 +79,7 @@ def quick_table(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) ->
         raw, lc, right, calls, seconds = (
             results.figure(cell, name) for name in ("raw", "lc", "accuracy", "calls", "seconds")
         )
-        line = [cell.task, title(cell.method), f"{raw:.3f}", f"{lc:.3f}", f"{right:.3f}", ""]
+        line = [cell.task, model_title(cell.method), f"{raw:.3f}", f"{lc:.3f}", f"{right:.3f}", ""]
         if cell.method != "sft" and cell.stage_one in results:
             mean, (low, high) = results.within_seed(cell, cell.stage_one, "raw")
             line[-1] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -141,7 +141,7 @@ def grids(results: Results) -> str:
                 shown.append(f"**{text}**" if best else text)
             if any(shown) or rate in plan.RATES:
                 beyond = "" if rate in plan.RATES else ", beyond the grid"
-                rows.append([title(method), f"{named(setting)}{beyond}", *shown])
+                rows.append([model_title(method), f"{named(setting)}{beyond}", *shown])
     return table(["method", "setting", *plan.TASKS], rows)
 
 
@@ -157,7 +157,7 @@ def table_one(results: Results) -> str:
 
 def table_two(results: Results) -> str:
     """Table 2: SFT, Anchor-GRPO and LDL-GRPO."""
-    heads = ["task", *(f"{title(m)} {n}" for m in ("sft", "anchor_grpo", "ldl_grpo") for n in ("Raw", "LC"))]
+    heads = ["task", *(f"{model_title(m)} {n}" for m in ("sft", "anchor_grpo", "ldl_grpo") for n in ("Raw", "LC"))]
     rows = []
     for task in plan.TASKS:
         cells = [task]
@@ -181,7 +181,7 @@ def _per_task(results: Results, methods: Sequence[str]) -> str:
             seeds = results.seeds(of) if of else []
             if of is None or not seeds:
                 continue
-            cells = [f"**{title(method)}**" if method == best else title(method)]
+            cells = [f"**{model_title(method)}**" if method == best else model_title(method)]
             cells += [level(results.mean(of, name)) for name in ("raw", "lc", "accuracy", "raw_if_right")]
             cells += [f"{_mean(results, of, 'greedy'):.3f}", f"{_mean(results, of, 'length'):.0f}"]
             cells.append(_last(results, of, "kl", plan.SEEDS))
@@ -230,11 +230,11 @@ def differences(results: Results) -> str:
         rival = results.of_method(task, best[task])
         for method in [*SHOWN[1:], "teacher_judge_grpo"]:
             of, sft = results.of_method(task, method), results.of_method(task, "sft")
-            cells = [title(method)]
+            cells = [model_title(method)]
             cells += [signed(results.difference(of, sft, name), seeds=True) for name in ("raw", "lc", "accuracy")]
             cells.append("" if method == best[task] else signed(results.difference(of, rival, "raw"), seeds=True))
             rows.append(cells)
-        heads = [task, "Raw − SFT", "LC − SFT", "accuracy − SFT", f"Raw − {title(best[task])}, the best baseline"]
+        heads = [task, "Raw − SFT", "LC − SFT", "accuracy − SFT", f"Raw − {model_title(best[task])}, the best baseline"]
         parts.append(table(heads, rows))
     return "\n\n".join(parts)
 
@@ -274,7 +274,7 @@ def _tested(results: Results, claim: Comparison) -> Mean | None:
 
 
 def _finding(claim: Comparison, found: Mean, adjusted: float | None) -> list[str]:
-    what = f"{title(claim.a)} > {title(claim.b)}, {'LC' if claim.name == 'lc' else 'Raw'}"
+    what = f"{model_title(claim.a)} > {model_title(claim.b)}, {'LC' if claim.name == 'lc' else 'Raw'}"
     p = "" if found.p is None else f"{found.p:.3f}"
     corrected = "" if adjusted is None else f"{adjusted:.3f}"
     return [claim.finding, claim.task, what, signed(found, seeds=True), p, corrected, verdict(found, adjusted)]

@@ -23,21 +23,29 @@ import transformers
 from mini.cells import ANCHORS, Cell, Split
 from purld.clients.base import OnReply, Reply
 from purld.config.load import parse_config
-from purld.config.methods import StageTwo
+from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config, Sft, Student
 from purld.evaluation.answers import answer_prompts
-from purld.evaluation.score_quality import CheckedGroup, checked_groups, score_quality
+from purld.evaluation.score_quality import CheckedGroup, check_groups, score_quality
 from purld.model.encode import Encoder
 from purld.model.load import Roles, load_encoder, load_model
-from purld.model.sample import Decoding, seed_from
+from purld.model.sample import Decoding, seed_from_content
 from purld.model.self_evaluation import GroupScores
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows, stopwatch
 from purld.runs.run_dir import RunDir
-from purld.testbed.server import TEACHER, Turn, reply
-from purld.testbed.world.world import Problem, check, generate, is_right, quality, recognise, teacher_answer
+from purld.testbed.server import TEACHER, UserTurn, reply
+from purld.testbed.world.world import (
+    Problem,
+    answer_quality,
+    check_answer,
+    generate_problems,
+    is_right,
+    recognise_problem,
+    teacher_answer,
+)
 from purld.training.align import align
-from purld.training.scoring import Scoring, SelfScoring, Unscored
+from purld.training.scoring import GroupToScore, Scorer, SelfScorer
 from purld.training.sft import fine_tune
 
 HELD_OUT = 200
@@ -91,7 +99,7 @@ def _row(cell: Cell, facts: dict[str, Any], measured: dict[str, Any]) -> dict[st
 def problems_trained_on(cell: Cell) -> list[Problem]:
     """Problems of the training split: the first ones, or as many after them."""
     first = cell.anchors if cell.method != "sft" and cell.pool == "other" else 0
-    return generate(cell.task, "train", first + cell.anchors, cell.seed)[first:]  # type: ignore[arg-type]
+    return generate_problems(cell.task, "train", first + cell.anchors, cell.seed)[first:]  # type: ignore[arg-type]
 
 
 def anchored(cell: Cell) -> Pairs:
@@ -104,9 +112,9 @@ def anchored(cell: Cell) -> Pairs:
 def problems_to_measure_on(task: str, split: Split, seed: int) -> list[Problem]:
     """Held-out problems; for validation, problems of the training split that tuning does not train on."""
     if split == "test":
-        return generate(task, "heldout", HELD_OUT, seed)  # type: ignore[arg-type]
-    asked = {p.question for p in generate(task, "train", 2 * ANCHORS, seed)}  # type: ignore[arg-type]
-    others = generate(task, "train", HELD_OUT + 2 * ANCHORS, VALIDATION_SEED + seed)  # type: ignore[arg-type]
+        return generate_problems(task, "heldout", HELD_OUT, seed)  # type: ignore[arg-type]
+    asked = {p.question for p in generate_problems(task, "train", 2 * ANCHORS, seed)}  # type: ignore[arg-type]
+    others = generate_problems(task, "train", HELD_OUT + 2 * ANCHORS, VALIDATION_SEED + seed)  # type: ignore[arg-type]
     return [p for p in others if p.question not in asked][:HELD_OUT]
 
 
@@ -176,7 +184,7 @@ def _stage_two(cell: Cell, stage_one: RunDir, run: RunDir) -> dict[str, Any]:
     }
 
 
-def _settings(cell: Cell) -> StageTwo:
+def _settings(cell: Cell) -> StageTwoSettings:
     values = {
         "student": student().model_dump(),
         "data": {"prompts": "unused"},
@@ -184,7 +192,7 @@ def _settings(cell: Cell) -> StageTwo:
         "align": {"checkpoint_steps": 10_000} | dict(cell.settings),
     }
     config: Config = parse_config(values, source=cell.title)
-    assert isinstance(config.align, StageTwo)
+    assert isinstance(config.align, StageTwoSettings)
     return config.align
 
 
@@ -199,12 +207,12 @@ class TestbedTeacher:
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """See `purld.clients.base.Client`."""
         self.calls += len(prompts)
-        return [Reply("answered", reply(TEACHER, Turn("user", p.question)), "stop") for p in prompts]
+        return [Reply("answered", reply(TEACHER, UserTurn("user", p.question)), "stop") for p in prompts]
 
 
-def _changed(scoring: Scoring, cell: Cell) -> Scoring:
+def _changed(scoring: Scorer, cell: Cell) -> Scorer:
     """The experiment's scoring: by the moving policy, or with noise on top."""
-    if cell.evaluator == "moving" and isinstance(scoring, SelfScoring):
+    if cell.evaluator == "moving" and isinstance(scoring, SelfScorer):
         scoring = replace(scoring, roles=MovingEvaluator(scoring.roles.policy))
     return NoisyScoring(scoring, cell.noise, cell.seed) if cell.noise else scoring
 
@@ -224,12 +232,12 @@ class NoisyScoring:
     own score is a score too. Sums are not clipped to [0, 1], which would make ties of what should be noise.
     """
 
-    scoring: Scoring
+    scoring: Scorer
     deviation: float
     seed: int
 
-    def __call__(self, groups: Sequence[Unscored]) -> list[GroupScores]:
-        """See `Scoring`."""
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
+        """See `Scorer`."""
         found = []
         for group, scores in zip(groups, self.scoring(groups), strict=True):
             anchor = None if scores.anchor is None else scores.anchor + self._noise(group, group.anchor)
@@ -237,8 +245,8 @@ class NoisyScoring:
             found.append(GroupScores(anchor, [None if s is None else s + self._noise(group, t) for t, s in texts]))
         return found
 
-    def _noise(self, group: Unscored, text: str) -> float:
-        generator = np.random.default_rng(seed_from("noise", self.seed, group.prompt.id, text))
+    def _noise(self, group: GroupToScore, text: str) -> float:
+        generator = np.random.default_rng(seed_from_content("noise", self.seed, group.prompt.id, text))
         return float(self.deviation * generator.standard_normal())
 
 
@@ -261,7 +269,7 @@ def _curve(run: RunDir) -> list[dict[str, Any]]:
     """What was logged at each step, with the share of its candidates that is right."""
     right: dict[int, list[bool]] = {}
     for row in read_rows(run.groups):
-        problem = recognise(row["prompt"])
+        problem = recognise_problem(row["prompt"])
         assert problem is not None
         right.setdefault(row["step"], []).extend(is_right(problem, text) for text in row["candidates"])
     rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
@@ -276,7 +284,7 @@ def _curve(run: RunDir) -> list[dict[str, Any]]:
 
 def _score_quality(run: RunDir, prompts: Sequence[Prompt]) -> dict[str, Any] | None:
     """How well the scores in force told right from wrong among the candidates."""
-    groups = [_squashed(group) for group in checked_groups(read_rows(run.groups), prompts, check)]
+    groups = [_squashed(group) for group in check_groups(read_rows(run.groups), prompts, check_answer)]
     if not any(s is not None for group in groups for s in group.scores):
         return None
     found = score_quality(groups)
@@ -348,5 +356,5 @@ def _per_prompt(
 
 def _wins(problem: Problem, teacher: str, text: str) -> float:
     """1, 0.5 or 0: whether the judge prefers the answer to the teacher's. It weighs both orders alike."""
-    ours, theirs = quality(problem, text), quality(problem, teacher)
+    ours, theirs = answer_quality(problem, text), answer_quality(problem, teacher)
     return 0.5 if ours == theirs else float(ours > theirs)

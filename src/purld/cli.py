@@ -108,9 +108,9 @@ def check(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
     What will leave this machine, what it may cost, what it takes. Touches no network.
     """
     from purld.pipeline.plan import make_plan
-    from purld.pipeline.plan_sheet import show
+    from purld.pipeline.plan_sheet import print_plan
 
-    show(make_plan(*_open(config, overrides, run_dir)))
+    print_plan(make_plan(*_open(config, overrides, run_dir)))
 
 
 @app.command()
@@ -190,10 +190,10 @@ def compare(
 
     RUN_A's final model against RUN_B's, paired on the same held-out prompts.
     """
-    from purld.pipeline.compare import compare, show
+    from purld.pipeline.compare import compare_runs, print_comparison
 
     with _interruptible():
-        show(compare(run_a, run_b, judge, _reporter()))
+        print_comparison(compare_runs(run_a, run_b, judge, _reporter()))
 
 
 @app.command()
@@ -339,19 +339,19 @@ def _reporter() -> Any:
 
 def _closing(run: Any) -> None:
     """The results of a finished run as a table on stdout."""
-    from purld.display.results import show
+    from purld.display.results import print_results
 
-    show(run)
+    print_results(run)
 
 
 def _dry_run(config: Path, overrides: Sequence[str] | None, run_dir: Path | None, resend_unknown: bool) -> None:
     from purld.pipeline.pipeline import Pipeline
     from purld.pipeline.plan_requests import write_dry_run
-    from purld.pipeline.pools import load_pools
+    from purld.pipeline.prompt_pools import load_prompt_pools
 
     settings, run = _open(config, overrides, run_dir)
     reporter = _reporter()
-    pools = load_pools(settings, Pipeline(settings, run, reporter).encoder, reporter.say)
+    pools = load_prompt_pools(settings, Pipeline(settings, run, reporter).encoder, reporter.say)
     count, size = write_dry_run(sys.stdout, settings, pools, run, resend_unknown)
     reporter.say(f"{count:,} requests of {size:,} bytes would leave this machine; nothing was sent.")
 

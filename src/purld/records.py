@@ -105,7 +105,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupRecord:
     """One prompt's K candidates in Stage II with everything the update saw, for logs and the report.
 
     Every list is of length K; in it, `None` marks a candidate without a score. What a method does not have, such as

@@ -52,25 +52,28 @@ JUDGE = (
 JUDGE_AGAIN = "Reply with exactly one character and nothing else: A, B or T."
 
 
-def self_evaluation(question: str, anchor: str, candidate: str) -> str:
+def self_evaluation_turn(question: str, anchor: str, candidate: str) -> str:
     """The user turn that asks the student to score `candidate` against `anchor`."""
     # One pass of str.format: braces inside the texts are not fields.
-    head = SELF_EVALUATION_HEAD.format(question=question, anchor=plain(anchor))
-    return head + plain(candidate) + SELF_EVALUATION_TAIL
+    head = SELF_EVALUATION_HEAD.format(question=question, anchor=without_image_marks(anchor))
+    return head + without_image_marks(candidate) + SELF_EVALUATION_TAIL
 
 
-def rating(question: str, candidate: str) -> str:
+def rating_turn(question: str, candidate: str) -> str:
     """The user turn that asks a model to score `candidate` without a reference."""
-    return RATING_HEAD.format(question=question) + plain(candidate) + SELF_EVALUATION_TAIL
+    return RATING_HEAD.format(question=question) + without_image_marks(candidate) + SELF_EVALUATION_TAIL
 
 
-def judge(question: str, reference: str, answer_a: str, answer_b: str) -> str:
+def judge_turn(question: str, reference: str, answer_a: str, answer_b: str) -> str:
     """The user turn that asks a judge to choose between two answers."""
     return JUDGE.format(
-        question=question, reference=plain(reference), answer_a=plain(answer_a), answer_b=plain(answer_b)
+        question=question,
+        reference=without_image_marks(reference),
+        answer_a=without_image_marks(answer_a),
+        answer_b=without_image_marks(answer_b),
     )
 
 
-def plain(text: str) -> str:
+def without_image_marks(text: str) -> str:
     """What a model wrote, as text alone: an IMAGE in it is no place of an image."""
     return text.replace(IMAGE, " ")

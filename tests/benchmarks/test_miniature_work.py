@@ -20,9 +20,9 @@ from mini.work import (
 
 from purld.model.self_evaluation import GroupScores
 from purld.records import Prompt
-from purld.templates import rating
-from purld.testbed.world.world import generate, teacher_answer
-from purld.training.scoring import Unscored
+from purld.templates import rating_turn
+from purld.testbed.world.world import generate_problems, teacher_answer
+from purld.training.scoring import GroupToScore
 
 SMALL = {"steps": 3, "prompts_per_step": 2, "candidates": 3, "max_new_tokens": 16, "learning_rate": 1e-3}
 
@@ -72,7 +72,7 @@ def test_a_stage_two_without_its_stage_one_is_refused(folder):
 @pytest.mark.parametrize("task", plan.TASKS)
 def test_validation_problems_are_neither_trained_on_nor_tested_on(task):
     seed = plan.TUNING_SEED
-    trained = {p.question for p in generate(task, "train", 512, seed)}
+    trained = {p.question for p in generate_problems(task, "train", 512, seed)}
     validation = {p.question for p in problems_to_measure_on(task, "validation", seed)}
     assert len(validation) == 200 and not validation & trained
     for table in plan.SEEDS:
@@ -84,8 +84,8 @@ def test_more_anchors_are_read_fewer_times():
     assert stage_one_settings(2000).epochs == pytest.approx(240 / 113)
 
 
-def group(*candidates: str) -> Unscored:
-    return Unscored(Prompt.from_text("a question"), "the anchor", candidates)
+def group(*candidates: str) -> GroupToScore:
+    return GroupToScore(Prompt.from_text("a question"), "the anchor", candidates)
 
 
 def constant(groups):
@@ -122,8 +122,10 @@ def test_a_moving_evaluator_is_the_policy():
 
 
 def test_the_teacher_rates_and_counts():
-    problem = generate("writing", "train", 1, 0)[0]
+    problem = generate_problems("writing", "train", 1, 0)[0]
     teacher = TestbedTeacher()
-    good, bad = teacher.ask([Prompt.from_text(rating(problem.question, t)) for t in (teacher_answer(problem), "No.")])
+    good, bad = teacher.ask(
+        [Prompt.from_text(rating_turn(problem.question, t)) for t in (teacher_answer(problem), "No.")]
+    )
     assert float(good.text) >= 0.5 > float(bad.text) == 0.0
     assert teacher.calls == 2

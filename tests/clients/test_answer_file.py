@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from image_factory import encoded, picture, save_picture
 
-from purld.clients.answer_file import OTHER_IMAGES, OTHER_PROMPT, SEVERAL, FileClient
+from purld.clients.answer_file import OTHER_IMAGES, OTHER_PROMPT, SEVERAL, AnswerFileClient
 from purld.config.schema import AnswerFile, FileColumns
 from purld.data.images import read_image
 from purld.errors import UserError
@@ -17,10 +17,10 @@ from purld.records import IMAGE, Message, Prompt
 
 @pytest.fixture
 def client(tmp_path):
-    def make(*rows: object, **columns: str) -> FileClient:
+    def make(*rows: object, **columns: str) -> AnswerFileClient:
         path = tmp_path / "answers.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return FileClient(AnswerFile(kind="file", path=str(path), columns=FileColumns(**columns)))
+        return AnswerFileClient(AnswerFile(kind="file", path=str(path), columns=FileColumns(**columns)))
 
     return make
 

@@ -23,13 +23,19 @@ from purld.clients import endpoint as endpoint_module
 from purld.clients import rate_limit as pace
 from purld.clients.endpoint import EndpointClient
 from purld.clients.ledger import Ledger, LedgerView
-from purld.clients.requests import TOKENS_PER_CALL, TOKENS_PER_MESSAGE, image_tokens, request_of, worst_case
+from purld.clients.requests import (
+    TOKENS_PER_CALL,
+    TOKENS_PER_MESSAGE,
+    build_request,
+    max_image_tokens,
+    worst_case_tokens,
+)
 from purld.config.schema import OpenAIEndpoint
 from purld.data.images import read_image
 from purld.errors import UserError
 from purld.evaluation.judge import judge_questions
 from purld.records import IMAGE, Generation, Message, Prompt
-from purld.training.scoring import question
+from purld.training.scoring import rating_prompt
 
 
 def prompts(*texts: str) -> list[Prompt]:
@@ -68,7 +74,7 @@ def test_the_ledger_holds_the_bytes_that_left(server, endpoint, ledger):
     prompt = Prompt((Message("user", "Çava? \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")),))
     EndpointClient(config, ledger, "teacher").ask([prompt])
     [row] = ledger.rows()
-    assert server.bodies == [request_of(config, prompt).body.encode()]
+    assert server.bodies == [build_request(config, prompt).body.encode()]
     assert row["request"] == json.loads(server.bodies[0])
     assert row["request"]["messages"][0] == {"role": "system", "content": "Be brief."}
     assert row["request"]["top_p"] == 0.5
@@ -78,7 +84,7 @@ def test_the_ledger_holds_the_bytes_that_left(server, endpoint, ledger):
 
 def test_a_system_turn_of_the_prompt_is_kept(endpoint):
     prompt = Prompt((Message("system", "Own."), Message("user", "q")))
-    body = json.loads(request_of(endpoint(system="Ours."), prompt).body)
+    body = json.loads(build_request(endpoint(system="Ours."), prompt).body)
     assert [turn["content"] for turn in body["messages"]] == ["Own.", "q"]
 
 
@@ -111,7 +117,9 @@ def test_the_bytes_of_an_image_are_part_of_the_question_and_its_name_is_not(endp
     keys = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         data = save_picture(tmp_path / f"{name}.png", seed=seed).read_bytes()
-        request = request_of(endpoint(), Prompt.from_text(f"{IMAGE}q", images=(read_image(f"{name}.png", tmp_path),)))
+        request = build_request(
+            endpoint(), Prompt.from_text(f"{IMAGE}q", images=(read_image(f"{name}.png", tmp_path),))
+        )
         assert sent_urls(request) == ["data:image/png;base64," + base64.b64encode(data).decode()]
         keys.append(request.key)
     assert keys[0] == keys[1] != keys[2]
@@ -123,7 +131,7 @@ def test_images_leave_where_they_stand_in_the_chat(endpoint):
         Message("system", "S"), Message("user", f"{IMAGE} and {IMAGE}\n"), Message("assistant", "A"),
         Message("user", f"like {IMAGE}?"),
     )  # fmt: skip
-    request = request_of(endpoint(), Prompt(messages, (red, green, blue)))
+    request = build_request(endpoint(), Prompt(messages, (red, green, blue)))
     urls = ["data:image/png;base64," + base64.b64encode(image.data).decode() for image in (red, green, blue)]
     first, second, third = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
     assert [turn["content"] for turn in json.loads(request.body)["messages"]] == [
@@ -137,8 +145,8 @@ def test_images_leave_where_they_stand_in_the_chat(endpoint):
 def test_an_image_leaves_within_the_configured_bounds(endpoint):
     image = read_image(encoded(picture(900, 600), "JPEG"), Path())
     prompt = Prompt.from_text(f"{IMAGE}q", images=(image,))
-    whole = request_of(endpoint(), prompt)
-    small = request_of(endpoint(max_image_side=300), prompt)
+    whole = build_request(endpoint(), prompt)
+    small = build_request(endpoint(max_image_side=300), prompt)
     [url] = sent_urls(small)
     assert Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).size == (300, 200)
     assert whole.key != small.key and len(small.body) < len(whole.body)
@@ -147,10 +155,10 @@ def test_an_image_leaves_within_the_configured_bounds(endpoint):
 def test_a_scorer_and_a_judge_see_the_images_of_the_question(endpoint):
     prompt = Prompt.from_text(f"Is {IMAGE} red?", images=(read_image(encoded(picture()), Path()),))
     for asked in (
-        question(prompt, f"{IMAGE}yes"),
+        rating_prompt(prompt, f"{IMAGE}yes"),
         judge_questions([prompt], [Generation(prompt.id, 0, f"no{IMAGE}", 1, True)], {prompt.id: "yes"})[0],
     ):
-        before, part, after = json.loads(request_of(endpoint(), asked).body)["messages"][0]["content"]
+        before, part, after = json.loads(build_request(endpoint(), asked).body)["messages"][0]["content"]
         assert before["text"].endswith("\nIs ") and part["type"] == "image_url" and after["text"].startswith(" red?\n")
 
 
@@ -169,11 +177,11 @@ def test_a_scorer_and_a_judge_see_the_images_of_the_question(endpoint):
     ],
 )
 def test_the_worst_case_of_an_image_follows_from_its_size(endpoint, model, size, tokens):
-    assert image_tokens(endpoint(model=model), records.Image("a1", size)) == tokens
-    bare = worst_case(endpoint(model=model), Prompt.from_text("q"))[0]
+    assert max_image_tokens(endpoint(model=model), records.Image("a1", size)) == tokens
+    bare = worst_case_tokens(endpoint(model=model), Prompt.from_text("q"))[0]
     prompt = Prompt.from_text(f"{IMAGE}q{IMAGE}", images=(records.Image("a1", size),) * 2)
     # A mark is three bytes, which are counted along.
-    assert worst_case(endpoint(model=model), prompt)[0] == bare + 2 * tokens + 2 * len(IMAGE.encode())
+    assert worst_case_tokens(endpoint(model=model), prompt)[0] == bare + 2 * tokens + 2 * len(IMAGE.encode())
 
 
 def test_an_image_that_changed_since_the_prompts_were_read_does_not_leave(server, endpoint, ledger, tmp_path):
@@ -192,7 +200,7 @@ def test_what_is_under_way_is_kept_when_an_image_goes_missing(server, endpoint, 
         if prompt.question == "gone":
             server.started.wait(5)
             raise UserError("a.png: the image cannot be read any more.")
-        return request_of(config, prompt)
+        return build_request(config, prompt)
 
     def slow(handler):
         server.started.set()
@@ -210,11 +218,11 @@ def test_what_is_under_way_is_kept_when_an_image_goes_missing(server, endpoint, 
 
 def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):
     prompt = Prompt((Message("system", "S"), Message("user", "naïve 🤝")))
-    input_tokens, output_tokens = worst_case(endpoint(max_tokens_per_answer=7), prompt)
+    input_tokens, output_tokens = worst_case_tokens(endpoint(max_tokens_per_answer=7), prompt)
     assert input_tokens >= len("Snaïve 🤝".encode()) + 2 * 8
     assert output_tokens == 7
     schema = {"response_format": {"type": "json_schema", "json_schema": {"name": "é" * 100}}}
-    more, _ = worst_case(endpoint(extra_body=schema), prompt)
+    more, _ = worst_case_tokens(endpoint(extra_body=schema), prompt)
     assert more >= input_tokens + 200, "what goes along with every request is read, too"
 
 

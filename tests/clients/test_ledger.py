@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from purld.clients.ledger import (
     SCHEMA_VERSION,
-    Booked,
+    BookedSpend,
+    CallResult,
     CapReachedError,
     Caps,
     Ledger,
     LedgerView,
     Request,
-    Result,
     Usage,
 )
 from purld.errors import UserError
@@ -32,8 +32,8 @@ def request(text: str = "q", base_url: str = "http://a/v1") -> Request:
     return Request(base_url, "m", json.dumps({"model": "m", "messages": text}), prompt_id=text)
 
 
-def answered(tokens: int = 15, cost: float = 0.1) -> Result:
-    return Result("answered", "An answer.", "stop", usage=Usage(tokens - 5, 5, cost))
+def answered(tokens: int = 15, cost: float = 0.1) -> CallResult:
+    return CallResult("answered", "An answer.", "stop", usage=Usage(tokens - 5, 5, cost))
 
 
 def test_the_key_tells_endpoint_and_content_apart():
@@ -44,22 +44,22 @@ def test_the_key_tells_endpoint_and_content_apart():
 
 def test_the_worst_case_is_booked_until_settled(ledger):
     call = ledger.reserve(request(), "teacher", 100, 2.0, Caps())
-    assert ledger.booked("teacher") == Booked(1, 100, 2.0)
+    assert ledger.booked("teacher") == BookedSpend(1, 100, 2.0)
     ledger.sent(call)
     assert ledger.find(request().key) is None, "a call under way is no result"
     ledger.settle(call, answered())
-    assert ledger.booked("teacher") == Booked(1, 15, pytest.approx(0.1))
+    assert ledger.booked("teacher") == BookedSpend(1, 15, pytest.approx(0.1))
     assert ledger.find(request().key) == answered()
 
 
 @pytest.mark.parametrize(
     ("result", "booked"),
     [
-        (Result("unknown", error="timeout"), Booked(1, 100, 2.0)),
-        (Result("failed", error="invalid_response"), Booked(1, 100, 2.0)),
-        (Result("failed", error="http_503", billable=False), Booked(1, 0, 0.0)),
-        (Result("failed", error="no_connection", billable=False, left=False), Booked(0, 0, 0.0)),
-        (Result("answered", "text"), Booked(1, 100, 2.0)),
+        (CallResult("unknown", error="timeout"), BookedSpend(1, 100, 2.0)),
+        (CallResult("failed", error="invalid_response"), BookedSpend(1, 100, 2.0)),
+        (CallResult("failed", error="http_503", billable=False), BookedSpend(1, 0, 0.0)),
+        (CallResult("failed", error="no_connection", billable=False, left=False), BookedSpend(0, 0, 0.0)),
+        (CallResult("answered", "text"), BookedSpend(1, 100, 2.0)),
     ],
 )
 def test_what_may_have_been_billed_stays_booked_here_and_after_reopening(tmp_path, result, booked):
@@ -92,12 +92,12 @@ os.kill(os.getpid(), 9)
         rows = {row["prompt_id"]: row for row in ledger.rows()}
         assert {name: row["state"] for name, row in rows.items()} == {"sent": "unknown", "answered": "answered"}
         assert rows["sent"]["calls"][0]["error"] == "interrupted"
-        assert ledger.booked("teacher") == Booked(2, 20, 2.0)
+        assert ledger.booked("teacher") == BookedSpend(2, 20, 2.0)
         assert ledger.totals("teacher")["prompts"] == 2
 
 
 def test_an_answer_outlives_a_later_failure_of_the_same_request(ledger):
-    for result in (answered(), Result("failed", error="x")):
+    for result in (answered(), CallResult("failed", error="x")):
         ledger.settle(ledger.reserve(request(), "teacher", 1, 0.0, Caps()), result)
     assert ledger.find(request().key) == answered()
     assert ledger.totals("teacher")["answered"] == 1
@@ -155,7 +155,7 @@ def test_commits_are_synced_in_write_ahead_mode(ledger):
 
 
 def test_the_export_holds_every_call(ledger, tmp_path):
-    for result in (Result("failed", error="http_503", raw="busy", billable=False), answered()):
+    for result in (CallResult("failed", error="http_503", raw="busy", billable=False), answered()):
         call = ledger.reserve(request("ä"), "judge", 10, 1.0, Caps())
         ledger.sent(call)
         ledger.settle(call, result)
@@ -204,15 +204,15 @@ def test_the_opponent_spends_from_the_teachers_purse_and_the_judge_from_its_own(
         for n, role in enumerate(("teacher", "opponent")):
             call = ledger.reserve(request(str(n)), role, 100, 2.0, caps)
             ledger.sent(call)
-            ledger.settle(call, Result("unknown"))
+            ledger.settle(call, CallResult("unknown"))
         for role in ("teacher", "opponent"):
-            assert ledger.booked(role) == Booked(2, 200, 4.0)
+            assert ledger.booked(role) == BookedSpend(2, 200, 4.0)
             with pytest.raises(CapReachedError, match="max_tokens"):
                 ledger.reserve(request("more"), role, 100, 0.5, caps)
-        assert ledger.booked("judge") == Booked()
+        assert ledger.booked("judge") == BookedSpend()
         ledger.release(ledger.reserve(request("more"), "judge", 100, 2.0, caps))
     with Ledger(tmp_path / "l.sqlite") as again:
-        assert again.booked("teacher") == again.booked("opponent") == Booked(2, 200, 4.0)
+        assert again.booked("teacher") == again.booked("opponent") == BookedSpend(2, 200, 4.0)
         again.release(again.reserve(request("last"), "opponent", 50, 1.0, caps))
         with pytest.raises(CapReachedError, match="max_cost"):
             again.reserve(request("last"), "opponent", 50, 1.1, caps)
@@ -223,8 +223,8 @@ def test_what_is_settled_leaves_out_the_calls_under_way(ledger):
     ledger.settle(ledger.reserve(request("a"), "teacher", 100, 2.0, Caps()), answered())
     ledger.sent(ledger.reserve(request("b"), "teacher", 100, 2.0, Caps()))
     ledger.reserve(request("c"), "opponent", 100, 2.0, Caps())
-    assert ledger.settled("teacher") == Booked(1, 15, pytest.approx(0.1))
-    assert ledger.booked("teacher") == Booked(3, 215, pytest.approx(4.1))
+    assert ledger.settled("teacher") == BookedSpend(1, 15, pytest.approx(0.1))
+    assert ledger.booked("teacher") == BookedSpend(3, 215, pytest.approx(4.1))
     with LedgerView(ledger.path) as view:
         totals = view.totals("teacher")
     assert (totals["prompts"], totals["answered"], totals["under_way"]) == (2, 1, 1)
@@ -258,11 +258,11 @@ def test_the_books_balance_whatever_happens(tmp_path_factory, events, caps):
             ledger.sent(call)
             if event == "answer":
                 spent = int(tokens * used)
-                ledger.settle(call, Result("answered", "x", usage=Usage(spent, 0, cost * used)))
+                ledger.settle(call, CallResult("answered", "x", usage=Usage(spent, 0, cost * used)))
             elif event == "lose":
-                ledger.settle(call, Result("unknown"))
+                ledger.settle(call, CallResult("unknown"))
             elif event == "turn away":
-                ledger.settle(call, Result("failed", billable=False))
+                ledger.settle(call, CallResult("failed", billable=False))
             booked = ledger.booked("teacher")
             assert booked.passes(caps) is None
             assert booked.calls <= caps.max_calls and booked.tokens <= caps.max_tokens
@@ -279,7 +279,7 @@ def test_a_neighbour_that_cannot_be_read_is_passed_over_and_named(tmp_path):
     with Ledger(whole) as ledger:
         call = ledger.reserve(request("a"), "teacher", 1, 0.0, Caps())
         ledger.sent(call)
-        ledger.settle(call, Result("answered", "x"))
+        ledger.settle(call, CallResult("answered", "x"))
     with contextlib.closing(sqlite3.connect(odd)) as db:
         db.execute("CREATE TABLE calls (id)")
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from purld.clients.ledger import Caps, Ledger
-from purld.clients.local_model import LocalClient, _request_of
+from purld.clients.local_model import LocalModelClient, _request_of
 from purld.clients.open import open_client
 from purld.config.schema import LocalModel
 from purld.errors import UserError
@@ -51,8 +51,8 @@ PROMPTS = [
 
 def test_batches_answer_as_prompts_do_alone(model_dir, tmp_path):
     with Ledger(tmp_path / "a.sqlite") as first, Ledger(tmp_path / "b.sqlite") as second:
-        together = LocalClient(config(model_dir), first, "teacher").ask(PROMPTS)
-        alone = [LocalClient(config(model_dir), second, "teacher").ask([prompt])[0] for prompt in PROMPTS]
+        together = LocalModelClient(config(model_dir), first, "teacher").ask(PROMPTS)
+        alone = [LocalModelClient(config(model_dir), second, "teacher").ask([prompt])[0] for prompt in PROMPTS]
     assert together == alone
     assert len({reply.text for reply in together}) == 3
     assert {reply.state for reply in together} <= {"answered", "truncated"}
@@ -62,7 +62,7 @@ def test_sampling_is_repeatable_and_sampling(model_dir, tmp_path):
     replies = []
     for name, temperature in [("a", 2.0), ("b", 2.0), ("c", 0.0)]:
         with Ledger(tmp_path / f"{name}.sqlite") as ledger:
-            client = LocalClient(config(model_dir, temperature=temperature), ledger, "teacher")
+            client = LocalModelClient(config(model_dir, temperature=temperature), ledger, "teacher")
             replies.append(client.ask(PROMPTS))
     assert replies[0] == replies[1] != replies[2]
 
@@ -71,7 +71,7 @@ def test_answers_are_remembered_and_nothing_counts_as_a_call(model_dir, ledger, 
     first = open_client(config(model_dir), ledger, "teacher").ask([*PROMPTS, PROMPTS[0]])
     seen = []
     monkeypatch.setattr("purld.clients.local_model._load", None)  # loading again would fail
-    assert LocalClient(config(model_dir), ledger, "teacher").ask(PROMPTS, lambda *r: seen.append(r)) == first[:3]
+    assert LocalModelClient(config(model_dir), ledger, "teacher").ask(PROMPTS, lambda *r: seen.append(r)) == first[:3]
     assert sorted(place for place, _ in seen) == [0, 1, 2]
     totals = ledger.totals("teacher")
     assert (totals["prompts"], totals["calls"], totals["cost"]) == (3, 0, 0)
@@ -80,16 +80,16 @@ def test_answers_are_remembered_and_nothing_counts_as_a_call(model_dir, ledger, 
 
 def test_a_kill_costs_nothing_that_cannot_be_generated_again(model_dir, ledger):
     ledger.reserve(_request_of(config(model_dir), PROMPTS[0]), "teacher", 0, 0.0, Caps())  # never settled
-    assert LocalClient(config(model_dir), ledger, "teacher").ask(PROMPTS[:1])[0].text
+    assert LocalModelClient(config(model_dir), ledger, "teacher").ask(PROMPTS[:1])[0].text
 
 
 def test_a_prompt_without_room_for_an_answer_fails_and_the_others_do_not(model_dir, ledger):
     long = Prompt.from_text("x" * 120)
-    replies = LocalClient(config(model_dir), ledger, "teacher").ask([PROMPTS[0], long])
+    replies = LocalModelClient(config(model_dir), ledger, "teacher").ask([PROMPTS[0], long])
     assert [reply.state == "failed" for reply in replies] == [False, True]
     assert replies[1].detail == "the prompt does not fit the model's context"
 
 
 def test_a_directory_without_a_model(ledger, tmp_path):
     with pytest.raises(UserError, match="no language model can be loaded"):
-        LocalClient(config(str(tmp_path)), ledger, "teacher").ask(PROMPTS)
+        LocalModelClient(config(str(tmp_path)), ledger, "teacher").ask(PROMPTS)

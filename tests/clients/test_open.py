@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from purld.clients.answer_file import FileClient
-from purld.clients.base import Delivery, Reply
+from purld.clients.answer_file import AnswerFileClient
+from purld.clients.base import Reply, ReplyCollector
 from purld.clients.endpoint import EndpointClient
 from purld.clients.open import open_client
 from purld.config.load import parse_config
@@ -27,12 +27,12 @@ def test_each_configuration_has_its_client(endpoint, ledger, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "q", "answer": "a"}\n')
     assert isinstance(open_client(endpoint(), ledger, "teacher"), EndpointClient)
     file = AnswerFile(kind="file", path=str(tmp_path / "a.jsonl"))
-    assert isinstance(open_client(file, ledger, "opponent"), FileClient)
+    assert isinstance(open_client(file, ledger, "opponent"), AnswerFileClient)
 
 
 def test_equal_questions_are_delivered_to_all_who_asked():
     seen = []
-    delivery = Delivery(["a", "b", "a"], lambda place, reply: seen.append((place, reply.text)))
+    delivery = ReplyCollector(["a", "b", "a"], lambda place, reply: seen.append((place, reply.text)))
     assert list(delivery.questions()) == [("a", 0), ("b", 1)]
     delivery.deliver("b", Reply("answered", "B"))
     delivery.deliver("a", Reply("answered", "A"))

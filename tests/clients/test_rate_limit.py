@@ -6,19 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purld.clients.faults import read_retry_after
-from purld.clients.rate_limit import FIRST_WAIT, LONGEST_WAIT, Pacer, back_off
+from purld.clients.faults import parse_retry_after
+from purld.clients.rate_limit import FIRST_WAIT, LONGEST_WAIT, RateLimiter, backoff_seconds
 
 
 def test_requests_leave_evenly():
-    pacer = Pacer(requests_per_minute=30, tokens_per_minute=None)
+    pacer = RateLimiter(requests_per_minute=30, tokens_per_minute=None)
     assert [pacer.book(1000, now=0.0) for _ in range(3)] == [0.0, 2.0, 4.0]
     assert pacer.book(1000, now=100.0) == 0.0, "idle time is not saved up for a burst"
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 1)), min_size=2, max_size=30))
 def test_no_more_tokens_are_used_than_the_rate_allows(calls):
-    pacer, now, departed = Pacer(None, 6000), 0.0, []
+    pacer, now, departed = RateLimiter(None, 6000), 0.0, []
     for tokens, share in calls:
         now += pacer.book(tokens, now)
         departed.append((now, used := int(tokens * share)))
@@ -28,7 +28,7 @@ def test_no_more_tokens_are_used_than_the_rate_allows(calls):
 
 
 def test_without_limits_nothing_waits_until_a_pause():
-    pacer = Pacer(None, None)
+    pacer = RateLimiter(None, None)
     assert pacer.book(10**9, now=5.0) == pacer.book(10**9, now=5.0) == 0.0
     pacer.pause(3.0, now=5.0)
     assert pacer.book(1, now=6.0) == 2.0
@@ -37,7 +37,7 @@ def test_without_limits_nothing_waits_until_a_pause():
 
 
 def test_tokens_given_back_do_not_shorten_a_pause():
-    pacer = Pacer(None, 600)
+    pacer = RateLimiter(None, 600)
     pacer.book(300, now=0.0)
     pacer.pause(20.0, now=1.0)
     pacer.give_back(300, used=0)
@@ -47,11 +47,11 @@ def test_tokens_given_back_do_not_shorten_a_pause():
 @pytest.mark.parametrize("attempt", [0, 1, 5, 50])
 def test_back_off_doubles_within_bounds_and_is_jittered(attempt):
     full = min(FIRST_WAIT * 2**attempt, LONGEST_WAIT)
-    waits = [back_off(attempt, None) for _ in range(200)]
+    waits = [backoff_seconds(attempt, None) for _ in range(200)]
     assert full / 2 <= min(waits) < max(waits) <= full
     assert len(set(waits)) > 100
-    assert 7 <= back_off(attempt, 7.0) <= 7 + FIRST_WAIT
-    assert back_off(attempt, 1e9) <= LONGEST_WAIT + FIRST_WAIT
+    assert 7 <= backoff_seconds(attempt, 7.0) <= 7 + FIRST_WAIT
+    assert backoff_seconds(attempt, 1e9) <= LONGEST_WAIT + FIRST_WAIT
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_back_off_doubles_within_bounds_and_is_jittered(attempt):
     ],
 )
 def test_retry_after(text, seconds):
-    assert read_retry_after({"retry-after": text}, now=10.0) == seconds
+    assert parse_retry_after({"retry-after": text}, now=10.0) == seconds

@@ -9,7 +9,7 @@ import pytest
 from purld.cli import main
 from purld.runs.files import read_json, read_rows, write_rows
 from purld.runs.run_dir import RunDir
-from purld.testbed.world.world import generate, teacher_answer, write_prompts
+from purld.testbed.world.world import generate_problems, teacher_answer, write_prompts
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 REAL = Path(__file__).parents[3] / "shared" / "data" / "instructions_gpt4o.jsonl"
@@ -31,8 +31,8 @@ def workplace(tmp_path, monkeypatch, shipped_student) -> Path:
     """A folder with everything that the examples name: a model directory, prompts, answers, a key."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "my-3b-instruct").symlink_to(shipped_student)
-    write_prompts(tmp_path / "prompts.jsonl", generate("counting", "train", 40, 0))
-    problems = generate("writing", "train", 40, 0)
+    write_prompts(tmp_path / "prompts.jsonl", generate_problems("counting", "train", 40, 0))
+    problems = generate_problems("writing", "train", 40, 0)
     answered = [{"prompt": p.question, "reference": p.truth, "teacher": teacher_answer(p)} for p in problems]
     write_rows(tmp_path / "instructions.jsonl", answered)
     monkeypatch.chdir(tmp_path)

@@ -15,11 +15,19 @@ from hypothesis import strategies as st
 from image_factory import corners, encoded, picture, save_picture
 from PIL import Image, ImageCms
 
-from purld.data.image_metadata import without_metadata
-from purld.data.images import MAX_PIXELS, Bounds, for_sending, open_image, read_image, sent_size, thumbnail
+from purld.data.image_metadata import strip_metadata
+from purld.data.images import (
+    MAX_PIXELS,
+    ImageBounds,
+    bounded_size,
+    encode_for_sending,
+    make_thumbnail,
+    open_image,
+    read_image,
+)
 from purld.errors import UserError
 
-WIDE = Bounds(side=1536, size=3_500_000)
+WIDE = ImageBounds(side=1536, size=3_500_000)
 RAMP = np.add.outer(np.arange(16) * 1800, np.arange(24) * 1600).astype(np.uint16)  # up to 63,800 of 65,535
 
 
@@ -99,8 +107,8 @@ def test_a_turned_photograph_is_upright_wherever_it_goes(form, orientation, upri
     turned = picture().rotate({1: 0, 3: 180, 6: 270, 8: 90}[orientation], expand=True)
     for found in (
         open_image(image),
-        Image.open(io.BytesIO(for_sending(image, WIDE)[1])),
-        Image.open(io.BytesIO(thumbnail(image, 96)[1])),
+        Image.open(io.BytesIO(encode_for_sending(image, WIDE)[1])),
+        Image.open(io.BytesIO(make_thumbnail(image, 96)[1])),
     ):
         assert found.size == upright
         assert corners(found) == pytest.approx(corners(turned), abs=12)
@@ -178,14 +186,14 @@ def test_a_bomb_is_refused_by_its_header(side):
 def test_one_pixel_is_a_picture():
     image = read_image(encoded(Image.new("RGB", (1, 1), (255, 0, 0))), Path())
     assert open_image(image).getpixel((0, 0)) == (255, 0, 0)
-    assert for_sending(image, WIDE)[0] == thumbnail(image, 96)[0] == "image/png"
+    assert encode_for_sending(image, WIDE)[0] == make_thumbnail(image, 96)[0] == "image/png"
 
 
 def test_the_content_says_what_a_file_is_and_not_its_name(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(encoded(picture(), "JPEG"))
     image = read_image("picture.png", tmp_path)
-    assert for_sending(image, WIDE)[0] == "image/jpeg"
+    assert encode_for_sending(image, WIDE)[0] == "image/jpeg"
 
 
 def test_every_way_to_name_a_picture_gives_the_same(tmp_path, monkeypatch):
@@ -239,7 +247,7 @@ def test_a_file_that_changes_or_goes_is_told_when_it_is_opened(tmp_path):
     path = save_picture(tmp_path / "a.png")
     image = read_image("a.png", tmp_path)
     save_picture(path, seed=1)
-    for use in (open_image, lambda image: for_sending(image, WIDE), lambda image: thumbnail(image, 96)):
+    for use in (open_image, lambda image: encode_for_sending(image, WIDE), lambda image: make_thumbnail(image, 96)):
         with pytest.raises(UserError, match=r"a\.png: the image has changed since"):
             use(image)
     assert read_image("a.png", tmp_path) != image
@@ -268,19 +276,19 @@ def test_what_leaves_is_the_users_own_pixels_and_nothing_else_of_the_file(form, 
     data = encoded(picture(200, 150), form, exif=exif(), **options) + b"patient 4711, in a video behind the picture"
     image = read_image(data, Path())
     assert b"patient 4711" in data
-    mime, sent = for_sending(image, WIDE)
+    mime, sent = encode_for_sending(image, WIDE)
     assert mime == {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}[form]
     assert b"4711" not in sent and b"Exif" not in sent and b"EXIF" not in sent
     assert Image.open(io.BytesIO(sent)).convert("RGB").tobytes() == open_image(image).tobytes()
     assert dict(Image.open(io.BytesIO(sent)).getexif()) == {}
-    assert without_metadata(sent) == sent
+    assert strip_metadata(sent) == sent
 
 
 @given(st.binary(max_size=60), st.integers(0, 2**16), st.sampled_from(["JPEG", "PNG", "WEBP"]))
 def test_damaged_containers_end_in_bytes_or_in_none(junk, place, form):
     data = encoded(picture(), form, exif=exif())
     place %= len(data)
-    assert isinstance(without_metadata(data[:place] + junk + data[place + len(junk) :]), bytes | None)
+    assert isinstance(strip_metadata(data[:place] + junk + data[place + len(junk) :]), bytes | None)
 
 
 @given(st.binary(max_size=40), st.integers(0, 2**16), st.sampled_from(sorted(STILL)))
@@ -295,7 +303,7 @@ def test_no_damaged_file_ends_in_a_traceback(junk, place, kind):
     else:
         try:
             assert open_image(image).mode == "RGB"
-            for_sending(image, Bounds(64, 10_000))
+            encode_for_sending(image, ImageBounds(64, 10_000))
         except UserError as problem:  # damage that a JPEG's coarse check does not see
             assert str(problem).endswith(".")
 
@@ -304,11 +312,13 @@ def test_a_large_picture_leaves_within_its_bounds_and_always_as_the_same_bytes()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8))
     for form in ("JPEG", "PNG"):
         image = read_image(encoded(noise, form), Path())
-        mime, data = for_sending(image, Bounds(300, 3_500_000))
-        assert Image.open(io.BytesIO(data)).size == (300, 200) == sent_size(image.size, 300)
+        mime, data = encode_for_sending(image, ImageBounds(300, 3_500_000))
+        assert Image.open(io.BytesIO(data)).size == (300, 200) == bounded_size(image.size, 300)
         assert mime == f"image/{form.lower()}"
-        assert (mime, data) == for_sending(image, Bounds(300, 3_500_000))
-        mime, data = for_sending(image, Bounds(900, 20_000))  # noise does not compress: it has to be made smaller
+        assert (mime, data) == encode_for_sending(image, ImageBounds(300, 3_500_000))
+        mime, data = encode_for_sending(
+            image, ImageBounds(900, 20_000)
+        )  # noise does not compress: it has to be made smaller
         assert mime == "image/jpeg" and len(data) <= 20_000
         width, height = Image.open(io.BytesIO(data)).size
         assert width < 900 and width / height == pytest.approx(1.5, rel=0.02)
@@ -324,16 +334,16 @@ def test_a_picture_whose_file_means_something_else_is_encoded_anew():
         encoded(Image.new("L", (24, 16), 128), icc_profile=_linear_grey()),
     ):
         image = read_image(data, Path())
-        sent = Image.open(io.BytesIO(for_sending(image, WIDE)[1]))
+        sent = Image.open(io.BytesIO(encode_for_sending(image, WIDE)[1]))
         assert sent.mode == "RGB" and sent.info.get("icc_profile") is None
         assert corners(sent) == pytest.approx(corners(open_image(image)), abs=4)
 
 
 def test_thumbnails_are_small_and_pixel_art_is_kept():
     photo = read_image(encoded(picture(1200, 800), "JPEG"), Path())
-    mime, data = thumbnail(photo, 384)
+    mime, data = make_thumbnail(photo, 384)
     assert Image.open(io.BytesIO(data)).size == (384, 256) and len(data) < 40_000
     art = read_image(encoded(picture(96, 64)), Path())
-    mime, data = thumbnail(art, 384)
+    mime, data = make_thumbnail(art, 384)
     assert mime == "image/png"
     assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == picture(96, 64).tobytes()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from purld.data.parallel import in_order
+from purld.data.parallel import map_in_order
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -15,8 +15,8 @@ def test_results_come_in_the_order_of_the_items(batch):
         time.sleep(0.002 * (7 - item % 8))
         return item * item
 
-    assert list(in_order(work, range(50), batch)) == [n * n for n in range(50)]
-    assert list(in_order(work, [], batch)) == []
+    assert list(map_in_order(work, range(50), batch)) == [n * n for n in range(50)]
+    assert list(map_in_order(work, [], batch)) == []
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -27,7 +27,7 @@ def test_what_stops_the_items_is_raised_after_all_that_came_before(batch):
 
     seen = []
     with pytest.raises(OSError, match="the disk"):
-        for result in in_order(lambda n: n, items(), batch):
+        for result in map_in_order(lambda n: n, items(), batch):
             seen.append(result)
     assert seen == list(range(6))
 
@@ -40,7 +40,7 @@ def test_a_failure_is_raised_in_its_place():
 
     seen = []
     with pytest.raises(ValueError, match="item 3"):
-        for result in in_order(work, range(100)):
+        for result in map_in_order(work, range(100)):
             seen.append(result)
     assert seen == [0, 1, 2]
 
@@ -53,7 +53,7 @@ def test_little_is_begun_before_it_is_wanted():
             begun.append(item)
         return item
 
-    results = in_order(work, range(10_000))
+    results = map_in_order(work, range(10_000))
     assert next(results) == 0
     time.sleep(0.05)
     assert len(begun) <= 8 * 4 + 2 and (os.cpu_count() == 1 or len(begun) > 1)

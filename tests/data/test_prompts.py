@@ -16,7 +16,7 @@ from image_factory import encoded, picture, save_picture
 
 from purld.config.schema import Columns
 from purld.data.images import open_image
-from purld.data.prompts import load_prompts, split_pool, without
+from purld.data.prompts import exclude_prompts, load_prompts, split_pool
 from purld.errors import UserError
 from purld.records import IMAGE, Message, Prompt
 
@@ -452,7 +452,7 @@ pools = st.lists(st.integers(0, 10**6), max_size=60, unique=True).map(
 def test_a_split_parts_the_pool_whatever_its_order(pool, fraction, seed, rng):
     train, held_out = split_pool(pool, fraction, seed)
     assert sorted(p.id for p in train + held_out) == sorted(p.id for p in pool)
-    assert without(train, held_out) == train
+    assert exclude_prompts(train, held_out) == train
     assert [p for p in pool if p in train] == train, "the order of the rows is kept"
     if len(pool) > 1 and fraction > 0:
         assert train and held_out
@@ -490,12 +490,12 @@ def test_real_files(name, columns, rows):
 @real_data
 def test_real_answers_match_every_real_prompt():
     from purld.clients.anchors import collect_anchors
-    from purld.clients.answer_file import FileClient
+    from purld.clients.answer_file import AnswerFileClient
     from purld.config.schema import AnswerFile, FileColumns
 
     path = REAL / "instructions_gpt4o.jsonl"
     prompts = load_prompts(path).prompts
-    client = FileClient(AnswerFile(kind="file", path=str(path), columns=FileColumns(answer="teacher")))
+    client = AnswerFileClient(AnswerFile(kind="file", path=str(path), columns=FileColumns(answer="teacher")))
     collection = collect_anchors(prompts, client)
     rows = {row["prompt"]: row["teacher"] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
     assert len(collection.anchors) == len(prompts)

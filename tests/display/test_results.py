@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from purld.display.results import show
+from purld.display.results import print_results
 from purld.runs.files import write_json
 from purld.runs.run_dir import RunDir
 
@@ -20,7 +20,7 @@ def shown(run: RunDir, **changes) -> str:
     teacher = {"prompts": 5, "answered": 4, "calls": 6, "input_tokens": 70, "output_tokens": 30, "cost": 0.0}
     write_json(run.results, {"models": models, "difference": difference, "teacher": teacher} | changes)
     out = io.StringIO()
-    show(run, Console(file=out, width=100, highlight=False))
+    print_results(run, Console(file=out, width=100, highlight=False))
     return out.getvalue()
 
 

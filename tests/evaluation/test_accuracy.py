@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from purld.evaluation.accuracy import accuracy, mcnemar, paired_difference
+from purld.evaluation.accuracy import accuracy_with_interval, mcnemar_p_value, paired_difference
 from purld.evaluation.intervals import wilson_interval
 from purld.records import Prompt
 from purld.tasks.checks import exact_match
@@ -13,26 +13,28 @@ from purld.tasks.checks import exact_match
 
 def test_one_sample_per_prompt_is_plain_wilson() -> None:
     correct = np.array([1] * 7 + [0] * 3)
-    share, interval = accuracy(correct)
+    share, interval = accuracy_with_interval(correct)
     assert share == 0.7
     assert interval == pytest.approx(wilson_interval(0.7, 10))
-    assert accuracy(correct[:, None])[1] == pytest.approx(interval)
+    assert accuracy_with_interval(correct[:, None])[1] == pytest.approx(interval)
 
 
 def test_repeating_the_same_sample_adds_no_certainty() -> None:
     once = np.array([1, 1, 1, 0, 0, 1, 0, 1])
-    assert accuracy(np.repeat(once[:, None], 4, axis=1))[1] == pytest.approx(accuracy(once)[1])
+    assert accuracy_with_interval(np.repeat(once[:, None], 4, axis=1))[1] == pytest.approx(
+        accuracy_with_interval(once)[1]
+    )
 
 
 def test_independent_samples_add_certainty_up_to_their_number() -> None:
     """Every prompt right in one of two: the prompts' means do not spread at all, yet 8 trials are not more."""
-    share, interval = accuracy(np.tile([1, 0], (4, 1)))
+    share, interval = accuracy_with_interval(np.tile([1, 0], (4, 1)))
     assert share == 0.5
     assert interval == pytest.approx(wilson_interval(0.5, 4))
 
 
 def test_all_right_is_not_certainty() -> None:
-    share, (low, high) = accuracy(np.ones((12, 3)))
+    share, (low, high) = accuracy_with_interval(np.ones((12, 3)))
     assert (share, high) == (1.0, 1.0)
     assert low == pytest.approx(wilson_interval(1.0, 12)[0])
 
@@ -43,7 +45,7 @@ def test_clustered_intervals_cover_the_truth() -> None:
     hits = []
     for _ in range(400):
         difficulty = rng.beta(0.7, 0.3, size=(40, 1))
-        low, high = accuracy(rng.random((40, 4)) < difficulty)[1]
+        low, high = accuracy_with_interval(rng.random((40, 4)) < difficulty)[1]
         hits.append(low <= 0.7 <= high)
     assert 0.92 <= np.mean(hits) <= 0.98
 
@@ -54,16 +56,16 @@ def test_clustered_intervals_cover_the_truth() -> None:
 )
 def test_what_is_not_right_or_wrong_is_refused(correct: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        accuracy(correct)
+        accuracy_with_interval(correct)
 
 
 def test_mcnemar_by_hand() -> None:
     """1 against 5 of 6 discordant: 2·(C(6,0) + C(6,1)) / 2^6 = 14/64."""
-    assert mcnemar(1, 5) == mcnemar(5, 1) == pytest.approx(14 / 64)
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(3, 3) == 1.0
-    assert 0 < mcnemar(1000, 1200) < 1e-4
-    assert mcnemar(20_000, 20_000) == 1.0
+    assert mcnemar_p_value(1, 5) == mcnemar_p_value(5, 1) == pytest.approx(14 / 64)
+    assert mcnemar_p_value(0, 0) == 1.0
+    assert mcnemar_p_value(3, 3) == 1.0
+    assert 0 < mcnemar_p_value(1000, 1200) < 1e-4
+    assert mcnemar_p_value(20_000, 20_000) == 1.0
 
 
 def test_difference_of_two_models() -> None:
@@ -72,7 +74,7 @@ def test_difference_of_two_models() -> None:
     difference = paired_difference(a, b)
     assert difference.mean == pytest.approx(0.15)
     assert 0.07 < difference.interval[0] < 0.11 < 0.20 < difference.interval[1] < 0.25
-    assert difference.p_value == pytest.approx(mcnemar(15, 0))
+    assert difference.p_value == pytest.approx(mcnemar_p_value(15, 0))
 
 
 def test_a_few_prompts_that_differ_by_chance_are_no_difference() -> None:
@@ -122,7 +124,7 @@ def test_pairing_sees_what_two_intervals_hide() -> None:
     rng = np.random.default_rng(1)
     b = rng.random(300) < 0.5
     a = b | (rng.random(300) < 0.1)
-    assert accuracy(a)[1][0] < accuracy(b)[1][1]
+    assert accuracy_with_interval(a)[1][0] < accuracy_with_interval(b)[1][1]
     assert paired_difference(a, b).interval[0] > 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from purld.evaluation.diagnostics import distinct_2, unique_answers
+from purld.evaluation.diagnostics import distinct_2, unique_answer_rate
 
 
 def test_distinct_2_counts_pairs_within_a_text() -> None:
@@ -18,8 +18,8 @@ def test_without_pairs_there_is_no_share(texts: list[str]) -> None:
 
 
 def test_unique_answers_go_from_one_repeated_to_all_different() -> None:
-    assert unique_answers([["x", "x", "x"]]) == 0.0
-    assert unique_answers([["x", "y", "z"]]) == 1.0
-    assert unique_answers([["x", "x", "y"], ["x", "x", "x"]]) == 0.25
-    assert unique_answers([["alone"]]) is None
-    assert unique_answers([["alone"], ["x", "y"]]) == 1.0
+    assert unique_answer_rate([["x", "x", "x"]]) == 0.0
+    assert unique_answer_rate([["x", "y", "z"]]) == 1.0
+    assert unique_answer_rate([["x", "x", "y"], ["x", "x", "x"]]) == 0.25
+    assert unique_answer_rate([["alone"]]) is None
+    assert unique_answer_rate([["alone"], ["x", "y"]]) == 1.0

@@ -8,7 +8,7 @@ import pytest
 from purld.evaluation import intervals
 from purld.evaluation.intervals import (
     bca_interval,
-    bootstrap,
+    bootstrap_values,
     constant_interval,
     mean_interval,
     wilson_interval,
@@ -35,7 +35,7 @@ def test_bca_without_bias_or_skew_is_the_percentile_interval() -> None:
 def test_bca_leans_towards_the_long_tail() -> None:
     """Right-skewed values: the mean's own distribution is right-skewed, and both ends move up."""
     values = np.array([0.0] * 27 + [1.0] * 3)
-    resampled = bootstrap(lambda index: values[index].mean(axis=1), 30, seed=0)
+    resampled = bootstrap_values(lambda index: values[index].mean(axis=1), 30, seed=0)
     percentile = np.quantile(resampled, [0.025, 0.975])
     low, high = mean_interval(values, seed=0)
     assert low > percentile[0]
@@ -51,9 +51,9 @@ def test_a_mean_of_many_values_has_the_normal_interval() -> None:
 
 def test_resampling_does_not_depend_on_how_much_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random(50)
-    whole = bootstrap(lambda index: values[index].mean(axis=1), 50, seed=3)
+    whole = bootstrap_values(lambda index: values[index].mean(axis=1), 50, seed=3)
     monkeypatch.setattr(intervals, "_CELLS", 130)
-    assert np.array_equal(whole, bootstrap(lambda index: values[index].mean(axis=1), 50, seed=3))
+    assert np.array_equal(whole, bootstrap_values(lambda index: values[index].mean(axis=1), 50, seed=3))
     assert len(whole) == intervals.RESAMPLES
 
 

@@ -16,7 +16,7 @@ from purld.clients.base import OnReply, Reply
 from purld.clients.ledger import Ledger
 from purld.clients.open import open_client
 from purld.config.schema import OpenAIEndpoint
-from purld.evaluation.judge import ASKED_AGAIN, NO_REFERENCE, judge_answers, judge_questions, preferences
+from purld.evaluation.judge import ASKED_AGAIN, NO_REFERENCE, average_preferences, judge_answers, judge_questions
 from purld.records import IMAGE, Generation, Image, Prompt, Verdict
 from purld.templates import JUDGE_AGAIN
 
@@ -81,7 +81,7 @@ def test_a_missing_reference_is_said_plainly() -> None:
 def test_a_judge_that_always_takes_the_first_is_found_out() -> None:
     verdicts = judge_answers([PROMPT], [generation(PROMPT, "x")], {PROMPT.id: "y"}, Taste(lambda a, b: "A"))
     assert [v.outcome for v in verdicts] == ["win", "loss"]
-    found = preferences(verdicts)
+    found = average_preferences(verdicts)
     assert found.wins == {PROMPT.id: 0.5}
     assert found.flip_rate == 1.0
 
@@ -114,9 +114,9 @@ def test_anything_else_is_unjudged_and_kept(raw: str | None) -> None:
     assert [v.outcome for v in verdicts] == ["unjudged", "unjudged"]
     assert verdicts[0].raw == ("(failed: status 503)" if raw is None else raw)
     assert len(judge.asked) == 2
-    assert preferences(verdicts).wins == {PROMPT.id: None}
-    assert preferences(verdicts).unjudged == 2
-    assert preferences(verdicts).flip_rate is None
+    assert average_preferences(verdicts).wins == {PROMPT.id: None}
+    assert average_preferences(verdicts).unjudged == 2
+    assert average_preferences(verdicts).flip_rate is None
 
 
 @dataclass
@@ -160,7 +160,7 @@ def test_a_judge_without_a_verdict_is_asked_again_within_limits(reminders: int, 
     assert (ASKED_AGAIN in verdict.raw) == (asked > 1)
     assert told[:2] == [(1, 2, ""), (2, 2, "")]
     assert told[2:4] == ([(1, 2, "asked again"), (2, 2, "asked again")] if asked > 1 else [])
-    assert preferences([verdict]).asked_again == (asked > 1)
+    assert average_preferences([verdict]).asked_again == (asked > 1)
 
 
 def test_asked_again_a_judge_sees_its_reply_and_the_image() -> None:
@@ -196,7 +196,7 @@ def test_equal_answers_tie_without_a_call() -> None:
     verdicts = judge_answers([PROMPT], [generation(PROMPT, "Paris")], {PROMPT.id: "Paris"}, judge)
     assert [v.outcome for v in verdicts] == ["tie", "tie"]
     assert judge.asked == []
-    assert preferences(verdicts).flip_rate is None  # no judge was asked, so none was consistent
+    assert average_preferences(verdicts).flip_rate is None  # no judge was asked, so none was consistent
 
 
 def test_a_missing_opponent_is_unjudged() -> None:
@@ -226,14 +226,14 @@ def test_preferences_average_orders_first_and_samples_second() -> None:
         Verdict("q", 0, "loss", "B", True),
         Verdict("q", 0, "loss", "A", False),
     ]
-    found = preferences(verdicts)
+    found = average_preferences(verdicts)
     assert found.wins == {"p": 0.875, "q": 0.0}
     assert found.unjudged == 1
     assert found.flip_rate == 0.5
 
 
 def test_no_verdicts_no_claims() -> None:
-    found = preferences([])
+    found = average_preferences([])
     assert (found.wins, found.unjudged, found.flip_rate) == ({}, 0, None)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from purld.evaluation.diagnostics import label_divergence
+from purld.evaluation.diagnostics import mean_label_divergence
 
 
 def test_by_hand() -> None:
@@ -13,8 +13,8 @@ def test_by_hand() -> None:
         {"step": 2, "prompt_id": "p", "label_divergence": 9.0},
     ]
     again = [{"step": 1, "prompt_id": p, "label_divergence": d} for p, d in (("p", 0.1), ("q", 0.3))]
-    assert label_divergence(groups, again) == {"groups": 2, "before": 0.3, "after": 0.2, "closer": 1}
+    assert mean_label_divergence(groups, again) == {"groups": 2, "before": 0.3, "after": 0.2, "closer": 1}
 
 
 def test_a_method_without_q_has_none() -> None:
-    assert label_divergence([{"step": 1, "prompt_id": "p"}], []) == {}
+    assert mean_label_divergence([{"step": 1, "prompt_id": "p"}], []) == {}

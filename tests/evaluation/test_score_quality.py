@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from purld.evaluation.score_quality import (
     CheckedGroup,
     accuracy_by_step,
-    as_results,
-    auc,
-    checked_groups,
+    check_groups,
+    pairwise_auc,
+    quality_as_results,
     score_quality,
 )
 from purld.records import Prompt
@@ -96,17 +96,17 @@ def test_groups_as_logged_are_checked_and_what_cannot_be_is_left_out() -> None:
         {"prompt_id": known.id, "candidates": ["4"], "scores": [None]},
     ]
     rows = [row | {"step": step} for step, row in enumerate(rows, 1)]
-    found = checked_groups(rows, [known, unknown], lambda prompt, text: text == prompt.reference)
+    found = check_groups(rows, [known, unknown], lambda prompt, text: text == prompt.reference)
     assert found == [
         CheckedGroup(known.id, 1, [0.9, 0.3, None], [True, False, False]),
         CheckedGroup(known.id, 4, [None], [True]),
     ]
     quality = score_quality(found)
     assert (quality.n, quality.prompts, quality.right) == (2, 1, 0.5)
-    results = as_results(quality)
+    results = quality_as_results(quality)
     assert results["bins"] == [{"n": 1, "score": 0.3, "right": 0.0}, {"n": 1, "score": 0.9, "right": 1.0}]
     assert results["auc_within"] == 1.0
-    assert "auc" not in as_results(score_quality([CheckedGroup("p", 1, [0.5], [True])]))
+    assert "auc" not in quality_as_results(score_quality([CheckedGroup("p", 1, [0.5], [True])]))
 
 
 def test_the_accuracy_of_training_counts_every_candidate_scored_or_not() -> None:
@@ -120,7 +120,7 @@ def test_the_accuracy_of_training_counts_every_candidate_scored_or_not() -> None
 
 def test_auc_by_hand() -> None:
     """Right 0.9, 0.5; wrong 0.5, 0.1: three of four comparisons won, one tied."""
-    assert auc([0.9, 0.5, 0.5, 0.1], [True, True, False, False]) == pytest.approx(3.5 / 4)
+    assert pairwise_auc([0.9, 0.5, 0.5, 0.1], [True, True, False, False]) == pytest.approx(3.5 / 4)
 
 
 @settings(max_examples=50, deadline=None)
@@ -131,13 +131,13 @@ def test_auc_is_the_mean_of_all_comparisons(rows: list[tuple[int, bool]]) -> Non
     scores, positive = zip(*rows, strict=True)
     if not right or not wrong:
         with pytest.raises(ValueError, match="one right and one wrong"):
-            auc(scores, positive)
+            pairwise_auc(scores, positive)
         return
     expected = np.mean([(r > w) + (r == w) / 2 for r in right for w in wrong])
-    assert auc(scores, positive) == pytest.approx(expected)
+    assert pairwise_auc(scores, positive) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("scores", "words"), [([0.1, np.nan], "NaN"), ([0.1], "one length")])
 def test_auc_refuses_unscored(scores: list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        auc(scores, [True, False])
+        pairwise_auc(scores, [True, False])

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from purld.evaluation.summary import Evaluated, difference, model_metrics
+from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
 from purld.records import Generation, Outcome, Verdict
 
 
-def evaluated(outcomes: list[Outcome], length: int = 10, correct: list[bool] | None = None) -> Evaluated:
+def evaluated(outcomes: list[Outcome], length: int = 10, correct: list[bool] | None = None) -> EvaluatedModel:
     answers = [Generation(str(i), 0, "x" * length, tokens=length, finished=True) for i in range(len(outcomes))]
     verdicts = [Verdict(str(i), 0, outcome, "", True) for i, outcome in enumerate(outcomes)]
-    return Evaluated(answers, None if correct is None else np.array(correct)[:, None], None, verdicts)
+    return EvaluatedModel(answers, None if correct is None else np.array(correct)[:, None], None, verdicts)
 
 
 def opponents(n: int, length: int = 10) -> dict[str, str]:
@@ -46,17 +46,17 @@ def test_nothing_judged_is_absent() -> None:
 
 def test_diversity_needs_something_to_differ() -> None:
     samples = [Generation("p", i, text, 2, True) for i, text in enumerate(["a b", "a b", "c d"])]
-    metrics = model_metrics(Evaluated(samples), {}, seed=0)
+    metrics = model_metrics(EvaluatedModel(samples), {}, seed=0)
     assert metrics["distinct_2"] == pytest.approx(2 / 3, abs=1e-4)
     assert metrics["unique_answers"] == 0.5
-    assert "unique_answers" not in model_metrics(Evaluated(samples[:1]), {}, seed=0)
+    assert "unique_answers" not in model_metrics(EvaluatedModel(samples[:1]), {}, seed=0)
 
 
 def test_a_difference_drops_prompts_that_either_side_lacks() -> None:
     """Judged on both sides: prompts 0 and 3, won by us and lost by them, and tied by both: (1 + 0) / 2."""
     ours = evaluated(["win", "unjudged", "loss", "tie"])
     theirs = evaluated(["loss", "win", "unjudged", "tie"])
-    found = difference(ours, theirs, opponents(4), seed=0)
+    found = model_difference(ours, theirs, opponents(4), seed=0)
     assert found["judged_both"] == 2
     assert found["win_rate"] == 0.5
     assert found["lc_win_rate"] == pytest.approx(0.5, abs=0.01)  # equal lengths: nothing to control for
@@ -65,7 +65,7 @@ def test_a_difference_drops_prompts_that_either_side_lacks() -> None:
 
 def test_models_that_were_not_judged_differ_in_nothing_but_gold() -> None:
     ours, theirs = evaluated(["unjudged"] * 8, correct=[True] * 8), evaluated(["win"] * 8, correct=[False] * 8)
-    found = difference(ours, theirs, opponents(8), seed=0)
+    found = model_difference(ours, theirs, opponents(8), seed=0)
     assert found["accuracy"] == 1.0
     assert found["accuracy_p"] == pytest.approx(2 / 2**8, rel=1e-3)
     assert "win_rate" not in found
@@ -73,6 +73,6 @@ def test_models_that_were_not_judged_differ_in_nothing_but_gold() -> None:
 
 def test_a_model_does_not_differ_from_itself() -> None:
     model = evaluated(["win", "loss", "tie", "win"] * 5, correct=[True, False] * 10)
-    found: dict[str, Any] = difference(model, model, opponents(20), seed=0)
+    found: dict[str, Any] = model_difference(model, model, opponents(20), seed=0)
     assert (found["win_rate"], found["lc_win_rate"], found["accuracy"]) == (0, 0, 0)
     assert found["lc_win_rate_ci"][0] < 0 < found["lc_win_rate_ci"][1]

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from purld.methods.advantages import (
-    Credit,
+    TokenCredit,
     generalised_advantages,
     group_advantages,
     ranked_pairs,
     token_rewards,
-    whitened,
+    whiten_advantages,
 )
-from purld.methods.losses import Tokens, ppo_loss
+from purld.methods.losses import GroupTokens, ppo_loss
 
 
 def test_advantages_are_standardised_in_the_group():
@@ -67,10 +67,10 @@ def test_lambda_one_is_the_monte_carlo_return_and_lambda_zero_one_step():
 def test_whitening_is_over_the_tokens_of_all_prompts_and_padding_is_inert():
     """Advantages 1, 3 and 5: mean 3, standard deviation sqrt(8/3)."""
     credits = [
-        Credit(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2)),
-        Credit(torch.tensor([[5.0, 7.0]]), torch.zeros(1, 2)),
+        TokenCredit(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2)),
+        TokenCredit(torch.tensor([[5.0, 7.0]]), torch.zeros(1, 2)),
     ]
-    first, second = whitened(credits, [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]])])
+    first, second = whiten_advantages(credits, [torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 0.0]])])
     z = 2 / (8 / 3) ** 0.5
     assert first.advantages.flatten().tolist() == pytest.approx([-z, 0.0], abs=1e-3)
     assert second.advantages.flatten().tolist() == pytest.approx([z, 0.0], abs=1e-3)
@@ -96,12 +96,12 @@ def test_ppo_finds_the_optimum_of_a_two_armed_bandit(updates):
         old, old_value = logits.detach().log_softmax(0)[arms].unsqueeze(1), value.detach().expand(256, 1)
         mask = torch.ones(256, 1)
         rewards = token_rewards(torch.tensor(REWARDS)[arms], old, reference[arms].unsqueeze(1), mask, BETA)
-        [credit] = whitened([generalised_advantages(rewards, old_value, mask, 1.0, 0.95)], [mask])
+        [credit] = whiten_advantages([generalised_advantages(rewards, old_value, mask, 1.0, 0.95)], [mask])
         for group in optimiser.param_groups:
             group["lr"] = 0.02 * (1 - step / 300)
         for _ in range(updates):
             policy = logits.log_softmax(0)[arms].unsqueeze(1)
-            tokens = Tokens(policy, reference[arms].unsqueeze(1), old, mask, value.expand(256, 1), old_value)
+            tokens = GroupTokens(policy, reference[arms].unsqueeze(1), old, mask, value.expand(256, 1), old_value)
             optimiser.zero_grad()
             ppo_loss(tokens, credit, clip=0.2, value_clip=0.2).value.backward()
             optimiser.step()

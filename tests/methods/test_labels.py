@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purld.methods.labels import confidences, entropy, label_distribution, log_label_distribution, margins
+from purld.methods.labels import (
+    anchor_margins,
+    distribution_entropy,
+    label_distribution,
+    log_label_distribution,
+    positive_confidences,
+)
 
 GAMMA = st.floats(1e-3, 1e3)
 TAU = st.floats(1e-3, 1e3)
@@ -22,15 +28,15 @@ def test_hand_computed_distribution():
     w = (1/2 * 1, 1/(1 + e^1) * e^-0.5) = (0.5, 0.268941 * 0.606531) = (0.5, 0.163121)
     D = (0.5, 0.163121) / 0.663121 = (0.754010, 0.245990)
     """
-    margin = margins(torch.tensor([0.9, 0.4]), 0.9)
+    margin = anchor_margins(torch.tensor([0.9, 0.4]), 0.9)
     assert margin.tolist() == pytest.approx([0.0, -0.5])
-    assert confidences(margin, 2.0).tolist() == pytest.approx([0.5, 0.268941], abs=1e-6)
+    assert positive_confidences(margin, 2.0).tolist() == pytest.approx([0.5, 0.268941], abs=1e-6)
     assert label_distribution(margin, 2.0, 1.0).tolist() == pytest.approx([0.754010, 0.245990], abs=1e-6)
 
 
 @given(SCORES, SCORE, GAMMA, TAU)
 def test_is_a_distribution(scores, anchor, gamma, tau):
-    log_labels = log_label_distribution(margins(torch.tensor(scores), anchor), gamma, tau)
+    log_labels = log_label_distribution(anchor_margins(torch.tensor(scores), anchor), gamma, tau)
     assert torch.isfinite(log_labels).all()
     assert log_labels.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
 
@@ -38,7 +44,7 @@ def test_is_a_distribution(scores, anchor, gamma, tau):
 @given(SCORES, SCORE, GAMMA, TAU)
 def test_theorem_3_1_labels_keep_the_order_of_margins(scores, anchor, gamma, tau):
     """In float64 and in log space the order is strict wherever f(r) itself tells two margins apart."""
-    margin = margins(torch.tensor(scores, dtype=torch.float64), anchor)
+    margin = anchor_margins(torch.tensor(scores, dtype=torch.float64), anchor)
     log_labels = log_label_distribution(margin, gamma, tau)
     for i in range(len(scores)):
         for j in range(len(scores)):
@@ -53,14 +59,14 @@ def test_theorem_3_1_labels_keep_the_order_of_margins(scores, anchor, gamma, tau
 
 @given(SCORES, SCORE, GAMMA, TAU)
 def test_theorem_3_2_expected_margin_is_near_the_best(scores, anchor, gamma, tau):
-    margin = margins(torch.tensor(scores, dtype=torch.float64), anchor)
+    margin = anchor_margins(torch.tensor(scores, dtype=torch.float64), anchor)
     expected = (label_distribution(margin, gamma, tau) * margin).sum()
     assert (margin.max() - expected).item() <= tau * math.log(len(scores)) + 1e-9
 
 
 @given(SCORES, SCORE, GAMMA, TAU)
 def test_remark_2_the_pu_factor_only_concentrates(scores, anchor, gamma, tau):
-    margin = margins(torch.tensor(scores, dtype=torch.float64), anchor)
+    margin = anchor_margins(torch.tensor(scores, dtype=torch.float64), anchor)
     softmax = torch.softmax(margin / tau, dim=0)
     assert (label_distribution(margin, gamma, tau) * margin).sum() >= (softmax * margin).sum() - 1e-9
 
@@ -76,7 +82,7 @@ def test_extreme_values_neither_overflow_nor_vanish():
 def test_a_group_of_equals_is_uniform():
     log_labels = log_label_distribution(torch.full((8,), -0.3), gamma=10.0, tau=1.2)
     assert log_labels.tolist() == pytest.approx([-math.log(8)] * 8)
-    assert entropy(log_labels).item() == pytest.approx(math.log(8))
+    assert distribution_entropy(log_labels).item() == pytest.approx(math.log(8))
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purld.methods.advantages import Credit
+from purld.methods.advantages import TokenCredit
 from purld.methods.losses import (
-    Tokens,
-    differentiate,
+    GroupTokens,
     dpo_loss,
     grpo_loss,
     kl_coefficients,
-    label_divergence,
+    labels_kl,
     ldl_loss,
     log_policy_distribution,
+    loss_coefficients,
     nll_loss,
     ppo_loss,
 )
@@ -29,7 +29,7 @@ def members(policy, reference=None, old=None, mask=None, **values):
     policy = torch.as_tensor(policy)
     reference, old = (policy if x is None else torch.as_tensor(x) for x in (reference, old))
     mask = torch.ones_like(policy) if mask is None else torch.as_tensor(mask)
-    return Tokens(policy, reference, old, mask, **{name: torch.as_tensor(v) for name, v in values.items()})
+    return GroupTokens(policy, reference, old, mask, **{name: torch.as_tensor(v) for name, v in values.items()})
 
 
 # --- LDL-GRPO ------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_hand_derived_ldl():
     """
     log_labels = torch.tensor([0.75, 0.25]).log()
     group = members(torch.tensor([[0.2], [0.2]]).log(), torch.tensor([[0.1], [0.2]]).log())
-    loss, coefficients, _ = differentiate(lambda t: ldl_loss(t, log_labels, form="likelihood", beta=0.5), group)
+    loss, coefficients, _ = loss_coefficients(lambda t: ldl_loss(t, log_labels, form="likelihood", beta=0.5), group)
     assert loss.metrics["ldl"].item() == pytest.approx(0.130812, abs=1e-6)
     assert loss.value.item() == pytest.approx(0.304099, abs=1e-6)
     assert coefficients.flatten().tolist() == pytest.approx([-0.076713, 0.076713], abs=1e-6)
@@ -73,8 +73,8 @@ def test_gradient_of_the_divergence_is_q_minus_d(form, data):
     policy = torch.tensor(data.draw(numbers), dtype=torch.float64).unsqueeze(1) / lengths.unsqueeze(1) * mask
     reference = torch.tensor(data.draw(numbers), dtype=torch.float64).unsqueeze(1) / lengths.unsqueeze(1) * mask
     log_labels = torch.log_softmax(torch.tensor(data.draw(numbers), dtype=torch.float64), dim=0)
-    group = Tokens(policy, reference, policy, mask)
-    loss, coefficients, _ = differentiate(lambda t: ldl_loss(t, log_labels, form=form, beta=0.0), group)
+    group = GroupTokens(policy, reference, policy, mask)
+    loss, coefficients, _ = loss_coefficients(lambda t: ldl_loss(t, log_labels, form=form, beta=0.0), group)
     expected = loss.members["policy_before"] - log_labels.exp()
     if form == "mean":
         expected = expected / lengths
@@ -85,11 +85,11 @@ def test_extreme_log_likelihoods_stay_finite():
     log_probs = torch.tensor([[-5.0], [-5000.0], [-900.0]])
     log_labels = torch.tensor([-2000.0, 0.0, -1500.0])
     group = members(log_probs, log_probs - 1)
-    loss, coefficients, _ = differentiate(lambda t: ldl_loss(t, log_labels, form="likelihood", beta=0.01), group)
+    loss, coefficients, _ = loss_coefficients(lambda t: ldl_loss(t, log_labels, form="likelihood", beta=0.01), group)
     assert torch.isfinite(coefficients).all()
     assert math.isfinite(loss.value.item())
     assert loss.metrics["ldl"].item() == pytest.approx(4995.0)
-    assert label_divergence(log_labels, log_labels).item() == 0
+    assert labels_kl(log_labels, log_labels).item() == 0
 
 
 def exact_kl_gradient(logits, reference_logits):
@@ -141,7 +141,7 @@ def test_the_kl_of_grpo_has_the_gradient_of_kl_policy_to_reference(beta):
     found = torch.zeros_like(logits)
     for y in range(4):
         group = members(log_p[y].reshape(1, 1), log_reference[y].reshape(1, 1))
-        _, coefficient, _ = differentiate(
+        _, coefficient, _ = loss_coefficients(
             lambda t: grpo_loss(t, torch.zeros(1, dtype=torch.float64), clip=0.2, beta=beta), group
         )
         found += log_p[y].exp() * coefficient.item() * (torch.eye(4, dtype=torch.float64)[y] - log_p.exp())
@@ -161,7 +161,7 @@ def test_hand_derived_dpo_over_two_pairs():
     """
     group = members([[-1.0, -1.0], [-2.0, -1.0], [-3.0, -3.0]], [[-1.5, -1.5], [-1.0, -2.0], [-2.0, -2.0]])
     pairs = torch.tensor([[0, 1], [0, 2]])
-    loss, coefficients, _ = differentiate(lambda t: dpo_loss(t, pairs, beta=0.5), group)
+    loss, coefficients, _ = loss_coefficients(lambda t: dpo_loss(t, pairs, beta=0.5), group)
     assert loss.value.item() == pytest.approx(0.337745, abs=1e-6)
     assert coefficients[:, 0].tolist() == pytest.approx([-0.139992, 0.094385, 0.045606], abs=1e-6)
     assert torch.equal(coefficients[:, 0], coefficients[:, 1])
@@ -180,7 +180,9 @@ def test_hand_derived_grpo_with_clipping():
     """
     old = torch.zeros(2, 2)
     group = members(torch.tensor([[1.5, 1.0], [0.5, 1.0]]).log(), old=old, mask=[[1.0, 1.0], [1.0, 0.0]])
-    loss, coefficients, _ = differentiate(lambda t: grpo_loss(t, torch.tensor([1.0, -1.0]), clip=0.2, beta=0.0), group)
+    loss, coefficients, _ = loss_coefficients(
+        lambda t: grpo_loss(t, torch.tensor([1.0, -1.0]), clip=0.2, beta=0.0), group
+    )
     assert loss.value.item() == pytest.approx(-0.15, abs=1e-6)
     assert coefficients.flatten().tolist() == pytest.approx([0.0, -0.25, 0.0, 0.0], abs=1e-6)
     assert loss.metrics["clipped"].item() == pytest.approx(2 / 3)
@@ -198,20 +200,22 @@ def test_hand_derived_ppo():
     group = members(
         torch.tensor([[1.0, 1.5]]).log(), old=torch.zeros(1, 2), values=[[0.5, 1.0]], old_values=[[0.1, 1.0]]
     )
-    credit = Credit(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
-    loss, in_policy, in_values = differentiate(lambda t: ppo_loss(t, credit, clip=0.2, value_clip=0.2), group)
+    credit = TokenCredit(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    loss, in_policy, in_values = loss_coefficients(lambda t: ppo_loss(t, credit, clip=0.2, value_clip=0.2), group)
     assert loss.value.item() == pytest.approx(-1.2275, abs=1e-6)
     assert in_policy.flatten().tolist() == pytest.approx([-1.0, 0.0], abs=1e-6)
     assert in_values.flatten().tolist() == pytest.approx([0.0, 0.5], abs=1e-6)
 
 
 def test_ppo_without_a_critic_is_refused():
-    credit = Credit(torch.zeros(1, 1), torch.zeros(1, 1))
+    credit = TokenCredit(torch.zeros(1, 1), torch.zeros(1, 1))
     with pytest.raises(ValueError, match="critic"):
         ppo_loss(members([[0.0]]), credit, clip=0.2, value_clip=0.2)
 
 
 def test_likelihood_is_the_mean_over_a_members_own_tokens():
-    loss, coefficients, _ = differentiate(nll_loss, members([[-1.0, -3.0], [-4.0, 0.0]], mask=[[1.0, 1.0], [1.0, 0.0]]))
+    loss, coefficients, _ = loss_coefficients(
+        nll_loss, members([[-1.0, -3.0], [-4.0, 0.0]], mask=[[1.0, 1.0], [1.0, 0.0]])
+    )
     assert loss.value.item() == pytest.approx((2 + 4) / 2)
     assert coefficients.tolist() == [[-0.25, -0.25], [-0.5, 0.0]]

@@ -1,6 +1,6 @@
 from typing import get_args
 
-from purld.config.methods import Align, StageTwo
+from purld.config.methods import Align, StageTwoSettings
 from purld.methods.table import METHODS
 
 
@@ -8,5 +8,7 @@ def test_every_method_of_the_table_can_be_configured_and_the_other_way_round():
     union, _ = get_args(Align)
     sections = {value: s for s in get_args(union) for value in get_args(s.model_fields["method"].annotation)}
     assert sections.keys() == METHODS.keys()
-    assert {n for n, s in sections.items() if issubclass(s, StageTwo)} == {n for n, m in METHODS.items() if m.stage_two}
+    assert {n for n, s in sections.items() if issubclass(s, StageTwoSettings)} == {
+        n for n, m in METHODS.items() if m.stage_two
+    }
     assert all(name == method.name for name, method in METHODS.items())

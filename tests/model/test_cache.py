@@ -3,7 +3,7 @@
 import torch
 from transformers.cache_utils import DynamicCache
 
-from purld.model.cache import repeat_with_room
+from purld.model.cache import repeat_with_capacity
 
 
 def tokens(count, rows):
@@ -16,7 +16,7 @@ def test_rows_are_repeated_in_order_and_new_tokens_follow_the_old():
     for cache in (plain, roomy):
         cache.update(tokens(5, 2), -tokens(5, 2), 0)
     plain.batch_repeat_interleave(3)
-    roomy = repeat_with_room(roomy, 3, room=4)
+    roomy = repeat_with_capacity(roomy, 3, room=4)
     for count in (1, 2, 1):
         new = tokens(count, 6)
         expected, found = (cache.update(new, -new, 0) for cache in (plain, roomy))
@@ -27,7 +27,7 @@ def test_rows_are_repeated_in_order_and_new_tokens_follow_the_old():
 def test_what_is_cropped_is_written_over():
     cache = DynamicCache()
     cache.update(tokens(5, 1), tokens(5, 1), 0)
-    cache = repeat_with_room(cache, 1, room=3)
+    cache = repeat_with_capacity(cache, 1, room=3)
     cache.update(tokens(2, 1), tokens(2, 1), 0)
     cache.crop(-2)
     keys, _ = cache.update(tokens(1, 1), tokens(1, 1), 0)

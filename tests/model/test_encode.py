@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from purld.errors import UserError
 from purld.model.encode import Encoder, pad_left, pad_right
 from purld.records import Message, Prompt
-from purld.templates import rating, self_evaluation
+from purld.templates import rating_turn, self_evaluation_turn
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_an_answer_cannot_close_its_own_turn(encoder, tokenizer):
 
 def test_evaluation_frame_is_the_rendered_template(encoder, tokenizer):
     frame = encoder.evaluation_frame(Prompt.from_text("How many {things}?"), "It is 4.")
-    turn = [{"role": "user", "content": self_evaluation("How many {things}?", "It is 4.", "Four.")}]
+    turn = [{"role": "user", "content": self_evaluation_turn("How many {things}?", "It is 4.", "Four.")}]
     expected = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(frame.head.ids + encoder.literal("Four.") + frame.tail) == expected
 
@@ -84,6 +84,6 @@ def test_a_tokenizer_without_chat_template_is_refused(shipped_student):
 
 def test_a_frame_without_an_anchor_is_the_rating_template(encoder, tokenizer):
     frame = encoder.evaluation_frame(Prompt.from_text("How many {things}?"), None)
-    turn = [{"role": "user", "content": rating("How many {things}?", "Four.")}]
+    turn = [{"role": "user", "content": rating_turn("How many {things}?", "Four.")}]
     expected = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(frame.head.ids + encoder.literal("Four.") + frame.tail) == expected

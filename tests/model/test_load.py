@@ -13,14 +13,14 @@ from purld.model.load import (
     load_encoder,
     load_model,
     load_roles,
+    make_trainable,
     save_model,
     save_policy,
-    trainable,
 )
 from purld.model.log_probs import sequence_log_probs
-from purld.model.vision import Head
+from purld.model.vision import EncodedPrompt
 
-HEAD, COMPLETIONS = Head(list(range(5, 20))), [[7, 8, 9], [30, 31]]
+HEAD, COMPLETIONS = EncodedPrompt(list(range(5, 20))), [[7, 8, 9], [30, 31]]
 
 
 def log_probs(model):
@@ -45,7 +45,7 @@ def lora_student(random_student):
 @pytest.fixture
 def lora_sft(lora_student, tmp_path):
     """A Stage I adapter that is not zero."""
-    model = trainable(lora_student, load_model(lora_student, lora_student.model))
+    model = make_trainable(lora_student, load_model(lora_student, lora_student.model))
     stir(model, 1)
     save_model(lora_student, model, load_encoder(lora_student), tmp_path / "sft")
     return tmp_path / "sft"

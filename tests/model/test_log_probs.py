@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from purld.model.log_probs import micro_batches, prefix_of, sequence_log_probs, token_log_probs
-from purld.model.vision import Head
+from purld.model.log_probs import make_prefix, micro_batches, sequence_log_probs, token_log_probs
+from purld.model.vision import EncodedPrompt
 
 LENGTHS = (1, 5, 9, 9, 3)
 
@@ -24,7 +24,7 @@ def model(request, random_student):
 @pytest.fixture(scope="module")
 def group():
     generator = torch.Generator().manual_seed(3)
-    head = Head(torch.randint(0, 120, (17,), generator=generator).tolist())
+    head = EncodedPrompt(torch.randint(0, 120, (17,), generator=generator).tolist())
     return head, [torch.randint(0, 120, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
@@ -77,7 +77,7 @@ def test_closing_logits_equal_the_plain_ones(model, group):
     head, completions = group
     tails = [c for c in completions if len(c) >= 3]
     with torch.no_grad():
-        found = prefix_of(model, head, tails, pad=0).closing_logits(tails, count=3)
+        found = make_prefix(model, head, tails, pad=0).closing_logits(tails, count=3)
         for tail, logits in zip(tails, found):
             plain = model(input_ids=torch.tensor([head.ids + tail])).logits[0, -3:]
             assert torch.allclose(logits, plain, atol=1e-4)

@@ -33,7 +33,7 @@ from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_encoder, load_model, save_model
 from purld.model.prefix import FullSequences, SharedPrefix
 from purld.model.sample import Decoding, GenerateSampler
-from purld.model.self_check import may_share
+from purld.model.self_check import can_share_prefix
 from purld.records import IMAGE, Message, Prompt
 
 PROMPTS = [
@@ -204,7 +204,7 @@ def test_a_shared_head_gives_the_numbers_and_gradients_of_full_sequences(model, 
     assert torch.allclose(shared, plain, atol=1e-5)
     expected, found = gradient(model, plain), gradient(model, shared)
     assert (expected - found).norm() / expected.norm() < 1e-5
-    assert may_share(model, head, COMPLETIONS, encoder.pad)
+    assert can_share_prefix(model, head, COMPLETIONS, encoder.pad)
 
 
 def test_the_model_sees_its_pictures(model, encoder):

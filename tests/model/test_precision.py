@@ -8,14 +8,14 @@ from transformers import AutoModelForCausalLM
 from purld.model.encode import Encoder
 from purld.model.log_probs import sequence_log_probs
 from purld.records import Prompt
-from purld.testbed.world.world import generate, teacher_answer
+from purld.testbed.world.world import generate_problems, teacher_answer
 
 
 @pytest.fixture(scope="module")
 def answers(tokenizer):
     """Twenty prompts with two answers each, as token ids."""
     encoder = Encoder(tokenizer, 128)
-    problems = generate("counting", "heldout", 21, 3)
+    problems = generate_problems("counting", "heldout", 21, 3)
     texts = [teacher_answer(p) for p in problems]
     return [
         (encoder.prompt(Prompt.from_text(p.question)), [encoder.answer(t).ids for t in pair])

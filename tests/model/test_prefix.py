@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from purld.model import body_and_head as halves
 from purld.model.prefix import FullSequences, SharedPrefix
-from purld.model.vision import Head
+from purld.model.vision import EncodedPrompt
 
 LENGTHS = (1, 5, 9, 9, 3)
 SIZES = {
@@ -38,7 +38,7 @@ def build(name, **settings):
 
 def group(head_length=17):
     generator = torch.Generator().manual_seed(3)
-    head = Head(torch.randint(1, 120, (head_length,), generator=generator).tolist())
+    head = EncodedPrompt(torch.randint(1, 120, (head_length,), generator=generator).tolist())
     return head, [torch.randint(1, 120, (n,), generator=generator).tolist() for n in LENGTHS]
 
 

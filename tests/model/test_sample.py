@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from purld.model import sample
 from purld.model.encode import Encoder
 from purld.model.log_probs import sequence_log_probs
-from purld.model.sample import Decoding, GenerateSampler, generate, seed_from
-from purld.model.vision import Head
+from purld.model.sample import Decoding, GenerateSampler, generate_completions, seed_from_content
+from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
 real = sample._prefilled
@@ -92,11 +92,13 @@ def test_a_shared_prefill_draws_what_a_repeated_one_draws(sharing_model, encoder
 
 def test_a_common_head_is_prefilled_once_for_replies_of_any_length(sharing_model, encoder, heads, monkeypatch):
     greedy = Decoding(0.0, 10)
-    head, tails = heads[1], [heads[0], Head(heads[0].ids[:3]), Head(heads[1].ids[:7])]
-    shared = generate(sharing_model, encoder, tails, 1, greedy, head)
-    assert shared == generate(sharing_model, encoder, [head.followed_by(tail.ids) for tail in tails], 1, greedy)
+    head, tails = heads[1], [heads[0], EncodedPrompt(heads[0].ids[:3]), EncodedPrompt(heads[1].ids[:7])]
+    shared = generate_completions(sharing_model, encoder, tails, 1, greedy, head)
+    assert shared == generate_completions(
+        sharing_model, encoder, [head.followed_by(tail.ids) for tail in tails], 1, greedy
+    )
     monkeypatch.setattr(sample, "may_share", lambda *_: False)
-    assert generate(sharing_model, encoder, tails, 1, greedy, head) == shared
+    assert generate_completions(sharing_model, encoder, tails, 1, greedy, head) == shared
 
 
 def test_frequencies_are_the_policys_probabilities(model, encoder, heads):
@@ -111,5 +113,5 @@ def test_frequencies_are_the_policys_probabilities(model, encoder, heads):
 
 
 def test_seed_from_content():
-    assert seed_from("a", 1) == seed_from("a", 1)
-    assert seed_from("a", 1) != seed_from("a", 2)
+    assert seed_from_content("a", 1) == seed_from_content("a", 1)
+    assert seed_from_content("a", 1) != seed_from_content("a", 2)

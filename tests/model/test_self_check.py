@@ -9,10 +9,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from purld.model.log_probs import token_log_probs
 from purld.model.prefix import FullSequences
-from purld.model.self_check import may_share
-from purld.model.vision import Head
+from purld.model.self_check import can_share_prefix
+from purld.model.vision import EncodedPrompt
 
-HEAD = Head(list(range(3, 20)))
+HEAD = EncodedPrompt(list(range(3, 20)))
 ROWS = [[5, 6, 7, 8], [9, 8], [7, 6, 5]]
 
 
@@ -96,7 +96,7 @@ def test_a_recurrent_model_is_refused():
     sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).eval()
     with pytest.warns(UserWarning, match="MambaForCausalLM"):
-        assert not may_share(model, HEAD, ROWS, pad=0)
+        assert not can_share_prefix(model, HEAD, ROWS, pad=0)
 
 
 def test_an_outgrown_window_is_tried_again(monkeypatch):
@@ -115,10 +115,10 @@ def test_an_outgrown_window_is_tried_again(monkeypatch):
         return result
 
     monkeypatch.setattr(DynamicSlidingWindowLayer, "update", shortened)
-    assert may_share(model, Head(HEAD.ids[:4]), ROWS, pad=0)
+    assert can_share_prefix(model, EncodedPrompt(HEAD.ids[:4]), ROWS, pad=0)
     with pytest.warns(UserWarning, match="MistralForCausalLM"):
-        assert not may_share(model, HEAD, ROWS, pad=0)
-    assert may_share(model, Head(HEAD.ids[:4]), ROWS, pad=0)
+        assert not can_share_prefix(model, HEAD, ROWS, pad=0)
+    assert can_share_prefix(model, EncodedPrompt(HEAD.ids[:4]), ROWS, pad=0)
 
 
 def test_a_sound_model_is_silent_and_its_state_untouched():
@@ -126,7 +126,7 @@ def test_a_sound_model_is_silent_and_its_state_untouched():
     state = torch.random.get_rng_state()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        assert may_share(model, HEAD, ROWS, pad=0)
+        assert can_share_prefix(model, HEAD, ROWS, pad=0)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert not model.model.embed_tokens._forward_hooks

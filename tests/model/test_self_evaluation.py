@@ -96,9 +96,9 @@ def test_verbal_score_of_a_model_that_writes_none_is_none(model, encoder):
 def test_the_shipped_student_says_what_it_thinks(shipped_student, encoder):
     """Both kinds agree that the same answer in other words is right and another number wrong."""
     student = AutoModelForCausalLM.from_pretrained(shipped_student).eval()
-    from purld.testbed.world.world import generate, is_right, teacher_answer
+    from purld.testbed.world.world import generate_problems, is_right, teacher_answer
 
-    problem = next(p for p in generate("counting", "heldout", 20, 5) if "/" not in p.truth)
+    problem = next(p for p in generate_problems("counting", "heldout", 20, 5) if "/" not in p.truth)
     anchor = teacher_answer(problem)
     wrong = anchor.replace(problem.truth, str(int(problem.truth) + 1))
     assert not is_right(problem, wrong)

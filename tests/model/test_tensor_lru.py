@@ -2,12 +2,12 @@
 
 import torch
 
-from purld.model.tensor_lru import Shelf, size_of
+from purld.model.tensor_lru import TensorLRU, tensor_bytes
 
 
 def test_what_was_not_used_for_longest_goes_first():
     made = []
-    shelf = Shelf(room=3 * 40)
+    shelf = TensorLRU(room=3 * 40)
 
     def get(key):
         return shelf.get(key, lambda: made.append(key) or {"pixels": [torch.zeros(10)]})
@@ -18,10 +18,10 @@ def test_what_was_not_used_for_longest_goes_first():
 
 
 def test_one_value_is_kept_however_large():
-    shelf = Shelf(room=1)
+    shelf = TensorLRU(room=1)
     value = torch.zeros(10)
     assert shelf.get("a", lambda: value) is shelf.get("a", lambda: None) is value
 
 
 def test_sizes_are_of_all_tensors():
-    assert size_of({"a": torch.zeros(2, 3), "b": [torch.zeros(1, dtype=torch.int64), ("text", 5, None)]}) == 32
+    assert tensor_bytes({"a": torch.zeros(2, 3), "b": [torch.zeros(1, dtype=torch.int64), ("text", 5, None)]}) == 32

@@ -9,19 +9,19 @@ from tiny_vlm import ARCHITECTURES, picture, write_model
 from purld.config.schema import Lora, Sft, Student
 from purld.data.images import open_image
 from purld.errors import UserError
-from purld.model.critic import prefix_states
+from purld.model.critic import states_before_tokens
 from purld.model.encode import Encoder, training_batch
-from purld.model.load import load_encoder, load_model, load_roles, save_model, trainable
+from purld.model.load import load_encoder, load_model, load_roles, make_trainable, save_model
 from purld.model.prefix import FullSequences, SharedPrefix
 from purld.model.processor import read_processor
-from purld.model.sample import Decoding, GenerateSampler, generate
-from purld.model.self_check import may_share
+from purld.model.sample import Decoding, GenerateSampler, generate_completions
+from purld.model.self_check import can_share_prefix
 from purld.model.self_evaluation import SelfEvaluator
-from purld.model.vision import features_of, vision_modules
+from purld.model.vision import vision_features, vision_modules
 from purld.records import IMAGE, Anchor, Message, Prompt
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
-from purld.training.sft import fine_tune, is_validation
+from purld.training.sft import fine_tune, in_validation_part
 
 PROMPTS = {
     "one": Prompt.from_text(f"{IMAGE}How many?", images=(picture(40, 24),)),
@@ -134,8 +134,8 @@ def test_a_head_does_not_see_the_last_ones_positions(model, encoder):
 
 
 def test_the_model_passes_the_trial_of_sharing(model, encoder, recwarn):
-    assert may_share(model, encoder.prompt(PROMPTS["one"]), COMPLETIONS, encoder.pad)
-    assert may_share(model, encoder.prompt(PROMPTS["none"]), COMPLETIONS, encoder.pad)
+    assert can_share_prefix(model, encoder.prompt(PROMPTS["one"]), COMPLETIONS, encoder.pad)
+    assert can_share_prefix(model, encoder.prompt(PROMPTS["none"]), COMPLETIONS, encoder.pad)
 
 
 def test_scores_read_the_question_with_its_pictures(model, encoder):
@@ -167,7 +167,7 @@ def test_prompts_with_and_without_pictures_are_drawn_from_together(model, encode
 
 def test_a_greedy_answer_is_the_likeliest_under_the_shared_head(model, encoder):
     head = encoder.prompt(PROMPTS["two, apart"])
-    ((greedy,),) = generate(model, encoder, [head], 1, Decoding(0.0, 4))
+    ((greedy,),) = generate_completions(model, encoder, [head], 1, Decoding(0.0, 4))
     for place, token in enumerate(greedy.ids):
         rows = [[*greedy.ids[:place], other] for other in range(len(encoder.tokenizer))]
         with torch.no_grad():
@@ -182,7 +182,7 @@ def test_a_placeholder_is_never_drawn(model, encoder):
     with torch.no_grad():
         model.lm_head.weight[encoder.placeholders] *= 50
     heads = [encoder.prompt(PROMPTS["one"])]
-    drawn = generate(model, encoder, heads, 8, Decoding(1.0, 16))
+    drawn = generate_completions(model, encoder, heads, 8, Decoding(1.0, 16))
     assert not {token for completion in drawn[0] for token in completion.ids} & set(encoder.placeholders)
 
 
@@ -225,11 +225,11 @@ def test_frozen_vision_looks_at_a_picture_once_for_all_roles(student, encoder, t
     roles = load_roles(settings, tmp_path)
     looks = count_looks(roles.policy)
     head = encoder.prompt(PROMPTS["one"])
-    generate(roles.policy, encoder, [head, encoder.prompt(PROMPTS["none"])], 2, Decoding(1.0, 2))
+    generate_completions(roles.policy, encoder, [head, encoder.prompt(PROMPTS["none"])], 2, Decoding(1.0, 2))
     with roles.frozen() as frozen:
         SelfEvaluator(encoder, "expected", 8).score(frozen, PROMPTS["one"], "Four.", ["Four.", "Five."])
         reference = SharedPrefix(frozen, head, encoder.pad).token_log_probs(COMPLETIONS)[0]
-        prefix_states(frozen, head, COMPLETIONS, encoder.pad)
+        states_before_tokens(frozen, head, COMPLETIONS, encoder.pad)
     policy = SharedPrefix(roles.policy, head, encoder.pad, cut=True).token_log_probs(COMPLETIONS)[0]
     # The plain paths of the trials (heads with and without pictures, two roles) look for themselves.
     trials = len(looks) - 1
@@ -264,7 +264,7 @@ def test_roles_share_a_vision_that_is_frozen(student, encoder, tmp_path):
 @pytest.mark.parametrize(("train_vision", "adapted"), [(None, False), (True, True)])
 def test_an_adapter_leaves_the_vision_alone_unless_told(student, train_vision, adapted):
     settings = student.model_copy(update={"lora": Lora(r=2), "train_vision": train_vision})
-    policy = trainable(settings, load_model(settings, settings.model))
+    policy = make_trainable(settings, load_model(settings, settings.model))
     trained = [name for name, p in policy.named_parameters() if p.requires_grad]
     parts = tuple(f"base_model.model.model.{part}." for part in vision_modules(policy))
     assert any(name.startswith(parts) for name in trained) == adapted
@@ -273,7 +273,7 @@ def test_an_adapter_leaves_the_vision_alone_unless_told(student, train_vision, a
 
 def test_the_critic_reads_states_of_full_sequences(model, encoder):
     head = encoder.prompt(PROMPTS["two, apart"])
-    states = prefix_states(model, head, COMPLETIONS, encoder.pad)
+    states = states_before_tokens(model, head, COMPLETIONS, encoder.pad)
     with torch.no_grad():
         predicted = model.lm_head(states).log_softmax(-1)
         expected, _ = FullSequences(model, head, encoder.pad).token_log_probs(COMPLETIONS)
@@ -297,11 +297,11 @@ def test_features_of_several_heads_are_those_of_each(model, encoder):
     model.requires_grad_(False)
     heads = [encoder.prompt(PROMPTS[name]) for name in ("one", "none", "two, apart")]
     ids = torch.zeros(3, 1, dtype=torch.long)
-    joined = features_of(model, heads, ids)["mm_encoder_outputs"]["image"].pooler_output
+    joined = vision_features(model, heads, ids)["mm_encoder_outputs"]["image"].pooler_output
     alone = [
         f
         for h in (heads[0], heads[2])
-        for f in features_of(model, [h], ids)["mm_encoder_outputs"]["image"].pooler_output
+        for f in vision_features(model, [h], ids)["mm_encoder_outputs"]["image"].pooler_output
     ]
     assert len(joined) == len(alone) == 3
     assert all(torch.equal(a, b) for a, b in zip(joined, alone))
@@ -313,7 +313,7 @@ def test_the_trial_finds_out_a_vision_that_is_cut_off_from_its_gradient(model, e
     features = prefix.features_of
     monkeypatch.setattr(prefix, "features_of", torch.no_grad()(lambda *args: features(*args)))
     with pytest.warns(UserWarning, match="gradients of what it sees pictures with"):
-        assert not may_share(model, encoder.prompt(PROMPTS["one"]), COMPLETIONS, encoder.pad)
+        assert not can_share_prefix(model, encoder.prompt(PROMPTS["one"]), COMPLETIONS, encoder.pad)
 
 
 def test_stage_one_is_the_same_in_every_micro_batch(student, encoder, tmp_path):
@@ -339,7 +339,7 @@ def test_the_best_model_of_stage_one_is_the_one_that_is_saved(student, encoder, 
     settings = Sft(learning_rate=2e-2, validation_fraction=0.3, **steps)
     facts = fine_tune(student, settings, examples, encoder, run, 0, lambda *_: None)
     assert facts.best_step < facts.steps
-    held_out = [(p, a) for p, a in examples if is_validation(p, 0.3)]
+    held_out = [(p, a) for p, a in examples if in_validation_part(p, 0.3)]
     batch = training_batch([(encoder.prompt(p), encoder.answer(a.text).ids) for p, a in held_out], encoder.pad)
     with torch.no_grad():
         loss = load_model(student, run.sft)(**batch).loss.item()
@@ -374,8 +374,8 @@ def test_a_processors_opening_token_is_there_once(shipped_student, tmp_path):
 def test_a_vision_that_cannot_be_told_apart_cannot_be_left_alone(student, model, monkeypatch):
     monkeypatch.setattr("purld.model.load.vision_modules", lambda _: {})
     with pytest.raises(UserError, match=r"it cannot be told which part of a \w+ sees pictures"):
-        trainable(student.model_copy(update={"train_vision": False}), model)
-    trainable(student.model_copy(update={"train_vision": True}), model)
+        make_trainable(student.model_copy(update={"train_vision": False}), model)
+    make_trainable(student.model_copy(update={"train_vision": True}), model)
 
 
 def test_another_preparation_of_a_picture_is_looked_at_anew(student, encoder, model):

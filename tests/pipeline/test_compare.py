@@ -12,7 +12,7 @@ import yaml
 from purld.cli import main
 from purld.display.progress import Reporter
 from purld.errors import UserError
-from purld.pipeline.compare import compare, read_evaluated
+from purld.pipeline.compare import compare_runs, read_evaluated
 from purld.records import Generation, Prompt, Verdict
 from purld.runs.files import read_rows, write_rows
 from purld.runs.run_dir import RunDir
@@ -69,17 +69,17 @@ def test_the_accuracy_of_both_and_their_paired_difference(evaluated, monkeypatch
     assert "A: better (LDL-GRPO)" in shown
     assert "0.800" in shown and "0.500" in shown and "+0.300" in shown and "0.0312" in shown
     assert "A is better than B: 80.0% right answers against 50.0%, a difference of +30.0 points (95%" in shown
-    found = compare(a, b, judge=False, reporter=Reporter())
+    found = compare_runs(a, b, judge=False, reporter=Reporter())
     assert found.difference["accuracy"] == pytest.approx(0.3)
     assert found.difference["accuracy_p"] == pytest.approx(2 / 64, rel=1e-3)
-    back = compare(b, a, judge=False, reporter=Reporter())
+    back = compare_runs(b, a, judge=False, reporter=Reporter())
     assert back.difference["accuracy"] == -found.difference["accuracy"]
 
 
 def test_prompts_pair_by_content_and_not_by_place(evaluated):
     a = evaluated("a", {0, 1, 2})
     b = evaluated("b", {19, 18, 17}, prompts=PROMPTS[::-1])  # the same three prompts, from the other end
-    found = compare(a, b, judge=False, reporter=Reporter())
+    found = compare_runs(a, b, judge=False, reporter=Reporter())
     assert found.difference["accuracy"] == 0
     assert found.difference["accuracy_ci"] != [0, 0]
     assert found.difference["accuracy_p"] == 1.0
@@ -97,28 +97,28 @@ def test_a_run_that_was_not_evaluated_is_refused(evaluated, tmp_path):
     a, b = evaluated("a", {0}), evaluated("b", {0})
     RunDir(b).manifest.unlink()
     with pytest.raises(UserError, match="evaluate is not finished"):
-        compare(a, b, judge=False, reporter=Reporter())
+        compare_runs(a, b, judge=False, reporter=Reporter())
     with pytest.raises(UserError, match="not a run directory"):
-        compare(a, tmp_path / "none", judge=False, reporter=Reporter())
+        compare_runs(a, tmp_path / "none", judge=False, reporter=Reporter())
 
 
 def test_win_rates_are_compared_before_the_same_judge_and_opponent_alone(evaluated):
     a, b = evaluated("a", {0}, wins=range(15)), evaluated("b", {0}, wins=range(5))
-    found = compare(a, b, judge=False, reporter=Reporter())
+    found = compare_runs(a, b, judge=False, reporter=Reporter())
     assert found.difference["win_rate"] == 0.5
     assert found.difference["judged_both"] == 20
     assert found.notes == ()
     other = evaluated("other", {0}, wins=range(5), opponent="somebody else")
-    found = compare(a, other, judge=False, reporter=Reporter())
+    found = compare_runs(a, other, judge=False, reporter=Reporter())
     assert "win_rate" not in found.difference
     assert "different opponents" in found.notes[0]
     strict = evaluated("strict", {0}, wins=range(5), both_orders=False)
-    assert "different judges" in compare(a, strict, judge=False, reporter=Reporter()).notes[0]
+    assert "different judges" in compare_runs(a, strict, judge=False, reporter=Reporter()).notes[0]
 
 
 def test_answers_drawn_differently_are_noted(evaluated):
     a, b = evaluated("a", {0}), evaluated("b", {0}, temperature=0.5)
-    assert "evaluate.temperature 1.0 and 0.5" in compare(a, b, judge=False, reporter=Reporter()).notes[0]
+    assert "evaluate.temperature 1.0 and 0.5" in compare_runs(a, b, judge=False, reporter=Reporter()).notes[0]
 
 
 def test_head_to_head_before_the_judge_of_a(evaluated, tmp_path, monkeypatch, capsys):
@@ -139,7 +139,7 @@ def test_head_to_head_before_the_judge_of_a(evaluated, tmp_path, monkeypatch, ca
 def test_without_a_judge_there_is_none_to_ask(evaluated):
     a, b = evaluated("a", {0}), evaluated("b", {0})
     with pytest.raises(UserError, match="names no judge"):
-        compare(a, b, judge=True, reporter=Reporter())
+        compare_runs(a, b, judge=True, reporter=Reporter())
 
 
 def test_several_samples_and_greedy_answers_are_read_as_they_were_written(tmp_path):

@@ -8,7 +8,7 @@ from purld.config.load import load_config
 from purld.errors import UserError
 from purld.pipeline import plan_machine as machine
 from purld.pipeline.plan import make_plan
-from purld.pipeline.plan_sheet import show
+from purld.pipeline.plan_sheet import print_plan
 from purld.runs.run_dir import RunDir
 
 
@@ -44,7 +44,7 @@ def test_a_check_without_gold_is_told(plan, tmp_path):
         sheet = plan()
         assert any(words in line for line in sheet.sections["Prompts"])
         with pytest.raises(UserError, match=f"^{words}.*data.check=none"):
-            show(sheet)
+            print_plan(sheet)
     assert any("no accuracy will be reported" in line for line in plan("data.check=none").sections["Prompts"])
 
 
@@ -53,7 +53,7 @@ def test_disk_is_counted_and_a_full_one_stands_in_the_way(plan, tmp_path, monkey
     usage = machine.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"deep/run: the run needs about .* MiB of disk"):
-        show(plan())
+        print_plan(plan())
 
 
 def test_an_adapter_trains_few_weights_and_a_wrong_one_is_told(plan):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from purld.cli import main
-from purld.clients.ledger import Caps, Ledger, Request, Result
+from purld.clients.ledger import CallResult, Caps, Ledger, Request
 from purld.errors import UserError
 from purld.pipeline import sweep
 from purld.pipeline.sweep import plan_sweep, share_stage_one
@@ -82,7 +82,7 @@ def test_sharing_links_weights_and_ends_with_the_manifest(tmp_path):
         request = Request("http://x", "m", "{}", "p")
         call = ledger.reserve(request, "teacher", 1, 0.0, Caps())
         ledger.sent(call)
-        ledger.settle(call, Result("answered", "t"))
+        ledger.settle(call, CallResult("answered", "t"))
     source.finish("anchors", 2.0, teacher={"calls": 1})
     source.finish("sft", 3.0)
     target.sft.mkdir(parents=True)

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from purld.records import Generation, Group, Prompt, Verdict
+from purld.records import Generation, GroupRecord, Prompt, Verdict
 from purld.runs.files import append_rows, atomic_write, read_rows, write_json, write_rows
 from purld.runs.run_dir import RunDir
-from purld.runs.thumbnails import question_of
+from purld.runs.thumbnails import logged_question
 
 HOSTILE = "<script>window.injected = true; alert(1)</script></script><!-- <img src=x onerror='window.injected=true'>"
 REVERSED = "transfer \u202egnirts desrever\u202c to \u2066isolated\u2069 \x1b[31mred\x07 soft\u00adhyphen \ud83d lone"
@@ -61,7 +61,7 @@ def synthetic_run(
 def picture_run(run: RunDir, prompts: dict[str, Prompt]) -> None:
     """Let prompts with images stand in the place of those that the run's rows are about, by their ids."""
     for path in (run.groups, *run.groups.parent.glob("*.jsonl")):
-        rows = [row | question_of(prompts[row["prompt_id"]], path) if row["prompt_id"] in prompts else row
+        rows = [row | logged_question(prompts[row["prompt_id"]], path) if row["prompt_id"] in prompts else row
                 for row in read_rows(path)]  # fmt: skip
         write_rows(path, rows)
 
@@ -149,7 +149,7 @@ def group(rng: random.Random, prompt_id: str, prompt: str, words: int, step: int
     margins = [None if s is None else s - 0.93 for s in scores]
     weights = [0.0 if m is None else math.exp(2 * m) for m in margins]
     policy = [0.0 if m is None else rng.random() for m in margins]
-    row = Group(
+    row = GroupRecord(
         step=step,
         prompt_id=prompt_id,
         anchor=prose(rng, words),

@@ -15,7 +15,7 @@ from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run
 from purld.data.images import read_image
 from purld.records import IMAGE, Prompt
 from purld.report import answer_browser as module
-from purld.report.answer_browser import MAX_CHARACTERS, browser, safe_json
+from purld.report.answer_browser import MAX_CHARACTERS, answer_browser, safe_json
 from purld.report.page import _page
 from purld.report.run_data import read_run
 from purld.runs.files import append_rows, read_rows, write_rows
@@ -36,7 +36,7 @@ def entries(data: str) -> list[dict]:
 def test_an_entry_holds_the_whole_group(build: Build) -> None:
     run = build(held_out=0, groups=7)
     row = read_rows(run.groups)[6]
-    entry = entries(browser([read_run(run)]).json)[6]
+    entry = entries(answer_browser([read_run(run)]).json)[6]
     assert entry["id"] == row["prompt_id"]
     assert entry["anchor"] == row["anchor"]
     assert entry["group"]["step"] == 7
@@ -51,7 +51,7 @@ def test_an_entry_holds_the_whole_group(build: Build) -> None:
 def test_q_after_is_there_where_it_was_measured(build: Build) -> None:
     run = build(held_out=0, groups=REVISITED + 1)
     row = read_rows(run.revisited)[REVISITED - 1]
-    *_, entry, other = entries(browser([read_run(run)]).json)
+    *_, entry, other = entries(answer_browser([read_run(run)]).json)
     candidates = entry["group"]["candidates"]
     assert [c["after"] for c in candidates] == pytest.approx(row["policy_after"], abs=1e-4)
     assert entry["group"]["divergence"] == pytest.approx([0.35, 0.35 / 3], abs=1e-4)
@@ -63,7 +63,7 @@ def test_a_prompt_seen_again_shows_the_group_that_was_measured_again(build: Buil
     run = build(held_out=0, groups=2)
     first = read_rows(run.groups)[0]
     append_rows(run.groups, [first | {"step": 99}])
-    shown = entries(browser([read_run(run)]).json)
+    shown = entries(answer_browser([read_run(run)]).json)
     assert [(e["id"], e["group"]["step"]) for e in shown][:1] == [(first["prompt_id"], 1)]
     assert len(shown) == 2
 
@@ -77,14 +77,14 @@ def test_a_prompt_seen_twice_shows_its_last_group(build: Build) -> None:
     run.revisited.unlink()
     first = read_rows(run.groups)[0]
     append_rows(run.groups, [first | {"step": 99}])
-    steps = {e["id"]: e["group"]["step"] for e in entries(browser([read_run(run)]).json)}
+    steps = {e["id"]: e["group"]["step"] for e in entries(answer_browser([read_run(run)]).json)}
     assert steps[first["prompt_id"]] == 99
     assert len(steps) == 2
 
 
 def test_answers_stand_side_by_side_with_their_verdicts(build: Build) -> None:
     run = build(held_out=4, groups=0)
-    entry = entries(browser([read_run(run)]).json)[2]
+    entry = entries(answer_browser([read_run(run)]).json)[2]
     assert [a["model"] for a in entry["answers"]] == ["base", "sft", "ldl_grpo", "opponent"]
     drawn, greedy = entry["answers"][2]["samples"]
     row = read_rows(run.generations("ldl_grpo"))[2]
@@ -98,7 +98,7 @@ def test_answers_stand_side_by_side_with_their_verdicts(build: Build) -> None:
 def test_a_long_text_is_cut_and_says_so(build: Build) -> None:
     run = build(held_out=1, groups=0)
     write_rows(run.generations("sft"), [row | {"text": "x" * 10_000} for row in read_rows(run.generations("sft"))])
-    (entry,) = entries(browser([read_run(run)]).json)
+    (entry,) = entries(answer_browser([read_run(run)]).json)
     text = entry["answers"][1]["samples"][0]["text"]
     assert text.startswith("x" * MAX_CHARACTERS + "\n[")
     assert "4,000 more" in text
@@ -106,7 +106,7 @@ def test_a_long_text_is_cut_and_says_so(build: Build) -> None:
 
 def test_what_does_not_fit_is_left_out_and_counted(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 20_000)
-    found = browser([read_run(build(name)) for name in ("a", "b")])
+    found = answer_browser([read_run(build(name)) for name in ("a", "b")])
     assert 0 < found.shown < found.total == 140
     assert len(found.json) < 21_000
     assert len(entries(found.json)) == found.shown
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_left_out_and_counted(build: Build, monkeypatch: py
 def test_not_a_number_is_no_number(build: Build) -> None:
     run = build(held_out=0, groups=1)
     write_rows(run.groups, [row | {"labels": [float("nan")] * 8} for row in read_rows(run.groups)])
-    (entry,) = entries(browser([read_run(run)]).json)
+    (entry,) = entries(answer_browser([read_run(run)]).json)
     assert entry["group"]["candidates"][0]["D"] is None
 
 
@@ -127,13 +127,13 @@ def test_pictures_are_on_the_page_once_and_within_bounds(build: Build, monkeypat
     prompts = {f"{n:016x}": Prompt.from_text(f"{IMAGE}Q{n}", images=(image,)) for n, image in enumerate(images)}
     for run in runs:
         picture_run(run, prompts)
-    found = browser([read_run(run) for run in runs])
+    found = answer_browser([read_run(run) for run in runs])
     urls = json.loads(found.json)["images"]
     assert set(urls) == {image.digest for image in images} and found.images_left_out == 0
     assert [entry["images"] for entry in entries(found.json)] == [[i.digest] for i in images for _ in runs]
     lengths = [len(urls[image.digest]) for image in images]
     monkeypatch.setattr(module, "MAX_IMAGE_BYTES", sum(lengths[:2]))
-    less = browser([read_run(run) for run in runs])
+    less = answer_browser([read_run(run) for run in runs])
     assert set(json.loads(less.json)["images"]) == {image.digest for image in images[:2]}
     assert (less.images_left_out, less.shown) == (1, 6)
     assert "1 images are not here" in _page([read_run(run) for run in runs])
@@ -144,5 +144,5 @@ def test_what_a_run_does_not_have_is_no_picture(build: Build) -> None:
     path = run.generations("sft")
     write_rows(path, [row | {"prompt": f"{IMAGE}Q", "images": ["../../../etc/passwd"]} for row in read_rows(path)])
     write_rows(run.generations("base"), [])
-    found = browser([read_run(run)])
+    found = answer_browser([read_run(run)])
     assert json.loads(found.json)["images"] == {}

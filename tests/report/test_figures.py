@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from synthetic import Build, metrics
 
-from purld.report.figures import COLOURS, convergence, drawings, save_convergence, score_quality_line
-from purld.report.run_data import Run, read_run
+from purld.report.figures import COLOURS, describe_score_quality, draw_convergence, draw_figures, save_convergence
+from purld.report.run_data import RunData, read_run
 from purld.runs.files import write_rows
 
 
-def logged(build: Build, *stages: str, **changes: float | None) -> Run:
+def logged(build: Build, *stages: str, **changes: float | None) -> RunData:
     """A run that logged these stages, with some metrics overwritten, or left out where None."""
     run = build(held_out=1, groups=1)
     rows = [row | changes for row in metrics(random.Random(0)) if row["stage"] in stages]
@@ -24,12 +24,12 @@ def logged(build: Build, *stages: str, **changes: float | None) -> Run:
     return read_run(run)
 
 
-def headings(run: Run) -> list[str]:
-    return [drawing.heading for drawing in drawings(run)]
+def headings(run: RunData) -> list[str]:
+    return [drawing.heading for drawing in draw_figures(run)]
 
 
 def test_two_stages_share_one_axis_of_steps_and_have_one_each_of_values(build: Build) -> None:
-    figure = convergence(logged(build, "sft", "align"))
+    figure = draw_convergence(logged(build, "sft", "align"))
     assert figure is not None
     left, right = figure.axes
     assert left.get_ylabel() == "Stage I: SFT loss"
@@ -45,7 +45,7 @@ def test_two_stages_share_one_axis_of_steps_and_have_one_each_of_values(build: B
 
 @pytest.mark.parametrize(("stage", "label"), [("sft", "Stage I: SFT loss"), ("align", "Stage II: LDL-GRPO objective")])
 def test_one_stage_alone_has_one_axis_and_no_transition(build: Build, stage: str, label: str) -> None:
-    figure = convergence(logged(build, stage))
+    figure = draw_convergence(logged(build, stage))
     assert figure is not None
     (axes,) = figure.axes
     assert axes.get_ylabel() == label
@@ -54,7 +54,7 @@ def test_one_stage_alone_has_one_axis_and_no_transition(build: Build, stage: str
 
 def test_no_training_no_figures(build: Build, tmp_path: Path) -> None:
     run = logged(build)
-    assert drawings(run) == []
+    assert draw_figures(run) == []
     with pytest.raises(ValueError, match="no training to draw"):
         save_convergence(run, tmp_path / "figure.png")
 
@@ -69,8 +69,8 @@ def test_accuracy_over_training_is_drawn_where_gold_checked_it(build: Build) -> 
     run = logged(build, "align")
     assert "Accuracy over training" not in headings(run)
     rows = [{"step": step, "n": 64, "right": 0.2 + 0.01 * step} for step in range(1, 41)]
-    checked = Run(**(vars(run) | {"results": {"training_accuracy": rows}}))
-    drawing = drawings(checked)[1]
+    checked = RunData(**(vars(run) | {"results": {"training_accuracy": rows}}))
+    drawing = draw_figures(checked)[1]
     assert drawing.heading == "Accuracy over training"
     assert "60%" in drawing.svg and "right candidates" in drawing.svg
 
@@ -83,7 +83,7 @@ def test_values_that_are_not_finite_are_gaps(build: Build) -> None:
     run = logged(build, "align")
     rows = [dict(row) for row in run.metrics]
     rows[5]["objective"], rows[6]["objective"] = float("nan"), float("inf")
-    figure = convergence(Run(**(vars(run) | {"metrics": rows})))
+    figure = draw_convergence(RunData(**(vars(run) | {"metrics": rows})))
     assert figure is not None
     assert np.isfinite(figure.axes[0].lines[0].get_ydata()).all()
     assert len(figure.axes[0].lines[0].get_ydata()) == 118
@@ -91,7 +91,7 @@ def test_values_that_are_not_finite_are_gaps(build: Build) -> None:
 
 def test_svg_is_well_formed_follows_the_page_and_shares_no_id(build: Build) -> None:
     run = logged(build, "sft", "align")
-    found = [*drawings(run, prefix="run0"), *drawings(run, prefix="run1")]
+    found = [*draw_figures(run, prefix="run0"), *draw_figures(run, prefix="run1")]
     ids: list[str] = []
     for drawing in found:
         root = ET.fromstring(drawing.svg.replace("xlink:href", "href"))
@@ -110,7 +110,7 @@ def test_svg_is_well_formed_follows_the_page_and_shares_no_id(build: Build) -> N
 
 def test_equal_runs_draw_equal_figures(build: Build) -> None:
     run = logged(build, "sft", "align")
-    assert drawings(run) == drawings(run)
+    assert draw_figures(run) == draw_figures(run)
 
 
 def test_a_picture_for_a_readme(build: Build, tmp_path: Path) -> None:
@@ -127,12 +127,12 @@ def test_the_way_of_q_towards_d_is_drawn_and_said(build: Build) -> None:
     run = logged(build, "align")
     assert "KL(D‖q) before and after" not in headings(run)
     found = {"groups": 5, "before": 0.33, "after": 0.11, "closer": 4}
-    measured = Run(**(vars(run) | {"results": {"label_divergence": found}}))
-    drawing = drawings(measured)[-1]
+    measured = RunData(**(vars(run) | {"results": {"label_divergence": found}}))
+    drawing = draw_figures(measured)[-1]
     assert drawing.heading == "KL(D‖q) before and after"
     assert "first 5 groups the mean was 0.330 under the policy that drew them and is 0.110" in drawing.caption
     assert "in 4 of them" in drawing.caption
-    without = Run(**(vars(measured) | {"groups": []}))
+    without = RunData(**(vars(measured) | {"groups": []}))
     assert "KL(D‖q) before and after" not in headings(without)
 
 
@@ -141,11 +141,11 @@ def test_score_quality_is_drawn_and_said(build: Build) -> None:
     found = {"n": 40, "prompts": 8, "right": 0.3, "auc": 0.91, "auc_within": 0.882, "auc_within_ci": [0.81, 0.94]}
     run = logged(build, "align")
     assert "Scores against gold" not in headings(run)
-    scored = Run(**(vars(run) | {"results": {"score_quality": found | {"ece": 0.05, "bins": bins}}}))
-    drawing = drawings(scored)[-1]
+    scored = RunData(**(vars(run) | {"results": {"score_quality": found | {"ece": 0.05, "bins": bins}}}))
+    drawing = draw_figures(scored)[-1]
     assert drawing.heading == "Scores against gold"
     assert "88.2% of the time (95% interval 81.0 to 94.0; chance is 50)" in drawing.caption
     assert "AUC over all prompts 0.910" in drawing.caption
     assert "self-evaluated score" in drawing.svg
     none = {key: value for key, value in found.items() if not key.startswith("auc")} | {"ece": 0.3, "bins": bins}
-    assert "No prompt has both" in score_quality_line(none)
+    assert "No prompt has both" in describe_score_quality(none)

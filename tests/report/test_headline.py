@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from synthetic import Build
 
-from purld.report.headline import verdict
-from purld.report.run_data import Run, read_run
+from purld.report.headline import write_headline
+from purld.report.run_data import RunData, read_run
 from purld.runs.files import read_json, write_json
 from purld.runs.run_dir import RunDir
 
 
-def judged(run: RunDir, **difference: Any) -> Run:
+def judged(run: RunDir, **difference: Any) -> RunData:
     """The run with this for its difference to SFT."""
     results = read_json(run.results)
     write_json(run.results, results | {"difference": {"ldl_grpo - sft": difference} if difference else {}})
@@ -21,7 +21,7 @@ def judged(run: RunDir, **difference: Any) -> Run:
 
 
 def test_better_only_when_the_interval_excludes_zero(build: Build) -> None:
-    sentence = verdict(judged(build(), accuracy=0.062, accuracy_ci=[0.031, 0.095]))
+    sentence = write_headline(judged(build(), accuracy=0.062, accuracy_ci=[0.031, 0.095]))
     assert sentence.tone == "better"
     assert sentence.text == (
         "LDL-GRPO is better than SFT: 74.5% right answers against 68.3%, a difference of +6.2 points "
@@ -30,25 +30,25 @@ def test_better_only_when_the_interval_excludes_zero(build: Build) -> None:
 
 
 def test_an_interval_with_zero_in_it_claims_nothing(build: Build) -> None:
-    sentence = verdict(judged(build(), accuracy=0.02, accuracy_ci=[-0.01, 0.05]))
+    sentence = write_headline(judged(build(), accuracy=0.02, accuracy_ci=[-0.01, 0.05]))
     assert sentence.tone == "open"
     assert sentence.text.startswith("LDL-GRPO and SFT cannot be told apart: ")
     assert "−1.0 to +5.0" in sentence.text
 
 
 def test_an_interval_that_touches_zero_claims_nothing(build: Build) -> None:
-    assert verdict(judged(build(), accuracy=0.02, accuracy_ci=[0.0, 0.05])).tone == "open"
+    assert write_headline(judged(build(), accuracy=0.02, accuracy_ci=[0.0, 0.05])).tone == "open"
 
 
 def test_a_loss_is_called_a_loss(build: Build) -> None:
-    sentence = verdict(judged(build(), accuracy=-0.1, accuracy_ci=[-0.15, -0.05]))
+    sentence = write_headline(judged(build(), accuracy=-0.1, accuracy_ci=[-0.15, -0.05]))
     assert sentence.tone == "worse"
     assert sentence.text.startswith("LDL-GRPO is worse than SFT: ")
     assert "−10.0 points" in sentence.text
 
 
 def test_a_second_metric_that_disagrees_is_not_left_out(build: Build) -> None:
-    sentence = verdict(
+    sentence = write_headline(
         judged(
             build(),
             accuracy=0.06,
@@ -62,13 +62,13 @@ def test_a_second_metric_that_disagrees_is_not_left_out(build: Build) -> None:
 
 
 def test_win_rates_speak_where_there_is_no_gold(build: Build) -> None:
-    sentence = verdict(judged(build(), lc_win_rate=0.05, lc_win_rate_ci=[0.01, 0.09]))
+    sentence = write_headline(judged(build(), lc_win_rate=0.05, lc_win_rate_ci=[0.01, 0.09]))
     assert sentence.tone == "better"
     assert "41.4% length-controlled wins against 35.5%" in sentence.text
 
 
 def test_without_a_paired_difference_no_claim_is_made(build: Build) -> None:
-    sentence = verdict(judged(build()))
+    sentence = write_headline(judged(build()))
     assert sentence.tone == "open"
     assert "was not measured" in sentence.text
     assert "LDL-GRPO 74.5% (70.4% to 78.3%), SFT 68.3%" in sentence.text
@@ -79,13 +79,13 @@ def test_sft_alone_is_compared_with_the_base(build: Build) -> None:
     results = read_json(run.results)
     del results["models"]["ldl_grpo"], results["difference"]["ldl_grpo - sft"]
     write_json(run.results, results | {"method": "sft"})
-    assert verdict(read_run(run)).text.startswith("SFT is better than Base: 68.3% right answers against 41.2%")
+    assert write_headline(read_run(run)).text.startswith("SFT is better than Base: 68.3% right answers against 41.2%")
 
 
 @pytest.mark.parametrize("models", [{}, {"ldl_grpo": {"n": 5}}])
 def test_nothing_measured_nothing_said(build: Build, models: dict[str, Any]) -> None:
     run = build()
     write_json(run.results, {"method": "ldl_grpo", "models": models})
-    sentence = verdict(read_run(run))
+    sentence = write_headline(read_run(run))
     assert sentence.tone == "none"
     assert "better" not in sentence.text

@@ -12,8 +12,8 @@ import yaml
 from synthetic import Build, results
 
 from purld.report.page import write_report
-from purld.report.run_data import Run, read_run
-from purld.report.sensitivity import _Point, draw, flat, sensitivity
+from purld.report.run_data import RunData, read_run
+from purld.report.sensitivity import _Point, draw_sensitivity, flatten_config, sensitivity_figures
 from purld.runs.files import write_json
 
 
@@ -21,7 +21,7 @@ from purld.runs.files import write_json
 def swept(build: Build) -> Any:
     """A run per combination of the given `align` values, with an accuracy that falls with beta."""
 
-    def make(**axes: list[Any]) -> list[Run]:
+    def make(**axes: list[Any]) -> list[RunData]:
         runs = []
         for values in itertools.product(*axes.values()):
             chosen = dict(zip(axes, values, strict=True))
@@ -40,7 +40,7 @@ def swept(build: Build) -> Any:
 
 
 def test_a_grid_has_a_figure_for_each_key_and_metric(swept: Any) -> None:
-    found = sensitivity(swept(tau=[0.6, 1.2], beta=[0.001, 0.01, 0.1], seed=[0, 1]))
+    found = sensitivity_figures(swept(tau=[0.6, 1.2], beta=[0.001, 0.01, 0.1], seed=[0, 1]))
     headings = [drawing.heading for drawing in found]
     assert "Accuracy against align.tau" in headings
     assert "Win rate against align.beta" in headings
@@ -50,24 +50,24 @@ def test_a_grid_has_a_figure_for_each_key_and_metric(swept: Any) -> None:
 
 
 def test_runs_that_differ_in_no_number_are_no_sweep(swept: Any) -> None:
-    assert sensitivity(swept(seed=[0, 1])) == []
-    assert sensitivity(swept(q=["ratio", "likelihood"])) == []
-    assert sensitivity([]) == []
+    assert sensitivity_figures(swept(seed=[0, 1])) == []
+    assert sensitivity_figures(swept(q=["ratio", "likelihood"])) == []
+    assert sensitivity_figures([]) == []
 
 
 def test_runs_that_differ_in_two_keys_at_once_say_nothing_about_either(swept: Any) -> None:
     low, _, _, high = swept(tau=[0.6, 1.2], beta=[0.001, 0.1])
-    assert sensitivity([low, high]) == []
+    assert sensitivity_figures([low, high]) == []
 
 
 def test_where_things_lie_is_no_setting(swept: Any) -> None:
-    assert "teacher.base_url" not in flat(swept(tau=[1.0])[0])
-    assert flat(swept(tau=[1.0])[0])["align.tau"] == 1.0
+    assert "teacher.base_url" not in flatten_config(swept(tau=[1.0])[0])
+    assert flatten_config(swept(tau=[1.0])[0])["align.tau"] == 1.0
 
 
 def test_a_line_joins_the_means_over_seeds(swept: Any) -> None:
     points = [_Point(x, (("align.tau", 0.6),), y) for x, y in [(0.001, 0.8), (0.001, 0.7), (0.1, 0.5), (0.1, 0.3)]]
-    axes = draw(points, "align.beta", "accuracy", 0.6).axes[0]
+    axes = draw_sensitivity(points, "align.beta", "accuracy", 0.6).axes[0]
     assert axes.get_xscale() == "log"
     level, dots, line = axes.lines
     assert list(level.get_ydata()) == [0.6, 0.6]
@@ -78,7 +78,7 @@ def test_a_line_joins_the_means_over_seeds(swept: Any) -> None:
 
 def test_other_settings_are_lines_with_names(swept: Any) -> None:
     points = [_Point(x, (("align.q", q),), 0.5) for x in (1.0, 2.0) for q in ("ratio", "mean")]
-    axes = draw(points, "align.tau", "accuracy", None).axes[0]
+    axes = draw_sensitivity(points, "align.tau", "accuracy", None).axes[0]
     assert axes.get_xscale() == "linear"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["q=mean", "q=ratio"]
 

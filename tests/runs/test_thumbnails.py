@@ -6,7 +6,7 @@ import pytest
 from image_factory import encoded, picture, save_picture
 from PIL import Image
 
-from purld.runs.thumbnails import SIDE, album_of, question_of
+from purld.runs.thumbnails import SIDE, thumbnail_folder, logged_question
 from purld.errors import UserError
 from purld.data.images import read_image
 from purld.records import IMAGE, Prompt
@@ -18,21 +18,21 @@ def test_a_row_refers_to_small_copies_that_outlive_the_pictures(tmp_path):
     large, small = read_image("large.jpg", tmp_path), read_image(encoded(picture()), tmp_path)
     prompt = Prompt.from_text(f"{IMAGE}Is it like {IMAGE}?", images=(large, small))
     rows = tmp_path / "run" / "generations" / "sft.jsonl"
-    assert question_of(prompt, rows) == {"prompt": prompt.question, "images": [large.digest, small.digest]}
-    kept = {file.stem: file for file in album_of(rows).iterdir()}
+    assert logged_question(prompt, rows) == {"prompt": prompt.question, "images": [large.digest, small.digest]}
+    kept = {file.stem: file for file in thumbnail_folder(rows).iterdir()}
     assert set(kept) == {large.digest, small.digest}
     assert Image.open(kept[large.digest]).size == (SIDE, SIDE * 2 // 3)
     assert Image.open(io.BytesIO(kept[small.digest].read_bytes())).size == (24, 16)
     before = kept[large.digest].stat().st_mtime_ns
     path.unlink()
-    question_of(prompt, rows)  # what is kept is not made again
+    logged_question(prompt, rows)  # what is kept is not made again
     assert kept[large.digest].stat().st_mtime_ns == before
 
 
 def test_without_pictures_a_row_has_no_field_for_them(tmp_path):
     rows = tmp_path / "generations" / "sft.jsonl"
-    assert question_of(Prompt.from_text("q"), rows) == {"prompt": "q"}
-    assert not album_of(rows).exists()
+    assert logged_question(Prompt.from_text("q"), rows) == {"prompt": "q"}
+    assert not thumbnail_folder(rows).exists()
 
 
 def test_nothing_is_kept_of_a_picture_that_has_gone(tmp_path):
@@ -41,5 +41,5 @@ def test_nothing_is_kept_of_a_picture_that_has_gone(tmp_path):
     path.unlink()
     rows = tmp_path / "generations" / "sft.jsonl"
     with pytest.raises(UserError, match=r"a\.png: the image cannot be read any more"):
-        question_of(prompt, rows)
-    assert not album_of(rows).exists()
+        logged_question(prompt, rows)
+    assert not thumbnail_folder(rows).exists()

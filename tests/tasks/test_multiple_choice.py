@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purld.records import Prompt
-from purld.tasks.multiple_choice import chosen, has_gold, is_correct
+from purld.tasks.multiple_choice import chosen_option, has_gold, is_correct
 
 COLOURS = ["purple", "red", "blue", "dark red"]
 
@@ -23,19 +23,19 @@ COLOURS = ["purple", "red", "blue", "dark red"]
     ],
 )  # fmt: skip
 def test_an_answer_chooses_one_option_or_none(answer, place):
-    assert chosen(answer, COLOURS) == place
+    assert chosen_option(answer, COLOURS) == place
 
 
 def test_an_option_that_looks_like_a_label_is_meant_itself():
     counts = ["2", "1", "4", "0"]
-    assert chosen("2", counts) == 0
-    assert chosen("(2)", counts) == 2
-    assert chosen("Answer: 0", counts) == 3
+    assert chosen_option("2", counts) == 0
+    assert chosen_option("(2)", counts) == 2
+    assert chosen_option("Answer: 0", counts) == 3
 
 
 def test_options_without_letters_never_match_an_empty_answer():
-    assert chosen("", ["<", ">"]) is None
-    assert chosen("!", ["<", ">"]) is None
+    assert chosen_option("", ["<", ">"]) is None
+    assert chosen_option("!", ["<", ">"]) is None
 
 
 def test_gold_is_compared_by_place():
@@ -62,5 +62,5 @@ def test_without_gold_an_answer_is_not_wrong_but_unscored(fields):
 
 @given(answer=st.text(max_size=40), options=st.lists(st.text(max_size=8), min_size=1, max_size=5))
 def test_whatever_is_said_it_names_one_of_the_options_or_none(answer, options):
-    place = chosen(answer, options)
+    place = chosen_option(answer, options)
     assert place is None or 0 <= place < len(options)

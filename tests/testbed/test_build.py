@@ -24,7 +24,7 @@ from purld.testbed.students.muon import orthogonal
 from purld.testbed.students.students import STUDENTS as DESIGNS
 from purld.testbed.students.tokenizer import END_OF_TURN, TURN, template_phrases
 from purld.testbed.world import world
-from purld.testbed.world.world import TEXT_TASKS, generate, split_of
+from purld.testbed.world.world import TEXT_TASKS, generate_problems, split_of
 
 ASSET = STUDENTS["text"]
 
@@ -82,7 +82,7 @@ def test_any_text_survives_the_tokenizer_but_for_its_composed_form(tokenizer, te
 
 @given(texts=st.tuples(st.text(), st.text(), st.text()))
 def test_filled_templates_survive_the_tokenizer(tokenizer, texts: tuple[str, str, str]) -> None:
-    filled = templates.self_evaluation(*texts)
+    filled = templates.self_evaluation_turn(*texts)
     assert tokenizer.decode(tokenizer(filled)["input_ids"]) == unicodedata.normalize("NFC", filled)
 
 
@@ -131,14 +131,14 @@ def test_no_lesson_holds_a_held_out_question() -> None:
         judged = corpus.judging_lesson(rng).prompt
         question = judged.partition("Question:\n")[2].partition("\n\nReference Answer:")[0]
         for asked in (corpus.answer_lesson(rng).prompt, question):
-            problem = world.recognise(asked)
+            problem = world.recognise_problem(asked)
             assert problem is not None and split_of(problem) == "train"
 
 
 def test_lessons_are_partly_wrong_and_judgements_balanced() -> None:
     rng = random.Random(0)
     for task in TEXT_TASKS:
-        problems = generate(task, "train", 1000, 0)
+        problems = generate_problems(task, "train", 1000, 0)
         right = np.mean([world.is_right(p, corpus.base_answer(p, rng)) for p in problems])
         assert 0.4 < right < 0.75
     scores = [corpus.judging_lesson(rng).reply for _ in range(1000)]

@@ -14,14 +14,14 @@ from PIL import Image as Pil
 
 from purld import templates
 from purld.config.schema import Data
-from purld.data.files import Row
+from purld.data.files import FileRow
 from purld.data.images import open_image, read_image
 from purld.data.prompts import parse_prompt
 from purld.records import IMAGE, Prompt
 from purld.tasks.checks import find_check
 from purld.testbed.server import JUDGE, TEACHER, UNKNOWN_QUESTION, TestbedServer
 from purld.testbed.students.scene_corpus import base_answer, near_miss
-from purld.testbed.world import pictures, seeing, world
+from purld.testbed.world import scene_image, seeing, world
 from purld.testbed.world.claims import read_claims
 from purld.testbed.world.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
 from purld.testbed.world.world import SCENE_TASKS, Problem
@@ -47,21 +47,21 @@ def test_what_is_drawn_is_read_after_any_lossless_encoding(form: str) -> None:
     for _ in range(150):
         scene = draw_scene(rng)
         buffer = io.BytesIO()
-        pictures.draw(scene, rng).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
-        assert pictures.read(Pil.open(buffer)) == scene
+        scene_image.draw(scene, rng).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
+        assert scene_image.read(Pil.open(buffer)) == scene
 
 
 def test_every_shape_is_read_in_every_colour_size_and_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
-    for size in pictures._SIZES:
-        monkeypatch.setattr(pictures, "_SIZES", [size])
+    for size in scene_image._SIZES:
+        monkeypatch.setattr(scene_image, "_SIZES", [size])
         for number, shape in enumerate(SHAPES):
             things = [Thing(COLOURS[(i + number) % len(COLOURS)], shape, place) for i, place in enumerate(PLACES)]
-            assert pictures.read(pictures.draw(Scene(tuple(things)), rng)) == Scene(tuple(things))
+            assert scene_image.read(scene_image.draw(Scene(tuple(things)), rng)) == Scene(tuple(things))
 
 
 def test_what_is_no_scene_is_not_read() -> None:
-    drawn = pictures.draw(SCENE, random.Random(0))
+    drawn = scene_image.draw(SCENE, random.Random(0))
     blurred = io.BytesIO()
     drawn.save(blurred, "JPEG", quality=60)
     dotted = drawn.copy()
@@ -71,10 +71,10 @@ def test_what_is_no_scene_is_not_read() -> None:
         drawn.rotate(45),
         Pil.open(blurred),
         dotted,
-        pictures.draw(Scene(()), random.Random(0)),
+        scene_image.draw(Scene(()), random.Random(0)),
         Pil.new("L", drawn.size),
     ]
-    assert [pictures.read(other) for other in others] == [None] * len(others)
+    assert [scene_image.read(other) for other in others] == [None] * len(others)
 
 
 # --- what sentences claim ----------------------------------------------------------------------------------------
@@ -183,28 +183,28 @@ def test_splits_are_disjoint_distinct_and_repeatable(task: world.Task) -> None:
     def content(problem: Problem) -> tuple:
         return problem.question, problem.scene
 
-    train = [content(p) for p in world.generate(task, "train", 800, 1)]
-    held_out = [content(p) for p in world.generate(task, "heldout", 300, 2)]
+    train = [content(p) for p in world.generate_problems(task, "train", 800, 1)]
+    held_out = [content(p) for p in world.generate_problems(task, "heldout", 300, 2)]
     assert len(set(train)) == 800
     assert not set(train) & set(held_out)
-    assert train == [content(p) for p in world.generate(task, "train", 800, 1)]
+    assert train == [content(p) for p in world.generate_problems(task, "train", 800, 1)]
 
 
 def test_every_family_occurs() -> None:
     for task in SCENE_TASKS:
-        found = {p.family for p in world.generate(task, "heldout", 200, 0)}
+        found = {p.family for p in world.generate_problems(task, "heldout", 200, 0)}
         assert found == {*seeing.FAMILIES, seeing.COUNT}
 
 
 @given(problems())
 def test_a_question_reads_back_and_its_teacher_is_right(problem: Problem) -> None:
     prompt = world.to_prompt(problem)
-    assert pictures.read(open_image(prompt.images[0])) == problem.scene
-    assert world.recognise(problem.question, problem.scene) == problem
+    assert scene_image.read(open_image(prompt.images[0])) == problem.scene
+    assert world.recognise_problem(problem.question, problem.scene) == problem
     answer = world.teacher_answer(problem)
     assert answer == world.teacher_answer(problem)
-    assert world.check(prompt, answer)
-    assert world.quality(problem, answer) >= 1
+    assert world.check_answer(prompt, answer)
+    assert world.answer_quality(problem, answer) >= 1
 
 
 @given(problems(), SEEDS)
@@ -215,7 +215,7 @@ def test_every_right_wording_passes_and_every_mistake_fails(problem: Problem, se
     assert world.is_right(problem, world.right_answer(problem, rng))
     miss = near_miss(problem, rng)
     assert not world.is_right(problem, miss)
-    assert world.quality(problem, miss) == 0
+    assert world.answer_quality(problem, miss) == 0
     if problem.asked().options:
         assert problem.truth in problem.asked().options
 
@@ -223,7 +223,7 @@ def test_every_right_wording_passes_and_every_mistake_fails(problem: Problem, se
 def test_the_base_errs_as_often_as_it_shall() -> None:
     rng = random.Random(0)
     for task in SCENE_TASKS:
-        problems = world.generate(task, "train", 600, 0)
+        problems = world.generate_problems(task, "train", 600, 0)
         assert 0.5 < sum(world.is_right(p, base_answer(p, rng)) for p in problems) / 600 < 0.7
         assert all(world.is_right(p, base_answer(p, rng, errors=0.0)) for p in problems[:50])
 
@@ -234,7 +234,7 @@ def test_the_check_knows_its_prompts_by_their_pixels() -> None:
     assert check is not None
     other = Scene((Thing("green", "ring", "top left"),))
     for scene, right in ((SCENE, True), (other, False)):
-        shown = read_image(pictures.encode(pictures.draw(scene, random.Random(3))), Path())
+        shown = read_image(scene_image.encode(scene_image.draw(scene, random.Random(3))), Path())
         prompt = Prompt.from_text(f"{IMAGE}Question: Where is the blue ring?", images=(shown,))
         if right:
             assert check(prompt, "The blue ring is at the middle center.")
@@ -244,11 +244,11 @@ def test_the_check_knows_its_prompts_by_their_pixels() -> None:
 
 
 def test_written_prompts_load_as_they_are_asked(tmp_path: Path) -> None:
-    problems = [p for task in SCENE_TASKS for p in world.generate(task, "train", 5, 0)]
+    problems = [p for task in SCENE_TASKS for p in world.generate_problems(task, "train", 5, 0)]
     world.write_prompts(tmp_path / "prompts.jsonl", problems)
     lines = (tmp_path / "prompts.jsonl").read_text().splitlines()
     for problem, line in zip(problems, lines, strict=True):
-        prompt = parse_prompt(Row("here", json.loads(line)), Data(prompts="x").columns, tmp_path)
+        prompt = parse_prompt(FileRow("here", json.loads(line)), Data(prompts="x").columns, tmp_path)
         assert prompt.id == world.to_prompt(problem).id
         assert prompt.reference == problem.truth
         assert prompt.metadata == {"task": problem.task, "family": problem.family}
@@ -268,7 +268,7 @@ def client():
 
 def url_of(scene: Scene, form: str = "png") -> str:
     buffer = io.BytesIO()
-    pictures.draw(scene, random.Random(1)).save(buffer, form)
+    scene_image.draw(scene, random.Random(1)).save(buffer, form)
     return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -284,7 +284,7 @@ def ask(client: openai.OpenAI, model: str, text: str, *urls: str) -> str | None:
 
 def test_the_teacher_reads_the_picture_it_is_sent(client) -> None:
     said = ask(client, TEACHER, IMAGE + MC, url_of(SCENE))
-    problem = world.recognise(IMAGE + MC, SCENE)
+    problem = world.recognise_problem(IMAGE + MC, SCENE)
     assert problem is not None and said == world.teacher_answer(problem)
     assert "blue" in said
 
@@ -313,12 +313,12 @@ def test_the_judge_prefers_what_the_picture_bears_out(client) -> None:
     right, wrong = "The blue ring is at the middle center.", "The blue ring is at the top left."
     because = "It is at the middle center, because the blue ring is at the middle center."
     for a, b, verdict in ((right, wrong, "A"), (wrong, right, "B"), (wrong, wrong, "T"), (right, because, "B")):
-        assert ask(client, JUDGE, templates.judge(question, "middle center", a, b), url_of(SCENE)) == verdict
+        assert ask(client, JUDGE, templates.judge_turn(question, "middle center", a, b), url_of(SCENE)) == verdict
     moved = Scene((Thing("blue", "ring", "top left"),))
-    assert ask(client, JUDGE, templates.judge(question, "", right, wrong), url_of(moved)) == "B"
+    assert ask(client, JUDGE, templates.judge_turn(question, "", right, wrong), url_of(moved)) == "B"
 
 
 def test_the_teacher_scores_an_answer_to_a_picture(client) -> None:
     question = f"{IMAGE}Question: Where is the blue ring?"
     for answer, score in (("The blue ring is at the middle center.", "0.50"), ("The blue ring is red.", "0.00")):
-        assert ask(client, TEACHER, templates.rating(question, answer), url_of(SCENE)) == score
+        assert ask(client, TEACHER, templates.rating_turn(question, answer), url_of(SCENE)) == score

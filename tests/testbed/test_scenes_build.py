@@ -14,7 +14,7 @@ from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.load import load_encoder, load_model
 from purld.model.processor import read_processor
-from purld.model.vision import pixels_of
+from purld.model.vision import pixel_inputs
 from purld.records import IMAGE, Prompt
 from purld.runs.files import append_rows, read_rows
 from purld.testbed.shipped import STUDENTS
@@ -23,7 +23,7 @@ from purld.testbed.students.learner import READING, Learner, as_images
 from purld.testbed.students.lessons import GARBAGE, RIGHT, WRONG, Phase
 from purld.testbed.students.rounds import Rounds
 from purld.testbed.students.students import STUDENTS as DESIGNS
-from purld.testbed.world import pictures, world
+from purld.testbed.world import scene_image, world
 from purld.testbed.world.scenes import draw_scene
 from purld.testbed.world.world import SCENE_TASKS
 
@@ -87,7 +87,7 @@ def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> Non
 
 def test_a_picture_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encoder, name) -> None:
     """LLaVA's own way is to put a turn's pictures before its words."""
-    (image,) = as_images([pictures.draw(draw_scene(random.Random(0)), random.Random(0))])
+    (image,) = as_images([scene_image.draw(draw_scene(random.Random(0)), random.Random(0))])
     head = encoder.prompt(Prompt.from_text(f"Look: {IMAGE}What is at the top left?", images=(image,)))
     inside = [place for place, token in enumerate(head.ids) if token in encoder.placeholders]
     assert len(inside) == inside[-1] - inside[0] + 1 == 9
@@ -98,7 +98,7 @@ def test_a_picture_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encode
 def test_a_students_answers_depend_on_the_picture(model, encoder) -> None:
     """The same question of two pictures: what is true of one is far likelier said of that one."""
     scenes = [draw_scene(random.Random(seed)) for seed in range(2)]
-    images = as_images([pictures.draw(scene, random.Random(0)) for scene in scenes])
+    images = as_images([scene_image.draw(scene, random.Random(0)) for scene in scenes])
     likelihood = torch.zeros(2, 2)
     for row, image in enumerate(images):
         head = encoder.prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
@@ -106,7 +106,7 @@ def test_a_students_answers_depend_on_the_picture(model, encoder) -> None:
             reply = encoder.literal(" ".join(f"There is a {t.name} at the {t.place}." for t in scene.things))
             ids = torch.tensor([[*head.ids, *reply]])
             with torch.no_grad():
-                logs = model(input_ids=ids, **pixels_of([head], ids)).logits[0].log_softmax(-1)
+                logs = model(input_ids=ids, **pixel_inputs([head], ids)).logits[0].log_softmax(-1)
             likelihood[row, column] = sum(logs[len(head) - 1 + n, token] for n, token in enumerate(reply))
     assert (likelihood.diag() > likelihood.flip(1).diag() + 5).all()
 
@@ -118,14 +118,14 @@ def test_no_lesson_is_of_a_held_out_problem() -> None:
     rng = random.Random(0)
     for problem, picture in scene_corpus.problems(200, rng):
         assert world.split_of(problem) == "train"
-        assert pictures.read(picture) == problem.scene
+        assert scene_image.read(picture) == problem.scene
     for _ in range(100):
         scene = draw_scene(rng)
-        picture = pictures.draw(scene, rng)
+        picture = scene_image.draw(scene, rng)
         judged = scene_corpus.judging_lesson(scene, picture, rng).prompt
         question = judged.partition("Question:\n")[2].partition("\n\nReference Answer:")[0]
         for asked in (scene_corpus.answer_lesson(scene, picture, 1.0, rng).prompt, question):
-            problem = world.recognise(asked, scene)
+            problem = world.recognise_problem(asked, scene)
             assert problem is not None and world.split_of(problem) == "train"
 
 
@@ -147,7 +147,7 @@ def test_judgements_and_comparisons_are_balanced_and_true() -> None:
     scores = {"judgement": [], "comparison": []}
     for _ in range(600):
         scene = draw_scene(rng)
-        picture = pictures.draw(scene, rng)
+        picture = scene_image.draw(scene, rng)
         for lesson in (
             scene_corpus.judging_lesson(scene, picture, rng),
             scene_corpus.comparison_lesson(scene, picture, rng),
@@ -167,7 +167,7 @@ def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None
     rng = random.Random(0)
     learner = Learner(model, encoder)
     scenes = [draw_scene(rng) for _ in range(2)]
-    shown = [pictures.draw(scene, rng) for scene in scenes]
+    shown = [scene_image.draw(scene, rng) for scene in scenes]
     lessons = [
         scene_corpus.answer_lesson(scenes[0], shown[0], 1.0, rng),
         scene_corpus.judging_lesson(scenes[1], shown[1], rng),
@@ -181,7 +181,7 @@ def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None
             head = encoder.prompt(Prompt.from_text(turn.lesson.prompt, images=tuple(as_images([turn.lesson.picture]))))
             assert head.ids == turn.head.ids
             ids = torch.tensor([turn.ids])
-            logs = model(input_ids=ids, **pixels_of([head], ids)).logits[0].log_softmax(-1)
+            logs = model(input_ids=ids, **pixel_inputs([head], ids)).logits[0].log_softmax(-1)
             start, kind = len(head), turn.lesson.kind
             read = [-logs[t - 1, i] for t, i in enumerate(head.ids) if t and i not in encoder.placeholders]
             replied = [-logs[t - 1, turn.ids[t]] for t in range(start, len(turn.ids))]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from purld.errors import UserError
 from purld.records import Prompt
 from purld.testbed.students.corpus import near_miss
-from purld.testbed.students.lessons import spoil
+from purld.testbed.students.lessons import spoil_answer
 from purld.testbed.world import counting, world, writing
 from purld.testbed.world.world import TEXT_TASKS, Problem
 
@@ -25,17 +25,17 @@ def problems(draw: st.DrawFn) -> Problem:
 
 @pytest.mark.parametrize("task", TEXT_TASKS)
 def test_splits_are_disjoint_distinct_and_repeatable(task: world.Task) -> None:
-    train = [p.question for p in world.generate(task, "train", 1500, 1)]
-    held_out = [p.question for p in world.generate(task, "heldout", 500, 2)]
+    train = [p.question for p in world.generate_problems(task, "train", 1500, 1)]
+    held_out = [p.question for p in world.generate_problems(task, "heldout", 500, 2)]
     assert len(set(train)) == 1500
     assert not set(train) & set(held_out)
-    assert train == [p.question for p in world.generate(task, "train", 1500, 1)]
-    assert train[:500] != [p.question for p in world.generate(task, "train", 500, 2)]
+    assert train == [p.question for p in world.generate_problems(task, "train", 1500, 1)]
+    assert train[:500] != [p.question for p in world.generate_problems(task, "train", 500, 2)]
 
 
 def test_every_family_occurs() -> None:
     for task, families in (("counting", {f.name for f in counting.FAMILIES}), ("writing", {writing.FAMILY})):
-        assert {p.family for p in world.generate(task, "heldout", 200, 0)} == families
+        assert {p.family for p in world.generate_problems(task, "heldout", 200, 0)} == families
 
 
 def test_asking_for_more_problems_than_exist_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,40 +43,40 @@ def test_asking_for_more_problems_than_exist_is_a_user_error(monkeypatch: pytest
     monkeypatch.setattr(world.writing, "OBJECTS", ["rope"])
     monkeypatch.setattr(world.writing, "PLACES", ["mill"])
     with pytest.raises(UserError, match="no 5000 distinct problems"):
-        world.generate("writing", "heldout", 5000, 0)
+        world.generate_problems("writing", "heldout", 5000, 0)
 
 
 @given(problems())
 def test_a_question_reads_back_and_its_teacher_is_right(problem: Problem) -> None:
-    assert world.recognise(problem.question) == problem
+    assert world.recognise_problem(problem.question) == problem
     answer = world.teacher_answer(problem)
     assert answer == world.teacher_answer(problem)
-    assert world.check(Prompt.from_text(problem.question), answer)
-    assert world.quality(problem, answer) >= 1
+    assert world.check_answer(Prompt.from_text(problem.question), answer)
+    assert world.answer_quality(problem, answer) >= 1
 
 
 @given(problems(), SEEDS)
 def test_near_misses_are_wrong_and_worth_nothing(problem: Problem, seed: int) -> None:
     wrong = near_miss(problem, random.Random(seed))
     assert not world.is_right(problem, wrong)
-    assert world.quality(problem, wrong) == 0
+    assert world.answer_quality(problem, wrong) == 0
 
 
 @given(problems(), SEEDS, st.text(max_size=60))
 def test_no_text_makes_the_check_fail(problem: Problem, seed: int, noise: str) -> None:
-    spoiled = spoil(world.teacher_answer(problem), random.Random(seed))
+    spoiled = spoil_answer(world.teacher_answer(problem), random.Random(seed))
     for text in (noise, spoiled, spoiled + noise):
         assert world.is_right(problem, text) in (True, False)
 
 
 @given(st.text())
 def test_other_text_is_not_recognised(text: str) -> None:
-    assert world.recognise(text) is None
+    assert world.recognise_problem(text) is None
 
 
 def test_a_prompt_from_elsewhere_cannot_be_checked() -> None:
     with pytest.raises(UserError, match="not a question of the testbed's world"):
-        world.check(Prompt.from_text("Why is the sky blue?"), "Rayleigh scattering.")
+        world.check_answer(Prompt.from_text("Why is the sky blue?"), "Rayleigh scattering.")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_prompt_from_elsewhere_cannot_be_checked() -> None:
     ],
 )
 def test_questions_without_sense_are_not_recognised(question: str) -> None:
-    assert world.recognise(question) is None
+    assert world.recognise_problem(question) is None
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_counting_answers_are_checked_by_value() -> None:
         "Ana has a jar with 2 pink and 4 black beads and draws one at random. What is the probability that it is pink?"
     )
     prompt = Prompt.from_text(question)
-    assert world.check(prompt, "It is 1/3.")
-    assert not world.check(prompt, "2 + 4 = 6, so the answer is 2/4.")
+    assert world.check_answer(prompt, "It is 1/3.")
+    assert not world.check_answer(prompt, "2 + 4 = 6, so the answer is 2/4.")
 
 
 @pytest.mark.parametrize(
@@ -140,24 +140,26 @@ def test_counting_answers_are_checked_by_value() -> None:
 )
 def test_writing_is_checked_by_rule(text: str, right: bool) -> None:
     question = "Describe the fox. Use the word rope. End with the word mill."
-    assert world.check(Prompt.from_text(question), text) is right
+    assert world.check_answer(Prompt.from_text(question), text) is right
 
 
 def test_the_judge_prefers_shown_work_and_richer_pieces() -> None:
-    counted = world.recognise("Ana can choose from 3 soups and 4 pies. How many meals of one of each are there?")
+    counted = world.recognise_problem(
+        "Ana can choose from 3 soups and 4 pies. How many meals of one of each are there?"
+    )
     assert counted is not None
-    shown = world.quality(counted, "3 * 4 = 12, so the answer is 12.")
-    assert shown > world.quality(counted, "Answer: 12.") > world.quality(counted, "3 + 4 = 7.")
-    written = world.recognise("Describe the fox. End with the word mill. Use the word rope.")
+    shown = world.answer_quality(counted, "3 * 4 = 12, so the answer is 12.")
+    assert shown > world.answer_quality(counted, "Answer: 12.") > world.answer_quality(counted, "3 + 4 = 7.")
+    written = world.recognise_problem("Describe the fox. End with the word mill. Use the word rope.")
     assert written is not None
     short = "The fox hid the rope by the mill."
-    assert world.quality(written, f"At dawn the fox danced near the old harbor. {short}") > world.quality(
+    assert world.answer_quality(written, f"At dawn the fox danced near the old harbor. {short}") > world.answer_quality(
         written, short
     )
 
 
 def test_prompt_rows_hold_what_training_and_evaluation_need(tmp_path) -> None:
-    problems = world.generate("counting", "train", 5, 0)
+    problems = world.generate_problems("counting", "train", 5, 0)
     world.write_prompts(tmp_path / "prompts.jsonl", problems)
     rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [p.question for p in problems]

@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from purld.methods.advantages import group_advantages
 from purld.methods.losses import dpo_loss, grpo_loss
 from purld.model.load import Roles
-from purld.model.vision import Head
+from purld.model.vision import EncodedPrompt
 from purld.training.group_update import GroupUpdate
 
 HEAD_LENGTH, LENGTHS = 19, (5, 12, 9, 12)
@@ -37,7 +37,7 @@ def load(path, noise_seed=None):
 def group():
     generator = torch.Generator().manual_seed(4)
     draw = lambda n: torch.randint(20, 200, (n,), generator=generator).tolist()  # noqa: E731
-    return Head(draw(HEAD_LENGTH)), [draw(n) for n in LENGTHS]
+    return EncodedPrompt(draw(HEAD_LENGTH)), [draw(n) for n in LENGTHS]
 
 
 def gradient(model):
@@ -136,7 +136,7 @@ def test_grpo(random_student, tokenizer, tmp_path, beta, moved):
     torch.manual_seed(0)
     batch = trainer._generate_and_score_completions([{"prompt": "How many?"}] * 4)
     lengths = batch["completion_mask"].sum(dim=1).tolist()
-    head = Head(batch["prompt_ids"][0][batch["prompt_mask"][0] > 0].tolist())
+    head = EncodedPrompt(batch["prompt_ids"][0][batch["prompt_mask"][0] > 0].tolist())
     ids = [row[:n] for row, n in zip(batch["completion_ids"].tolist(), lengths)]
     assert len(set(lengths)) > 1 or len(set(map(tuple, ids))) > 1
     advantages = group_advantages(torch.tensor(rewards_of(ids)))

@@ -8,11 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from purld.methods.table import METHODS, Evidence
-from purld.model.critic import ValueHead, prefix_states
+from purld.methods.table import METHODS, GroupEvidence
+from purld.model.critic import ValueHead, states_before_tokens
 from purld.model.load import Roles
 from purld.model.log_probs import sequence_log_probs, token_log_probs
-from purld.model.vision import Head
+from purld.model.vision import EncodedPrompt
 from purld.training.group_update import GroupUpdate
 
 LENGTHS = (3, 11, 1, 7, 7)
@@ -39,7 +39,7 @@ def roles(random_student):
 @pytest.fixture(scope="module")
 def group():
     generator = torch.Generator().manual_seed(2)
-    head = Head(torch.randint(0, 200, (23,), generator=generator).tolist())
+    head = EncodedPrompt(torch.randint(0, 200, (23,), generator=generator).tolist())
     return head, [torch.randint(0, 200, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
@@ -59,7 +59,7 @@ def objective_of(name, tokens):
     """The method's objective on a group with the scores above, drawn by the policy of `tokens`."""
     name, _, form = name.partition(":")
     row, settings = METHODS[name].stage_two, SimpleNamespace(**vars(SETTINGS), q=form)
-    signal = row.signal(Evidence(SCORES, 0.95, tokens), settings)
+    signal = row.signal(GroupEvidence(SCORES, 0.95, tokens), settings)
     return lambda tokens: row.loss(tokens, signal, settings)
 
 
@@ -108,7 +108,7 @@ def test_the_critic_reads_the_state_before_each_token(roles, group):
     """Of p_sft: the state after the head predicts the first token, and the last token's own state is not read."""
     head, ids = group
     with roles.frozen() as model:
-        states = prefix_states(model, head, ids, pad=0)
+        states = states_before_tokens(model, head, ids, pad=0)
         for row, completion in zip(states, ids):
             alone = model.get_decoder()(input_ids=torch.tensor([head.ids + completion])).last_hidden_state[0]
             assert torch.allclose(row[: len(completion)], alone[len(head) - 1 : -1], atol=1e-4)

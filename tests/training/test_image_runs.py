@@ -21,7 +21,7 @@ from purld.model.load import load_encoder, load_model
 from purld.model.vision import vision_modules
 from purld.pipeline.export import export_model
 from purld.pipeline.pipeline import Pipeline
-from purld.pipeline.pools import load_pools
+from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 
@@ -104,7 +104,7 @@ def test_a_whole_run_with_an_adapter_ends_as_an_ordinary_directory(write_config,
     export = export_model(run.path, None, "align")
     served = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
     encoder = load_encoder(config.student.model_copy(update={"model": str(export), "lora": None}))
-    prompts = [prompt for prompt in load_pools(config, encoder, print).train if prompt.images]
+    prompts = [prompt for prompt in load_prompt_pools(config, encoder, print).train if prompt.images]
     batch = training_batch([(encoder.prompt(prompt), [5, 6]) for prompt in prompts], encoder.pad)
     with torch.no_grad():
         assert torch.allclose(served(**batch).logits, aligned(**batch).logits, atol=1e-5)

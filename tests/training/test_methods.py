@@ -8,10 +8,10 @@ import torch
 from misbehaving import completion, serving
 
 from purld.config.load import load_config
-from purld.display.names import title
 from purld.display.progress import Reporter
+from purld.display.titles import model_title
 from purld.errors import UserError
-from purld.evaluation.diagnostics import label_divergence
+from purld.evaluation.diagnostics import mean_label_divergence
 from purld.methods.table import METHODS
 from purld.model.load import load_model
 from purld.model.log_probs import sequence_log_probs
@@ -140,7 +140,7 @@ def test_q_after_is_that_of_the_saved_model(after_stage_one):
             ours, theirs = (sequence_log_probs(model, head, ids, encoder.pad) for model in (policy, frozen))
         assert row["policy_after"] == pytest.approx((ours - theirs).softmax(0).tolist(), abs=1e-5)
         assert row["policy_after"] != pytest.approx(group["policy_before"], abs=1e-5)
-    found = label_divergence(groups, again)
+    found = mean_label_divergence(groups, again)
     assert found["groups"] == 8 and found["after"] != found["before"]
 
 
@@ -185,7 +185,7 @@ def test_results_and_report_cope_with_every_method(method, after_stage_one):
     results = read_json(pipeline.run.results)
     assert list(results["models"]) == ["base", "sft", method]
     assert results["method"] == method
-    assert title(method) in pipeline.run.report.read_text()
+    assert model_title(method) in pipeline.run.report.read_text()
     asked = results["teacher"]["calls"] - 16
     assert 0 < asked <= 2 * 2 * 3 if method == "teacher_judge_grpo" else asked == 0
 

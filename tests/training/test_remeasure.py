@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 from purld.methods.table import METHODS
 from purld.model.load import Roles
 from purld.model.log_probs import sequence_log_probs
-from purld.model.vision import Head
+from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 from purld.training.group_update import GroupUpdate
-from purld.training.remeasure import REVISITED, revisit
-from purld.training.rollout import Drawing, Question
+from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
+from purld.training.rollout import AnchoredPrompt, RolloutMaker
 
 SETTINGS = SimpleNamespace(gamma=5.0, tau=1.2, beta=0.01, q="ratio", updates=1)
-QUESTION = Question(Prompt.from_text("How many?"), "Three.", Head(list(range(20, 43))))
+QUESTION = AnchoredPrompt(Prompt.from_text("How many?"), "Three.", EncodedPrompt(list(range(20, 43))))
 IDS = [[5, 9, 3], [7, 7, 7, 7, 7], [11], [2, 4]]
 
 
@@ -41,7 +41,7 @@ def roles(request, random_student):
 
 def drawing(roles):
     update = GroupUpdate(roles, 2, 0, torch.Tensor.backward, contextlib.nullcontext)
-    return Drawing(METHODS["ldl_grpo"].stage_two, SETTINGS, None, None, None, update)
+    return RolloutMaker(METHODS["ldl_grpo"].stage_two, SETTINGS, None, None, None, update)
 
 
 def record(step, scores):
@@ -57,7 +57,7 @@ def record(step, scores):
 
 def test_q_is_that_of_the_policy_over_the_scored_candidates(roles):
     """D by hand: log D = log sigmoid(5 r) + r / 1.2 - const with r = s - 0.9; q = softmax(log p - log p_sft)."""
-    (row,) = revisit(roles.policy, drawing(roles), [QUESTION], [record(1, [0.2, None, 0.8, 0.5])])
+    (row,) = remeasure_groups(roles.policy, drawing(roles), [QUESTION], [record(1, [0.2, None, 0.8, 0.5])])
     scored = [IDS[0], IDS[2], IDS[3]]
     with torch.no_grad():
         ours = sequence_log_probs(roles.policy, QUESTION.head, scored, 0)
@@ -75,8 +75,8 @@ def test_q_is_that_of_the_policy_over_the_scored_candidates(roles):
 
 def test_only_the_first_groups_and_those_whose_ids_were_kept(roles):
     plain = record(1, [0.2, 0.3, 0.8, 0.5]) | {"completions": None}
-    groups = [plain, *(record(step, [0.2, 0.3, 0.8, 0.5]) for step in range(2, REVISITED + 4))]
+    groups = [plain, *(record(step, [0.2, 0.3, 0.8, 0.5]) for step in range(2, REMEASURED_GROUPS + 4))]
     before = [p.clone() for p in roles.policy.parameters()]
-    found = list(revisit(roles.policy, drawing(roles), [QUESTION], groups))
-    assert [row["step"] for row in found] == list(range(2, REVISITED + 2))
+    found = list(remeasure_groups(roles.policy, drawing(roles), [QUESTION], groups))
+    assert [row["step"] for row in found] == list(range(2, REMEASURED_GROUPS + 2))
     assert all(torch.equal(a, b) for a, b in zip(before, roles.policy.parameters()))

@@ -14,7 +14,7 @@ from purld.cli import main
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training import trackers
-from purld.training.trackers import check_trackers, tracked, tracker_arguments
+from purld.training.trackers import check_trackers, stage_tracking, tracker_arguments
 
 
 class Recorder(TrainerCallback):
@@ -47,9 +47,9 @@ def test_both_stages_report_under_their_own_names(tiny_config, tmp_path, monkeyp
 def test_wandb_is_closed_after_a_stage_also_when_it_fails(tmp_path, monkeypatch):
     closed = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(finish=lambda: closed.append(1)))
-    with tracked(["wandb"], RunDir(tmp_path), "sft"):
+    with stage_tracking(["wandb"], RunDir(tmp_path), "sft"):
         assert closed == []
-    with pytest.raises(RuntimeError), tracked(["wandb"], RunDir(tmp_path), "align"):
+    with pytest.raises(RuntimeError), stage_tracking(["wandb"], RunDir(tmp_path), "align"):
         raise RuntimeError
     assert closed == [1, 1]
 
@@ -72,10 +72,10 @@ def test_none_are_needed_where_none_are_named(tmp_path):
 
 def test_tensorboard_writes_below_the_run_and_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    with tracked(["tensorboard"], RunDir(tmp_path), "sft"):
+    with stage_tracking(["tensorboard"], RunDir(tmp_path), "sft"):
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard" / "sft")
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "/elsewhere")
-    with tracked(["tensorboard"], RunDir(tmp_path), "sft"):
+    with stage_tracking(["tensorboard"], RunDir(tmp_path), "sft"):
         assert os.environ["TENSORBOARD_LOGGING_DIR"] == "/elsewhere"
     assert os.environ["TENSORBOARD_LOGGING_DIR"] == "/elsewhere"

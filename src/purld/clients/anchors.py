@@ -19,7 +19,7 @@ OnProgress = Callable[[Counter[ReplyState]], None]
 
 
 @dataclass(frozen=True)
-class Collection:
+class CollectedAnchors:
     """The anchors that may be used, in the order of their prompts, and what became of every prompt."""
 
     anchors: list[Anchor]
@@ -43,7 +43,7 @@ def collect_anchors(
     client: Client,
     policy: AnchorPolicy | None = None,
     on_progress: OnProgress | None = None,
-) -> Collection:
+) -> CollectedAnchors:
     """Ask `client` once for every prompt. `on_progress` sees the count of each state after every reply.
 
     Raises:
@@ -69,7 +69,7 @@ def collect_anchors(
     if not anchors:
         raise UserError(_nothing_came(len(prompts), reasons))
     ordered = {state: counts[state] for state in get_args(ReplyState)}
-    return Collection(anchors, ordered, dict(reasons.most_common()))
+    return CollectedAnchors(anchors, ordered, dict(reasons.most_common()))
 
 
 def _treatment(reply: Reply, policy: AnchorPolicy) -> str:

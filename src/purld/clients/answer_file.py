@@ -13,8 +13,8 @@ from typing import Any
 
 from purld.clients.base import OnReply, Reply
 from purld.config.schema import AnswerFile, FileColumns
-from purld.data.chat import Chat, Words, column_images, parse_chat, place_images, readable, words_of
-from purld.data.files import BadRowError, Row, check_text, iter_rows
+from purld.data.chat import Chat, Words, images_in_column, parse_chat, place_images, readable_text, turns_without_images
+from purld.data.files import BadRowError, FileRow, check_text, iter_rows
 from purld.data.images import read_image
 from purld.errors import UserError
 from purld.records import Message, Prompt
@@ -35,10 +35,10 @@ class _Answer:
         """Whether the row can be about `prompt`."""
         if self.prompt_id in (None, prompt.id):
             return True
-        return bool(prompt.images) and self.words == words_of(prompt.messages)
+        return bool(prompt.images) and self.words == turns_without_images(prompt.messages)
 
 
-class FileClient:
+class AnswerFileClient:
     """Finds a prompt's answer by the prompt itself, or else by its id; see `purld.clients.base.Client`.
 
     The id is `metadata["id"]` or the content hash `Prompt.id`. A row with the right id and another prompt is
@@ -67,7 +67,7 @@ class FileClient:
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """See `Client.ask`: every reply is `answered` or `missing`."""
-        pictured = {prompt.id: words_of(prompt.messages) for prompt in prompts if prompt.images}
+        pictured = {prompt.id: turns_without_images(prompt.messages) for prompt in prompts if prompt.images}
         shared = Counter(pictured.values())
         replies = [self._reply(prompt, shared) for prompt in prompts]
         for place, reply in enumerate(replies):
@@ -82,7 +82,7 @@ class FileClient:
             if answer is None and name is not None:
                 answer = self._by_id.get(name)
         if answer is None and prompt.images:
-            words = words_of(prompt.messages)
+            words = turns_without_images(prompt.messages)
             answer = self._by_words.get(words)
             if answer is not None and (answer.contested or shared[words] > 1):
                 return Reply("missing", detail=OTHER_IMAGES)
@@ -94,7 +94,7 @@ class FileClient:
             return Reply("missing", detail="the answer is empty")
         return Reply("answered", answer.text, detail=SEVERAL if answer.contested else "")
 
-    def _take(self, row: Row, columns: FileColumns) -> None:
+    def _take(self, row: FileRow, columns: FileColumns) -> None:
         cells = row.cells()
         if columns.answer not in cells:
             raise BadRowError(f"{row.place}: there is no column {columns.answer!r} for the answer (see columns.answer)")
@@ -109,23 +109,23 @@ class FileClient:
             raise BadRowError(f"{row.place}: has neither {columns.id!r} nor {columns.prompt!r} to match a prompt by")
         _add(self._by_id, name, answer)
 
-    def _about(self, cells: Mapping[str, Any], row: Row, columns: FileColumns, text: str | None) -> _Answer:
+    def _about(self, cells: Mapping[str, Any], row: FileRow, columns: FileColumns, text: str | None) -> _Answer:
         """The answer to the prompt that a row holds."""
         try:
             chat = parse_chat(cells[columns.prompt])
-            listed = column_images(cells.get(columns.images))
+            listed = images_in_column(cells.get(columns.images))
             if listed or any(image is not None for image in chat.images):
                 chat = place_images(chat, listed)
                 images = tuple(read_image(cell, self._folder, f"image {n}") for n, cell in enumerate(chat.images, 1))
                 return _Answer(text, Prompt(chat.messages, images).id)
-            return _Answer(text, _without_images(chat).id, words_of(chat.messages))
+            return _Answer(text, _without_images(chat).id, turns_without_images(chat.messages))
         except ValueError as problem:
             raise BadRowError(f"{row.place}: column {columns.prompt!r} cannot be used: {problem}") from None
 
 
 def _without_images(chat: Chat) -> Prompt:
     """The prompt of a row that names no images; places for some are written as users write them."""
-    return Prompt(tuple(Message(m.role, readable(m.content)) for m in chat.messages))
+    return Prompt(tuple(Message(m.role, readable_text(m.content)) for m in chat.messages))
 
 
 def _add(answers: dict[Any, _Answer], name: object, answer: _Answer) -> None:
@@ -139,7 +139,7 @@ def _add(answers: dict[Any, _Answer], name: object, answer: _Answer) -> None:
         answers[name] = replace(first, contested=True)
 
 
-def _text_of(cell: object, row: Row, columns: FileColumns) -> str | None:
+def _text_of(cell: object, row: FileRow, columns: FileColumns) -> str | None:
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return None
     try:

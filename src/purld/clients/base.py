@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from purld.clients.ledger import LedgerView, Result
+from purld.clients.ledger import CallResult, LedgerView
 from purld.records import Prompt
 
 ReplyState = Literal["answered", "refused", "truncated", "failed", "unknown", "missing", "capped"]
 REFUSALS = ("content_filter", "refusal")
 TRUNCATIONS = ("length", "max_tokens")
-IN_WORDS = {
+FAILURE_DESCRIPTIONS = {
     "no_connection": "no connection to the endpoint",
     "connection_lost": "the connection broke after the prompt was sent",
     "timeout": "no whole answer came within the timeout",
@@ -56,7 +56,7 @@ class Client(Protocol):
         ...
 
 
-class Delivery:
+class ReplyCollector:
     """Replies on their way to whoever asked: equal questions, told by their ledger keys, are asked once."""
 
     def __init__(self, keys: Iterable[str], on_reply: OnReply | None) -> None:
@@ -82,15 +82,15 @@ class Delivery:
         return [self._replies[place] for place in range(sum(map(len, self._places.values())))]
 
 
-def known_reply(ledger: LedgerView, key: str, resend_unknown: bool = False) -> Reply | None:
+def reply_from_ledger(ledger: LedgerView, key: str, resend_unknown: bool = False) -> Reply | None:
     """The reply to a question that need not, or must not, be asked again; None if it would be sent."""
     result = ledger.find(key)
     if result is None or result.state == "failed" or (result.state == "unknown" and resend_unknown):
         return None
-    return reply_of(result)
+    return reply_from_result(result)
 
 
-def reply_of(result: Result) -> Reply:
+def reply_from_result(result: CallResult) -> Reply:
     """A settled call, as those who asked see it."""
     match result.state:
         case "answered" if result.finish_reason in REFUSALS:
@@ -100,11 +100,11 @@ def reply_of(result: Result) -> Reply:
         case "answered":
             return Reply("answered", result.text, result.finish_reason)
         case "failed" if result.error in REFUSALS:
-            return Reply("refused", None, result.finish_reason, in_words(result))
+            return Reply("refused", None, result.finish_reason, describe_failure(result))
         case _:
-            return Reply(result.state, None, result.finish_reason, in_words(result))
+            return Reply(result.state, None, result.finish_reason, describe_failure(result))
 
 
-def in_words(result: Result) -> str:
+def describe_failure(result: CallResult) -> str:
     """Why there is no answer, for a person; a cause without words of its own is named by its class."""
-    return IN_WORDS.get(result.error or "", result.error or "")
+    return FAILURE_DESCRIPTIONS.get(result.error or "", result.error or "")

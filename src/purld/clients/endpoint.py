@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from purld.clients.base import Delivery, OnReply, Reply, in_words, known_reply, reply_of
-from purld.clients.faults import Outcome, read_exception, read_response
-from purld.clients.ledger import CapReachedError, Caps, Ledger, Request, Result, Role
-from purld.clients.rate_limit import Pacer, back_off
-from purld.clients.requests import price, read_key, request_of, requests_of, worst_case
+from purld.clients.base import OnReply, Reply, ReplyCollector, describe_failure, reply_from_ledger, reply_from_result
+from purld.clients.faults import CallOutcome, classify_exception, classify_response
+from purld.clients.ledger import CallResult, CapReachedError, Caps, Ledger, Request, Role
+from purld.clients.rate_limit import RateLimiter, backoff_seconds
+from purld.clients.requests import build_request, build_requests, read_api_key, token_cost, worst_case_tokens
 from purld.config.schema import OpenAIEndpoint
 from purld.errors import UserError
 from purld.records import Prompt
@@ -43,16 +43,16 @@ class EndpointClient:
         self.ledger = ledger
         self.role: Role = role
         self.resend_unknown = resend_unknown
-        self._key = read_key(endpoint)
+        self._key = read_api_key(endpoint)
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """See `Client.ask`. On Ctrl-C the calls under way become `unknown`; all that was answered is kept."""
-        keys = [request.key for request in requests_of(self.endpoint, prompts)]
+        keys = [request.key for request in build_requests(self.endpoint, prompts)]
         self.ledger.adopt(dict.fromkeys(keys), self.role)
-        delivery = Delivery(keys, on_reply)
+        delivery = ReplyCollector(keys, on_reply)
         wanted: deque[Prompt] = deque()
         for key, place in delivery.questions():
-            if known := known_reply(self.ledger, key, self.resend_unknown):
+            if known := reply_from_ledger(self.ledger, key, self.resend_unknown):
                 delivery.deliver(key, known)
             else:
                 wanted.append(prompts[place])
@@ -64,7 +64,9 @@ class EndpointClient:
 class _Purchase:
     """One `ask`: prompts still to be bought, and the workers that buy them."""
 
-    def __init__(self, client: EndpointClient, key: str | None, wanted: deque[Prompt], delivery: Delivery) -> None:
+    def __init__(
+        self, client: EndpointClient, key: str | None, wanted: deque[Prompt], delivery: ReplyCollector
+    ) -> None:
         self.endpoint = client.endpoint
         self.ledger = client.ledger
         self.role: Role = client.role
@@ -72,7 +74,7 @@ class _Purchase:
         self.key = key
         self.wanted = wanted
         self.delivery = delivery
-        self.pacer = Pacer(self.endpoint.requests_per_minute, self.endpoint.tokens_per_minute)
+        self.pacer = RateLimiter(self.endpoint.requests_per_minute, self.endpoint.tokens_per_minute)
         self.under_way = 0
         self.suspects = 0
         self.stop: str | None = None
@@ -97,12 +99,12 @@ class _Purchase:
         while self.wanted and not self.stop:
             prompt = self.wanted.popleft()
             try:
-                request = await asyncio.to_thread(request_of, self.endpoint, prompt)
+                request = await asyncio.to_thread(build_request, self.endpoint, prompt)
             except UserError as gone:
                 # An image is: what is under way may be paid for and is waited for.
                 self._stop(str(gone))
                 break
-            reply = await self._buy(http, request, *worst_case(self.endpoint, prompt))
+            reply = await self._buy(http, request, *worst_case_tokens(self.endpoint, prompt))
             if reply:
                 self.delivery.deliver(request.key, reply)
 
@@ -113,7 +115,7 @@ class _Purchase:
             try:
                 call = await self._reserve(request, input_tokens, output_tokens)
             except CapReachedError as cap:
-                return reply_of(outcome.result) if outcome else Reply("capped", detail=f"{cap} is reached")
+                return reply_from_result(outcome.result) if outcome else Reply("capped", detail=f"{cap} is reached")
             except UserError as full:
                 # The disk is: nothing more may leave, but what is under way may be paid for and is waited for.
                 self._stop(str(full))
@@ -127,11 +129,11 @@ class _Purchase:
         if outcome is None:
             return None
         self._watch(outcome)
-        return reply_of(outcome.result)
+        return reply_from_result(outcome.result)
 
     async def _reserve(self, request: Request, input_tokens: int, output_tokens: int) -> int:
         """Book the worst case. Under a cap, wait for the calls under way: they may turn out cheaper."""
-        cost = price(self.endpoint, input_tokens, output_tokens)
+        cost = token_cost(self.endpoint, input_tokens, output_tokens)
         while True:
             try:
                 call = self.ledger.reserve(request, self.role, input_tokens + output_tokens, cost, self.caps)
@@ -143,7 +145,7 @@ class _Purchase:
                 self.under_way += 1
                 return call
 
-    async def _call(self, http: AsyncOpenAI, request: Request, call: int, tokens: int) -> Outcome | None:
+    async def _call(self, http: AsyncOpenAI, request: Request, call: int, tokens: int) -> CallOutcome | None:
         """Send one reserved call and settle it. Whatever breaks in here, the ledger ends up true."""
         sent = settled = False
         try:
@@ -162,23 +164,24 @@ class _Purchase:
             if not sent:
                 self.ledger.release(call)
             elif not settled:
-                self.ledger.settle(call, Result("unknown", error="interrupted"))
+                self.ledger.settle(call, CallResult("unknown", error="interrupted"))
             self.under_way -= 1
             self.settled.set()
             self.settled = asyncio.Event()
 
-    def _wait_before(self, attempt: int, outcome: Outcome) -> float:
-        wait = back_off(attempt, outcome.retry_after)
+    def _wait_before(self, attempt: int, outcome: CallOutcome) -> float:
+        wait = backoff_seconds(attempt, outcome.retry_after)
         if outcome.retry_after is not None:
             self.pacer.pause(outcome.retry_after, time.monotonic())
         return wait
 
-    def _watch(self, outcome: Outcome) -> None:
+    def _watch(self, outcome: CallOutcome) -> None:
         """Stop when no call can go better, or when too many in a row failed to be chance."""
         self.suspects = self.suspects + 1 if outcome.suspect else 0
         reason = outcome.stop
         if self.suspects >= STOP_AFTER:
-            reason = f"{self.endpoint.base_url}: {self.suspects} prompts in a row failed ({in_words(outcome.result)})."
+            cause = describe_failure(outcome.result)
+            reason = f"{self.endpoint.base_url}: {self.suspects} prompts in a row failed ({cause})."
         if reason:
             self._stop(reason)
 
@@ -215,7 +218,7 @@ def _open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncOpenAI:
     )
 
 
-async def _post(http: AsyncOpenAI, body: str, endpoint: OpenAIEndpoint, key: str | None) -> Outcome:
+async def _post(http: AsyncOpenAI, body: str, endpoint: OpenAIEndpoint, key: str | None) -> CallOutcome:
     """One HTTP call. Its deadline covers the whole: a server that drips a byte a second is late, too."""
     import openai
 
@@ -231,12 +234,12 @@ async def _post(http: AsyncOpenAI, body: str, endpoint: OpenAIEndpoint, key: str
     except openai.APIStatusError as error:
         status, headers, content = error.status_code, error.response.headers, error.response.content
     except (openai.APIError, TimeoutError) as error:
-        return read_exception(error)
+        return classify_exception(error)
     text = content.decode("utf-8", "replace")
     # Some servers quote the key, most of them when they refuse it.
     if key and (status != 200 or len(key) >= PLACEHOLDER):
         text = _without_key(text, key)
-    return read_response(status, headers, text, endpoint, time.time())
+    return classify_response(status, headers, text, endpoint, time.time())
 
 
 def _without_key(text: str, key: str) -> str:

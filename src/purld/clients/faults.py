@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from purld.clients.ledger import Result, Usage
-from purld.clients.requests import price
+from purld.clients.ledger import CallResult, Usage
+from purld.clients.requests import token_cost
 from purld.config.schema import OpenAIEndpoint
 
 MAX_RAW = 20_000  # characters of a failed body that are kept
@@ -26,49 +26,53 @@ FILTER = re.compile(r"content_filter|content management policy|content_policy")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CallOutcome:
     """How a call ended, and what that means for the calls after it."""
 
-    result: Result
+    result: CallResult
     repeat: bool = False
     retry_after: float | None = None  # seconds that the endpoint asked for
     stop: str | None = None  # a sentence: no other call can go better
     suspect: bool = False  # the fault may be the endpoint's rather than the prompt's
 
 
-def read_response(status: int, headers: Mapping[str, str], body: str, endpoint: OpenAIEndpoint, now: float) -> Outcome:
+def classify_response(
+    status: int, headers: Mapping[str, str], body: str, endpoint: OpenAIEndpoint, now: float
+) -> CallOutcome:
     """Tell apart what an endpoint sent. `now` is the time in seconds since 1970."""
     if status == 200:
-        return read_answer(body, endpoint)
+        return parse_completion(body, endpoint)
     message, code = _error_of(body)
     shown = f"http_{status}" + (f": {message}" if message else "")
-    failed = Result("failed", error=shown, raw=body[:MAX_RAW], billable=False)
+    failed = CallResult("failed", error=shown, raw=body[:MAX_RAW], billable=False)
     match status:
         case 401:
-            return Outcome(failed, stop=_wrong_key(endpoint))
+            return CallOutcome(failed, stop=_wrong_key(endpoint))
         case 404:
-            return Outcome(failed, stop=_not_found(endpoint, message))
+            return CallOutcome(failed, stop=_not_found(endpoint, message))
         case 429 if code in ("insufficient_quota", "billing_hard_limit_reached"):
-            return Outcome(failed, stop=f"{endpoint.base_url}: the account's quota is used up (HTTP 429: {message}).")
+            return CallOutcome(
+                failed, stop=f"{endpoint.base_url}: the account's quota is used up (HTTP 429: {message})."
+            )
         case _ if status in LOST:
-            return Outcome(Result("unknown", error=f"http_{status}", raw=body[:MAX_RAW]), suspect=True)
+            return CallOutcome(CallResult("unknown", error=f"http_{status}", raw=body[:MAX_RAW]), suspect=True)
         case _ if status in TURNED_AWAY:
-            return Outcome(
-                Result("failed", error=f"http_{status}", raw=body[:MAX_RAW], billable=False),
+            return CallOutcome(
+                CallResult("failed", error=f"http_{status}", raw=body[:MAX_RAW], billable=False),
                 repeat=True,
-                retry_after=read_retry_after(headers, now),
+                retry_after=parse_retry_after(headers, now),
                 suspect=True,
             )
         case 400 | 413 | 422:
             return _read_rejection(failed, code, message)
         case _ if 300 <= status < 400:
             said = "redirects elsewhere, and prompts are sent to no address but the configured one"
-            return Outcome(failed, stop=f"{endpoint.base_url}: {said} (HTTP {status}).")
+            return CallOutcome(failed, stop=f"{endpoint.base_url}: {said} (HTTP {status}).")
         case _:
-            return Outcome(failed, suspect=True)
+            return CallOutcome(failed, suspect=True)
 
 
-def read_answer(body: str, endpoint: OpenAIEndpoint) -> Outcome:
+def parse_completion(body: str, endpoint: OpenAIEndpoint) -> CallOutcome:
     """The answer in a 200 response, or what is wrong with it. Such a call may have been billed: no repeat."""
     try:
         data = json.loads(body)
@@ -78,30 +82,30 @@ def read_answer(body: str, endpoint: OpenAIEndpoint) -> Outcome:
         finish = finish if isinstance(finish, str) else None
         usage = _read_usage(data.get("usage"), endpoint)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        return Outcome(Result("failed", error="invalid_response", raw=body[:MAX_RAW]), suspect=True)
+        return CallOutcome(CallResult("failed", error="invalid_response", raw=body[:MAX_RAW]), suspect=True)
     if isinstance(refusal, str) and refusal.strip() and not text:
-        return Outcome(Result("answered", _clean(refusal), "refusal", usage=usage))
+        return CallOutcome(CallResult("answered", _clean(refusal), "refusal", usage=usage))
     if finish == "content_filter":
-        return Outcome(Result("answered", _clean(text) if isinstance(text, str) else None, finish, usage=usage))
+        return CallOutcome(CallResult("answered", _clean(text) if isinstance(text, str) else None, finish, usage=usage))
     if not isinstance(text, str) or not text.strip():
-        return Outcome(Result("failed", None, finish, "empty_answer", body[:MAX_RAW], usage), suspect=True)
-    return Outcome(Result("answered", _clean(text), finish, usage=usage))
+        return CallOutcome(CallResult("failed", None, finish, "empty_answer", body[:MAX_RAW], usage), suspect=True)
+    return CallOutcome(CallResult("answered", _clean(text), finish, usage=usage))
 
 
-def read_exception(error: BaseException) -> Outcome:
+def classify_exception(error: BaseException) -> CallOutcome:
     """Tell apart what broke a call: whether anything can have reached the endpoint."""
     # By name: which HTTP library the SDK stands on, and so whose classes these are, depends on its version.
     names = {type(cause).__name__ for cause in _causes(error)}
     reason = str(_causes(error)[-1]) or type(error).__name__
     # A connection that never stood carried no request. A local protocol error is a request never written.
     if names & {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "LocalProtocolError"}:
-        result = Result("failed", error="no_connection", raw=reason[:MAX_RAW], billable=False, left=False)
-        return Outcome(result, repeat=True, suspect=True)
+        result = CallResult("failed", error="no_connection", raw=reason[:MAX_RAW], billable=False, left=False)
+        return CallOutcome(result, repeat=True, suspect=True)
     late = isinstance(error, TimeoutError) or any("Timeout" in name for name in names)
-    return Outcome(Result("unknown", error="timeout" if late else "connection_lost", raw=reason), suspect=True)
+    return CallOutcome(CallResult("unknown", error="timeout" if late else "connection_lost", raw=reason), suspect=True)
 
 
-def read_retry_after(headers: Mapping[str, str], now: float) -> float | None:
+def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
     text = headers.get("retry-after", "").strip()
     try:
@@ -114,14 +118,14 @@ def _date(text: str) -> float:
     return email.utils.parsedate_to_datetime(text).timestamp()
 
 
-def _read_rejection(failed: Result, code: str, message: str) -> Outcome:
+def _read_rejection(failed: CallResult, code: str, message: str) -> CallOutcome:
     """A request that the endpoint understood and will not serve: is it this prompt, or every one?"""
     words = f"{code} {message}".lower()
     if CONTEXT.search(words):
-        return Outcome(Result("failed", error="context_too_long", raw=failed.raw, billable=False))
+        return CallOutcome(CallResult("failed", error="context_too_long", raw=failed.raw, billable=False))
     if FILTER.search(words):
-        return Outcome(Result("failed", error="content_filter", raw=failed.raw, billable=False))
-    return Outcome(failed, suspect=True)
+        return CallOutcome(CallResult("failed", error="content_filter", raw=failed.raw, billable=False))
+    return CallOutcome(failed, suspect=True)
 
 
 def _read_usage(usage: Any, endpoint: OpenAIEndpoint) -> Usage | None:
@@ -130,7 +134,7 @@ def _read_usage(usage: Any, endpoint: OpenAIEndpoint) -> Usage | None:
         return None
     read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
     if _is_count(read) and _is_count(written):
-        return Usage(read, written, price(endpoint, read, written))
+        return Usage(read, written, token_cost(endpoint, read, written))
     return None
 
 

@@ -38,7 +38,7 @@ from purld.errors import UserError
 Role = Literal["teacher", "scorer", "opponent", "judge"]
 # Roles that spend from one purse share its caps: the scorer is the teacher, asked about candidates, and so is the
 # opponent, asked about held-out prompts.
-PURSES: dict[Role, str] = {"teacher": "teacher", "scorer": "teacher", "opponent": "teacher", "judge": "judge"}
+BUDGETS: dict[Role, str] = {"teacher": "teacher", "scorer": "teacher", "opponent": "teacher", "judge": "judge"}
 SCHEMA_VERSION = 1
 SCHEMA = f"""
 CREATE TABLE requests (
@@ -120,18 +120,18 @@ class Caps:
 
 
 @dataclass(frozen=True)
-class Booked:
+class BookedSpend:
     """What counts towards the caps: calls that left or may leave, tokens, and cost in the prices' currency."""
 
     calls: int = 0
     tokens: int = 0
     cost: float = 0.0
 
-    def __add__(self, other: Booked) -> Booked:
-        return Booked(self.calls + other.calls, self.tokens + other.tokens, self.cost + other.cost)
+    def __add__(self, other: BookedSpend) -> BookedSpend:
+        return BookedSpend(self.calls + other.calls, self.tokens + other.tokens, self.cost + other.cost)
 
-    def __sub__(self, other: Booked) -> Booked:
-        return Booked(self.calls - other.calls, self.tokens - other.tokens, self.cost - other.cost)
+    def __sub__(self, other: BookedSpend) -> BookedSpend:
+        return BookedSpend(self.calls - other.calls, self.tokens - other.tokens, self.cost - other.cost)
 
     def passes(self, caps: Caps) -> str | None:
         """The name of the first cap that this passes."""
@@ -154,7 +154,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Result:
+class CallResult:
     """How a call ended. `billable` False says that it cannot have been billed."""
 
     state: Literal["answered", "failed", "unknown"]
@@ -215,7 +215,7 @@ class LedgerView:
         finally:
             partial.unlink(missing_ok=True)
 
-    def find(self, key: str) -> Result | None:
+    def find(self, key: str) -> CallResult | None:
         """How the request stands, if it was ever sent, here or beside: its answer, or the end of its last call."""
         _, call = self._best(key)
         return _result(call) if call else None
@@ -321,8 +321,8 @@ class Ledger(LedgerView):
         self.path = Path(path)
         self._mutex = threading.RLock()
         self._open_beside(beside)
-        self._booked: dict[str, Booked] = {}
-        self._open: dict[int, tuple[Role, Booked]] = {}
+        self._booked: dict[str, BookedSpend] = {}
+        self._open: dict[int, tuple[Role, BookedSpend]] = {}
         self._lock = _exclusive(self.path.with_name(self.path.name + ".lock"))
         self._room = self.path.with_name(self.path.name + ".room")
         try:
@@ -371,7 +371,7 @@ class Ledger(LedgerView):
         """
         if not self._room.exists():
             raise UserError(_FULL.format(self.path))
-        worst = Booked(1, tokens, cost)
+        worst = BookedSpend(1, tokens, cost)
         with self._mutex:
             total = self.booked(role) + worst
             if cap := total.passes(caps):
@@ -387,7 +387,7 @@ class Ledger(LedgerView):
                     (request.key, role, tokens, cost, time.time()),
                 )
             call = int(cursor.lastrowid or 0)
-            self._booked[PURSES[role]] = total
+            self._booked[BUDGETS[role]] = total
             self._open[call] = (role, worst)
             return call
 
@@ -395,7 +395,7 @@ class Ledger(LedgerView):
         """Say that the call's first byte is about to leave."""
         self._write("UPDATE calls SET state = 'sent', sent_at = ? WHERE id = ?", (time.time(), call))
 
-    def settle(self, call: int, result: Result) -> None:
+    def settle(self, call: int, result: CallResult) -> None:
         """Record how the call ended and replace its booking by what it cost."""
         with self._mutex:
             role, worst = self._open[call]
@@ -420,16 +420,16 @@ class Ledger(LedgerView):
             self._write("DELETE FROM calls WHERE id = ? AND state = 'reserved'", (call,))
             self._close_call(call, role, worst)
 
-    def booked(self, role: Role) -> Booked:
+    def booked(self, role: Role) -> BookedSpend:
         """What counts towards the caps of the role's purse now, calls under way at their worst case."""
         with self._mutex:
-            return self._booked.get(PURSES[role], Booked())
+            return self._booked.get(BUDGETS[role], BookedSpend())
 
-    def settled(self, role: Role) -> Booked:
+    def settled(self, role: Role) -> BookedSpend:
         """What `booked` counts for calls that have ended."""
         with self._mutex:
-            under_way = [worst for of, worst in self._open.values() if PURSES[of] == PURSES[role]]
-            return self.booked(role) - sum(under_way, Booked())
+            under_way = [worst for of, worst in self._open.values() if BUDGETS[of] == BUDGETS[role]]
+            return self.booked(role) - sum(under_way, BookedSpend())
 
     def under_way(self, role: Role) -> int:
         """How many calls are reserved or sent and not yet settled."""
@@ -480,25 +480,25 @@ class Ledger(LedgerView):
         )
         self._booked = {}
         for role, *sums in rows:
-            purse = PURSES[role]
-            self._booked[purse] = self._booked.get(purse, Booked()) + Booked(*sums)
+            purse = BUDGETS[role]
+            self._booked[purse] = self._booked.get(purse, BookedSpend()) + BookedSpend(*sums)
 
-    def _close_call(self, call: int, role: Role, freed: Booked) -> None:
+    def _close_call(self, call: int, role: Role, freed: BookedSpend) -> None:
         del self._open[call]
-        self._booked[PURSES[role]] = self._booked[PURSES[role]] - freed
+        self._booked[BUDGETS[role]] = self._booked[BUDGETS[role]] - freed
 
 
-def _actual(result: Result, worst: Booked) -> Booked:
+def _actual(result: CallResult, worst: BookedSpend) -> BookedSpend:
     """What a finished call counts towards the caps."""
     calls = 1 if result.left else 0
     if result.usage:
-        return Booked(calls, result.usage.input_tokens + result.usage.output_tokens, result.usage.cost)
-    return Booked(calls, worst.tokens, worst.cost) if result.left and result.billable else Booked(calls)
+        return BookedSpend(calls, result.usage.input_tokens + result.usage.output_tokens, result.usage.cost)
+    return BookedSpend(calls, worst.tokens, worst.cost) if result.left and result.billable else BookedSpend(calls)
 
 
-def _result(row: sqlite3.Row) -> Result:
+def _result(row: sqlite3.Row) -> CallResult:
     usage = None if row["cost"] is None else Usage(row["input_tokens"], row["output_tokens"], row["cost"])
-    return Result(row["state"], row["text"], row["finish_reason"], row["error"], row["raw"], usage)
+    return CallResult(row["state"], row["text"], row["finish_reason"], row["error"], row["raw"], usage)
 
 
 def _export_row(request: dict[str, Any], calls: list[dict[str, Any]]) -> dict[str, Any]:

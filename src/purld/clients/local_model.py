@@ -11,35 +11,35 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from purld.clients.base import Delivery, OnReply, Reply, reply_of
-from purld.clients.ledger import Caps, Ledger, Request, Result, Role, Usage
+from purld.clients.base import OnReply, Reply, ReplyCollector, reply_from_result
+from purld.clients.ledger import CallResult, Caps, Ledger, Request, Role, Usage
 from purld.config.schema import LocalModel
 from purld.records import Prompt
 
 if TYPE_CHECKING:
-    from purld.clients.local_writer import Writer, Written
+    from purld.clients.local_writer import LocalWriter, WrittenAnswer
 
 LOCAL = "local:"  # in the ledger, in the place of an endpoint's address
 
 
-class LocalClient:
+class LocalModelClient:
     """Generates answers in batches; see `purld.clients.base.Client`. Weights load at the first question."""
 
     def __init__(self, config: LocalModel, ledger: Ledger, role: Role) -> None:
         self.config = config
         self.ledger = ledger
         self.role: Role = role
-        self._writer: Writer | None = None
+        self._writer: LocalWriter | None = None
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """See `Client.ask`."""
         requests = [_request_of(self.config, prompt) for prompt in prompts]
-        delivery = Delivery((request.key for request in requests), on_reply)
+        delivery = ReplyCollector((request.key for request in requests), on_reply)
         wanted: list[tuple[Request, Prompt]] = []
         for key, place in delivery.questions():
             known = self.ledger.find(key)
             if known and known.state == "answered":
-                delivery.deliver(key, reply_of(known))
+                delivery.deliver(key, reply_from_result(known))
             else:
                 wanted.append((requests[place], prompts[place]))
         # Like lengths together: a batch is padded to its longest prompt.
@@ -48,7 +48,7 @@ class LocalClient:
             self._answer(wanted[start : start + self.config.batch_size], delivery)
         return delivery.in_order()
 
-    def _answer(self, batch: Sequence[tuple[Request, Prompt]], delivery: Delivery) -> None:
+    def _answer(self, batch: Sequence[tuple[Request, Prompt]], delivery: ReplyCollector) -> None:
         if self._writer is None:
             self._writer = _load(self.config)
         calls = [self.ledger.reserve(request, self.role, 0, 0.0, Caps()) for request, _ in batch]
@@ -56,23 +56,25 @@ class LocalClient:
         for call, (request, _), answer in zip(calls, batch, answers, strict=True):
             result = _result(answer)
             self.ledger.settle(call, result)
-            delivery.deliver(request.key, reply_of(result))
+            delivery.deliver(request.key, reply_from_result(result))
 
 
-def _load(config: LocalModel) -> Writer:
-    from purld.clients.local_writer import Writer
+def _load(config: LocalModel) -> LocalWriter:
+    from purld.clients.local_writer import LocalWriter
     from purld.model.sample import Decoding
 
-    return Writer(config.model, Decoding(config.temperature, config.max_tokens_per_answer), config.max_image_pixels)
+    return LocalWriter(
+        config.model, Decoding(config.temperature, config.max_tokens_per_answer), config.max_image_pixels
+    )
 
 
-def _result(written: Written | None) -> Result:
+def _result(written: WrittenAnswer | None) -> CallResult:
     if written is None:
-        return Result("failed", error="context_too_long", billable=False, left=False)
+        return CallResult("failed", error="context_too_long", billable=False, left=False)
     usage = Usage(written.prompt_tokens, written.tokens, 0.0)
     if not written.text.strip():
-        return Result("failed", error="empty_answer", usage=usage, left=False)
-    return Result("answered", written.text, "stop" if written.finished else "length", usage=usage, left=False)
+        return CallResult("failed", error="empty_answer", usage=usage, left=False)
+    return CallResult("answered", written.text, "stop" if written.finished else "length", usage=usage, left=False)
 
 
 def _request_of(config: LocalModel, prompt: Prompt) -> Request:

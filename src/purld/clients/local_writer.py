@@ -11,10 +11,10 @@ from transformers import AutoConfig
 
 from purld.errors import UserError
 from purld.model.encode import Encoder
-from purld.model.load import context_length, fastest_device
-from purld.model.processor import model_class, read_processor
-from purld.model.sample import Completion, Decoding, generate, seeded
-from purld.model.vision import Head
+from purld.model.load import context_length, default_device
+from purld.model.processor import auto_model_class, read_processor
+from purld.model.sample import Completion, Decoding, generate_completions, seeded_torch
+from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
 # What a tokenizer without a chat template is shown: a model that was never tuned to chats goes on with the text.
@@ -22,7 +22,7 @@ _BARE_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenAnswer:
     """An answer with its length and its prompt's in tokens; `finished` is False if it met the length limit."""
 
     text: str
@@ -31,7 +31,7 @@ class Written:
     finished: bool
 
 
-class Writer:
+class LocalWriter:
     """A model with its tokenizer or processor.
 
     Args:
@@ -44,10 +44,10 @@ class Writer:
     """
 
     def __init__(self, model: str, decoding: Decoding, max_image_pixels: int | None = None) -> None:
-        device = fastest_device()
+        device = default_device()
         try:
             processor = read_processor(model)
-            weights = model_class(AutoConfig.from_pretrained(model))
+            weights = auto_model_class(AutoConfig.from_pretrained(model))
             self._model: Any = weights.from_pretrained(model, dtype=torch.float32 if device.type == "cpu" else "auto")
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -59,7 +59,7 @@ class Writer:
         self._decoding = decoding
         self._room = context_length(model) or 2**31
 
-    def write(self, prompts: Sequence[Prompt], seed: int) -> list[Written | None]:
+    def write(self, prompts: Sequence[Prompt], seed: int) -> list[WrittenAnswer | None]:
         """One answer per prompt, the same ones for the same seed; None where there is no room for one."""
         # What a judge is shown was written by models: a mark of a picture in it is no picture.
         heads = [self._encoder.prompt(self._encoder.harmless(prompt)) for prompt in prompts]
@@ -67,13 +67,13 @@ class Writer:
         drawn = iter(self._draw([head for head, fit in zip(heads, fits) if fit], seed))
         return [next(drawn) if fit else None for fit in fits]
 
-    def _draw(self, heads: Sequence[Head], seed: int) -> list[Written]:
+    def _draw(self, heads: Sequence[EncodedPrompt], seed: int) -> list[WrittenAnswer]:
         if not heads:
             return []
-        with seeded(seed):
-            groups = generate(self._model, self._encoder, heads, 1, self._decoding)
+        with seeded_torch(seed):
+            groups = generate_completions(self._model, self._encoder, heads, 1, self._decoding)
         return [self._written(head, completion) for head, (completion,) in zip(heads, groups, strict=True)]
 
-    def _written(self, head: Head, completion: Completion) -> Written:
+    def _written(self, head: EncodedPrompt, completion: Completion) -> WrittenAnswer:
         tokens = len(completion.ids) - completion.finished
-        return Written(self._encoder.text(completion.ids), len(head), tokens, completion.finished)
+        return WrittenAnswer(self._encoder.text(completion.ids), len(head), tokens, completion.finished)

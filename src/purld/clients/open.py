@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from purld.clients.answer_file import FileClient
+from purld.clients.answer_file import AnswerFileClient
 from purld.clients.base import Client
 from purld.clients.endpoint import EndpointClient
 from purld.clients.ledger import Ledger, Role
-from purld.clients.local_model import LocalClient
+from purld.clients.local_model import LocalModelClient
 from purld.config.schema import AnswerFile, LocalModel, OpenAIEndpoint
 
 
@@ -22,6 +22,6 @@ def open_client(
         case OpenAIEndpoint():
             return EndpointClient(config, ledger, role, resend_unknown)
         case AnswerFile():
-            return FileClient(config)
+            return AnswerFileClient(config)
         case LocalModel():
-            return LocalClient(config, ledger, role)
+            return LocalModelClient(config, ledger, role)

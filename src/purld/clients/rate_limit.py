@@ -8,7 +8,7 @@ FIRST_WAIT = 1.0  # seconds before the first repeat; doubled each time
 LONGEST_WAIT = 60.0
 
 
-class Pacer:
+class RateLimiter:
     """Spreads calls evenly over time. Times are seconds of one monotonic clock, handed in by the caller."""
 
     def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
@@ -33,7 +33,7 @@ class Pacer:
         self._paused = max(self._paused, now + min(seconds, LONGEST_WAIT))
 
 
-def back_off(attempt: int, retry_after: float | None) -> float:
+def backoff_seconds(attempt: int, retry_after: float | None) -> float:
     """Seconds before repeat number `attempt` (from 0): jittered, so that callers do not come back in step."""
     if retry_after is not None:
         return min(retry_after, LONGEST_WAIT) + random.uniform(0.0, FIRST_WAIT)

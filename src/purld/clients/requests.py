@@ -16,8 +16,8 @@ from typing import Any
 
 from purld.clients.ledger import Request
 from purld.config.schema import OpenAIEndpoint
-from purld.data.images import Bounds, for_sending, sent_size
-from purld.data.parallel import in_order
+from purld.data.images import ImageBounds, bounded_size, encode_for_sending
+from purld.data.parallel import map_in_order
 from purld.errors import UserError
 from purld.records import IMAGE, Image, Message, Prompt
 
@@ -33,7 +33,7 @@ TILE_TOKENS = {"gpt-4o-mini": (2833, 5667)}
 USUAL_TILE_TOKENS = (85, 170)
 
 
-def request_of(endpoint: OpenAIEndpoint, prompt: Prompt) -> Request:
+def build_request(endpoint: OpenAIEndpoint, prompt: Prompt) -> Request:
     """Exactly what would leave for `prompt`, and to where.
 
     Raises:
@@ -56,23 +56,23 @@ def request_of(endpoint: OpenAIEndpoint, prompt: Prompt) -> Request:
     )
 
 
-def requests_of(endpoint: OpenAIEndpoint, prompts: Iterable[Prompt]) -> Iterator[Request]:
-    """`request_of` every prompt, in order: images are encoded on all cores, shortly before they are wanted."""
-    return in_order(functools.partial(request_of, endpoint), prompts)
+def build_requests(endpoint: OpenAIEndpoint, prompts: Iterable[Prompt]) -> Iterator[Request]:
+    """`build_request` every prompt, in order: images are encoded on all cores, shortly before they are wanted."""
+    return map_in_order(functools.partial(build_request, endpoint), prompts)
 
 
-def worst_case(endpoint: OpenAIEndpoint, prompt: Prompt) -> tuple[int, int]:
+def worst_case_tokens(endpoint: OpenAIEndpoint, prompt: Prompt) -> tuple[int, int]:
     """The most input and output tokens that one call for `prompt` can take."""
     texts = [message.content for message in prompt.messages] + [endpoint.system or ""]
     input_tokens = TOKENS_PER_CALL + TOKENS_PER_MESSAGE * len(texts)
-    input_tokens += sum(image_tokens(endpoint, image) for image in prompt.images)
+    input_tokens += sum(max_image_tokens(endpoint, image) for image in prompt.images)
     input_tokens += sum(len(text.encode("utf-8", "replace")) for text in texts)
     if endpoint.extra_body:
         input_tokens += len(json.dumps(endpoint.extra_body, ensure_ascii=False).encode("utf-8", "replace"))  # a schema
     return input_tokens, endpoint.max_tokens_per_answer
 
 
-def image_tokens(endpoint: OpenAIEndpoint, image: Image) -> int:
+def max_image_tokens(endpoint: OpenAIEndpoint, image: Image) -> int:
     """The most input tokens that an image can take in any model whose way of counting is published.
 
     These count patches of the image as it is sent: of 32 pixels at 2.46 tokens (OpenAI's newer models), of 28 with
@@ -80,14 +80,14 @@ def image_tokens(endpoint: OpenAIEndpoint, image: Image) -> int:
     or tiles of 512 pixels after scaling the shorter side to 768 within 2048 (OpenAI's older models); or they take the
     same number for every image.
     """
-    size = sent_size(image.size, endpoint.max_image_side)
+    size = bounded_size(image.size, endpoint.max_image_side)
     whole, tile = next((v for name, v in TILE_TOKENS.items() if name in endpoint.model), USUAL_TILE_TOKENS)
     scale = min(2048 / max(size), 768 / min(size))
     return max(
         FIXED_IMAGE_TOKENS,
         math.ceil(2.46 * _patches(size, 32)),
         _patches(size, 28) + math.ceil(size[1] / 28),
-        _patches(sent_size(size, 1024), 16) + 64,
+        _patches(bounded_size(size, 1024), 16) + 64,
         whole + tile * _patches((size[0] * scale, size[1] * scale), 512),
     )
 
@@ -96,12 +96,12 @@ def _patches(size: tuple[float, float], edge: int) -> int:
     return math.ceil(size[0] / edge) * math.ceil(size[1] / edge)
 
 
-def price(endpoint: OpenAIEndpoint, input_tokens: int, output_tokens: int) -> float:
+def token_cost(endpoint: OpenAIEndpoint, input_tokens: int, output_tokens: int) -> float:
     """What so many tokens cost, in the currency of the endpoint's prices."""
     return (input_tokens * endpoint.input_price + output_tokens * endpoint.output_price) / 1e6
 
 
-def read_key(endpoint: OpenAIEndpoint) -> str | None:
+def read_api_key(endpoint: OpenAIEndpoint) -> str | None:
     """The API key, from where the configuration says it is.
 
     Raises:
@@ -140,5 +140,5 @@ def _content(text: str, urls: Iterator[str]) -> str | list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=32)  # one image is sent with every candidate, and with both orders of a pair
 def _data_url(image: Image, side: int, size: int) -> str:
-    mime, data = for_sending(image, Bounds(side, size))
+    mime, data = encode_for_sending(image, ImageBounds(side, size))
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"

@@ -12,7 +12,7 @@ from pydantic import (
 from purld.config.base import Count, Fraction, NonNegative, Positive, Section
 
 
-class StageTwo(Section):
+class StageTwoSettings(Section):
     """What every method of Stage II has: so many updates on so many prompts each, and the optimiser's settings."""
 
     prompts_per_step: Count = 8
@@ -40,7 +40,7 @@ class StageTwo(Section):
         return -(-self.steps // self.updates) * self.prompts_per_step * self.drawn
 
 
-class Sampling(StageTwo):
+class SamplingSettings(StageTwoSettings):
     """A method that draws one candidate per prompt."""
 
     temperature: Positive = 1.0
@@ -53,7 +53,7 @@ class Sampling(StageTwo):
         return 1
 
 
-class GroupSampling(Sampling):
+class GroupSettings(SamplingSettings):
     """A method that compares the candidates of a group."""
 
     candidates: Annotated[int, Field(ge=2)] = 8  # K
@@ -64,14 +64,14 @@ class GroupSampling(Sampling):
         return self.candidates
 
 
-class SelfScoring(Section):
+class SelfScoringSettings(Section):
     """A method whose candidates are scored by the frozen p_sft."""
 
     score: Literal["expected", "verbal"] = "expected"
     score_batch_size: Count = 16
 
 
-class Clipping(StageTwo):
+class ClippingSettings(StageTwoSettings):
     """A policy-gradient method: it may make several updates on the same candidates, its steps kept small by a clip."""
 
     updates_per_rollout: Count = 1
@@ -93,7 +93,7 @@ class Clipping(StageTwo):
         return self
 
 
-class LdlGrpo(GroupSampling, SelfScoring):
+class LdlGrpo(GroupSettings, SelfScoringSettings):
     """Stage II by LDL-GRPO (section 3.3)."""
 
     method: Literal["ldl_grpo"] = "ldl_grpo"
@@ -104,7 +104,7 @@ class LdlGrpo(GroupSampling, SelfScoring):
     beta: NonNegative = 0.01  # of KL(p || p_sft), in every method that has one
 
 
-class AnchorRankDpo(GroupSampling, SelfScoring):
+class AnchorRankDpo(GroupSettings, SelfScoringSettings):
     """Stage II by DPO on the pairs that the candidates' ranking implies."""
 
     method: Literal["anchorrank_dpo"]
@@ -113,14 +113,14 @@ class AnchorRankDpo(GroupSampling, SelfScoring):
     margin: NonNegative = 0.0  # the scores of a pair differ by more than this
 
 
-class AnchorGrpo(GroupSampling, SelfScoring, Clipping):
+class AnchorGrpo(GroupSettings, SelfScoringSettings, ClippingSettings):
     """Stage II by GRPO with the anchor-conditioned score as the reward."""
 
     method: Literal["anchor_grpo"]
     beta: NonNegative = 0.0
 
 
-class TeacherJudgeGrpo(GroupSampling, Clipping):
+class TeacherJudgeGrpo(GroupSettings, ClippingSettings):
     """Stage II by GRPO with the teacher's score of every candidate as the reward."""
 
     method: Literal["teacher_judge_grpo"]
@@ -128,7 +128,7 @@ class TeacherJudgeGrpo(GroupSampling, Clipping):
     max_tokens_per_score: Count = 16
 
 
-class SelfPpo(Sampling, SelfScoring, Clipping):
+class SelfPpo(SamplingSettings, SelfScoringSettings, ClippingSettings):
     """Stage II by PPO on the student's score of one candidate, without an anchor."""
 
     method: Literal["self_ppo"]
@@ -139,14 +139,14 @@ class SelfPpo(Sampling, SelfScoring, Clipping):
     value_learning_rate: Positive = 1.0e-3
 
 
-class SinglePairDpo(Sampling):
+class SinglePairDpo(SamplingSettings):
     """Stage II by DPO, the anchor over one candidate."""
 
     method: Literal["singlepair_dpo"]
     beta: Positive = 0.1
 
 
-class SftSft(StageTwo):
+class SftSft(StageTwoSettings):
     """Stage II as more fine-tuning, on the anchors of its prompts."""
 
     method: Literal["sft_sft"]

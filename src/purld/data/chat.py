@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from purld.data.files import check_text, kind_of
+from purld.data.files import check_text, json_type_name
 from purld.records import IMAGE, Message
 
 MARKER = "<image>"  # what users write where an image stands
@@ -42,7 +42,7 @@ def parse_chat(cell: object) -> Chat:
     if isinstance(cell, str):
         return Chat((Message("user", check_text(cell, "it")),))
     if not isinstance(cell, list | tuple):
-        raise ValueError(f"it is {kind_of(cell)}, not a text or a list of messages")
+        raise ValueError(f"it is {json_type_name(cell)}, not a text or a list of messages")
     if not cell:
         raise ValueError("it has no messages")
     images: list[object] = []
@@ -52,7 +52,7 @@ def parse_chat(cell: object) -> Chat:
     return Chat(messages, tuple(images))
 
 
-def column_images(cell: object) -> tuple[object, ...]:
+def images_in_column(cell: object) -> tuple[object, ...]:
     """The images in a row's column for them: none, one, or a list of them."""
     if cell is None or cell == "":
         return ()
@@ -89,14 +89,14 @@ def place_images(chat: Chat, column: tuple[object, ...]) -> Chat:
     return Chat(tuple(messages), column)
 
 
-def readable(text: str) -> str:
+def readable_text(text: str) -> str:
     """A text with its images' places as users write them."""
     return text.replace(IMAGE, MARKER)
 
 
-def words_of(messages: tuple[Message, ...]) -> Words:
+def turns_without_images(messages: tuple[Message, ...]) -> Words:
     """Roles and texts without the places of images: what prompts that differ in their images alone share."""
-    return tuple((m.role, " ".join(readable(m.content).replace(MARKER, " ").split())) for m in messages)
+    return tuple((m.role, " ".join(readable_text(m.content).replace(MARKER, " ").split())) for m in messages)
 
 
 def _agree(places: int, what: str, images: int) -> None:
@@ -125,7 +125,7 @@ def _of_user(role: str, pictured: bool) -> str:
 def _parse_message(turn: object, number: int, images: list[object]) -> Message:
     """The message in a turn; the cells of its images are added to `images`."""
     if not isinstance(turn, Mapping):
-        raise ValueError(f"message {number} is {kind_of(turn)}, not a {{role, content}} object")
+        raise ValueError(f"message {number} is {json_type_name(turn)}, not a {{role, content}} object")
     role = turn.get("role")
     if role not in ROLES:
         raise ValueError(f"message {number} has the role {str(role)[:40]!r}; it can be {', '.join(ROLES)}")
@@ -148,7 +148,7 @@ def _of_parts(role: str, parts: list[object] | tuple[object, ...], number: int, 
 def _parse_part(part: object, name: str, images: list[object]) -> str:
     """The text of a part, or an IMAGE whose cell is added to `images`. Tables fill a part's missing keys with null."""
     if not isinstance(part, Mapping):
-        raise ValueError(f"{name} is {kind_of(part)}, not an object with a type")
+        raise ValueError(f"{name} is {json_type_name(part)}, not an object with a type")
     match part.get("type"):
         case "text":
             text = part.get("text")

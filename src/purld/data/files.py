@@ -24,7 +24,7 @@ class BadRowError(ValueError):
 
 
 @dataclass(frozen=True)
-class Row:
+class FileRow:
     """One row and its place in words. `values` is None when the row could not be read, and `problem` why."""
 
     place: str
@@ -42,7 +42,7 @@ class Row:
         return self.values
 
 
-def iter_rows(path: str | Path) -> Iterator[Row]:
+def iter_rows(path: str | Path) -> Iterator[FileRow]:
     """The rows of a `.jsonl` or `.parquet` file, or of a folder written by `datasets`' save_to_disk.
 
     Raises:
@@ -60,7 +60,7 @@ def iter_rows(path: str | Path) -> Iterator[Row]:
     raise UserError(f"{path}: is neither .jsonl nor .parquet nor a folder saved by the datasets library.")
 
 
-def read_json(path: str | Path) -> Any:
+def parse_json_file(path: str | Path) -> Any:
     """The one JSON value that a file holds.
 
     Raises:
@@ -83,7 +83,7 @@ def check_text(cell: object, name: str) -> str:
         ValueError: it is no text, blank, holds a NUL or a lone surrogate, or is enormous.
     """
     if not isinstance(cell, str):
-        raise ValueError(f"{name} is {kind_of(cell)}, not a text")
+        raise ValueError(f"{name} is {json_type_name(cell)}, not a text")
     cell = cell.replace(IMAGE, " ")
     if not cell.strip():
         raise ValueError(f"{name} is empty")
@@ -98,7 +98,7 @@ def check_text(cell: object, name: str) -> str:
     return cell
 
 
-def kind_of(value: object) -> str:
+def json_type_name(value: object) -> str:
     """What JSON calls a value, for a sentence about it."""
     match value:
         case None:
@@ -117,7 +117,7 @@ def kind_of(value: object) -> str:
             return f"a {type(value).__name__}"
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
+def _json_rows(path: Path) -> Iterator[FileRow]:
     with _reading(path), path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             if number == 1:
@@ -132,14 +132,14 @@ def _without_mark(line: bytes, path: Path) -> bytes:
     return line.removeprefix(b"\xef\xbb\xbf")
 
 
-def _json_row(line: bytes, place: str) -> Row:
+def _json_row(line: bytes, place: str) -> FileRow:
     try:
         values = _parse_json(line)
     except ValueError as problem:
-        return Row(place, None, str(problem))
+        return FileRow(place, None, str(problem))
     if not isinstance(values, dict):
-        return Row(place, None, f"is {kind_of(values)}; a row is one JSON object on one line")
-    return Row(place, values)
+        return FileRow(place, None, f"is {json_type_name(values)}; a row is one JSON object on one line")
+    return FileRow(place, values)
 
 
 def _parse_json(data: bytes) -> Any:
@@ -158,7 +158,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[FileRow]:
     import pyarrow.parquet
 
     number = 0
@@ -169,14 +169,14 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 yield _arrow_row(batch.slice(index, 1), f"{path}, row {number}")
 
 
-def _arrow_row(batch: Any, place: str) -> Row:
+def _arrow_row(batch: Any, place: str) -> FileRow:
     try:
-        return Row(place, batch.to_pylist()[0])
+        return FileRow(place, batch.to_pylist()[0])
     except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond Python's
-        return Row(place, None, f"cannot be read ({error})")
+        return FileRow(place, None, f"cannot be read ({error})")
 
 
-def _dataset_rows(path: Path) -> Iterator[Row]:
+def _dataset_rows(path: Path) -> Iterator[FileRow]:
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise UserError(f"{path}: is a folder, but not one saved by the datasets library.")
     import datasets

@@ -18,7 +18,7 @@ _JFIF = b"\0\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0"  # of version 1.1, square pixe
 _ADOBE = b"Adobe"  # says how colours are coded
 
 
-def without_metadata(data: bytes) -> bytes | None:
+def strip_metadata(data: bytes) -> bytes | None:
     """`data` with its pixels and what is needed to decode them; None if it is none of the three or malformed."""
     try:
         if data.startswith(b"\xff\xd8\xff"):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from purld.data.image_metadata import without_metadata
+from purld.data.image_metadata import strip_metadata
 from purld.errors import UserError
 from purld.records import Image
 
@@ -55,7 +55,7 @@ class _UnusableError(ValueError):
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ImageBounds:
     """How large a picture may be where it is sent: `side` in pixels, the longer one, and `size` in bytes."""
 
     side: int
@@ -108,7 +108,7 @@ def open_image(image: Image) -> Picture:
         return _converted(_decoder(_read(image)))
 
 
-def for_sending(image: Image, bounds: Bounds) -> tuple[str, bytes]:
+def encode_for_sending(image: Image, bounds: ImageBounds) -> tuple[str, bytes]:
     """The picture as it leaves this machine: its MIME type and its bytes, within `bounds` and without metadata.
 
     A file that every model understands and that is within bounds keeps its compressed pixels, so that its bytes do
@@ -121,19 +121,19 @@ def for_sending(image: Image, bounds: Bounds) -> tuple[str, bytes]:
         data = _read(image)
         picture = _decoder(data)
         if max(picture.size) <= bounds.side and _is_plain(picture, data):
-            stripped = without_metadata(data)
+            stripped = strip_metadata(data)
             if stripped is not None and len(stripped) <= bounds.size:
                 return f"image/{'jpeg' if picture.format == 'MPO' else str(picture.format).lower()}", stripped
         return _encoded(_scaled(picture, bounds.side), bounds.size, picture.format in _LOSSY)
 
 
-def sent_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+def bounded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     """The (width, height) that a picture of `size` has at most once its longer side is no longer than `side`."""
     scale = min(1.0, side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def thumbnail(image: Image, side: int) -> tuple[str, bytes]:
+def make_thumbnail(image: Image, side: int) -> tuple[str, bytes]:
     """The picture no larger than `side`, for a page: its MIME type and its bytes.
 
     Raises:
@@ -455,7 +455,7 @@ def _scaled(picture: ImageFile, side: int) -> Picture:
     """The picture in RGB and upright, no larger than `side`."""
     from PIL.Image import Resampling
 
-    target = sent_size(picture.size, side)
+    target = bounded_size(picture.size, side)
     if target != picture.size:
         picture.draft(None, target)  # a JPEG is decoded no larger than needed
     flat = _converted(picture)
@@ -473,7 +473,7 @@ def _encoded(picture: Picture, limit: int, lossy: bool) -> tuple[str, bytes]:
             data = _save(picture, **_JPEG, quality=quality)
             if len(data) <= limit:
                 return "image/jpeg", data
-        picture = picture.resize(sent_size(picture.size, max(1, max(picture.size) * 3 // 4)))
+        picture = picture.resize(bounded_size(picture.size, max(1, max(picture.size) * 3 // 4)))
 
 
 def _save(picture: Picture, **options: Any) -> bytes:

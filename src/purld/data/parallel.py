@@ -14,7 +14,7 @@ R = TypeVar("R")
 _AHEAD = 4  # batches for each thread that are begun before they are wanted
 
 
-def in_order(work: Callable[[T], R], items: Iterable[T], batch: int = 1) -> Iterator[R]:
+def map_in_order(work: Callable[[T], R], items: Iterable[T], batch: int = 1) -> Iterator[R]:
     """`work` of every item, on all cores, as the results are wanted and in the order of the items.
 
     What an item's work raises is raised in its place, and what stops the items themselves after all of theirs.

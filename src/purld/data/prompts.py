@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from purld.config.schema import Columns
-from purld.data.chat import column_images, parse_chat, place_images
-from purld.data.files import BadRowError, Row, check_text, iter_rows
+from purld.data.chat import images_in_column, parse_chat, place_images
+from purld.data.files import BadRowError, FileRow, check_text, iter_rows
 from purld.data.images import read_image
-from purld.data.parallel import in_order
+from purld.data.parallel import map_in_order
 from purld.errors import UserError
 from purld.records import Image, Prompt
 
-Parse = Callable[[Row], Prompt | None]
+Parse = Callable[[FileRow], Prompt | None]
 
 _BATCH = 16  # rows that one thread parses at a time
 
@@ -48,11 +48,11 @@ def load_prompts(
     """
     columns, path = columns or Columns(), Path(path)
     folder = path if path.is_dir() else path.parent
-    return gather(iter_rows(path), lambda row: parse_prompt(row, columns, folder), path, bad_rows)
+    return collect_prompts(iter_rows(path), lambda row: parse_prompt(row, columns, folder), path, bad_rows)
 
 
-def gather(
-    rows: Iterable[Row],
+def collect_prompts(
+    rows: Iterable[FileRow],
     parse: Parse,
     source: str | Path,
     bad_rows: Literal["fail", "skip"] = "fail",
@@ -65,7 +65,9 @@ def gather(
     prompts: dict[str, Prompt] = {}
     images: dict[str, Image] = {}  # bytes that rows share are kept once
     used, problems = 0, list[str]()
-    for prompt in in_order(lambda row: _outcome(row, parse), rows, _BATCH):  # images decode outside of Python's lock
+    for prompt in map_in_order(
+        lambda row: _outcome(row, parse), rows, _BATCH
+    ):  # images decode outside of Python's lock
         if isinstance(prompt, BadRowError):
             if bad_rows == "fail":
                 raise UserError(f"{prompt}.")
@@ -82,7 +84,7 @@ def gather(
     return LoadedPrompts(list(prompts.values()), total, used - len(prompts), len(problems), next(iter(problems), None))
 
 
-def parse_prompt(row: Row, columns: Columns, folder: Path) -> Prompt:
+def parse_prompt(row: FileRow, columns: Columns, folder: Path) -> Prompt:
     """The prompt in one row; columns that are not mapped become its metadata.
 
     Args:
@@ -100,7 +102,7 @@ def parse_prompt(row: Row, columns: Columns, folder: Path) -> Prompt:
     column = columns.prompt
     try:
         chat = parse_chat(cells[column])
-        chat = place_images(chat, column_images(cells.get(columns.images)))
+        chat = place_images(chat, images_in_column(cells.get(columns.images)))
         column = columns.reference
         reference = _parse_reference(cells.get(column))
         column = columns.images if cells.get(columns.images) else columns.prompt
@@ -128,13 +130,13 @@ def split_pool(prompts: Sequence[Prompt], fraction: float, seed: int | str = 0) 
     return pool, held_out
 
 
-def without(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
+def exclude_prompts(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
     """`prompts` less those that are also in `held_out`: what is evaluated on is never trained on."""
     barred = {prompt.id for prompt in held_out}
     return [prompt for prompt in prompts if prompt.id not in barred]
 
 
-def _outcome(row: Row, parse: Parse) -> Prompt | BadRowError | None:
+def _outcome(row: FileRow, parse: Parse) -> Prompt | BadRowError | None:
     try:
         return parse(row)
     except BadRowError as problem:

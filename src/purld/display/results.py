@@ -8,20 +8,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from purld.display.names import METRICS, title
+from purld.display.titles import METRIC_TITLES, model_title
 from purld.runs.files import read_json
 from purld.runs.run_dir import RunDir
 
 
-def show(run: RunDir, console: Console | None = None) -> None:
+def print_results(run: RunDir, console: Console | None = None) -> None:
     """Print a run's results: metrics against models with 95% intervals, what the teacher cost, where to look."""
     results = read_json(run.results)
     console = console or Console(highlight=False)
     models = results["models"]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for heading in ("", *(title(name) for name in models)):
+    for heading in ("", *(model_title(name) for name in models)):
         table.add_column(heading, no_wrap=True)
-    for key, label in METRICS.items():
+    for key, label in METRIC_TITLES.items():
         if any(key in metrics for metrics in models.values()):
             table.add_row(label, *(_cell(metrics, key) for metrics in models.values()))
     console.print()
@@ -38,7 +38,7 @@ def show(run: RunDir, console: Console | None = None) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def signed(found: Mapping[str, Any], key: str) -> str:
+def signed_difference(found: Mapping[str, Any], key: str) -> str:
     """A difference of two models with its interval, both with their signs."""
     low, high = found[f"{key}_ci"]
     return f"{found[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -54,14 +54,16 @@ def _cell(metrics: dict[str, Any], key: str) -> str:
 def _differences(results: dict[str, Any]) -> list[str]:
     lines = []
     for pair, found in results.get("difference", {}).items():
-        ours, theirs = (title(name) for name in pair.split(" - "))
-        parts = [f"{label} {signed(found, key)}" for key, label in METRICS.items() if key in found]
+        ours, theirs = (model_title(name) for name in pair.split(" - "))
+        parts = [f"{label} {signed_difference(found, key)}" for key, label in METRIC_TITLES.items() if key in found]
         lines.append(f"{ours} minus {theirs}: {', '.join(parts)}.")
     return lines
 
 
 def _unjudged(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    counts = [f"{title(name)} {metrics['unjudged']}" for name, metrics in models.items() if metrics.get("unjudged")]
+    counts = [
+        f"{model_title(name)} {metrics['unjudged']}" for name, metrics in models.items() if metrics.get("unjudged")
+    ]
     return [f"Verdicts that were none, left out and kept with their words: {', '.join(counts)}."] if counts else []
 
 

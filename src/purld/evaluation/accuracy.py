@@ -15,7 +15,7 @@ from purld.evaluation.intervals import Array, Interval, mean_interval, wilson_in
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """One model minus another on the same prompts.
 
     `p_value` is McNemar's exact two-sided one; None where it does not apply, which is with several samples per
@@ -27,7 +27,7 @@ class Difference:
     p_value: float | None
 
 
-def accuracy(correct: ArrayLike) -> tuple[float, Interval]:
+def accuracy_with_interval(correct: ArrayLike) -> tuple[float, Interval]:
     """The share of right answers and its 95% interval, clustered by prompt.
 
     Samples of one prompt are not independent, so Wilson's interval is taken at the effective number of trials:
@@ -51,7 +51,7 @@ def accuracy(correct: ArrayLike) -> tuple[float, Interval]:
     return share, wilson_interval(share, trials)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Difference:
+def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> PairedDifference:
     """How much better `a` does than `b` on the same prompts, with a 95% interval by a bootstrap over prompts.
 
     Args:
@@ -67,11 +67,11 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> Difference:
         raise ValueError(f"a and b must hold the same prompts; they hold {len(ours)} and {len(theirs)}")
     values = ours.mean(axis=1) - theirs.mean(axis=1)
     single = ours.shape[1] == theirs.shape[1] == 1 and bool(np.isin([ours, theirs], (0.0, 1.0)).all())
-    p_value = mcnemar(int(np.sum(values > 0)), int(np.sum(values < 0))) if single else None
-    return Difference(float(values.mean()), mean_interval(values, seed, bounds=(-1.0, 1.0)), p_value)
+    p_value = mcnemar_p_value(int(np.sum(values > 0)), int(np.sum(values < 0))) if single else None
+    return PairedDifference(float(values.mean()), mean_interval(values, seed, bounds=(-1.0, 1.0)), p_value)
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
+def mcnemar_p_value(only_a: int, only_b: int) -> float:
     """The exact two-sided p of McNemar's test, from the prompts that only one of two models got right."""
     n = only_a + only_b
     tail = term = 1  # of the binomial coefficients up to min(only_a, only_b), each from the one before it

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from purld.model.encode import Encoder
-from purld.model.sample import Completion, Decoding, GenerateSampler, seed_from
+from purld.model.sample import Completion, Decoding, GenerateSampler, seed_from_content
 from purld.records import Generation, Prompt
 from purld.runs.files import append_rows, read_rows, write_rows
-from purld.runs.thumbnails import question_of
+from purld.runs.thumbnails import logged_question
 from purld.tasks.checks import Check
 
 
@@ -54,7 +54,7 @@ def answer_prompts(
     model = load() if done < len(prompts) else None
     for start in range(done, len(prompts), per_batch):
         batch = prompts[start : start + per_batch]
-        batch_seed = seed_from("answers", seed, start, [p.id for p in batch])
+        batch_seed = seed_from_content("answers", seed, start, [p.id for p in batch])
         drawn = sampler(model, [encoder.prompt(p) for p in batch], samples, batch_seed)
         new = [row for p, answers in zip(batch, drawn) for row in _rows(p, answers, encoder, check, path)]
         append_rows(path, new)
@@ -78,7 +78,7 @@ def _whole_batches(path: Path, prompts: int, samples: int, per_batch: int) -> tu
 def _rows(
     prompt: Prompt, answers: Sequence[Completion], encoder: Encoder, check: Check | None, path: Path
 ) -> list[dict[str, Any]]:
-    asked, rows = question_of(prompt, path), []
+    asked, rows = logged_question(prompt, path), []
     for sample, answer in enumerate(answers):
         text = encoder.text(answer.ids)
         generation = Generation(prompt.id, sample, text, len(answer.ids), answer.finished)

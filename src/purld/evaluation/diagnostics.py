@@ -20,7 +20,7 @@ def distinct_2(texts: Sequence[str]) -> float | None:
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
-def unique_answers(answers: Sequence[Sequence[str]]) -> float | None:
+def unique_answer_rate(answers: Sequence[Sequence[str]]) -> float | None:
     """How much of the way from one repeated answer (0) to all different ones (1) a prompt's samples are, on average.
 
     Args:
@@ -33,7 +33,7 @@ def unique_answers(answers: Sequence[Sequence[str]]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def label_divergence(
+def mean_label_divergence(
     groups: Iterable[Mapping[str, Any]], revisited: Iterable[Mapping[str, Any]]
 ) -> dict[str, float | int]:
     """The mean of KL(D || q) in nats under the policy that drew a group, and under the final one.

@@ -28,7 +28,7 @@ Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 _CELLS = 1 << 20  # resampled values held at once: bounds memory for large n
 
 
-def bootstrap(statistic: Callable[[NDArray[np.intp]], Array], n: int, seed: int) -> Array:
+def bootstrap_values(statistic: Callable[[NDArray[np.intp]], Array], n: int, seed: int) -> Array:
     """`RESAMPLES` values of a statistic, each on n prompts drawn with replacement.
 
     Args:
@@ -63,7 +63,7 @@ def bca_interval(estimate: float, resampled: Array, influence: Array) -> Interva
         return normal.cdf(bias + shifted / max(1 - acceleration * shifted, 1e-9))
 
     low, high = np.quantile(resampled, [level(-Z), level(Z)])
-    return including(estimate, (float(low), float(high)))
+    return widen_to_include(estimate, (float(low), float(high)))
 
 
 def mean_interval(values: Array, seed: int, bounds: Interval = (0.0, 1.0)) -> Interval:
@@ -71,11 +71,11 @@ def mean_interval(values: Array, seed: int, bounds: Interval = (0.0, 1.0)) -> In
     if np.ptp(values) == 0:
         return constant_interval(float(values[0]), len(values), bounds)
     imagined = np.append(values, bounds)
-    resampled = bootstrap(lambda index: imagined[index].mean(axis=1), len(imagined), seed)
-    return including(float(values.mean()), bca_interval(float(imagined.mean()), resampled, imagined))
+    resampled = bootstrap_values(lambda index: imagined[index].mean(axis=1), len(imagined), seed)
+    return widen_to_include(float(values.mean()), bca_interval(float(imagined.mean()), resampled, imagined))
 
 
-def including(estimate: float, interval: Interval) -> Interval:
+def widen_to_include(estimate: float, interval: Interval) -> Interval:
     """The interval, widened to the estimate where that lies outside."""
     return min(interval[0], estimate), max(interval[1], estimate)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from purld.clients.base import Client, OnReply, Reply
 from purld.records import Generation, Message, Outcome, Prompt, Verdict, content_hash
-from purld.templates import JUDGE_AGAIN, judge, plain
+from purld.templates import JUDGE_AGAIN, judge_turn, without_image_marks
 
 NO_REFERENCE = "(none given)"
 ASKED_AGAIN = "\n(asked again)\n"  # between the replies in a verdict's raw words
@@ -27,7 +27,7 @@ _WIN_PROBABILITY: Mapping[Outcome, float] = {"win": 1.0, "tie": 0.5, "loss": 0.0
 
 
 @dataclass(frozen=True)
-class Preferences:
+class JudgePreferences:
     """What the verdicts on one model say.
 
     Attributes:
@@ -130,7 +130,11 @@ def _ask(
 
 def _repeated(question: Prompt, said: Sequence[Reply]) -> Prompt:
     """The question with what the judge made of it so far, and a reminder of what was asked for."""
-    turns = [m for reply in said for m in (Message("assistant", plain(reply.text or "")), Message("user", JUDGE_AGAIN))]
+    turns = [
+        m
+        for reply in said
+        for m in (Message("assistant", without_image_marks(reply.text or "")), Message("user", JUDGE_AGAIN))
+    ]
     return replace(question, messages=(*question.messages, *turns))
 
 
@@ -147,7 +151,7 @@ def _counter(total: int, note: str, progress: Progress | None) -> OnReply | None
     return on_reply
 
 
-def preferences(verdicts: Sequence[Verdict]) -> Preferences:
+def average_preferences(verdicts: Sequence[Verdict]) -> JudgePreferences:
     """Average verdicts over the orders and samples of each prompt."""
     by_answer: dict[tuple[str, int], list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
@@ -161,7 +165,7 @@ def preferences(verdicts: Sequence[Verdict]) -> Preferences:
             by_prompt[prompt_id].append(sum(_WIN_PROBABILITY[v.outcome] for v in judged) / len(judged))
         if len({v.model_is_a for v in judged if v.asked}) == 2:
             flips.append(len({v.outcome for v in judged}) > 1)
-    return Preferences(
+    return JudgePreferences(
         wins={prompt_id: sum(p) / len(p) if p else None for prompt_id, p in by_prompt.items()},
         unjudged=sum(v.outcome == "unjudged" for v in verdicts),
         flip_rate=sum(flips) / len(flips) if flips else None,
@@ -200,7 +204,7 @@ def _pairings(
 def _pairing(prompt: Prompt, generation: Generation, opponent: str, model_is_a: bool) -> _Pairing:
     answer_a, answer_b = (generation.text, opponent) if model_is_a else (opponent, generation.text)
     reference = NO_REFERENCE if prompt.reference is None else prompt.reference
-    text = judge(prompt.question, reference, answer_a, answer_b)
+    text = judge_turn(prompt.question, reference, answer_a, answer_b)
     return _Pairing(generation, Prompt.from_text(text, images=prompt.images), model_is_a)
 
 

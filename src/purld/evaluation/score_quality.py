@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from purld.evaluation.intervals import Array, Interval, bca_interval, bootstrap, constant_interval
+from purld.evaluation.intervals import Array, Interval, bca_interval, bootstrap_values, constant_interval
 from purld.records import Prompt
 
 BINS = 10
@@ -36,7 +36,7 @@ class CheckedGroup:
 
 
 @dataclass(frozen=True)
-class Bin:
+class CalibrationBin:
     """The candidates whose score lies in one tenth of [0, 1]: their mean score and the share that is right."""
 
     n: int
@@ -66,7 +66,7 @@ class ScoreQuality:
     auc_within: float | None
     auc_within_ci: Interval | None
     ece: float
-    bins: tuple[Bin, ...]
+    bins: tuple[CalibrationBin, ...]
 
 
 def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality:
@@ -90,7 +90,7 @@ def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality
         n=len(scores),
         prompts=len({group.prompt_id for group in groups if group.scores}),
         right=float(right.mean()),
-        auc=auc(scores, right) if right.any() and not right.all() else None,
+        auc=pairwise_auc(scores, right) if right.any() and not right.all() else None,
         auc_within=within,
         auc_within_ci=interval,
         ece=sum(b.n * abs(b.score - b.right) for b in bins) / len(scores),
@@ -98,7 +98,7 @@ def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality
     )
 
 
-def auc(scores: ArrayLike, positive: ArrayLike) -> float:
+def pairwise_auc(scores: ArrayLike, positive: ArrayLike) -> float:
     """The probability that a right answer's score exceeds a wrong one's, ties half (Mann and Whitney 1947).
 
     0.5 is a score that knows nothing; this is the ceiling of everything that Stage II can learn from it.
@@ -131,7 +131,7 @@ def accuracy_by_step(groups: Iterable[CheckedGroup]) -> list[dict[str, Any]]:
     return [{"step": step, "n": len(r), "right": round(sum(r) / len(r), 6)} for step, r in sorted(right.items())]
 
 
-def checked_groups(
+def check_groups(
     rows: Iterable[Mapping[str, Any]], prompts: Iterable[Prompt], check: Callable[[Prompt, str], bool]
 ) -> list[CheckedGroup]:
     """Stage II's groups as it logged them, checked against gold; prompts without gold are left out.
@@ -151,7 +151,7 @@ def checked_groups(
     return found
 
 
-def as_results(quality: ScoreQuality) -> dict[str, Any]:
+def quality_as_results(quality: ScoreQuality) -> dict[str, Any]:
     """The measures as results.json has them: rounded, and absent where there is none."""
     rounded = {key: _rounded(value) for key, value in asdict(quality).items() if value is not None}
     return rounded | {"bins": [{key: _rounded(v) for key, v in asdict(b).items()} for b in quality.bins]}
@@ -169,10 +169,12 @@ def _scored(group: CheckedGroup) -> CheckedGroup:
     return replace(group, scores=[score for score, _ in kept], right=[right for _, right in kept])
 
 
-def _bins(scores: Array, right: NDArray[np.bool_]) -> tuple[Bin, ...]:
+def _bins(scores: Array, right: NDArray[np.bool_]) -> tuple[CalibrationBin, ...]:
     place = np.minimum((scores * BINS).astype(int), BINS - 1)
     inside = [place == b for b in range(BINS)]
-    return tuple(Bin(int(i.sum()), float(scores[i].mean()), float(right[i].mean())) for i in inside if i.any())
+    return tuple(
+        CalibrationBin(int(i.sum()), float(scores[i].mean()), float(right[i].mean())) for i in inside if i.any()
+    )
 
 
 def _within(groups: Sequence[CheckedGroup], seed: int) -> tuple[float | None, Interval | None]:
@@ -182,7 +184,7 @@ def _within(groups: Sequence[CheckedGroup], seed: int) -> tuple[float | None, In
         right = np.asarray(group.right, dtype=bool)
         pairs = int(right.sum() * (~right).sum())
         if pairs:
-            sums[group.prompt_id][0] += auc(np.array(group.scores, dtype=np.float64), right) * pairs
+            sums[group.prompt_id][0] += pairwise_auc(np.array(group.scores, dtype=np.float64), right) * pairs
             sums[group.prompt_id][1] += pairs
     if not sums:
         return None, None
@@ -190,5 +192,5 @@ def _within(groups: Sequence[CheckedGroup], seed: int) -> tuple[float | None, In
     estimate = float(won.sum() / pairs_of.sum())
     if np.ptp(won / pairs_of) == 0:
         return estimate, constant_interval(estimate, len(won), (0.0, 1.0))
-    resampled = bootstrap(lambda index: won[index].sum(axis=1) / pairs_of[index].sum(axis=1), len(won), seed)
+    resampled = bootstrap_values(lambda index: won[index].sum(axis=1) / pairs_of[index].sum(axis=1), len(won), seed)
     return estimate, bca_interval(estimate, resampled, won - estimate * pairs_of)

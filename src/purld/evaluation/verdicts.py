@@ -15,7 +15,7 @@ from typing import Any
 from purld.clients.ledger import Ledger
 from purld.clients.open import open_client
 from purld.config.schema import AnswerFile, Evaluate, FileColumns
-from purld.data.chat import readable
+from purld.data.chat import readable_text
 from purld.errors import UserError
 from purld.evaluation.judge import Progress, judge_answers, judge_questions
 from purld.records import Generation, Prompt, Verdict
@@ -89,7 +89,7 @@ def _check_coverage(judge: AnswerFile, questions: Sequence[Prompt], ledger: Ledg
 
 def _to_judge(question: Prompt, columns: FileColumns) -> dict[str, Any]:
     """The row that asks for a verdict; it is found again by its id."""
-    row: dict[str, Any] = {columns.id: question.id, "question": readable(question.question), columns.answer: None}
+    row: dict[str, Any] = {columns.id: question.id, "question": readable_text(question.question), columns.answer: None}
     if question.images:
         row["images"] = [image.path or image.digest for image in question.images]
     return row

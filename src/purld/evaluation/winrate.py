@@ -17,10 +17,10 @@ from purld.evaluation.intervals import (
     Array,
     Interval,
     bca_interval,
-    bootstrap,
+    bootstrap_values,
     constant_interval,
-    including,
     mean_interval,
+    widen_to_include,
 )
 
 # The ridge adds RIDGE·φ² to the *mean* cross-entropy, so that it means the same at every n: doubling the data
@@ -146,14 +146,14 @@ def length_controlled_difference(
     # Two imagined prompts with answers of equal length, one won by either side alone: see `intervals`.
     a, b = (np.append(ours, [1.0, 0.0]), np.append(theirs, [0.0, 1.0]))
     delta_a, delta_b = (np.append(delta, [0.0, 0.0]) for delta in deltas)
-    resampled = bootstrap(
+    resampled = bootstrap_values(
         lambda index: _controlled_rates(a[index], delta_a[index]) - _controlled_rates(b[index], delta_b[index]),
         len(a),
         seed,
     )
     imagined = _controlled_rate(a, delta_a) - _controlled_rate(b, delta_b)
     influence = _influence(a, delta_a) - _influence(b, delta_b)
-    return difference, including(difference, bca_interval(imagined, resampled, influence))
+    return difference, widen_to_include(difference, bca_interval(imagined, resampled, influence))
 
 
 def _checked(p_model_wins: ArrayLike, reference: ArrayLike, model: ArrayLike) -> tuple[Array, Array, Array]:
@@ -191,7 +191,7 @@ def _length_controlled(wins: Array, delta: Array, seed: int) -> tuple[float, Int
     rate = _controlled_rate(wins, delta)
     if np.ptp(wins) == 0:  # every pair ended alike
         return rate, constant_interval(rate, len(wins), (0.0, 1.0))
-    resampled = bootstrap(lambda index: _controlled_rates(wins[index], delta[index]), len(wins), seed)
+    resampled = bootstrap_values(lambda index: _controlled_rates(wins[index], delta[index]), len(wins), seed)
     return rate, bca_interval(rate, resampled, _influence(wins, delta))
 
 

@@ -40,7 +40,7 @@ def ranked_pairs(scores: Tensor, margin: float, pairing: Pairing) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Credit:
+class TokenCredit:
     """What PPO learns from: (K, C) advantages for the policy and (K, C) returns for the critic."""
 
     advantages: Tensor
@@ -62,7 +62,7 @@ def token_rewards(scores: Tensor, old: Tensor, reference: Tensor, mask: Tensor, 
     return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1))
 
 
-def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, trace: float) -> Credit:
+def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, trace: float) -> TokenCredit:
     """Generalised advantage estimation (Schulman et al., 2016, Eq. 16), backwards from each answer's end.
 
     A_t = delta_t + discount * trace * A_{t+1} with delta_t = r_t + discount * V_{t+1} - V_t; after the last token
@@ -84,10 +84,10 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discou
         following = (delta + discount * trace * following) * mask[:, t]
         next_value = values[:, t]
         advantages[:, t] = following
-    return Credit(advantages, advantages + values)
+    return TokenCredit(advantages, advantages + values)
 
 
-def whitened(credits: Sequence[Credit], masks: Sequence[Tensor]) -> list[Credit]:
+def whiten_advantages(credits: Sequence[TokenCredit], masks: Sequence[Tensor]) -> list[TokenCredit]:
     """The same credits with advantages of mean 0 and standard deviation 1 over all tokens of a batch of prompts.
 
     Args:
@@ -96,4 +96,4 @@ def whitened(credits: Sequence[Credit], masks: Sequence[Tensor]) -> list[Credit]
     """
     tokens = torch.cat([c.advantages[m > 0] for c, m in zip(credits, masks)])
     spread = tokens.std(unbiased=False) + _SMALL
-    return [Credit((c.advantages - tokens.mean()) / spread * m, c.returns) for c, m in zip(credits, masks)]
+    return [TokenCredit((c.advantages - tokens.mean()) / spread * m, c.returns) for c, m in zip(credits, masks)]

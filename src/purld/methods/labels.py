@@ -24,11 +24,11 @@ class PuLabels:
 
 def pu_labels(scores: Tensor, anchor_score: float, gamma: float, tau: float) -> PuLabels:
     """Eq. 2 from (K,) scores s_k and the anchor's own score s*; see `log_label_distribution`."""
-    margin = margins(scores, anchor_score)
-    return PuLabels(log_label_distribution(margin, gamma, tau), confidences(margin, gamma))
+    margin = anchor_margins(scores, anchor_score)
+    return PuLabels(log_label_distribution(margin, gamma, tau), positive_confidences(margin, gamma))
 
 
-def margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:
+def anchor_margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:
     """Anchor-referenced margins r_k = s_k - s* of a group.
 
     Args:
@@ -38,7 +38,7 @@ def margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:
     return scores - anchor_score
 
 
-def confidences(margin: Tensor, gamma: float) -> Tensor:
+def positive_confidences(margin: Tensor, gamma: float) -> Tensor:
     """Soft positivity u_k = sigmoid(gamma r_k) of the candidates, shape (K,)."""
     return torch.sigmoid(gamma * margin)
 
@@ -68,6 +68,6 @@ def label_distribution(margin: Tensor, gamma: float, tau: float) -> Tensor:
     return log_label_distribution(margin, gamma, tau).exp()
 
 
-def entropy(log_distribution: Tensor) -> Tensor:
+def distribution_entropy(log_distribution: Tensor) -> Tensor:
     """Shannon entropy in nats of a distribution given by its logarithm, shape () from (K,)."""
     return -(log_distribution.exp() * log_distribution.clamp(min=torch.finfo(log_distribution.dtype).min)).sum()

@@ -1,9 +1,9 @@
 """The objectives of Stage II, each a pure function of one group's per-token log-probabilities.
 
-Every objective takes `Tokens` and its signal and returns a `Loss`. It sees the model through (K, C) log-probabilities
-alone (PPO's also through (K, C) values), so its gradient in the parameters is sum_kt c_kt * grad log p(y_kt|x, y_k<t)
-with one number c_kt per token. `differentiate` gives these numbers from log-probabilities computed without a graph;
-the trainer then sends members backward in micro-batches of any size, and the sum is the exact gradient, whatever the
+Every objective takes `GroupTokens` and its signal and returns a `GroupLoss`. It sees the model through (K, C)
+log-probabilities alone (PPO's also through (K, C) values), so its gradient in the parameters is
+sum_kt c_kt * grad log p(y_kt|x, y_k<t) with one number c_kt per token. `loss_coefficients` gives these numbers from
+log-probabilities computed without a graph; the trainer then sends members backward in micro-batches of any size, and the sum is the exact gradient, whatever the
 objective. How signals are made of scores is in `labels` and `credit`; sampling and scoring happen elsewhere.
 """
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from purld.methods.advantages import Credit
-from purld.methods.labels import entropy
+from purld.methods.advantages import TokenCredit
+from purld.methods.labels import distribution_entropy
 
 QForm = Literal["ratio", "likelihood", "mean"]
 
 
 @dataclass(frozen=True)
-class Tokens:
+class GroupTokens:
     """The members of one group as an objective sees them; every tensor is (K, C), float32, padded after the end.
 
     Attributes:
@@ -54,7 +54,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Loss:
+class GroupLoss:
     """An objective's value on one group and what is worth logging of it.
 
     Attributes:
@@ -68,7 +68,9 @@ class Loss:
     members: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def differentiate(objective: Callable[[Tokens], Loss], tokens: Tokens) -> tuple[Loss, Tensor, Tensor | None]:
+def loss_coefficients(
+    objective: Callable[[GroupTokens], GroupLoss], tokens: GroupTokens
+) -> tuple[GroupLoss, Tensor, Tensor | None]:
     """The objective and its (K, C) gradients in `tokens.policy` and `tokens.values`; no graph is needed or kept."""
     policy = tokens.policy.detach().requires_grad_()
     values = None if tokens.values is None else tokens.values.detach().requires_grad_()
@@ -76,7 +78,7 @@ def differentiate(objective: Callable[[Tokens], Loss], tokens: Tokens) -> tuple[
         loss = objective(replace(tokens, policy=policy, values=values))
         loss.value.backward()  # type: ignore[no-untyped-call]
     gradients = [None if x is None else torch.zeros_like(x) if x.grad is None else x.grad for x in (policy, values)]
-    detached = Loss(
+    detached = GroupLoss(
         loss.value.detach(),
         {name: metric.detach() for name, metric in loss.metrics.items()},
         {name: column.detach() for name, column in loss.members.items()},
@@ -88,7 +90,7 @@ def differentiate(objective: Callable[[Tokens], Loss], tokens: Tokens) -> tuple[
 # --- LDL-GRPO ------------------------------------------------------------------------------------------------
 
 
-def ldl_loss(tokens: Tokens, log_labels: Tensor, *, form: QForm, beta: float) -> Loss:
+def ldl_loss(tokens: GroupTokens, log_labels: Tensor, *, form: QForm, beta: float) -> GroupLoss:
     """KL(D || q_theta) + beta KL(p_theta || p_sft) of one group (Eq. 4).
 
     Args:
@@ -99,8 +101,8 @@ def ldl_loss(tokens: Tokens, log_labels: Tensor, *, form: QForm, beta: float) ->
     """
     log_probs, reference = tokens.sequences(tokens.policy), tokens.sequences(tokens.reference)
     log_q = log_policy_distribution(log_probs, reference, tokens.lengths, form)
-    divergence = label_divergence(log_labels, log_q)
-    entropy_labels, entropy_policy = entropy(log_labels), entropy(log_q.detach())
+    divergence = labels_kl(log_labels, log_q)
+    entropy_labels, entropy_policy = distribution_entropy(log_labels), distribution_entropy(log_q.detach())
     metrics = {
         "ldl": divergence,
         "entropy_labels": entropy_labels,
@@ -111,7 +113,7 @@ def ldl_loss(tokens: Tokens, log_labels: Tensor, *, form: QForm, beta: float) ->
     if (correlation := _correlation(q.detach(), tokens.lengths)) is not None:
         metrics["length_correlation"] = correlation
     value = divergence + beta * kl_from_reference(log_probs, reference)
-    return Loss(value, metrics, {"labels": log_labels.exp(), "policy_before": q})
+    return GroupLoss(value, metrics, {"labels": log_labels.exp(), "policy_before": q})
 
 
 def log_policy_distribution(log_probs: Tensor, reference_log_probs: Tensor, lengths: Tensor, form: QForm) -> Tensor:
@@ -136,7 +138,7 @@ def log_policy_distribution(log_probs: Tensor, reference_log_probs: Tensor, leng
     return torch.log_softmax(logits, dim=0)
 
 
-def label_divergence(log_labels: Tensor, log_q: Tensor) -> Tensor:
+def labels_kl(log_labels: Tensor, log_q: Tensor) -> Tensor:
     """KL(D || q) of one group in nats, shape () from two (K,) log-distributions (Eq. 4, first term)."""
     labels = log_labels.exp()
     # 0 * (-inf - x) would be nan: a label that underflowed contributes nothing.
@@ -179,7 +181,7 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor | None:
 # --- DPO -----------------------------------------------------------------------------------------------------
 
 
-def dpo_loss(tokens: Tokens, pairs: Tensor, *, beta: float) -> Loss:
+def dpo_loss(tokens: GroupTokens, pairs: Tensor, *, beta: float) -> GroupLoss:
     """-log sigmoid(beta (log-ratio of the chosen - log-ratio of the rejected)), the mean over pairs of one group.
 
     Rafailov et al., 2023, Eq. 7; log-ratios are log p_theta - log p_sft of whole sequences. A member may be in
@@ -193,13 +195,13 @@ def dpo_loss(tokens: Tokens, pairs: Tensor, *, beta: float) -> Loss:
     log_ratios = tokens.sequences(tokens.policy - tokens.reference)
     gaps = log_ratios[pairs[:, 0]] - log_ratios[pairs[:, 1]]  # (P,)
     metrics = {"pair_accuracy": (gaps > 0).float().mean(), "pairs": torch.tensor(float(len(pairs)))}
-    return Loss(-logsigmoid(beta * gaps).mean(), metrics)
+    return GroupLoss(-logsigmoid(beta * gaps).mean(), metrics)
 
 
 # --- policy gradients ----------------------------------------------------------------------------------------
 
 
-def grpo_loss(tokens: Tokens, advantages: Tensor, *, clip: float, beta: float) -> Loss:
+def grpo_loss(tokens: GroupTokens, advantages: Tensor, *, clip: float, beta: float) -> GroupLoss:
     """The clipped surrogate with one advantage per member, plus beta KL(p_theta || p_sft) (Shao et al., 2024, Eq. 3).
 
     The mean over a member's tokens, then over members. The KL is the k3 estimate times the importance ratio: so the
@@ -216,10 +218,10 @@ def grpo_loss(tokens: Tokens, advantages: Tensor, *, clip: float, beta: float) -
         to_reference = tokens.reference - tokens.policy
         per_token = per_token + beta * _ratios(tokens) * (to_reference.exp() - to_reference - 1)
     value = mean_over_tokens(per_token, tokens.mask).mean()
-    return Loss(value, {"clipped": clipped}, {"advantages": advantages})
+    return GroupLoss(value, {"clipped": clipped}, {"advantages": advantages})
 
 
-def ppo_loss(tokens: Tokens, credit: Credit, *, clip: float, value_clip: float) -> Loss:
+def ppo_loss(tokens: GroupTokens, credit: TokenCredit, *, clip: float, value_clip: float) -> GroupLoss:
     """The clipped surrogate with an advantage per token, plus half the clipped squared error of the critic.
 
     Schulman et al., 2017, Eq. 7 and 9, the value clipped as in its published implementation. The critic's part has no
@@ -239,10 +241,10 @@ def ppo_loss(tokens: Tokens, credit: Credit, *, clip: float, value_clip: float) 
     value_loss = mean_over_tokens(errors, tokens.mask).mean()
     value = mean_over_tokens(per_token, tokens.mask).mean() + value_loss
     mean_advantages = mean_over_tokens(credit.advantages, tokens.mask)
-    return Loss(value, {"clipped": clipped, "value_loss": value_loss}, {"advantages": mean_advantages})
+    return GroupLoss(value, {"clipped": clipped, "value_loss": value_loss}, {"advantages": mean_advantages})
 
 
-def _clipped_surrogate(tokens: Tokens, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def _clipped_surrogate(tokens: GroupTokens, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """-min(ratio A, clipped ratio A) per token, (K, C), and the share of tokens whose gradient the clip cut, ()."""
     ratios = _ratios(tokens)
     free, bound = ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages
@@ -250,7 +252,7 @@ def _clipped_surrogate(tokens: Tokens, advantages: Tensor, clip: float) -> tuple
     return -torch.min(free, bound), cut.sum() / tokens.mask.sum()
 
 
-def _ratios(tokens: Tokens) -> Tensor:
+def _ratios(tokens: GroupTokens) -> Tensor:
     """(K, C) p_theta / p_old of each token."""
     return (tokens.policy - tokens.old).exp()
 
@@ -258,9 +260,9 @@ def _ratios(tokens: Tokens) -> Tensor:
 # --- imitation -----------------------------------------------------------------------------------------------
 
 
-def nll_loss(tokens: Tokens) -> Loss:
+def nll_loss(tokens: GroupTokens) -> GroupLoss:
     """-log p_theta(y|x) per token (Eq. 1): the mean over a member's tokens, then over members."""
-    return Loss(-mean_over_tokens(tokens.policy, tokens.mask).mean())
+    return GroupLoss(-mean_over_tokens(tokens.policy, tokens.mask).mean())
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor) -> Tensor:

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from purld.methods.advantages import (
-    Credit,
+    TokenCredit,
     generalised_advantages,
     group_advantages,
     ranked_pairs,
     token_rewards,
-    whitened,
+    whiten_advantages,
 )
 from purld.methods.labels import PuLabels, pu_labels
-from purld.methods.losses import Loss, Tokens, dpo_loss, grpo_loss, ldl_loss, nll_loss, ppo_loss
+from purld.methods.losses import GroupLoss, GroupTokens, dpo_loss, grpo_loss, ldl_loss, nll_loss, ppo_loss
 
 Signal = TypeVar("Signal")
 Scorer = Literal["anchored", "alone", "teacher"]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class GroupEvidence:
     """What is known of one group before its update.
 
     Attributes:
@@ -40,11 +40,11 @@ class Evidence:
 
     scores: Tensor
     anchor_score: float | None = None
-    tokens: Tokens | None = None
+    tokens: GroupTokens | None = None
 
 
 @dataclass(frozen=True)
-class StageTwo(Generic[Signal]):
+class StageTwoMethod(Generic[Signal]):
     """How a method learns in Stage II. `settings` is its section of the configuration.
 
     Attributes:
@@ -56,8 +56,8 @@ class StageTwo(Generic[Signal]):
         across: (signals, masks) -> the signals after what the prompts of a step do to each other.
     """
 
-    signal: Callable[[Evidence, Any], Signal | None]
-    loss: Callable[[Tokens, Signal, Any], Loss]
+    signal: Callable[[GroupEvidence, Any], Signal | None]
+    loss: Callable[[GroupTokens, Signal, Any], GroupLoss]
     scorer: Scorer | None = None
     anchor_member: bool = False
     critic: bool = False
@@ -72,44 +72,44 @@ class Method:
     signal: str
     objective: str
     teacher_calls: str
-    stage_two: StageTwo[Any] | None = None
+    stage_two: StageTwoMethod[Any] | None = None
 
 
-def _pu_labels(evidence: Evidence, settings: Any) -> PuLabels | None:
+def _pu_labels(evidence: GroupEvidence, settings: Any) -> PuLabels | None:
     if evidence.anchor_score is None or evidence.scores.numel() < 2:
         return None
     return pu_labels(evidence.scores, evidence.anchor_score, settings.gamma, settings.tau)
 
 
-def _ldl_loss(tokens: Tokens, labels: PuLabels, settings: Any) -> Loss:
+def _ldl_loss(tokens: GroupTokens, labels: PuLabels, settings: Any) -> GroupLoss:
     loss = ldl_loss(tokens, labels.log_distribution, form=settings.q, beta=settings.beta)
     return replace(loss, members={**loss.members, "confidences": labels.confidences})
 
 
-def _advantages(evidence: Evidence, settings: Any) -> Tensor | None:
+def _advantages(evidence: GroupEvidence, settings: Any) -> Tensor | None:
     return group_advantages(evidence.scores) if evidence.scores.numel() >= 2 else None
 
 
-def _grpo_loss(tokens: Tokens, advantages: Tensor, settings: Any) -> Loss:
+def _grpo_loss(tokens: GroupTokens, advantages: Tensor, settings: Any) -> GroupLoss:
     return grpo_loss(tokens, advantages, clip=settings.clip, beta=settings.beta)
 
 
-def _ranked_pairs(evidence: Evidence, settings: Any) -> Tensor | None:
+def _ranked_pairs(evidence: GroupEvidence, settings: Any) -> Tensor | None:
     if evidence.scores.numel() < 2:
         return None
     pairs = ranked_pairs(evidence.scores, settings.margin, settings.pairs)
     return pairs if len(pairs) else None
 
 
-def _anchor_first(evidence: Evidence, settings: Any) -> Tensor:
+def _anchor_first(evidence: GroupEvidence, settings: Any) -> Tensor:
     return torch.tensor([[0, 1]])
 
 
-def _dpo_loss(tokens: Tokens, pairs: Tensor, settings: Any) -> Loss:
+def _dpo_loss(tokens: GroupTokens, pairs: Tensor, settings: Any) -> GroupLoss:
     return dpo_loss(tokens, pairs, beta=settings.beta)
 
 
-def _credit(evidence: Evidence, settings: Any) -> Credit | None:
+def _credit(evidence: GroupEvidence, settings: Any) -> TokenCredit | None:
     tokens = evidence.tokens
     if not evidence.scores.numel() or tokens is None or tokens.old_values is None:
         return None
@@ -117,15 +117,15 @@ def _credit(evidence: Evidence, settings: Any) -> Credit | None:
     return generalised_advantages(rewards, tokens.old_values, tokens.mask, settings.discount, settings.trace)
 
 
-def _ppo_loss(tokens: Tokens, credit: Credit, settings: Any) -> Loss:
+def _ppo_loss(tokens: GroupTokens, credit: TokenCredit, settings: Any) -> GroupLoss:
     return ppo_loss(tokens, credit, clip=settings.clip, value_clip=settings.value_clip)
 
 
-def _imitate(evidence: Evidence, settings: Any) -> bool:
+def _imitate(evidence: GroupEvidence, settings: Any) -> bool:
     return True  # the members are all there is to know
 
 
-def _nll_loss(tokens: Tokens, signal: bool, settings: Any) -> Loss:
+def _nll_loss(tokens: GroupTokens, signal: bool, settings: Any) -> GroupLoss:
     return nll_loss(tokens)
 
 
@@ -135,49 +135,49 @@ _ROWS = (
         signal="anchor-conditioned self-evaluation, as a PU label distribution (Eq. 2)",
         objective="KL(D || q) + beta KL(p || p_sft) (Eq. 4)",
         teacher_calls="N",
-        stage_two=StageTwo(_pu_labels, _ldl_loss, scorer="anchored"),
+        stage_two=StageTwoMethod(_pu_labels, _ldl_loss, scorer="anchored"),
     ),
     Method(
         "anchorrank_dpo",
         signal="anchor-conditioned self-evaluation, as ranked pairs of candidates",
         objective="DPO over a group's pairs",
         teacher_calls="N",
-        stage_two=StageTwo(_ranked_pairs, _dpo_loss, scorer="anchored"),
+        stage_two=StageTwoMethod(_ranked_pairs, _dpo_loss, scorer="anchored"),
     ),
     Method(
         "anchor_grpo",
         signal="anchor-conditioned self-evaluation, as a reward",
         objective="GRPO: clipped ratio times group-standardised advantage",
         teacher_calls="N",
-        stage_two=StageTwo(_advantages, _grpo_loss, scorer="anchored"),
+        stage_two=StageTwoMethod(_advantages, _grpo_loss, scorer="anchored"),
     ),
     Method(
         "self_ppo",
         signal="self-evaluation of one candidate, without anchor or teacher",
         objective="PPO with a critic, GAE and clipping",
         teacher_calls="N, none in Stage II",
-        stage_two=StageTwo(_credit, _ppo_loss, scorer="alone", critic=True, across=whitened),
+        stage_two=StageTwoMethod(_credit, _ppo_loss, scorer="alone", critic=True, across=whiten_advantages),
     ),
     Method(
         "singlepair_dpo",
         signal="the anchor over one candidate",
         objective="DPO",
         teacher_calls="N",
-        stage_two=StageTwo(_anchor_first, _dpo_loss, anchor_member=True),
+        stage_two=StageTwoMethod(_anchor_first, _dpo_loss, anchor_member=True),
     ),
     Method(
         "sft_sft",
         signal="the anchors of Stage II's prompts",
         objective="maximum likelihood",
         teacher_calls="N",
-        stage_two=StageTwo(_imitate, _nll_loss, anchor_member=True),
+        stage_two=StageTwoMethod(_imitate, _nll_loss, anchor_member=True),
     ),
     Method(
         "teacher_judge_grpo",
         signal="the teacher's score of every candidate",
         objective="GRPO: clipped ratio times group-standardised advantage",
         teacher_calls="N + one per candidate",
-        stage_two=StageTwo(_advantages, _grpo_loss, scorer="teacher"),
+        stage_two=StageTwoMethod(_advantages, _grpo_loss, scorer="teacher"),
     ),
     Method("sft", signal="the teacher's answers (Eq. 1)", objective="maximum likelihood", teacher_calls="N"),
 )

@@ -23,12 +23,12 @@ _CHUNK = 256
 _SHIFT = "rope_deltas"
 
 
-def bare(model: Any) -> Any:
+def unwrap_adapters(model: Any) -> Any:
     """The model under its adapters, if it has any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-class Halves:
+class BodyAndHead:
     """The two halves of a model, with adapters as they are switched when a half is used.
 
     Args:
@@ -36,7 +36,7 @@ class Halves:
     """
 
     def __init__(self, model: Any) -> None:
-        self.causal = bare(model)
+        self.causal = unwrap_adapters(model)
         self.body = self.causal.base_model
         if self.body is self.causal:
             raise TypeError(f"{type(self.causal).__name__} does not keep its body apart from its head")

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-class ReadOnly(Cache):
+class ReadOnlyCache(Cache):
     """A cache of batch size 1 as B continuations see it; nothing of theirs is kept."""
 
     def update(
@@ -28,7 +28,7 @@ class ReadOnly(Cache):
         return keys, values
 
 
-class _Roomy(DynamicLayer):
+class _PreallocatedLayer(DynamicLayer):
     """A layer with room for what is to come: decoding writes into it, where `DynamicLayer` copies all at every token.
 
     Without gradients only.
@@ -37,8 +37,8 @@ class _Roomy(DynamicLayer):
     def __init__(self, layer: DynamicLayer, copies: int, room: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._all_keys, self.keys = _with_room(layer.keys, copies, room)
-        self._all_values, self.values = _with_room(layer.values, copies, room)
+        self._all_keys, self.keys = _with_capacity(layer.keys, copies, room)
+        self._all_values, self.values = _with_capacity(layer.values, copies, room)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keys and values (B, heads, P + L, width), the L new ones written behind the P old ones."""
@@ -50,17 +50,17 @@ class _Roomy(DynamicLayer):
         return self.keys, self.values
 
 
-def repeat_with_room(cache: Any, copies: int, room: int) -> Any:
+def repeat_with_capacity(cache: Any, copies: int, room: int) -> Any:
     """Repeat every row of a plain cache, in place, with room for `room` more tokens, to decode on."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[index] = _Roomy(layer, copies, room)
+            cache.layers[index] = _PreallocatedLayer(layer, copies, room)
         else:  # a sliding window is short and drops what leaves it
             layer.batch_repeat_interleave(copies)
     return cache
 
 
-def plain_layers(cache: Any) -> list[Any]:
+def plain_kv_layers(cache: Any) -> list[Any]:
     """The layers of a cache of keys and values and nothing else.
 
     Raises:
@@ -73,7 +73,7 @@ def plain_layers(cache: Any) -> list[Any]:
     return layers
 
 
-def _with_room(held: Tensor, copies: int, room: int) -> tuple[Tensor, Tensor]:
+def _with_capacity(held: Tensor, copies: int, room: int) -> tuple[Tensor, Tensor]:
     """A (B * copies, heads, P + room, width) tensor, and the part of it that is filled."""
     rows, heads, length, width = held.shape
     everything = held.new_empty(rows * copies, heads, length + room, width)

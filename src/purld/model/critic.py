@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from purld.model.body_and_head import bare
+from purld.model.body_and_head import unwrap_adapters
 from purld.model.encode import pad_right
-from purld.model.vision import Head, features_of
+from purld.model.vision import EncodedPrompt, vision_features
 
 
 class ValueHead(nn.Module):
@@ -37,7 +37,7 @@ class ValueHead(nn.Module):
 
 
 @torch.no_grad()
-def prefix_states(model: Any, head: Head, completions: Sequence[Sequence[int]], pad: int) -> Tensor:
+def states_before_tokens(model: Any, head: EncodedPrompt, completions: Sequence[Sequence[int]], pad: int) -> Tensor:
     """The last hidden state before each token of K completions: (K, C, H), float32, without gradients.
 
     Args:
@@ -50,11 +50,11 @@ def prefix_states(model: Any, head: Head, completions: Sequence[Sequence[int]], 
     ids, mask = pad_right([[*head.ids, *completion] for completion in completions], pad, device)
     # A token's value is that of the prefix before it, and nothing follows the last token.
     ids, mask = ids[:, :-1], mask[:, :-1]
-    beside = features_of(model, [head] * len(ids), ids)
-    states: Tensor = bare(model).base_model(input_ids=ids, attention_mask=mask, **beside).last_hidden_state
+    beside = vision_features(model, [head] * len(ids), ids)
+    states: Tensor = unwrap_adapters(model).base_model(input_ids=ids, attention_mask=mask, **beside).last_hidden_state
     return states[:, len(head) - 1 :].float()
 
 
-def hidden_size(model: Any) -> int:
+def model_hidden_size(model: Any) -> int:
     """H of the model's last hidden state."""
     return int(model.config.get_text_config().hidden_size)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from purld.errors import UserError
-from purld.model.vision import Head, Preparer, pixels_of
+from purld.model.vision import EncodedPrompt, ImagePreparer, pixel_inputs
 from purld.records import IMAGE, Message, Prompt
 from purld.templates import RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 
@@ -27,7 +27,7 @@ _SLOT = "\ue000slot\ue000"
 
 
 @dataclass(frozen=True)
-class Answer:
+class EncodedAnswer:
     """A target of fine-tuning: token ids, with the end-of-turn token unless the text was cut."""
 
     ids: list[int]
@@ -38,7 +38,7 @@ class Answer:
 class EvaluationFrame:
     """What is around a candidate in the self-evaluation prompt: `head` is shared by a whole group."""
 
-    head: Head
+    head: EncodedPrompt
     tail: list[int]
 
 
@@ -72,14 +72,14 @@ class Encoder:
         self.max_anchor_tokens = max_anchor_tokens
         self.end: int = self.tokenizer.eos_token_id
         self.pad: int = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        self._preparer = Preparer(processor, max_image_pixels) if reads_pictures else None
+        self._preparer = ImagePreparer(processor, max_image_pixels) if reads_pictures else None
         if self._preparer is not None:
             self._check_template(self._preparer.placeholder)
         self._opening = _opening(self.tokenizer) if reads_pictures else []
         # Tokens that stand for a picture in the model's eyes: no completion may hold one.
         self.placeholders: list[int] = _placeholders(processor) if reads_pictures else []
 
-    def prompt(self, prompt: Prompt) -> Head:
+    def prompt(self, prompt: Prompt) -> EncodedPrompt:
         """A prompt up to where the assistant's answer begins.
 
         Raises:
@@ -93,12 +93,12 @@ class Encoder:
         turns = [Message(m.role, functools.reduce(_broken, marks, m.content)) for m in prompt.messages]
         return replace(prompt, messages=tuple(turns))
 
-    def answer(self, text: str) -> Answer:
+    def answer(self, text: str) -> EncodedAnswer:
         """An anchor as a training target of at most `max_anchor_tokens` tokens."""
         ids = self.literal(text)
         if len(ids) + 1 > self.max_anchor_tokens:
-            return Answer(ids[: self.max_anchor_tokens], cut=True)
-        return Answer([*ids, self.end], cut=False)
+            return EncodedAnswer(ids[: self.max_anchor_tokens], cut=True)
+        return EncodedAnswer([*ids, self.end], cut=False)
 
     def evaluation_frame(self, prompt: Prompt, anchor: str | None) -> EvaluationFrame:
         """The self-evaluation prompt (appendix C.4) around a slot for the candidate; without an anchor, a bare rating.
@@ -146,7 +146,7 @@ class Encoder:
         """A message's content as chat templates take it: a text, or parts where the model reads pictures."""
         return content if self._preparer is None else list(_parts(content))
 
-    def _head(self, rendered: Sequence[str], literals: Sequence[list[int]], prompt: Prompt) -> Head:
+    def _head(self, rendered: Sequence[str], literals: Sequence[list[int]], prompt: Prompt) -> EncodedPrompt:
         """Rendered texts with `literals` between them; placeholders in the texts become the prompt's pictures."""
         if self._preparer is None:
             if prompt.images:
@@ -160,7 +160,7 @@ class Encoder:
             ids = self._opening + ids
         for literal, text in zip(literals, expanded[1:], strict=True):
             ids += literal + self._rendered(text)
-        return Head(ids, prompt.images, self._preparer)
+        return EncodedPrompt(ids, prompt.images, self._preparer)
 
     def _rendered(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -178,7 +178,7 @@ def _parts(content: str) -> Iterator[dict[str, str]]:
             yield {"type": "text", "text": text}
 
 
-def _expanded(rendered: Sequence[str], prompt: Prompt, preparer: Preparer) -> list[str]:
+def _expanded(rendered: Sequence[str], prompt: Prompt, preparer: ImagePreparer) -> list[str]:
     """Rendered texts in which each placeholder is as long as the model wants the picture it stands for."""
     for mark in sorted(preparer.marks):
         found = sum(text.count(mark) for text in rendered)
@@ -211,7 +211,7 @@ def _placeholders(processor: ProcessorMixin) -> list[int]:
     return sorted({token for token in found if token is not None})
 
 
-def training_batch(rows: Sequence[tuple[Head, Sequence[int]]], pad: int) -> dict[str, Any]:
+def training_batch(rows: Sequence[tuple[EncodedPrompt, Sequence[int]]], pad: int) -> dict[str, Any]:
     """Heads and the answers to learn as one batch on the CPU, padded on the right, as a model's `forward` takes it.
 
     Labels are (B, L), -100 on heads and padding; the model shifts them.
@@ -220,7 +220,7 @@ def training_batch(rows: Sequence[tuple[Head, Sequence[int]]], pad: int) -> dict
     labels = torch.full_like(ids, -100)
     for row, (head, answer) in enumerate(rows):
         labels[row, len(head) : len(head) + len(answer)] = ids[row, len(head) : len(head) + len(answer)]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels} | pixels_of([head for head, _ in rows], ids)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels} | pixel_inputs([head for head, _ in rows], ids)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from purld.config.schema import Student
 from purld.errors import UserError
 from purld.model.encode import Encoder
-from purld.model.processor import model_class, read_processor, reads_pictures, save_processor
+from purld.model.processor import auto_model_class, read_processor, reads_images, save_processor
 from purld.model.vision import vision_modules
 
 _ADAPTER = "adapter_config.json"
@@ -85,11 +85,11 @@ def load_model(student: Student, path: str | Path) -> Any:
         raise _not_loadable(base, error) from None
     if adapter:
         model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    model.to(fastest_device())
+    model.to(default_device())
     return model.eval()
 
 
-def trainable(student: Student, model: Any) -> Any:
+def make_trainable(student: Student, model: Any) -> Any:
     """The model with what is to be trained switched on: an adapter, or all weights; its vision only if so configured.
 
     Args:
@@ -99,13 +99,13 @@ def trainable(student: Student, model: Any) -> Any:
     Raises:
         UserError: the vision is to stay as it is, and it cannot be told which part of the model that is.
     """
-    if not student.trains_vision and reads_pictures(model.config) and not vision_modules(model):
+    if not student.trains_vision and reads_images(model.config) and not vision_modules(model):
         raise UserError(
             f"student.model: it cannot be told which part of a {type(model).__name__} sees pictures, so it cannot be "
             "left alone; set student.train_vision to true."
         )
     if student.lora is not None:
-        return get_peft_model(model, lora_config(student, model))
+        return get_peft_model(model, make_lora_config(student, model))
     if not student.trains_vision:
         for module in vision_modules(model).values():
             module.requires_grad_(False)
@@ -114,7 +114,7 @@ def trainable(student: Student, model: Any) -> Any:
 
 def load_roles(student: Student, sft: Path) -> Roles:
     """The roles of Stage II, everyone starting from the p_sft saved at `sft`."""
-    policy = trainable(student, load_model(student, sft))
+    policy = make_trainable(student, load_model(student, sft))
     if student.lora is not None:
         return Roles(policy, None)
     frozen = load_model(student, sft)
@@ -125,7 +125,7 @@ def load_roles(student: Student, sft: Path) -> Roles:
     return Roles(policy, frozen)
 
 
-def lora_config(student: Student, model: Any) -> LoraConfig:
+def make_lora_config(student: Student, model: Any) -> LoraConfig:
     """The student's adapter settings as peft takes them for `model`; alpha is 2 r unless set."""
     if student.lora is None:
         raise ValueError("this student has no adapter")
@@ -202,7 +202,7 @@ def context_length(model: str) -> int | None:
 
 
 def _weights(student: Student, path: str) -> Any:
-    return model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=_dtype(student))
+    return auto_model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=_dtype(student))
 
 
 def _dtype(student: Student) -> torch.dtype | str:
@@ -213,7 +213,7 @@ def _dtype(student: Student) -> torch.dtype | str:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[student.dtype]
 
 
-def fastest_device() -> torch.device:
+def default_device() -> torch.device:
     """Where models are put."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

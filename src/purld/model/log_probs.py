@@ -12,18 +12,20 @@ from typing import Any
 from torch import Tensor
 
 from purld.model.prefix import FullSequences, Prefix, SharedPrefix
-from purld.model.self_check import may_share
-from purld.model.vision import Head
+from purld.model.self_check import can_share_prefix
+from purld.model.vision import EncodedPrompt
 
 
-def prefix_of(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int, cut: bool = False) -> Prefix:
+def make_prefix(model: Any, head: EncodedPrompt, rows: Sequence[Sequence[int]], pad: int, cut: bool = False) -> Prefix:
     """The head of a group, to put some or all of its `rows` to; see `SharedPrefix` for the other arguments."""
-    if may_share(model, head, rows, pad):
+    if can_share_prefix(model, head, rows, pad):
         return SharedPrefix(model, head, pad, cut)
     return FullSequences(model, head, pad)
 
 
-def token_log_probs(model: Any, head: Head, completions: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def token_log_probs(
+    model: Any, head: EncodedPrompt, completions: Sequence[Sequence[int]], pad: int
+) -> tuple[Tensor, Tensor]:
     """log p(y_kt | x, y_k<t) in nats of every token of K completions of one prompt.
 
     Args:
@@ -35,10 +37,10 @@ def token_log_probs(model: Any, head: Head, completions: Sequence[Sequence[int]]
     Returns:
         (K, C) log-probabilities, float32, 0 where padded, and the (K, C) mask of ones where they are not.
     """
-    return prefix_of(model, head, completions, pad).token_log_probs(completions)
+    return make_prefix(model, head, completions, pad).token_log_probs(completions)
 
 
-def sequence_log_probs(model: Any, head: Head, completions: Sequence[Sequence[int]], pad: int) -> Tensor:
+def sequence_log_probs(model: Any, head: EncodedPrompt, completions: Sequence[Sequence[int]], pad: int) -> Tensor:
     """log p(y_k | x) in nats: `token_log_probs` summed over tokens, (K,), float32."""
     return token_log_probs(model, head, completions, pad)[0].sum(dim=1)
 

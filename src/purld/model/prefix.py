@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from purld.model.body_and_head import Halves
-from purld.model.cache import ReadOnly, plain_layers
+from purld.model.body_and_head import BodyAndHead
+from purld.model.cache import ReadOnlyCache, plain_kv_layers
 from purld.model.encode import pad_right
-from purld.model.vision import Head, features_of, pixels_of
+from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
 
 
 class Prefix(Protocol):
@@ -53,14 +53,14 @@ class SharedPrefix:
         TypeError: the model's cache is not a plain one.
     """
 
-    def __init__(self, model: Any, head: Head, pad: int, cut: bool = False) -> None:
-        self._halves = Halves(model)
+    def __init__(self, model: Any, head: EncodedPrompt, pad: int, cut: bool = False) -> None:
+        self._halves = BodyAndHead(model)
         self._pad = pad
         self._device = next(model.parameters()).device
         ids = torch.tensor([head.ids], device=self._device)
-        output = self._halves.hidden_states(ids, beside=features_of(model, [head], ids))
+        output = self._halves.hidden_states(ids, beside=vision_features(model, [head], ids))
         self._shift = self._halves.shift
-        self._layers = plain_layers(output.past_key_values)
+        self._layers = plain_kv_layers(output.past_key_values)
         self._last = output.last_hidden_state[:, -1:]  # (1, 1, H): predicts the first token
         self._output = copy.copy(output)  # what the head needs of it, and not the whole prompt's hidden states
         self._output.last_hidden_state = self._last.detach()  # in its place: some models ask for it by number
@@ -99,7 +99,7 @@ class SharedPrefix:
         """Hidden states (B, L, H) of right-padded continuations (B, L)."""
         if ids.shape[1] == 0:
             return self._last.new_empty(ids.shape[0], 0, self._last.shape[-1])
-        hidden: Tensor = self._halves.hidden_states(ids, ReadOnly(self._layers), self._shift).last_hidden_state
+        hidden: Tensor = self._halves.hidden_states(ids, ReadOnlyCache(self._layers), self._shift).last_hidden_state
         return hidden
 
     def _cut(self, whole: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class SharedPrefix:
 class FullSequences:
     """The head, repeated for every continuation; see `SharedPrefix` for the arguments."""
 
-    def __init__(self, model: Any, head: Head, pad: int) -> None:
+    def __init__(self, model: Any, head: EncodedPrompt, pad: int) -> None:
         self._model = model
         self._head = head
         self._pad = pad
@@ -138,7 +138,7 @@ class FullSequences:
         """(B, 1 + L, V) logits at the head's last position and the tails', which are right-padded."""
         ids, mask = pad_right([[*self._head.ids, *tail] for tail in tails], self._pad, self._device)
         kept = ids.shape[1] - len(self._head) + 1
-        beside = pixels_of([self._head] * len(tails), ids)
+        beside = pixel_inputs([self._head] * len(tails), ids)
         logits: Tensor = self._model(
             input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept, **beside
         ).logits

@@ -38,14 +38,14 @@ _FILES = (
 )
 
 
-def reads_pictures(config: PreTrainedConfig) -> bool:
+def reads_images(config: PreTrainedConfig) -> bool:
     """Whether a model of this configuration takes images and text and gives text."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
 
 
-def model_class(config: PreTrainedConfig) -> Any:
+def auto_model_class(config: PreTrainedConfig) -> Any:
     """The auto class that builds the whole model of a configuration."""
-    return AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
+    return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
 def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -55,7 +55,7 @@ def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
         OSError, ValueError, KeyError, ImportError: there is none that can be loaded.
     """
     config = AutoConfig.from_pretrained(model)
-    if not reads_pictures(config):
+    if not reads_images(config):
         return AutoTokenizer.from_pretrained(model)
     if is_torchvision_available() or "video_processor" not in _class_of(config).get_attributes():
         processor = AutoProcessor.from_pretrained(model)
@@ -81,7 +81,7 @@ def save_processor(processor: PreTrainedTokenizerBase | ProcessorMixin, source: 
             shutil.copyfile(file, path / name)
 
 
-def images_alone(full: Any) -> Any:
+def processor_without_video(full: Any) -> Any:
     """A class of processors without its part for videos, which is given as None."""
     return type(full.__name__, (_ImagesAlone, full), {})
 
@@ -108,4 +108,4 @@ def _without_videos(model: str, full: Any) -> Any:
         "image_processor": AutoImageProcessor.from_pretrained(model),
     }
     values, _ = full.get_processor_dict(model)
-    return images_alone(full).from_args_and_dict([parts.get(name) for name in full.get_attributes()], values)
+    return processor_without_video(full).from_args_and_dict([parts.get(name) for name in full.get_attributes()], values)

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from purld.model.body_and_head import bare
-from purld.model.cache import repeat_with_room
+from purld.model.body_and_head import unwrap_adapters
+from purld.model.cache import repeat_with_capacity
 from purld.model.encode import Encoder, pad_left
-from purld.model.self_check import may_share, windows_outgrown
-from purld.model.vision import Head, features_of, pixels_of
+from purld.model.self_check import can_share_prefix, exceeded_windows
+from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
 
-NOTHING = Head([])
+EMPTY_PROMPT = EncodedPrompt([])
 _STAND_IN_TOKENS = 32
 
 
@@ -49,30 +49,32 @@ class Completion:
 class Sampler(Protocol):
     """Draws `count` completions for each prompt, the same ones for the same seed."""
 
-    def __call__(self, model: Any, prompts: Sequence[Head], count: int, seed: int) -> list[list[Completion]]: ...
+    def __call__(
+        self, model: Any, prompts: Sequence[EncodedPrompt], count: int, seed: int
+    ) -> list[list[Completion]]: ...
 
 
 class GenerateSampler:
-    """The sampler on transformers' `generate`."""
+    """The sampler on transformers' `generate_completions`."""
 
     def __init__(self, encoder: Encoder, decoding: Decoding) -> None:
         self._encoder = encoder
         self._decoding = decoding
 
-    def __call__(self, model: Any, prompts: Sequence[Head], count: int, seed: int) -> list[list[Completion]]:
+    def __call__(self, model: Any, prompts: Sequence[EncodedPrompt], count: int, seed: int) -> list[list[Completion]]:
         """`count` completions for each of the prompts."""
-        with seeded(seed):
-            return generate(model, self._encoder, prompts, count, self._decoding)
+        with seeded_torch(seed):
+            return generate_completions(model, self._encoder, prompts, count, self._decoding)
 
 
 @torch.no_grad()
-def generate(
+def generate_completions(
     model: Any,
     encoder: Encoder,
-    prompts: Sequence[Head],
+    prompts: Sequence[EncodedPrompt],
     count: int,
     decoding: Decoding,
-    head: Head = NOTHING,
+    head: EncodedPrompt = EMPTY_PROMPT,
 ) -> list[list[Completion]]:
     """`count` completions for each of the prompts, from torch's global random state.
 
@@ -86,19 +88,21 @@ def generate(
     """
     # Padding goes between the head and a shorter prompt. No position counts it, but a sliding window would.
     width = len(head) + max(map(len, prompts)) + decoding.max_new_tokens
-    if head and (windows_outgrown(model, width) or not may_share(model, head, [p.ids for p in prompts], encoder.pad)):
-        prompts, head = [head.followed_by(prompt.ids) for prompt in prompts], NOTHING
+    if head and (
+        exceeded_windows(model, width) or not can_share_prefix(model, head, [p.ids for p in prompts], encoder.pad)
+    ):
+        prompts, head = [head.followed_by(prompt.ids) for prompt in prompts], EMPTY_PROMPT
     ids, mask = pad_left([p.ids for p in prompts], encoder.pad, next(model.parameters()).device)
     ids, mask = _before(ids, head.ids), _before(mask, [1] * len(head))
     if head:
         ready = _prefilled(model, encoder, [head], ids[:1, : len(head)], mask[:1, : len(head)], len(ids), width)
-    elif count > 1 and may_share(model, *_stand_in(prompts, encoder), encoder.pad):
-        # All but the last token, which `generate` wants to see for itself.
+    elif count > 1 and can_share_prefix(model, *_stand_in(prompts, encoder), encoder.pad):
+        # All but the last token, which `generate_completions` wants to see for itself.
         ready = _prefilled(model, encoder, prompts, ids[:, :-1], mask[:, :-1], count, width)
     else:
         # Repeated here, because with some models `generate` mixes up the pictures of a prompt that has several.
         ids, mask = ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
-        ready = pixels_of([prompt for prompt in prompts for _ in range(count)], ids)
+        ready = pixel_inputs([prompt for prompt in prompts for _ in range(count)], ids)
     with _plain_generation_config(model, encoder, decoding) as (inner, ends):
         inner.generation_config.num_return_sequences = len(prompts) * count // len(ids)
         output = model.generate(input_ids=ids, attention_mask=mask, **ready)
@@ -114,23 +118,23 @@ def _before(rows: Tensor, head: Sequence[int]) -> Tensor:
 
 
 def _prefilled(
-    model: Any, encoder: Encoder, heads: Sequence[Head], ids: Tensor, mask: Tensor, copies: int, width: int
+    model: Any, encoder: Encoder, heads: Sequence[EncodedPrompt], ids: Tensor, mask: Tensor, copies: int, width: int
 ) -> dict[str, Any]:
     """The cache of left-padded rows, as an argument of `generate`: each row's repeated, room for `width` tokens."""
-    beside = features_of(model, heads, ids)
+    beside = vision_features(model, heads, ids)
     with _plain_generation_config(model, encoder, Decoding(temperature=0.0, max_new_tokens=1)):
         output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **beside)
-    return {"past_key_values": repeat_with_room(output.past_key_values, copies, width - ids.shape[1])}
+    return {"past_key_values": repeat_with_capacity(output.past_key_values, copies, width - ids.shape[1])}
 
 
-def _stand_in(prompts: Sequence[Head], encoder: Encoder) -> tuple[Head, list[list[int]]]:
+def _stand_in(prompts: Sequence[EncodedPrompt], encoder: Encoder) -> tuple[EncodedPrompt, list[list[int]]]:
     """A head and continuations to try sharing on before there are any completions."""
     longest = max([prompt for prompt in prompts if prompt.images] or prompts, key=len)
     words = [token for token in longest.ids if token not in encoder.placeholders]
     return longest, [words[:1], words[:_STAND_IN_TOKENS]]
 
 
-def seed_from(*parts: object) -> int:
+def seed_from_content(*parts: object) -> int:
     """A seed from content: the same parts give the same draws, in whatever order work is done or resumed."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
@@ -143,7 +147,7 @@ def _completion(row: list[int], ends: set[int]) -> Completion:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seeded_torch(seed: int) -> Iterator[None]:
     """torch draws from `seed` here, and goes on afterwards as if nothing had been drawn."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
@@ -155,9 +159,9 @@ def seeded(seed: int) -> Iterator[None]:
 def _plain_generation_config(model: Any, encoder: Encoder, decoding: Decoding) -> Iterator[tuple[Any, set[int]]]:
     """The model with nothing but `decoding` in force, and the tokens that end a turn.
 
-    `generate` fills whatever a configuration leaves open from the model's own, so that one is set aside.
+    `generate_completions` fills whatever a configuration leaves open from the model's own, so that one is set aside.
     """
-    inner = bare(model)
+    inner = unwrap_adapters(model)
     own = inner.generation_config
     listed = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = {encoder.end, *(token for token in listed if token is not None)}

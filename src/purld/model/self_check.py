@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from purld.errors import PlainWarning, reason_of
-from purld.model.body_and_head import bare
+from purld.model.body_and_head import unwrap_adapters
 from purld.model.prefix import FullSequences, Prefix, SharedPrefix
-from purld.model.vision import Head, vision_modules
+from purld.model.vision import EncodedPrompt, vision_modules
 
 _verdicts: WeakKeyDictionary[Any, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
 
 
-def may_share(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -> bool:
+def can_share_prefix(model: Any, head: EncodedPrompt, rows: Sequence[Sequence[int]], pad: int) -> bool:
     """Whether `SharedPrefix` gives this model's numbers and gradients.
 
     Args:
@@ -34,9 +34,9 @@ def may_share(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -
         rows: its continuations.
         pad: a token id to pad with.
     """
-    causal = bare(model)
+    causal = unwrap_adapters(model)
     verdicts = _verdicts.setdefault(causal, {})
-    case = windows_outgrown(model, len(head) + max(map(len, rows))), bool(head.images)
+    case = exceeded_windows(model, len(head) + max(map(len, rows))), bool(head.images)
     if case not in verdicts:
         problem = _disagreement(model, head, sorted(rows, key=len)[:: max(1, len(rows) - 1)], pad)
         verdicts[case] = problem is None
@@ -50,14 +50,14 @@ def may_share(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -
     return verdicts[case]
 
 
-def windows_outgrown(model: Any, length: int) -> int:
+def exceeded_windows(model: Any, length: int) -> int:
     """How many of the sizes that may limit a model's attention are exceeded by `length` tokens."""
-    config = bare(model).config.get_text_config()
+    config = unwrap_adapters(model).config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return sum(length > size for size in sizes if isinstance(size, int))
 
 
-def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: int) -> str | None:
+def _disagreement(model: Any, head: EncodedPrompt, rows: Sequence[Sequence[int]], pad: int) -> str | None:
     """What is wrong with sharing, in a clause; None if nothing is."""
     plain = _numbers(model, lambda: FullSequences(model, head, pad), rows, head)
     try:
@@ -79,7 +79,7 @@ def _disagreement(model: Any, head: Head, rows: Sequence[Sequence[int]], pad: in
 
 @torch.enable_grad()
 def _numbers(
-    model: Any, prefix: Callable[[], Prefix], rows: Sequence[Sequence[int]], head: Head
+    model: Any, prefix: Callable[[], Prefix], rows: Sequence[Sequence[int]], head: EncodedPrompt
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(R, C) log-probabilities of rows, and the gradients of their mean: (P, H) at the head's embeddings, and at the
     first weights of a vision that is trained and has something to see, else none.

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from purld.errors import UserError
 from purld.model.encode import Encoder
-from purld.model.log_probs import micro_batches, prefix_of
-from purld.model.sample import Decoding, generate
-from purld.model.vision import Head
+from purld.model.log_probs import make_prefix, micro_batches
+from purld.model.sample import Decoding, generate_completions
+from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
 _NUMBER = re.compile(r"\s*(1(?:\.0+)?|0(?:\.\d+)?|\.\d+)(?![\d.]*\d)")
@@ -70,19 +70,23 @@ class SelfEvaluator:
             scores = self._verbal(model, frame.head, tails)
         return GroupScores(None, scores) if anchor is None else GroupScores(scores[0], scores[1:])
 
-    def _expected(self, model: Any, head: Head, tails: list[list[int]], reader: _ScoreReader) -> list[float | None]:
+    def _expected(
+        self, model: Any, head: EncodedPrompt, tails: list[list[int]], reader: _ScoreReader
+    ) -> list[float | None]:
         scores: list[float | None] = []
         tails = [tail + reader.opening for tail in tails]
-        prefix = prefix_of(model, head, tails, self._encoder.pad)
+        prefix = make_prefix(model, head, tails, self._encoder.pad)
         for rows in micro_batches(len(tails), self._batch_size):
             scores += reader.expectation(prefix.closing_logits(tails[rows], 3)).tolist()
         return scores
 
-    def _verbal(self, model: Any, head: Head, tails: list[list[int]]) -> list[float | None]:
+    def _verbal(self, model: Any, head: EncodedPrompt, tails: list[list[int]]) -> list[float | None]:
         scores: list[float | None] = []
         greedy = Decoding(temperature=0.0, max_new_tokens=_VERBAL_TOKENS)
         for rows in micro_batches(len(tails), self._batch_size):
-            replies = generate(model, self._encoder, [Head(tail) for tail in tails[rows]], 1, greedy, head)
+            replies = generate_completions(
+                model, self._encoder, [EncodedPrompt(tail) for tail in tails[rows]], 1, greedy, head
+            )
             scores += [parse_score(self._encoder.text(reply.ids)) for (reply,) in replies]
         return scores
 

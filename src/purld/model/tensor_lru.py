@@ -11,7 +11,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-class Shelf(Generic[T]):
+class TensorLRU(Generic[T]):
     """Values by key; what was least recently used goes first when the tensors in them need more than the room.
 
     Args:
@@ -27,7 +27,7 @@ class Shelf(Generic[T]):
         """The value of `key`, made if it is not there."""
         if key not in self._held:
             value = make()
-            size = size_of(value)
+            size = tensor_bytes(value)
             self._held[key] = value, size
             self._size += size
         self._held.move_to_end(key)
@@ -38,10 +38,10 @@ class Shelf(Generic[T]):
         return found
 
 
-def size_of(value: Any) -> int:
+def tensor_bytes(value: Any) -> int:
     """The bytes of all tensors in a value."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, Mapping):
-        return size_of(value.values())
-    return sum(map(size_of, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
+        return tensor_bytes(value.values())
+    return sum(map(tensor_bytes, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from purld.data.images import open_image
 from purld.errors import UserError, reason_of
-from purld.model.body_and_head import bare
-from purld.model.tensor_lru import Shelf
+from purld.model.body_and_head import unwrap_adapters
+from purld.model.tensor_lru import TensorLRU
 from purld.records import Image
 
 PIXELS = "pixel_values"
@@ -31,7 +31,7 @@ _PIXEL_ROOM, _FEATURE_ROOM = 2 * 2**30, 2**30
 _SAMPLE = (64, 64)  # of the picture that a processor is tried on
 
 
-class Preparer:
+class ImagePreparer:
     """A processor's way with pictures: what its own call makes of a chat's pictures, apart from the text around them.
 
     It is tried on a picture first. A processor that turns a picture into something else than tokens in the text and
@@ -61,7 +61,7 @@ class Preparer:
         self._tokens = torch.tensor(tokens)
         self._text = {*processor.tokenizer.model_input_names, self._types}
         self._expansions: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        self._prepared = Shelf[dict[str, Tensor]](_PIXEL_ROOM)
+        self._prepared = TensorLRU[dict[str, Tensor]](_PIXEL_ROOM)
 
     def expansions(self, images: tuple[Image, ...]) -> list[str]:
         """The texts that stand for the pictures of a prompt: placeholders as many as the model takes tokens, and more.
@@ -119,7 +119,7 @@ class Preparer:
 
 
 @dataclass(frozen=True)
-class Head:
+class EncodedPrompt:
     """A prompt, or all of a self-evaluation prompt before the candidate.
 
     `ids` are its tokens, those of its pictures among them; `images` are the pictures, in their order.
@@ -127,17 +127,17 @@ class Head:
 
     ids: list[int]
     images: tuple[Image, ...] = ()
-    preparer: Preparer | None = field(default=None, compare=False, repr=False)
+    preparer: ImagePreparer | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def followed_by(self, ids: Sequence[int]) -> Head:
+    def followed_by(self, ids: Sequence[int]) -> EncodedPrompt:
         """The head with more tokens, none of them a picture's."""
-        return Head([*self.ids, *ids], self.images, self.preparer)
+        return EncodedPrompt([*self.ids, *ids], self.images, self.preparer)
 
 
-def pixels_of(heads: Iterable[Head], ids: Tensor) -> dict[str, Any]:
+def pixel_inputs(heads: Iterable[EncodedPrompt], ids: Tensor) -> dict[str, Any]:
     """What a forward pass over rows `ids` (B, L) takes beside them, as the model's own `forward` is called.
 
     Args:
@@ -151,7 +151,7 @@ def pixels_of(heads: Iterable[Head], ids: Tensor) -> dict[str, Any]:
     return {name: value.to(ids.device) for name, value in prepared.items()} | _preparer(seen).types(ids)
 
 
-def features_of(model: Any, heads: Iterable[Head], ids: Tensor) -> dict[str, Any]:
+def vision_features(model: Any, heads: Iterable[EncodedPrompt], ids: Tensor) -> dict[str, Any]:
     """The same with each head's pictures already looked at, once while the model's vision is frozen.
 
     Args:
@@ -160,9 +160,9 @@ def features_of(model: Any, heads: Iterable[Head], ids: Tensor) -> dict[str, Any
         ids: (B, L) token ids.
     """
     seen = [head for head in heads if head.images]
-    body = bare(model).base_model
+    body = unwrap_adapters(model).base_model
     if not seen or not _takes_features(body):
-        return pixels_of(seen, ids)
+        return pixel_inputs(seen, ids)
     looks = [_look(body, head, ids.device) for head in seen]
     beside = {name: value.to(ids.device) for name, value in _merged([look.beside for look in looks]).items()}
     features = _joined([look.features for look in looks])
@@ -171,7 +171,7 @@ def features_of(model: Any, heads: Iterable[Head], ids: Tensor) -> dict[str, Any
 
 def vision_modules(model: Any) -> dict[str, Any]:
     """The parts of a model's body that only pictures pass through, by name; none in a model of text."""
-    body = bare(model).base_model
+    body = unwrap_adapters(model).base_model
     if not hasattr(body, "get_image_features"):
         return {}
     decoder = body.get_decoder()
@@ -186,19 +186,19 @@ class _Look(NamedTuple):
 
 
 # Of each vision that is frozen, what it made of the pictures it saw last.
-_seen: WeakKeyDictionary[Any, Shelf[_Look]] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[Any, TensorLRU[_Look]] = WeakKeyDictionary()
 
 
-def _look(body: Any, head: Head, device: torch.device) -> _Look:
+def _look(body: Any, head: EncodedPrompt, device: torch.device) -> _Look:
     modules = list(vision_modules(body).values())
     if any(p.requires_grad for module in modules for p in module.parameters()):
         return _looked(body, head, device)
     key = _preparer([head]), tuple(image.digest for image in head.images)
     with torch.no_grad():
-        return _seen.setdefault(modules[0], Shelf(_FEATURE_ROOM)).get(key, lambda: _looked(body, head, device))
+        return _seen.setdefault(modules[0], TensorLRU(_FEATURE_ROOM)).get(key, lambda: _looked(body, head, device))
 
 
-def _looked(body: Any, head: Head, device: torch.device) -> _Look:
+def _looked(body: Any, head: EncodedPrompt, device: torch.device) -> _Look:
     prepared = _preparer([head]).pixels(head.images)
     taken = inspect.signature(body.get_image_features).parameters
     output = body.get_image_features(
@@ -238,7 +238,7 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _preparer(heads: Sequence[Head]) -> Preparer:
+def _preparer(heads: Sequence[EncodedPrompt]) -> ImagePreparer:
     preparer = heads[0].preparer
     if preparer is None:
         raise ValueError("a head with pictures needs the processor that prepares them")

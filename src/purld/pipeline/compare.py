@@ -19,17 +19,17 @@ from rich.table import Table
 
 from purld.clients.ledger import Ledger
 from purld.config.schema import TRANSPORT, Config
-from purld.display.names import METRICS, title
 from purld.display.progress import Reporter
-from purld.display.results import signed
+from purld.display.results import signed_difference
+from purld.display.titles import METRIC_TITLES, model_title
 from purld.errors import UserError
-from purld.evaluation.summary import Evaluated, difference, model_metrics
+from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
 from purld.methods.table import METHODS
 from purld.model.load import load_encoder
-from purld.pipeline.pools import load_pools
+from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.records import Generation, Prompt, Verdict
-from purld.report.headline import compared
+from purld.report.headline import compared_models
 from purld.runs.files import read_rows
 from purld.runs.open import open_run
 from purld.runs.run_dir import RunDir
@@ -38,18 +38,18 @@ _DRAWING = ("samples", "temperature", "top_p", "max_new_tokens")
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedModel:
     """One run's final model and its answers, in the order of its held-out prompts."""
 
     run: RunDir
     config: Config
     model: str
-    answers: Evaluated
+    answers: EvaluatedModel
 
     @property
     def name(self) -> str:
         """What the comparison calls it."""
-        return f"{self.run.path.resolve().name} ({title(self.model)})"
+        return f"{self.run.path.resolve().name} ({model_title(self.model)})"
 
     @property
     def prompt_ids(self) -> list[str]:
@@ -79,7 +79,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
 
-def compare(path_a: Path, path_b: Path, judge: bool, reporter: Reporter) -> Comparison:
+def compare_runs(path_a: Path, path_b: Path, judge: bool, reporter: Reporter) -> Comparison:
     """Compare the final models of two runs.
 
     Args:
@@ -101,24 +101,24 @@ def compare(path_a: Path, path_b: Path, judge: bool, reporter: Reporter) -> Comp
         b=b.name,
         n=len(a.prompt_ids),
         metrics=(model_metrics(a.answers, opponents, seed), model_metrics(b.answers, opponents, seed)),
-        difference=difference(a.answers, b.answers, opponents, seed),
+        difference=model_difference(a.answers, b.answers, opponents, seed),
         head_to_head=_head_to_head(a, b, reporter) if judge else {},
         notes=(*_drawn_differently(a, b), *notes),
     )
 
 
-def show(found: Comparison, console: Console | None = None) -> None:
+def print_comparison(found: Comparison, console: Console | None = None) -> None:
     """Print a comparison as a table and the sentences that belong to it."""
     console = console or Console(highlight=False)
     console.print(f"A: {found.a}\nB: {found.b}\n{found.n} held-out prompts, with 95% intervals.\n", markup=False)
     table = Table("", "A", "B", "A minus B", "p", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for key, label in METRICS.items():
+    for key, label in METRIC_TITLES.items():
         if key in found.difference:
             p_value = found.difference.get(f"{key}_p")
             table.add_row(
                 label,
                 *(f"{metrics[key]:.3f}" for metrics in found.metrics),
-                signed(found.difference, key),
+                signed_difference(found.difference, key),
                 "" if p_value is None else f"{p_value:.3g}",
             )
     if table.row_count:
@@ -129,7 +129,7 @@ def show(found: Comparison, console: Console | None = None) -> None:
 
 
 def _conclusions(found: Comparison) -> list[str]:
-    sentence = compared(("A", "B"), found.metrics, found.difference)
+    sentence = compared_models(("A", "B"), found.metrics, found.difference)
     lines = [] if sentence is None else [sentence.text]
     if "accuracy_p" in found.difference or "greedy_accuracy_p" in found.difference:
         lines.append("p is McNemar's, exact and two-sided.")
@@ -149,15 +149,15 @@ def _conclusions(found: Comparison) -> list[str]:
     return lines
 
 
-def _side(path: Path) -> Side:
+def _side(path: Path) -> ComparedModel:
     run, config = open_run(path)
     if "evaluate" not in run.finished():
         raise UserError(f"{path}: stage evaluate is not finished; run `purld evaluate` first.")
     model = config.align.method if METHODS[config.align.method].stage_two else "sft"
-    return Side(run, config, model, read_evaluated(run, model))
+    return ComparedModel(run, config, model, read_evaluated(run, model))
 
 
-def read_evaluated(run: RunDir, model: str) -> Evaluated:
+def read_evaluated(run: RunDir, model: str) -> EvaluatedModel:
     """One model's answers as its run left them on disk, prompt by prompt.
 
     Raises:
@@ -167,7 +167,7 @@ def read_evaluated(run: RunDir, model: str) -> Evaluated:
     names = [f.name for f in fields(Generation)]
     generations = [Generation(**{name: row[name] for name in names}) for row in rows]
     single = len({g.prompt_id for g in generations}) == len(generations)
-    return Evaluated(
+    return EvaluatedModel(
         generations,
         _correct(rows),
         _correct(greedy or (rows if single else [])),
@@ -185,7 +185,7 @@ def _correct(rows: Sequence[dict[str, Any]]) -> Any:
     return np.array(list(by_prompt.values()), dtype=bool)
 
 
-def _aligned(a: Side, b: Side) -> Side:
+def _aligned(a: ComparedModel, b: ComparedModel) -> ComparedModel:
     """B with its prompts in A's order."""
     ours, theirs = a.prompt_ids, b.prompt_ids
     if set(ours) != set(theirs):
@@ -208,7 +208,7 @@ def _aligned(a: Side, b: Side) -> Side:
     )
 
 
-def _common_opponent(a: Side, b: Side) -> tuple[dict[str, str], list[str]]:
+def _common_opponent(a: ComparedModel, b: ComparedModel) -> tuple[dict[str, str], list[str]]:
     """The opponent's answers if both were judged against the same by the same judge, or why not."""
     if not a.answers.verdicts or not b.answers.verdicts:
         return {}, []
@@ -220,20 +220,20 @@ def _common_opponent(a: Side, b: Side) -> tuple[dict[str, str], list[str]]:
     return answers, []
 
 
-def _judge(side: Side) -> dict[str, Any]:
+def _judge(side: ComparedModel) -> dict[str, Any]:
     """What a verdict depends on: the judge, but not how it is reached, and how it is asked."""
     settings = side.config.evaluate.model_dump(mode="json", include={"judge", "judge_retries", "both_orders"})
     settings["judge"] = {key: value for key, value in settings["judge"].items() if key not in TRANSPORT}
     return settings
 
 
-def _drawn_differently(a: Side, b: Side) -> list[str]:
+def _drawn_differently(a: ComparedModel, b: ComparedModel) -> list[str]:
     pairs = {key: (getattr(a.config.evaluate, key), getattr(b.config.evaluate, key)) for key in _DRAWING}
     differing = [f"evaluate.{key} {ours} and {theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     return [f"Note that the answers were drawn with different settings: {', '.join(differing)}."] if differing else []
 
 
-def _head_to_head(a: Side, b: Side, reporter: Reporter) -> dict[str, Any]:
+def _head_to_head(a: ComparedModel, b: ComparedModel, reporter: Reporter) -> dict[str, Any]:
     """A's first answers against B's, as A's judge sees them."""
     if a.config.evaluate.judge is None:
         raise UserError(f"{a.run.path}: its configuration names no judge (evaluate.judge), so there is none to ask.")
@@ -254,9 +254,9 @@ def _head_to_head(a: Side, b: Side, reporter: Reporter) -> dict[str, Any]:
     return {name: judged[name] for name in names if name in judged}
 
 
-def _held_out(side: Side) -> list[Prompt]:
+def _held_out(side: ComparedModel) -> list[Prompt]:
     encoder = load_encoder(side.config.student)
-    pools = load_pools(side.config, encoder, lambda line: None)
+    pools = load_prompt_pools(side.config, encoder, lambda line: None)
     known = {prompt.id for prompt in pools.held_out}
     if not known.issuperset(side.prompt_ids):
         raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from purld.clients.ledger import PURSES, LedgerView
+from purld.clients.ledger import BUDGETS, LedgerView
 from purld.errors import UserError
 from purld.model.load import load_encoder, load_model, save_model
 from purld.runs.open import open_run
@@ -57,5 +57,5 @@ def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]
     with LedgerView(run.ledger) as ledger:
         if export_to:
             ledger.export(export_to)
-        totals = [{"role": role} | ledger.totals(role) for role in PURSES]
+        totals = [{"role": role} | ledger.totals(role) for role in BUDGETS]
     return [row for row in totals if row["role"] != "scorer" or row["prompts"]]

@@ -17,15 +17,15 @@ from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.methods.table import METHODS
 from purld.model.load import load_encoder
-from purld.pipeline.pools import Pools, load_pools
 from purld.pipeline.preflight import check_context, check_judging, check_scoring
-from purld.pipeline.stages import Job, run_align, run_anchors, run_evaluate, run_report, run_sft
+from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
+from purld.pipeline.stages import StageContext, run_align, run_anchors, run_evaluate, run_report, run_sft
 from purld.runs.files import atomic_write, stopwatch
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
-from purld.training.trackers import check_trackers, tracked
+from purld.training.trackers import check_trackers, stage_tracking
 
-_RUNNERS: dict[str, Callable[[Job], dict[str, Any]]] = {
+_RUNNERS: dict[str, Callable[[StageContext], dict[str, Any]]] = {
     "anchors": run_anchors,
     "sft": run_sft,
     "align": run_align,
@@ -85,18 +85,20 @@ class Pipeline:
         Raises:
             UserError: the input, the configuration or an earlier stage does not allow it.
         """
-        pools = load_pools(self.config, self.encoder, self.reporter.say)
+        pools = load_prompt_pools(self.config, self.encoder, self.reporter.say)
         check_judging(self.config, pools)
         if missing := missing_gold(self.config.data, pools.held_out):
             raise UserError(missing)
         with self.run.lock():
             self._adopt_config()
             self._check_pools(pools)
-            job = Job(self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown)
+            job = StageContext(
+                self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown
+            )
             for stage in stages:
                 self._execute(stage, job)
 
-    def _execute(self, stage: str, job: Job) -> None:
+    def _execute(self, stage: str, job: StageContext) -> None:
         if not self._takes_part(stage):
             return
         if stage in self.run.finished() and not self._again(stage):
@@ -107,7 +109,7 @@ class Pipeline:
                 raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
         self.run.begin(stage)
         self.reporter.headline(_TITLES[stage])
-        with stopwatch() as seconds, tracked(self.config.report_to, self.run, stage):
+        with stopwatch() as seconds, stage_tracking(self.config.report_to, self.run, stage):
             facts = _RUNNERS[stage](job)
         self.run.finish(stage, seconds[0], **facts)
 
@@ -135,7 +137,7 @@ class Pipeline:
         with atomic_write(self.run.config) as handle:
             yaml.safe_dump(new, handle, sort_keys=False)
 
-    def _check_pools(self, pools: Pools) -> None:
+    def _check_pools(self, pools: PromptPools) -> None:
         done = self.run.finished().get("anchors")
         if done and done["pool"] != pools.fingerprint:
             raise UserError(

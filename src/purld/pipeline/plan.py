@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from purld.config.methods import LdlGrpo, StageTwo
+from purld.config.methods import LdlGrpo, StageTwoSettings
 from purld.config.schema import Config
 from purld.model.load import load_encoder
 from purld.pipeline.pipeline import STAGES
 from purld.pipeline.plan_machine import plan_machine
-from purld.pipeline.plan_requests import plan_leaving
+from purld.pipeline.plan_requests import plan_requests
 from purld.pipeline.plan_sheet import Plan
-from purld.pipeline.pools import Pools, load_pools
 from purld.pipeline.preflight import check_context, check_judging, check_scoring
+from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
-from purld.training.sft import is_validation
+from purld.training.sft import in_validation_part
 
 _BINS = 6
 
@@ -32,18 +32,18 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     encoder = load_encoder(config.student)
     check_context(config)
     check_scoring(config, encoder)
-    pools = load_pools(config, encoder, lambda line: plan.add("Prompts", line))
+    pools = load_prompt_pools(config, encoder, lambda line: plan.add("Prompts", line))
     check_judging(config, pools)
     _prompts(plan, pools)
     _gold(plan, config, pools)
-    plan_leaving(plan, config, encoder, pools, run)
+    plan_requests(plan, config, encoder, pools, run)
     _training(plan, config, pools)
     plan_machine(plan, config, run.path)
     _run(plan, run)
     return plan
 
 
-def _prompts(plan: Plan, pools: Pools) -> None:
+def _prompts(plan: Plan, pools: PromptPools) -> None:
     lengths = sorted(pools.tokens.values())
     plan.add(
         "Prompts",
@@ -66,7 +66,7 @@ def _histogram(lengths: Sequence[int]) -> list[str]:
     ]
 
 
-def _gold(plan: Plan, config: Config, pools: Pools) -> None:
+def _gold(plan: Plan, config: Config, pools: PromptPools) -> None:
     """Accuracy needs a check and something to check against."""
     if find_check(config.data) is None:
         plan.add("Prompts", "no check of answers against gold: no accuracy will be reported")
@@ -75,15 +75,15 @@ def _gold(plan: Plan, config: Config, pools: Pools) -> None:
         plan.problems.append(missing)
 
 
-def _training(plan: Plan, config: Config, pools: Pools) -> None:
+def _training(plan: Plan, config: Config, pools: PromptPools) -> None:
     sft, align = config.sft, config.align
-    validation = sum(is_validation(p, sft.validation_fraction) for p in pools.sft)
+    validation = sum(in_validation_part(p, sft.validation_fraction) for p in pools.sft)
     steps = math.ceil(math.ceil((len(pools.sft) - validation) / sft.batch_size) * sft.epochs)
     plan.add(
         "Training",
         f"Stage I: {steps} steps of {sft.batch_size} anchors ({sft.epochs:g} epochs), {validation} for validation",
     )
-    if isinstance(align, StageTwo):
+    if isinstance(align, StageTwoSettings):
         plan.add("Training", _stage_two(align, len(pools.align)))
     if config.set_aside:
         plan.add("Training", config.set_aside)
@@ -91,7 +91,7 @@ def _training(plan: Plan, config: Config, pools: Pools) -> None:
         plan.add("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
 
 
-def _stage_two(align: StageTwo, prompts: int) -> str:
+def _stage_two(align: StageTwoSettings, prompts: int) -> str:
     each, in_all = f"{align.prompts_per_step} prompts", ""
     if align.drawn:
         each += f" × {align.drawn} candidates" if align.drawn > 1 else ", one candidate each"

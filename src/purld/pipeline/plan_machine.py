@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from purld.config.methods import StageTwo
+from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config, Student
 from purld.errors import UserError
-from purld.model.load import count_parameters, trainable
-from purld.model.processor import model_class
+from purld.model.load import count_parameters, make_trainable
+from purld.model.processor import auto_model_class
 from purld.pipeline.plan_sheet import Plan
 
 _CHECKPOINTS = 3  # two are kept, and the next is whole before the older one goes
@@ -36,7 +36,7 @@ def plan_machine(plan: Plan, config: Config, run: Path) -> None:
         f"{student.model}: {count / 1e6:,.1f} M parameters, {mode}",
         f"about {_size(memory)} for weights, gradients and optimiser, activations on top",
     )
-    stages = 2 if isinstance(config.align, StageTwo) else 1
+    stages = 2 if isinstance(config.align, StageTwoSettings) else 1
     saved = trained if student.lora else count  # what is left alone is saved all the same, but for an adapter's base
     disk = 4 * (saved * (stages + _CHECKPOINTS) + 2 * trained * _CHECKPOINTS)
     free = shutil.disk_usage(_existing(run)).free
@@ -49,10 +49,10 @@ def _parameters(student: Student) -> tuple[int, int]:
     """How many weights the student has, and how many of them, or beside them, are trained."""
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(student.model)
-        model = model_class(config).from_config(config)
+        model = auto_model_class(config).from_config(config)
         count = count_parameters(model)
         try:
-            model = trainable(student, model)
+            model = make_trainable(student, model)
         except ValueError as error:
             raise UserError(f"student.lora: no adapter can be made ({' '.join(str(error).split())[:200]}).") from None
     return count, sum(p.numel() for p in model.parameters() if p.requires_grad)

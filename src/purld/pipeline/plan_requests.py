@@ -10,25 +10,25 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO
 
-from purld.clients.answer_file import FileClient
-from purld.clients.base import known_reply
+from purld.clients.answer_file import AnswerFileClient
+from purld.clients.base import reply_from_ledger
 from purld.clients.ledger import LedgerView, Request, Role
-from purld.clients.requests import image_tokens, price, requests_of, worst_case
-from purld.config.methods import StageTwo, TeacherJudgeGrpo
+from purld.clients.requests import build_requests, max_image_tokens, token_cost, worst_case_tokens
+from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.config.schema import AnswerFile, Config, LocalModel, OpenAIEndpoint, TeacherAnchors
 from purld.model.encode import Encoder
 from purld.pipeline.plan_sheet import Plan
-from purld.pipeline.pools import Pools
+from purld.pipeline.prompt_pools import PromptPools
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
-from purld.templates import judge as judge_turn
-from purld.templates import rating
+from purld.templates import judge_turn as judge_turn
+from purld.templates import rating_turn
 
 _HEADING = "What leaves this machine"
 
 
 @dataclass(frozen=True)
-class Question:
+class PendingRequest:
     """A request to the teacher that is still to be sent."""
 
     role: Role
@@ -36,9 +36,9 @@ class Question:
     request: Request
 
 
-def outgoing(
-    endpoint: OpenAIEndpoint, config: Config, pools: Pools, run: RunDir, resend_unknown: bool = False
-) -> Iterator[Question]:
+def pending_requests(
+    endpoint: OpenAIEndpoint, config: Config, pools: PromptPools, run: RunDir, resend_unknown: bool = False
+) -> Iterator[PendingRequest]:
     """The questions that `purld anchors` would send now, each once, in their order.
 
     What the ledger of this run or of one beside it can answer is not among them.
@@ -52,16 +52,18 @@ def outgoing(
     ledgers = [path for path in (run.ledger, *run.ledgers_beside()) if path.exists()]
     with LedgerView(ledgers[0], ledgers[1:]) if ledgers else nullcontext() as known:
         seen = set[str]()
-        for (role, prompt), request in zip(asked, requests_of(endpoint, (prompt for _, prompt in asked)), strict=True):
+        for (role, prompt), request in zip(
+            asked, build_requests(endpoint, (prompt for _, prompt in asked)), strict=True
+        ):
             if (key := request.key) in seen:
                 continue
             seen.add(key)
-            if known is None or known_reply(known, key, resend_unknown) is None:
-                yield Question(role, prompt, request)
+            if known is None or reply_from_ledger(known, key, resend_unknown) is None:
+                yield PendingRequest(role, prompt, request)
 
 
 def write_dry_run(
-    handle: IO[str], config: Config, pools: Pools, run: RunDir, resend_unknown: bool = False
+    handle: IO[str], config: Config, pools: PromptPools, run: RunDir, resend_unknown: bool = False
 ) -> tuple[int, int]:
     """Write one line {"role", "url", "body"} per request that would leave; `body` is the request's, byte for byte.
 
@@ -70,7 +72,7 @@ def write_dry_run(
     """
     count = size = 0
     if isinstance(config.teacher, OpenAIEndpoint):
-        for question in outgoing(config.teacher, config, pools, run, resend_unknown):
+        for question in pending_requests(config.teacher, config, pools, run, resend_unknown):
             request = question.request
             url = json.dumps(f"{request.base_url}/chat/completions")
             # Not dumped again: what is read here is what is sent.
@@ -80,7 +82,7 @@ def write_dry_run(
     return count, size
 
 
-def plan_leaving(plan: Plan, config: Config, encoder: Encoder, pools: Pools, run: RunDir) -> None:
+def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools, run: RunDir) -> None:
     """What each remote model will be sent at most, without what ledgers can answer already.
 
     Raises:
@@ -88,7 +90,7 @@ def plan_leaving(plan: Plan, config: Config, encoder: Encoder, pools: Pools, run
     """
     match config.teacher:
         case OpenAIEndpoint() as endpoint:
-            _teacher(plan, endpoint, pools, outgoing(endpoint, config, pools, run))
+            _teacher(plan, endpoint, pools, pending_requests(endpoint, config, pools, run))
         case LocalModel(model=model):
             plan.add(_HEADING, f"teacher: nothing; answers come from {model}")
         case AnswerFile(path=path) as file:
@@ -105,7 +107,7 @@ def plan_leaving(plan: Plan, config: Config, encoder: Encoder, pools: Pools, run
 
 def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
     """What an answer file holds for the prompts, and what of it is too long."""
-    replies = FileClient(file).ask(prompts)
+    replies = AnswerFileClient(file).ask(prompts)
     remarks = Counter(reply.detail for reply in replies if reply.detail)
     found = [reply.text for reply in replies if reply.text is not None]
     more = "".join(f"; {count:,} × {remark}" for remark, count in remarks.most_common())
@@ -115,18 +117,18 @@ def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: st
     return f"{role}: {file.path} answers {len(found)} of {len(prompts)} prompts{more}"
 
 
-def _teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: Pools, questions: Iterable[Question]) -> None:
+def _teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: PromptPools, questions: Iterable[PendingRequest]) -> None:
     calls, size, estimate, read, written, images = Counter[Role](), 0, 0, 0, 0, 0
     for question in questions:
         images += len(question.prompt.images)
         calls[question.role] += 1
         size += len(question.request.body.encode())
         estimate += pools.tokens[question.prompt.id]
-        bound = worst_case(endpoint, question.prompt)
+        bound = worst_case_tokens(endpoint, question.prompt)
         read, written = read + bound[0], written + bound[1]
     held_out = f", {calls['opponent']:,} of them about held-out prompts" if calls["opponent"] else ""
     sent = f"{images:,} images, {size:,} bytes" if images else f"{size:,} bytes"
-    likely, cost = price(endpoint, estimate, written), price(endpoint, read, written)
+    likely, cost = token_cost(endpoint, estimate, written), token_cost(endpoint, read, written)
     plan.add(
         _HEADING,
         f"teacher: {calls.total():,} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {sent}",
@@ -137,18 +139,18 @@ def _teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: Pools, questions: Iter
     _caps(plan, endpoint, calls.total(), read + written, cost)
 
 
-def _stages(plan: Plan, config: Config, encoder: Encoder, pools: Pools) -> None:
+def _stages(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools) -> None:
     """Training sends nothing, but for the method in which the teacher judges."""
     settings, teacher = config.align, config.teacher
     if not isinstance(settings, TeacherJudgeGrpo) or not isinstance(teacher, OpenAIEndpoint):
         plan.add(_HEADING, "Stage I and Stage II: nothing")
         return
     calls = settings.candidates_in_all
-    asked = sum(len(encoder.literal(rating(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align) / len(
-        pools.align
-    )
+    asked = sum(
+        len(encoder.literal(rating_turn(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align
+    ) / len(pools.align)
     read, written = int(calls * (asked + settings.max_new_tokens)), calls * settings.max_tokens_per_score
-    cost = price(teacher, read, written)
+    cost = token_cost(teacher, read, written)
     plan.add(
         _HEADING,
         "Stage I: nothing",
@@ -159,16 +161,16 @@ def _stages(plan: Plan, config: Config, encoder: Encoder, pools: Pools) -> None:
     _caps(plan, teacher, len(pools.train) + calls, read + written, cost)
 
 
-def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: Pools) -> None:
+def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: PromptPools) -> None:
     """An estimate: the answers that will be judged do not exist yet."""
-    times = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, StageTwo) else 2)
+    times = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, StageTwoSettings) else 2)
     calls = times * len(pools.held_out)
     texts = sum(len(encoder.literal(judge_turn(p.question, p.reference or "", "", ""))) for p in pools.held_out)
     answers = config.evaluate.max_new_tokens + config.student.max_anchor_tokens
     pictures = sum(_image_tokens(judge, p) for p in pools.held_out)
     read = times * (texts + pictures + answers * len(pools.held_out))
     written = calls * judge.max_tokens_per_answer
-    cost = price(judge, read, written)
+    cost = token_cost(judge, read, written)
     plan.add(
         _HEADING,
         f"judge: at most {calls} calls to {judge.model} at {judge.base_url}",
@@ -183,7 +185,7 @@ def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, 
 
 def _image_tokens(endpoint: OpenAIEndpoint, prompt: Prompt) -> int:
     """What a prompt's images take at most: every model counts them in its own way."""
-    return sum(image_tokens(endpoint, image) for image in prompt.images)
+    return sum(max_image_tokens(endpoint, image) for image in prompt.images)
 
 
 def _in_cost(endpoint: OpenAIEndpoint, cost: float, bound: str) -> str:

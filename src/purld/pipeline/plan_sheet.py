@@ -21,7 +21,7 @@ class Plan:
         self.sections.setdefault(heading, []).extend(lines)
 
 
-def show(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print a plan.
 
     Raises:

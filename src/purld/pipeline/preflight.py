@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from purld.config.methods import SelfScoring, TeacherJudgeGrpo
+from purld.config.methods import SelfScoringSettings, TeacherJudgeGrpo
 from purld.config.schema import Config, OpenAIEndpoint, TeacherAnchors
 from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.load import context_length
 from purld.model.self_evaluation import SelfEvaluator
-from purld.pipeline.pools import Pools
+from purld.pipeline.prompt_pools import PromptPools
 
 # Words of the self-evaluation and chat templates around question, anchor and candidate, generously.
 _TEMPLATE_TOKENS = 256
@@ -37,11 +37,11 @@ def check_scoring(config: Config, encoder: Encoder) -> None:
     Raises:
         UserError: its tokenizer does not spell numbers as `align.score: expected` needs.
     """
-    if isinstance(config.align, SelfScoring):
+    if isinstance(config.align, SelfScoringSettings):
         SelfEvaluator(encoder, config.align.score, batch_size=1)
 
 
-def check_judging(config: Config, pools: Pools) -> None:
+def check_judging(config: Config, pools: PromptPools) -> None:
     """See that the teacher's cap on calls covers a stage in which it judges every candidate.
 
     Raises:

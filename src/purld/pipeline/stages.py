@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from purld.clients.anchors import Collection, collect_anchors
+from purld.clients.anchors import CollectedAnchors, collect_anchors
 from purld.clients.base import Client, ReplyState
 from purld.clients.ledger import Ledger, LedgerView, Role
 from purld.clients.open import open_client
-from purld.config.methods import StageTwo, TeacherJudgeGrpo
+from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.config.schema import Config, OpenAIEndpoint, Teacher, TeacherAnchors
 from purld.display.progress import Reporter
 from purld.evaluation.answers import answer_prompts
-from purld.evaluation.diagnostics import label_divergence
-from purld.evaluation.score_quality import accuracy_by_step, as_results, checked_groups, score_quality
-from purld.evaluation.summary import Evaluated, difference, model_metrics
+from purld.evaluation.diagnostics import mean_label_divergence
+from purld.evaluation.score_quality import accuracy_by_step, check_groups, quality_as_results, score_quality
+from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
 from purld.methods.table import METHODS
 from purld.model.encode import Encoder
 from purld.model.load import load_model
 from purld.model.sample import Decoding
-from purld.pipeline.pools import Pools
+from purld.pipeline.prompt_pools import PromptPools
 from purld.records import Anchor, Generation, Prompt
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.run_dir import RunDir
@@ -44,7 +44,7 @@ _SPENT = ("calls", "input_tokens", "output_tokens", "cost")  # what results.json
 
 
 @dataclass(frozen=True)
-class Job:
+class StageContext:
     """What a stage works with.
 
     Attributes:
@@ -62,11 +62,11 @@ class Job:
     reporter: Reporter
     encoder: Encoder
     check: Check | None
-    pools: Pools
+    pools: PromptPools
     resend_unknown: bool
 
 
-def run_anchors(job: Job) -> dict[str, Any]:
+def run_anchors(job: StageContext) -> dict[str, Any]:
     """The teacher's one answer to each prompt, and to the held-out ones where it is the opponent."""
     config, run = job.config, job.run
     with Ledger(run.ledger, run.ledgers_beside()) as ledger:
@@ -83,7 +83,7 @@ def run_anchors(job: Job) -> dict[str, Any]:
     return {"pool": job.pools.fingerprint, "teacher": totals | spent}
 
 
-def _ask_teacher(job: Job, ledger: Ledger, role: Role, prompts: list[Prompt], what: str) -> Collection:
+def _ask_teacher(job: StageContext, ledger: Ledger, role: Role, prompts: list[Prompt], what: str) -> CollectedAnchors:
     teacher = job.config.teacher
     client = open_client(teacher, ledger, role, job.resend_unknown)
     with job.reporter.progress(what) as progress:
@@ -107,7 +107,7 @@ def _standing(counts: Counter[ReplyState], ledger: Ledger, role: Role, teacher: 
     return ", ".join(words)
 
 
-def run_sft(job: Job) -> dict[str, Any]:
+def run_sft(job: StageContext) -> dict[str, Any]:
     """Stage I on the anchors."""
     from purld.training.sft import fine_tune
 
@@ -133,12 +133,12 @@ def run_sft(job: Job) -> dict[str, Any]:
     return asdict(facts)
 
 
-def run_align(job: Job) -> dict[str, Any]:
+def run_align(job: StageContext) -> dict[str, Any]:
     """Stage II by the configuration's method."""
     from purld.training.align import align
 
     config, run, reporter = job.config, job.run, job.reporter
-    assert isinstance(config.align, StageTwo)
+    assert isinstance(config.align, StageTwoSettings)
     if config.set_aside:
         reporter.say(config.set_aside)
     with _judging_teacher(job) as teacher, reporter.progress("steps") as progress:
@@ -161,7 +161,7 @@ def run_align(job: Job) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _judging_teacher(job: Job) -> Iterator[Client | None]:
+def _judging_teacher(job: StageContext) -> Iterator[Client | None]:
     """The teacher as the judge of candidates, for the one method that pays for it."""
     settings, teacher = job.config.align, job.config.teacher
     if not isinstance(settings, TeacherJudgeGrpo):
@@ -178,7 +178,7 @@ def _examples(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anchor]]:
     return [(p, anchors[p.id]) for p in pool if p.id in anchors]
 
 
-def run_evaluate(job: Job) -> dict[str, Any]:
+def run_evaluate(job: StageContext) -> dict[str, Any]:
     """Held-out answers of every model of the run, checked and judged, and results.json."""
     config, run = job.config, job.run
     places: dict[str, str | Path] = {"base": config.student.model, "sft": run.sft}
@@ -196,7 +196,7 @@ def run_evaluate(job: Job) -> dict[str, Any]:
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _compared(models, opponents, config.seed),
         **_stage_two_checked(job, groups),
-        "label_divergence": label_divergence(groups, read_rows(run.revisited)),
+        "label_divergence": mean_label_divergence(groups, read_rows(run.revisited)),
         "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
         "templates": {
             "self_evaluation": SELF_EVALUATION_VERSION,
@@ -208,7 +208,7 @@ def run_evaluate(job: Job) -> dict[str, Any]:
     return {}
 
 
-def _teacher_spend(job: Job) -> dict[str, Any]:
+def _teacher_spend(job: StageContext) -> dict[str, Any]:
     """What training took of the teacher: the anchors, and the scores of candidates where it gave them."""
     spend: dict[str, Any] = job.run.finished()["anchors"]["teacher"]
     if not isinstance(job.config.align, TeacherJudgeGrpo):
@@ -218,25 +218,25 @@ def _teacher_spend(job: Job) -> dict[str, Any]:
     return spend | {key: spend[key] + scores[key] for key in _SPENT}
 
 
-def _stage_two_checked(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _stage_two_checked(job: StageContext, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Stage II's candidates against gold: how many were right at each step, and how well scores agree with it."""
     if job.check is None:
         return {}
-    groups = checked_groups(rows, job.pools.align, job.check)
+    groups = check_groups(rows, job.pools.align, job.check)
     found: dict[str, Any] = {"training_accuracy": accuracy_by_step(groups)} if groups else {}
     if any(score is not None for group in groups for score in group.scores):
-        found["score_quality"] = as_results(score_quality(groups, job.config.seed))
+        found["score_quality"] = quality_as_results(score_quality(groups, job.config.seed))
     return found
 
 
-def _compared(models: dict[str, Evaluated], opponents: dict[str, str], seed: int) -> dict[str, Any]:
+def _compared(models: dict[str, EvaluatedModel], opponents: dict[str, str], seed: int) -> dict[str, Any]:
     """The aligned model against p_sft, and p_sft against the base."""
     names = list(models)[::-1]
-    pairs = {f"{a} - {b}": difference(models[a], models[b], opponents, seed) for a, b in pairwise(names)}
+    pairs = {f"{a} - {b}": model_difference(models[a], models[b], opponents, seed) for a, b in pairwise(names)}
     return {pair: found for pair, found in pairs.items() if found}
 
 
-def _answers(job: Job, name: str, place: str | Path) -> Evaluated:
+def _answers(job: StageContext, name: str, place: str | Path) -> EvaluatedModel:
     """One model's answers: drawn as configured, and greedy ones beside them where gold can check both."""
     config, run = job.config, job.run
     settings, check = config.evaluate, job.check
@@ -266,12 +266,12 @@ def _answers(job: Job, name: str, place: str | Path) -> Evaluated:
     path, greedy_path = run.generations(name), run.generations(f"{name}.greedy")
     generations = drawn(decoding, settings.samples, path)
     if check is None:
-        return Evaluated(generations)
+        return EvaluatedModel(generations)
     correct = _correct(path, settings.samples)
     if settings.temperature == 0:  # they are greedy already, and several of a prompt are one
-        return Evaluated(generations, correct, correct[:, :1])
+        return EvaluatedModel(generations, correct, correct[:, :1])
     drawn(Decoding(0.0, settings.max_new_tokens), 1, greedy_path)
-    return Evaluated(generations, correct, _correct(greedy_path, 1))
+    return EvaluatedModel(generations, correct, _correct(greedy_path, 1))
 
 
 def _correct(path: Path, samples: int) -> NDArray[np.bool_]:
@@ -279,7 +279,7 @@ def _correct(path: Path, samples: int) -> NDArray[np.bool_]:
     return np.array([row["correct"] for row in read_rows(path)], dtype=bool).reshape(-1, samples)
 
 
-def _opponents(job: Job) -> dict[str, str]:
+def _opponents(job: StageContext) -> dict[str, str]:
     """The opponent's answers to the held-out prompts, by prompt id."""
     opponent = job.config.evaluate.opponent
     if opponent is None:
@@ -292,7 +292,9 @@ def _opponents(job: Job) -> dict[str, str]:
     return {row["prompt_id"]: row["text"] for row in read_rows(job.run.opponent)}
 
 
-def _judged(job: Job, models: dict[str, Evaluated], opponents: dict[str, str]) -> dict[str, Evaluated]:
+def _judged(
+    job: StageContext, models: dict[str, EvaluatedModel], opponents: dict[str, str]
+) -> dict[str, EvaluatedModel]:
     """The models with a judge's verdicts on their first sample of each prompt."""
     run = job.run
     first = {name: [g for g in model.generations if g.sample == 0] for name, model in models.items()}
@@ -312,7 +314,7 @@ def _judged(job: Job, models: dict[str, Evaluated], opponents: dict[str, str]) -
     return {name: replace(model, verdicts=verdicts[name]) for name, model in models.items()}
 
 
-def run_report(job: Job) -> dict[str, Any]:
+def run_report(job: StageContext) -> dict[str, Any]:
     """The run's page."""
     from purld.report.page import write_report
 

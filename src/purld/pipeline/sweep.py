@@ -31,9 +31,9 @@ from rich.table import Table
 from purld.clients.ledger import LedgerView
 from purld.config.load import load_config
 from purld.config.schema import Config
-from purld.display.names import METRICS, title
 from purld.display.progress import Reporter
-from purld.display.results import signed
+from purld.display.results import signed_difference
+from purld.display.titles import METRIC_TITLES, model_title
 from purld.errors import UserError
 from purld.methods.table import METHODS
 from purld.records import content_hash
@@ -47,7 +47,7 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """One run of the grid.
 
     Attributes:
@@ -83,7 +83,7 @@ class Cell:
         return bool(there == self.config.model_dump(mode="json"))
 
 
-def plan_sweep(config: Path, grid: Sequence[str], folder: Path) -> list[Cell]:
+def plan_sweep(config: Path, grid: Sequence[str], folder: Path) -> list[SweepCell]:
     """The runs of a grid, in its order: the last key varies fastest.
 
     Args:
@@ -101,14 +101,14 @@ def plan_sweep(config: Path, grid: Sequence[str], folder: Path) -> list[Cell]:
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         overrides = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
-        cells.append(Cell(chosen, overrides, load_config(config, overrides), RunDir(folder / _name(chosen))))
+        cells.append(SweepCell(chosen, overrides, load_config(config, overrides), RunDir(folder / _name(chosen))))
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"the sweep holds {twice[0]} twice; give each value once.")
     return cells
 
 
-def run_sweep(config: Path, cells: Sequence[Cell], jobs: int, reporter: Reporter) -> None:
+def run_sweep(config: Path, cells: Sequence[SweepCell], jobs: int, reporter: Reporter) -> None:
     """Run what is not finished, `jobs` runs at a time, and show all of it in one table and one page.
 
     The folder of the runs gets `sweep.json` and `report.html`; what each run said is in its `sweep.log`.
@@ -173,9 +173,9 @@ def _name(values: Mapping[str, Any]) -> str:
     return re.sub(r"[^\w.=,+-]+", "_", ",".join(parts))
 
 
-def _collect_in_turn(config: Path, leaders: Sequence[Cell], reporter: Reporter, failed: dict[str, str]) -> None:
+def _collect_in_turn(config: Path, leaders: Sequence[SweepCell], reporter: Reporter, failed: dict[str, str]) -> None:
     """The anchors of every family, each knowing what the ones before it bought."""
-    before: Cell | None = None
+    before: SweepCell | None = None
     for leader in leaders:
         if before is not None and not leader.run.ledger.exists():
             leader.run.path.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def _copy_ledger(source: RunDir, target: RunDir) -> None:
             ledger.copy(target.ledger)
 
 
-def _share(cells: Sequence[Cell], leaders: Mapping[str, Cell], failed: dict[str, str]) -> int:
+def _share(cells: Sequence[SweepCell], leaders: Mapping[str, SweepCell], failed: dict[str, str]) -> int:
     """Give Stage I to every run that lacks it, and return to how many."""
     count = 0
     for cell in cells:
@@ -214,10 +214,10 @@ def _link(source: str, target: str) -> None:
 
 
 def _run_each(
-    config: Path, command: str, cells: Sequence[Cell], jobs: int, reporter: Reporter, failed: dict[str, str]
+    config: Path, command: str, cells: Sequence[SweepCell], jobs: int, reporter: Reporter, failed: dict[str, str]
 ) -> None:
     """Run a command for every cell, `jobs` at a time; notes in `failed` what went wrong."""
-    waiting, running, done = deque(cells), dict[subprocess.Popen[bytes], Cell](), 0
+    waiting, running, done = deque(cells), dict[subprocess.Popen[bytes], SweepCell](), 0
     with reporter.progress(f"purld {command}: runs") as progress:
         try:
             while waiting or running:
@@ -240,7 +240,7 @@ def _run_each(
                 process.wait()
 
 
-def _start(config: Path, command: str, cell: Cell, jobs: int) -> subprocess.Popen[bytes]:
+def _start(config: Path, command: str, cell: SweepCell, jobs: int) -> subprocess.Popen[bytes]:
     cell.run.path.mkdir(parents=True, exist_ok=True)
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     # A session of its own: Ctrl-C reaches it once, through this process, and not a second time from the terminal.
@@ -255,14 +255,14 @@ def _start(config: Path, command: str, cell: Cell, jobs: int) -> subprocess.Pope
         )
 
 
-def _last_words(cell: Cell, status: int) -> str:
+def _last_words(cell: SweepCell, status: int) -> str:
     log = cell.run.path / _LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     said = [line.removeprefix("purld: ").rstrip(".") for line in lines if line.startswith("purld: ")]
     return said[-1] if said and status == 2 else f"it ended with status {status}, see {log}"
 
 
-def _close(cells: Sequence[Cell], failed: Mapping[str, str]) -> None:
+def _close(cells: Sequence[SweepCell], failed: Mapping[str, str]) -> None:
     """The table, sweep.json and the page about what is finished; then what failed."""
     folder = cells[0].run.path.parent
     done = [cell for cell in cells if "evaluate" in cell.run.finished()]
@@ -278,7 +278,7 @@ def _close(cells: Sequence[Cell], failed: Mapping[str, str]) -> None:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed; {first}: {failed[first]}.")
 
 
-def _row(cell: Cell) -> dict[str, Any]:
+def _row(cell: SweepCell) -> dict[str, Any]:
     results = read_json(cell.run.results)
     method = results["method"]
     model, rival = (method, "sft") if METHODS[method].stage_two else ("sft", "base")
@@ -293,14 +293,14 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """All runs in one table: the swept keys, the final model's metrics, and its difference to the model before."""
-    shown = [key for key in METRICS if any(key in row["metrics"] for row in rows)]
-    rival = title(rows[0]["difference"]["to"])
-    heads = [*rows[0]["values"], *(METRICS[key] for key in shown), *([f"minus {rival}"] if shown else [])]
+    shown = [key for key in METRIC_TITLES if any(key in row["metrics"] for row in rows)]
+    rival = model_title(rows[0]["difference"]["to"])
+    heads = [*rows[0]["values"], *(METRIC_TITLES[key] for key in shown), *([f"minus {rival}"] if shown else [])]
     table = Table(*heads, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for row in rows:
         cells = [str(value) for value in row["values"].values()]
         cells += [f"{row['metrics'][key]:.3f}" if key in row["metrics"] else "-" for key in shown]
         if shown:
-            cells.append(signed(row["difference"], shown[0]) if shown[0] in row["difference"] else "-")
+            cells.append(signed_difference(row["difference"], shown[0]) if shown[0] in row["difference"] else "-")
         table.add_row(*cells)
     Console(highlight=False, soft_wrap=True).print(table)

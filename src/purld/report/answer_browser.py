@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from purld.display.names import title
-from purld.report.run_data import OPPONENT, Row, Run
+from purld.display.titles import model_title
+from purld.report.run_data import OPPONENT, Row, RunData
 from purld.runs.thumbnails import ENDINGS
 
 MAX_BYTES = 8_000_000  # of texts and numbers in a page, so that the whole stays below 10 MB
@@ -35,7 +35,7 @@ _MIME = {ending: mime for mime, ending in ENDINGS.items()}
 
 
 @dataclass(frozen=True)
-class Browser:
+class BrowserData:
     """The browser's data and how much of everything it holds."""
 
     json: str
@@ -44,7 +44,7 @@ class Browser:
     images_left_out: int = 0
 
 
-def browser(runs: Sequence[Run]) -> Browser:
+def answer_browser(runs: Sequence[RunData]) -> BrowserData:
     """The entries of all runs as JSON for a script element; those that would not fit are left out.
 
     Entries with held-out answers come first, and runs take turns, so that what is left out is the tail.
@@ -62,16 +62,16 @@ def browser(runs: Sequence[Run]) -> Browser:
         kept.append(text)
         images.add(entry)
     names = safe_json([run.name for run in runs])
-    titles = safe_json({m: title(m) for run in runs for m in (*run.answers, *run.greedy)})
+    titles = safe_json({m: model_title(m) for run in runs for m in (*run.answers, *run.greedy)})
     urls = safe_json(images.urls)
     data = f'{{"runs": {names}, "titles": {titles}, "images": {urls}, "entries": [{",".join(kept)}]}}'
-    return Browser(data, shown=len(kept), total=len(entries), images_left_out=len(images.left_out))
+    return BrowserData(data, shown=len(kept), total=len(entries), images_left_out=len(images.left_out))
 
 
 class _Images:
     """The images of the entries that are shown, each once, as data URLs; those that would not fit are left out."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[RunData]) -> None:
         self.urls: dict[str, str] = {}
         self.left_out: set[str] = set()
         self._files = [run.images for run in runs]
@@ -108,7 +108,7 @@ def _turns(per_run: Sequence[list[Any]]) -> Iterable[list[Any]]:
         yield [entries[place] for entries in per_run if place < len(entries)]
 
 
-def _entries(run: Run, place: int) -> Iterable[dict[str, Any]]:
+def _entries(run: RunData, place: int) -> Iterable[dict[str, Any]]:
     groups = _group_of_each(run.groups)
     answers, verdicts = _by_prompt(run), _verdicts(run)
     for prompt_id in dict.fromkeys([*answers, *groups]):
@@ -133,7 +133,7 @@ def _group_of_each(groups: Sequence[Row]) -> dict[str, Row]:
     return found | {group["prompt_id"]: group for group in groups if "policy_after" in group}
 
 
-def _by_prompt(run: Run) -> dict[str, dict[str, list[Row]]]:
+def _by_prompt(run: RunData) -> dict[str, dict[str, list[Row]]]:
     """Held-out answers by prompt and model, a greedy one after the drawn ones; no opponent alone."""
     found: dict[str, dict[str, list[Row]]] = {}
     for model in dict.fromkeys([*run.answers, *run.greedy]):
@@ -151,7 +151,7 @@ def _question(group: Row | None, answered: dict[str, list[Row]]) -> dict[str, An
     return {"prompt": _clip(asked["prompt"]), "images": asked.get("images")}
 
 
-def _verdicts(run: Run) -> dict[tuple[str, str, int | None], list[Row]]:
+def _verdicts(run: RunData) -> dict[tuple[str, str, int | None], list[Row]]:
     found: dict[tuple[str, str, int | None], list[Row]] = defaultdict(list)
     for model, rows in run.verdicts.items():
         for row in rows:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from purld.methods.table import METHODS
-from purld.report.markup import Section, text
-from purld.report.run_data import Run
+from purld.report.markup import PageSection, escape_text
+from purld.report.run_data import RunData
 
 _SPEND = {
     "prompts": "prompts",
@@ -18,16 +18,16 @@ _SPEND = {
 }
 
 
-def spend_section(runs: Sequence[Run]) -> Section:
+def cost_section(runs: Sequence[RunData]) -> PageSection:
     """Calls, tokens and cost, the calls that were not needed, and the time of each stage."""
     parts = []
     for run in runs:
         body = _tiles(run) + _candidates(run) + _seconds(run)
-        parts.append(f"<h3>{text(run.name)}</h3>{body}" if body and len(runs) > 1 else body)
-    return Section("spend", "What it took", "".join(parts))
+        parts.append(f"<h3>{escape_text(run.name)}</h3>{body}" if body and len(runs) > 1 else body)
+    return PageSection("spend", "What it took", "".join(parts))
 
 
-def _tiles(run: Run) -> str:
+def _tiles(run: RunData) -> str:
     teacher = run.results.get("teacher", {})
     tiles = "".join(
         f"<div><dd>{_amount(teacher[key])}</dd><dt>{name}</dt></div>"
@@ -41,7 +41,7 @@ def _amount(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
-def _candidates(run: Run) -> str:
+def _candidates(run: RunData) -> str:
     """How many calls a teacher that judges every candidate would have had to answer."""
     align, steps = run.config.get("align", {}), run.stage("align")
     if not steps or "candidates" not in align or "prompts_per_step" not in align:
@@ -56,13 +56,13 @@ def _candidates(run: Run) -> str:
     )
 
 
-def _seconds(run: Run) -> str:
+def _seconds(run: RunData) -> str:
     seconds = {stage: s for stage, s in run.results.get("seconds", {}).items() if s > 0}
     if not seconds:
         return ""
     longest = max(seconds.values())
     rows = "".join(
-        f'<div><dt>{text(stage)}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>{_duration(s)}</dd></div>'
+        f'<div><dt>{escape_text(stage)}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>{_duration(s)}</dd></div>'
         for stage, s in seconds.items()
     )
     return f'<h3>Time</h3><dl class="times">{rows}</dl>\n'

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from purld.display.names import title
-from purld.report.run_data import Row, Run
+from purld.display.titles import model_title
+from purld.report.run_data import Row, RunData
 
 # Roles of colour; the page's style sheet has the same names with a value for light and one for dark.
 COLOURS = {
@@ -61,7 +61,7 @@ _WINDOWS = 20  # the smoothed line averages over a twentieth of the stage
 
 
 @dataclass(frozen=True)
-class Panel:
+class MetricPanel:
     """A small figure over the steps of Stage II: which metrics, in which colours, and how to read it."""
 
     heading: str
@@ -72,7 +72,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ReportFigure:
     """A figure ready for a page."""
 
     heading: str
@@ -82,73 +82,73 @@ class Drawing:
 
 
 PANELS = (
-    Panel(
+    MetricPanel(
         "Entropy of D and q",
         "nats",
         {"entropy_labels": ("labels D", "labels"), "entropy_policy": ("policy q", "policy")},
         "How spread the target and the policy are over a group. With q below D the policy is being flattened.",
     ),
-    Panel(
+    MetricPanel(
         "KL from the SFT model",
         "nats per answer",
         {"kl": ("KL(θ‖SFT)", "stage2")},
         "How far the policy has moved from where Stage I left it.",
         baseline=0,
     ),
-    Panel(
+    MetricPanel(
         "Scores",
         "score",
         {"anchor_score": ("anchor", "labels"), "score": ("candidates", "policy")},
         "The scores of the teacher's anchor, where it has one, and of the policy's own candidates.",
     ),
-    Panel(
+    MetricPanel(
         "Margin to the anchor",
         "candidate − anchor",
         {"margin": ("margin", "policy")},
         "Zero: candidates score as well as the teacher's answer.",
         baseline=0,
     ),
-    Panel(
+    MetricPanel(
         "Answer length",
         "tokens",
         {"length": ("candidates", "policy")},
         "Drift in either direction deserves a look at the answers below.",
     ),
-    Panel(
+    MetricPanel(
         "Length against q",
         "correlation",
         {"length_correlation": ("correlation", "policy")},
         "Strongly negative: q sits on the shortest candidates, whatever their worth.",
         baseline=0,
     ),
-    Panel(
+    MetricPanel(
         "Clipped tokens",
         "share",
         {"clipped": ("clipped", "policy")},
         "Tokens whose gradient the clip cut off: zero while every update has candidates of its own.",
         baseline=0,
     ),
-    Panel(
+    MetricPanel(
         "Error of the critic",
         "squared",
         {"value_loss": ("critic", "policy")},
         "Half the squared distance of the critic's values from the returns.",
         baseline=0,
     ),
-    Panel(
+    MetricPanel(
         "Pairs in the right order",
         "share",
         {"pair_accuracy": ("chosen above rejected", "policy")},
         "Pairs whose chosen member the policy has raised above the rejected one since the SFT model.",
     ),
-    Panel(
+    MetricPanel(
         "Candidates lost",
         "per log",
         {"truncated": ("cut off", "labels"), "unscored": ("unscored", "stage2")},
         "Cut off at the token limit, or without a score; unscored candidates take no part in the update.",
         baseline=0,
     ),
-    Panel(
+    MetricPanel(
         "Gradient norm",
         "before clipping",
         {"grad_norm": ("gradient", "stage2")},
@@ -157,15 +157,15 @@ PANELS = (
 )
 
 
-def drawings(run: Run, prefix: str = "figure", whole: bool = True) -> list[Drawing]:
+def draw_figures(run: RunData, prefix: str = "figure", whole: bool = True) -> list[ReportFigure]:
     """Every figure that the run's metrics allow, or the convergence alone if not the `whole` is wanted.
 
     `prefix` sets their ids apart from another run's on a page.
     """
     found = []
-    if (figure := convergence(run)) is not None:
+    if (figure := draw_convergence(run)) is not None:
         caption = "The loss of Stage I and the objective of Stage II have different units, hence two axes."
-        found.append(Drawing("Two-stage convergence", caption, as_svg(figure, prefix), wide=True))
+        found.append(ReportFigure("Two-stage convergence", caption, figure_to_svg(figure, prefix), wide=True))
     if not whole:
         return found
     if "training_accuracy" in run.results:
@@ -173,8 +173,8 @@ def drawings(run: Run, prefix: str = "figure", whole: bool = True) -> list[Drawi
     rows = run.stage("align")
     for place, panel in enumerate(PANELS):
         if any(_points(rows, key)[1].any() for key in panel.series):
-            svg = as_svg(_draw(panel, rows), f"{prefix}-{place}")
-            found.append(Drawing(panel.heading, panel.caption, svg))
+            svg = figure_to_svg(_draw(panel, rows), f"{prefix}-{place}")
+            found.append(ReportFigure(panel.heading, panel.caption, svg))
     if "label_divergence" in run.results:
         found += _movement(run, f"{prefix}-movement")
     if "score_quality" in run.results:
@@ -182,20 +182,20 @@ def drawings(run: Run, prefix: str = "figure", whole: bool = True) -> list[Drawi
     return found
 
 
-def save_convergence(run: Run, path: Path) -> None:
+def save_convergence(run: RunData, path: Path) -> None:
     """Save the two-stage convergence as a picture for a README, in the format its suffix names, on a white ground.
 
     Raises:
         ValueError: the run logged no training.
     """
-    figure = convergence(run, width=8.6)
+    figure = draw_convergence(run, width=8.6)
     if figure is None:
         raise ValueError(f"{run.name} has logged no training to draw")
     with rc_context(STYLE):
         figure.savefig(path, dpi=200, facecolor="white")
 
 
-def convergence(run: Run, width: float = 11.5) -> Figure | None:
+def draw_convergence(run: RunData, width: float = 11.5) -> Figure | None:
     """Stage I's loss (left axis) and Stage II's objective (right axis) over all steps, as in Figure 2.
 
     `width` is in inches; text keeps its size. None if the run logged no training.
@@ -222,7 +222,7 @@ def convergence(run: Run, width: float = 11.5) -> Figure | None:
             _own_axis(left, "Stage I: SFT loss", "stage1")
         if len(objectives[0]):
             _line(right, objectives[0] + turn, objectives[1], "stage2")
-            _own_axis(right, f"Stage II: {title(run.method or 'align')} objective", "stage2")
+            _own_axis(right, f"Stage II: {model_title(run.method or 'align')} objective", "stage2")
         if right is not left:
             _mark_turn(left, turn)
     return figure
@@ -245,7 +245,7 @@ def _mark_turn(axes: Axes, turn: float) -> None:
         )
 
 
-def _draw(panel: Panel, rows: Sequence[Row]) -> Figure:
+def _draw(panel: MetricPanel, rows: Sequence[Row]) -> Figure:
     with rc_context(STYLE):
         figure, axes = _panel(panel.unit)
         if panel.baseline is not None:
@@ -259,14 +259,14 @@ def _draw(panel: Panel, rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _training_accuracy(rows: Sequence[Row], prefix: str) -> Drawing:
+def _training_accuracy(rows: Sequence[Row], prefix: str) -> ReportFigure:
     """The share of Stage II's candidates that is right, over its steps."""
     with rc_context(STYLE):
         figure, axes = _panel("right candidates")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _line(axes, *_points(rows, "right"), "policy")
     caption = "Sampled candidates that are right by the gold of the training prompts, which training never sees."
-    return Drawing("Accuracy over training", caption, as_svg(figure, f"{prefix}-accuracy"))
+    return ReportFigure("Accuracy over training", caption, figure_to_svg(figure, f"{prefix}-accuracy"))
 
 
 def _panel(unit: str) -> tuple[Figure, Axes]:
@@ -280,7 +280,7 @@ def _panel(unit: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _score_quality(found: Row, prefix: str) -> Drawing:
+def _score_quality(found: Row, prefix: str) -> ReportFigure:
     """How often candidates are right at each score: on the diagonal, a score is a probability."""
     bins = found["bins"]
     with rc_context(STYLE):
@@ -294,10 +294,10 @@ def _score_quality(found: Row, prefix: str) -> Drawing:
         sizes = [20 + 180 * b["n"] / found["n"] for b in bins]
         axes.plot([b["score"] for b in bins], [b["right"] for b in bins], linewidth=1.2, color=COLOURS["policy"])
         axes.scatter([b["score"] for b in bins], [b["right"] for b in bins], s=sizes, color=COLOURS["policy"])
-    return Drawing("Scores against gold", score_quality_line(found), as_svg(figure, f"{prefix}-scores"))
+    return ReportFigure("Scores against gold", describe_score_quality(found), figure_to_svg(figure, f"{prefix}-scores"))
 
 
-def score_quality_line(found: Row) -> str:
+def describe_score_quality(found: Row) -> str:
     """Score quality in words; the AUC within prompts comes first, because labels compare within a prompt only."""
     parts = []
     if "auc_within" in found:
@@ -314,7 +314,7 @@ def score_quality_line(found: Row) -> str:
     return " ".join(parts)
 
 
-def _movement(run: Run, prefix: str) -> list[Drawing]:
+def _movement(run: RunData, prefix: str) -> list[ReportFigure]:
     """KL(D || q) of the groups that were measured twice: below the diagonal, q came closer to D. None if none is."""
     twice = [(g["label_divergence"], g["label_divergence_after"]) for g in run.groups if "label_divergence_after" in g]
     pairs = [pair for pair in twice if np.isfinite(pair).all()]
@@ -328,11 +328,11 @@ def _movement(run: Run, prefix: str) -> list[Drawing]:
         axes.set_ylabel("nats after")
         axes.plot([0, top], [0, top], linewidth=1, color=COLOURS["muted"])
         axes.scatter(*zip(*pairs), s=20, alpha=0.6, linewidths=0, color=COLOURS["policy"])
-    caption = movement_line(run.results["label_divergence"])
-    return [Drawing("KL(D‖q) before and after", caption, as_svg(figure, prefix))]
+    caption = describe_movement(run.results["label_divergence"])
+    return [ReportFigure("KL(D‖q) before and after", caption, figure_to_svg(figure, prefix))]
 
 
-def movement_line(found: Row) -> str:
+def describe_movement(found: Row) -> str:
     """In words, what Stage II did to its objective on the candidates of its first groups."""
     return (
         f"On the candidates of the first {found['groups']} groups the mean was {found['before']:.3f} under the policy "
@@ -369,7 +369,7 @@ def _points(rows: Sequence[Row], key: str) -> tuple[Any, Any]:
     return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=float)
 
 
-def as_svg(figure: Figure, prefix: str) -> str:
+def figure_to_svg(figure: Figure, prefix: str) -> str:
     """The figure as an SVG element whose colours follow the page and whose ids no other figure has."""
     buffer = io.StringIO()
     with rc_context(STYLE):

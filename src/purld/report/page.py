@@ -14,13 +14,13 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from purld.display.names import title
-from purld.report.answer_browser import Browser, browser
-from purld.report.cost import spend_section
-from purld.report.figures import drawings
-from purld.report.headline import Sentence, Tone, verdict
-from purld.report.markup import Section, figures, text
-from purld.report.run_data import Run, read_run
+from purld.display.titles import model_title
+from purld.report.answer_browser import BrowserData, answer_browser
+from purld.report.cost import cost_section
+from purld.report.figures import draw_figures
+from purld.report.headline import Headline, Tone, write_headline
+from purld.report.markup import PageSection, escape_text, figure_grid
+from purld.report.run_data import RunData, read_run
 from purld.report.sensitivity import sensitivity_section
 from purld.report.tables import results_section
 from purld.runs.files import atomic_write
@@ -40,7 +40,7 @@ def write_report(run_paths: Sequence[RunDir], out: Path) -> None:
         handle.write(page)
 
 
-def _distinct(runs: Sequence[Run]) -> list[Run]:
+def _distinct(runs: Sequence[RunData]) -> list[RunData]:
     """The runs with a number behind names that occur more than once."""
     occurs = Counter(run.name for run in runs)
     seen: Counter[str] = Counter()
@@ -51,11 +51,11 @@ def _distinct(runs: Sequence[Run]) -> list[Run]:
     return named
 
 
-def _page(runs: Sequence[Run]) -> str:
-    data = browser(runs)
+def _page(runs: Sequence[RunData]) -> str:
+    data = answer_browser(runs)
     script, style = _asset("browser.js"), _asset("page.css")
     training = _convergences(runs) if len(runs) > _WHOLE_TRAINING else _trainings(runs)
-    numbers = [sensitivity_section(runs), results_section(runs), *training, spend_section(runs)]
+    numbers = [sensitivity_section(runs), results_section(runs), *training, cost_section(runs)]
     every = [*numbers, _browser(data), _configs(runs)]
     sections = [section for section in every if section.body]
     names = ", ".join(run.name for run in runs)
@@ -67,7 +67,7 @@ def _page(runs: Sequence[Run]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
-<title>{text(names)} · purld report</title>
+<title>{escape_text(names)} · purld report</title>
 <style>
 {style}</style>
 </head>
@@ -93,13 +93,15 @@ def _asset(name: str) -> str:
     return files("purld.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _header(runs: Sequence[Run], sections: Sequence[Section]) -> str:
-    said = [(run, verdict(run)) for run in runs]
+def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
+    said = [(run, write_headline(run)) for run in runs]
     if len(said) == 1:
         run, sentence = said[0]
-        lines = f'<h1 class="verdict {sentence.tone}">{text(sentence.text)}</h1>{_facts(run)}'
+        lines = f'<h1 class="verdict {sentence.tone}">{escape_text(sentence.text)}</h1>{_facts(run)}'
     else:
-        each = "".join(f'<p class="verdict {s.tone}"><b>{text(run.name)}:</b> {text(s.text)}</p>' for run, s in said)
+        each = "".join(
+            f'<p class="verdict {s.tone}"><b>{escape_text(run.name)}:</b> {escape_text(s.text)}</p>' for run, s in said
+        )
         if len(runs) > _WHOLE_TRAINING:
             each = f"<details><summary>Each run in a sentence</summary>{each}</details>"
         lines = f'<h1 class="verdict">{_tally(said)}</h1>{each}'
@@ -108,7 +110,7 @@ def _header(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     return f'<header>\n{brand}\n{lines}\n<nav aria-label="Sections">\n{links}\n</nav>\n</header>'
 
 
-def _tally(said: Sequence[tuple[Run, Sentence]]) -> str:
+def _tally(said: Sequence[tuple[RunData, Headline]]) -> str:
     """How many runs came out which way, against the model that each started from."""
     words: dict[Tone, str] = {
         "better": "better than the model it started from",
@@ -121,22 +123,22 @@ def _tally(said: Sequence[tuple[Run, Sentence]]) -> str:
     return f"{len(said)} runs side by side: {found}."
 
 
-def _facts(run: Run) -> str:
+def _facts(run: RunData) -> str:
     """What was trained, with whose answers, by which method."""
     student, teacher = run.config.get("student", {}), run.config.get("teacher", {})
     facts = {
         "Run": run.name,
         "Student": student.get("model"),
         "Teacher": teacher.get("model") or teacher.get("path"),
-        "Method": title(run.method) if run.method else None,
+        "Method": model_title(run.method) if run.method else None,
         **_judging(run),
         "Seed": run.results.get("seed", run.config.get("seed")),
     }
-    items = (f"<div><dt>{name}</dt><dd>{text(v)}</dd></div>" for name, v in facts.items() if v is not None)
+    items = (f"<div><dt>{name}</dt><dd>{escape_text(v)}</dd></div>" for name, v in facts.items() if v is not None)
     return f'<dl class="facts">{"".join(items)}</dl>'
 
 
-def _judging(run: Run) -> dict[str, str | None]:
+def _judging(run: RunData) -> dict[str, str | None]:
     """Whose answers the models met, and who judged."""
     settings = run.config.get("evaluate") or {}
     judge, opponent = settings.get("judge"), settings.get("opponent")
@@ -145,26 +147,26 @@ def _judging(run: Run) -> dict[str, str | None]:
     return {"Opponent": opponent.get("path", "the teacher"), "Judge": judge.get("model") or judge.get("path")}
 
 
-def _trainings(runs: Sequence[Run]) -> list[Section]:
+def _trainings(runs: Sequence[RunData]) -> list[PageSection]:
     """All training figures, a section for each run."""
     headings = ["Training"] if len(runs) == 1 else [f"Training: {run.name}" for run in runs]
     return [
-        Section(f"training-{place}", heading, figures(drawings(run, prefix=f"run{place}")))
+        PageSection(f"training-{place}", heading, figure_grid(draw_figures(run, prefix=f"run{place}")))
         for place, (run, heading) in enumerate(zip(runs, headings, strict=True))
     ]
 
 
-def _convergences(runs: Sequence[Run]) -> list[Section]:
+def _convergences(runs: Sequence[RunData]) -> list[PageSection]:
     """One section for many runs, so that the page stays small; each run's own page has the rest."""
     found = [
         replace(drawing, heading=f"{run.name}: {drawing.heading.lower()}")
         for place, run in enumerate(runs)
-        for drawing in drawings(run, prefix=f"run{place}", whole=False)
+        for drawing in draw_figures(run, prefix=f"run{place}", whole=False)
     ]
-    return [Section("training", "Training", figures(found))]
+    return [PageSection("training", "Training", figure_grid(found))]
 
 
-def _browser(data: Browser) -> Section:
+def _browser(data: BrowserData) -> PageSection:
     left_out = (
         f'<p class="note">The first {data.shown:,} of {data.total:,} prompts are here, to keep this page small; '
         "the run directory has them all under generations/.</p>\n"
@@ -177,13 +179,14 @@ def _browser(data: Browser) -> Section:
             "they are under generations/images/ in the run directory.</p>\n"
         )
     place = '<div id="browser"><noscript>The browser of prompts and answers needs JavaScript.</noscript></div>\n'
-    return Section("answers", "Prompts and answers", left_out + place if data.total else "")
+    return PageSection("answers", "Prompts and answers", left_out + place if data.total else "")
 
 
-def _configs(runs: Sequence[Run]) -> Section:
+def _configs(runs: Sequence[RunData]) -> PageSection:
     blocks = [
-        f"<details><summary>{text(run.name)}: config.yaml</summary><pre>{text(run.config_text)}</pre></details>\n"
+        f"<details><summary>{escape_text(run.name)}: config.yaml</summary>"
+        f"<pre>{escape_text(run.config_text)}</pre></details>\n"
         for run in runs
         if run.config_text
     ]
-    return Section("configuration", "Configuration", "".join(blocks))
+    return PageSection("configuration", "Configuration", "".join(blocks))

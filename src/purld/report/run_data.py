@@ -11,7 +11,7 @@ import yaml
 
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
-from purld.runs.thumbnails import album_of
+from purld.runs.thumbnails import thumbnail_folder
 
 Row = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ _FIRST = ("base", "sft")
 
 
 @dataclass(frozen=True)
-class Run:
+class RunData:
     """One run, as far as it got.
 
     Attributes:
@@ -62,7 +62,7 @@ class Run:
         return sorted((r for r in self.metrics if r.get("stage") == name), key=lambda r: r["step"])
 
 
-def read_run(run: RunDir) -> Run:
+def read_run(run: RunDir) -> RunData:
     """Read a run directory.
 
     Raises:
@@ -73,7 +73,7 @@ def read_run(run: RunDir) -> Run:
     no_answers = (run.groups, run.revisited)
     stems = {path.name.split(".")[0] for path in folder.glob("*.jsonl") if path not in no_answers}
     models = sorted(stems, key=_place)
-    return Run(
+    return RunData(
         name=run.path.resolve().name,
         config_text=config_text,
         config=yaml.safe_load(config_text) or {},
@@ -84,7 +84,7 @@ def read_run(run: RunDir) -> Run:
         answers=_rows(models, run.generations),
         greedy=_rows(models, lambda model: run.generations(f"{model}.greedy")),
         verdicts=_rows(models, run.verdicts),
-        images={path.stem: path for path in album_of(run.groups).glob("[!.]*")},
+        images={path.stem: path for path in thumbnail_folder(run.groups).glob("[!.]*")},
     )
 
 

@@ -17,10 +17,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from purld.display.names import METRICS, title
-from purld.report.figures import COLOURS, STYLE, Drawing, as_svg
-from purld.report.markup import Section, figures
-from purld.report.run_data import Run
+from purld.display.titles import METRIC_TITLES, model_title
+from purld.report.figures import COLOURS, STYLE, ReportFigure, figure_to_svg
+from purld.report.markup import PageSection, figure_grid
+from purld.report.run_data import RunData
 
 _SHAPING = ("student", "teacher", "anchors", "sft", "align", "data")  # what may change a result, seed apart
 _PLACES = frozenset({"path", "prompts", "eval_prompts", "base_url"})  # where things lie, not what they are
@@ -39,32 +39,32 @@ class _Point:
     interval: tuple[float, float] | None = None
 
 
-def sensitivity_section(runs: Sequence[Run]) -> Section:
+def sensitivity_section(runs: Sequence[RunData]) -> PageSection:
     """The figures of a sweep; empty if the runs are none."""
-    return Section("sensitivity", "Sensitivity", figures(sensitivity(runs)))
+    return PageSection("sensitivity", "Sensitivity", figure_grid(sensitivity_figures(runs)))
 
 
-def sensitivity(runs: Sequence[Run]) -> list[Drawing]:
+def sensitivity_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
     """A drawing per swept number and metric that the final models have."""
     finals = [run for run in runs if run.method in run.results.get("models", {})]
     varying = _varying(finals)
-    found: list[Drawing] = []
+    found: list[ReportFigure] = []
     for key in varying:
-        values = {flat(run)[key] for run in finals if key in flat(run)}
+        values = {flatten_config(run)[key] for run in finals if key in flatten_config(run)}
         if len(values) < 2 or not all(_is_number(value) for value in values):
             continue
-        for metric, label in METRICS.items():
+        for metric, label in METRIC_TITLES.items():
             points = list(_points(finals, key, [other for other in varying if other != key], metric))
             if _joined(points):
-                figure = draw(points, key, label, _sft_level(finals, metric))
+                figure = draw_sensitivity(points, key, label, _sft_level(finals, metric))
                 heading = f"{label[0].upper()}{label[1:]} against {key}"
                 caption = "Lines join the means over seeds; faint dots are runs with their 95% intervals."
                 caption += " Dashed: the SFT models' mean."
-                found.append(Drawing(heading, caption, as_svg(figure, f"sensitivity-{len(found)}")))
+                found.append(ReportFigure(heading, caption, figure_to_svg(figure, f"sensitivity-{len(found)}")))
     return found
 
 
-def flat(run: Run) -> dict[str, Any]:
+def flatten_config(run: RunData) -> dict[str, Any]:
     """The configuration's values that can change a result, by dotted key."""
     return {
         key: value
@@ -74,7 +74,7 @@ def flat(run: Run) -> dict[str, Any]:
     }
 
 
-def draw(points: Sequence[_Point], key: str, label: str, sft: float | None) -> Figure:
+def draw_sensitivity(points: Sequence[_Point], key: str, label: str, sft: float | None) -> Figure:
     """One metric against one key, a line per setting."""
     lines: dict[tuple[tuple[str, Any], ...], list[_Point]] = defaultdict(list)
     for point in points:
@@ -112,16 +112,16 @@ def _x_axis(axes: Any, values: Sequence[float]) -> None:
     axes.set_xticks(values, [f"{value:g}" for value in values])
 
 
-def _varying(runs: Sequence[Run]) -> list[str]:
+def _varying(runs: Sequence[RunData]) -> list[str]:
     """The keys in which the runs differ."""
-    settings = [flat(run) for run in runs]
+    settings = [flatten_config(run) for run in runs]
     keys = dict.fromkeys(key for setting in settings for key in setting)
     return [key for key in keys if len({str(setting.get(key)) for setting in settings}) > 1]
 
 
-def _points(runs: Sequence[Run], key: str, others: Sequence[str], metric: str) -> Iterator[_Point]:
+def _points(runs: Sequence[RunData], key: str, others: Sequence[str], metric: str) -> Iterator[_Point]:
     for run in runs:
-        setting = flat(run)
+        setting = flatten_config(run)
         metrics = run.results["models"][run.method]
         if metric in metrics and key in setting:
             names = tuple((other, _shown(setting.get(other))) for other in others)
@@ -137,10 +137,10 @@ def _joined(points: Sequence[_Point]) -> bool:
 
 
 def _shown(value: Any) -> Any:
-    return title(value) if isinstance(value, str) else value
+    return model_title(value) if isinstance(value, str) else value
 
 
-def _sft_level(runs: Sequence[Run], metric: str) -> float | None:
+def _sft_level(runs: Sequence[RunData], metric: str) -> float | None:
     levels = [run.results["models"].get("sft", {}).get(metric) for run in runs]
     present = [level for level in levels if level is not None]
     return float(np.mean(present)) if present else None

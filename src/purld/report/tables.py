@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from purld.display.names import title
-from purld.report.headline import METRICS, percent, points
-from purld.report.markup import Section, table, text
-from purld.report.run_data import Run
+from purld.display.titles import model_title
+from purld.report.headline import HEADLINE_METRICS, format_percent, format_points
+from purld.report.markup import PageSection, escape_text, scrolling_table
+from purld.report.run_data import RunData
 
 _RATES = {
     "accuracy": "Accuracy",
@@ -34,20 +34,20 @@ _COUNTS = {
 _PERCENT = frozenset({"flip_rate", "overlap", "distinct_2", "unique_answers"})
 
 # A run, what a row is about, and its numbers.
-_Entry = tuple[Run, str, Mapping[str, Any]]
+_Entry = tuple[RunData, str, Mapping[str, Any]]
 
 
-def results_section(runs: Sequence[Run]) -> Section:
+def results_section(runs: Sequence[RunData]) -> PageSection:
     """The rates, the paired differences and the rest in a table each; empty if nothing was evaluated."""
     entries = _entries(runs, "models")
     if not entries:
-        return Section("results", "Results", "")
+        return PageSection("results", "Results", "")
     several = len(runs) > 1
     note = "Bars are 95% intervals over prompts, the dot is the estimate, and p is McNemar's, exact and two-sided."
     if several:
         note += " A row that an earlier run has as well, such as an SFT model that they share, is not repeated."
     body = _rates(entries, several) + _differences(runs) + f'<p class="note">{note}</p>\n'
-    return Section("results", "Results", body + "<h3>The answers</h3>\n" + _counts(entries, several))
+    return PageSection("results", "Results", body + "<h3>The answers</h3>\n" + _counts(entries, several))
 
 
 def _rates(entries: Sequence[_Entry], several: bool) -> str:
@@ -71,7 +71,7 @@ def _counts(entries: Sequence[_Entry], several: bool) -> str:
     return _models("The answers", [_COUNTS[key] for key in keys], entries, cells, several)
 
 
-def _entries(runs: Sequence[Run], part: str) -> list[_Entry]:
+def _entries(runs: Sequence[RunData], part: str) -> list[_Entry]:
     """The rows of a part of results.json, run by run; what runs share comes once, with the first of them."""
     found: list[_Entry] = []
     seen: set[str] = set()
@@ -98,15 +98,15 @@ def _models(
         first = several and run.name != last
         last = run.name
         names = _head(run.name, counts[run.name]) if first else ""
-        names += f'<th scope="row">{text(title(model))}</th>'
+        names += f'<th scope="row">{escape_text(model_title(model))}</th>'
         kind = "method" if model == run.method else "rival"
         body += f'<tr class="{kind}{" first" if first else ""}">{names}{cells(metrics)}</tr>\n'
-    return table(label, [*(["Run"] if several else []), "Model", *heads], body)
+    return scrolling_table(label, [*(["Run"] if several else []), "Model", *heads], body)
 
 
 def _head(name: str, rows: int) -> str:
     """The head of a group of rows."""
-    return f'<th scope="rowgroup" rowspan="{rows}">{text(name)}</th>'
+    return f'<th scope="rowgroup" rowspan="{rows}">{escape_text(name)}</th>'
 
 
 def _scale(values: Iterable[float | None]) -> tuple[float, float]:
@@ -122,9 +122,11 @@ def _rate(metrics: Mapping[str, Any], key: str, scale: tuple[float, float]) -> s
         return '<td class="absent">–</td>'
     interval = metrics.get(f"{key}_ci")
     if interval is None:
-        return f"<td><b>{percent(metrics[key])}</b></td>"
+        return f"<td><b>{format_percent(metrics[key])}</b></td>"
     between = f"{100 * interval[0]:.1f} – {100 * interval[1]:.1f}"
-    return f"<td><b>{percent(metrics[key])}</b> <small>{between}</small>{_bar(metrics[key], interval, scale)}</td>"
+    return (
+        f"<td><b>{format_percent(metrics[key])}</b> <small>{between}</small>{_bar(metrics[key], interval, scale)}</td>"
+    )
 
 
 def _count(metrics: Mapping[str, Any], key: str) -> str:
@@ -132,7 +134,7 @@ def _count(metrics: Mapping[str, Any], key: str) -> str:
         return '<td class="absent">–</td>'
     value = metrics[key]
     if key in _PERCENT:
-        shown = percent(value)
+        shown = format_percent(value)
     elif key == "length_ratio":
         shown = f"{value:.2f} ×"
     else:
@@ -149,10 +151,10 @@ def _bar(value: float, interval: Sequence[float], scale: tuple[float, float], ze
     return f'<span class="bar" style="{marks}" aria-hidden="true">{line}</span>'
 
 
-def _differences(runs: Sequence[Run]) -> str:
+def _differences(runs: Sequence[RunData]) -> str:
     """One model minus another on the same prompts, a row per metric."""
     pairs = [
-        (run, pair, [key for key in METRICS if key in found and f"{key}_ci" in found], found)
+        (run, pair, [key for key in HEADLINE_METRICS if key in found and f"{key}_ci" in found], found)
         for run, pair, found in _entries(runs, "difference")
     ]
     intervals = [found[f"{key}_ci"] for *_, keys, found in pairs for key in keys]
@@ -161,12 +163,12 @@ def _differences(runs: Sequence[Run]) -> str:
     scale = _scale([0.0, *(bound for interval in intervals for bound in interval)])
     body = ""
     for run, pair, keys, found in pairs:
-        names = " − ".join(title(model) for model in pair.split(" - "))
+        names = " − ".join(model_title(model) for model in pair.split(" - "))
         for key in keys:
             head = _head(f"{run.name}: {names}" if len(runs) > 1 else names, len(keys)) if key == keys[0] else ""
             body += f"<tr{' class=first' if head else ''}>{head}{_difference(found, key, scale)}</tr>\n"
     heads = ("Difference", "Metric", "Percentage points", "")
-    return "<h3>On the same prompts</h3>\n" + table("Paired differences", heads, body)
+    return "<h3>On the same prompts</h3>\n" + scrolling_table("Paired differences", heads, body)
 
 
 def _difference(found: Mapping[str, Any], key: str, scale: tuple[float, float]) -> str:
@@ -175,7 +177,7 @@ def _difference(found: Mapping[str, Any], key: str, scale: tuple[float, float]) 
     tone = "better" if low > 0 else "worse" if high < 0 else "open"
     p_value = f"; p = {found[f'{key}_p']:.2g}" if f"{key}_p" in found else ""
     return (
-        f'<th scope="row">{_RATES[key]}</th><td><b class="{tone}">{points(found[key])}</b> '
-        f"<small>{points(low)} to {points(high)}{p_value}</small></td>"
+        f'<th scope="row">{_RATES[key]}</th><td><b class="{tone}">{format_points(found[key])}</b> '
+        f"<small>{format_points(low)} to {format_points(high)}{p_value}</small></td>"
         f'<td class="wide">{_bar(found[key], interval, scale, zero=True)}</td>'
     )

@@ -10,19 +10,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from purld.data.images import thumbnail
+from purld.data.images import make_thumbnail
 from purld.records import Image, Prompt
 
 SIDE = 360  # pixels of the longer side at most
 ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg"}
 
 
-def album_of(rows: Path) -> Path:
+def thumbnail_folder(rows: Path) -> Path:
     """Where the images of a file of rows are."""
     return rows.parent / "images"
 
 
-def question_of(prompt: Prompt, rows: Path) -> dict[str, Any]:
+def logged_question(prompt: Prompt, rows: Path) -> dict[str, Any]:
     """The fields of a row of the file `rows` that say what was asked; `images` are names in its album.
 
     Raises:
@@ -30,7 +30,7 @@ def question_of(prompt: Prompt, rows: Path) -> dict[str, Any]:
     """
     if not prompt.images:
         return {"prompt": prompt.question}
-    album = album_of(rows)
+    album = thumbnail_folder(rows)
     for image in prompt.images:
         _keep(image, album)
     return {"prompt": prompt.question, "images": [image.digest for image in prompt.images]}
@@ -39,7 +39,7 @@ def question_of(prompt: Prompt, rows: Path) -> dict[str, Any]:
 def _keep(image: Image, album: Path) -> None:
     if any((album / f"{image.digest}{ending}").exists() for ending in ENDINGS.values()):
         return
-    mime, data = thumbnail(image, SIDE)
+    mime, data = make_thumbnail(image, SIDE)
     album.mkdir(parents=True, exist_ok=True)
     partial = album / f".{image.digest}.{os.getpid()}.partial"
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from purld.data.files import BadRowError, Row, check_text, read_json
+from purld.data.files import BadRowError, FileRow, check_text, parse_json_file
 from purld.data.images import read_image
 from purld.errors import UserError
 from purld.records import IMAGE, Image, Message, Prompt
@@ -34,7 +34,7 @@ def read(path: str) -> Splits:
     return splits
 
 
-def parse_choice(row: Row) -> Prompt:
+def parse_choice(row: FileRow) -> Prompt:
     """The multiple-choice question of a row; its reference is the right option (Table C.7).
 
     Raises:
@@ -54,7 +54,7 @@ def parse_choice(row: Row) -> Prompt:
         raise BadRowError(f"{row.place}: {problem}") from None
 
 
-def parse_rationale(row: Row) -> Prompt:
+def parse_rationale(row: FileRow) -> Prompt:
     """The question of a row; its reference is the first of the rationales (Table C.7).
 
     Raises:
@@ -77,9 +77,9 @@ def _images(root: Path, name: str) -> Path:
     raise UserError(f"{root}: COCO's images are missing: there is neither {name}/ nor coco/{name}/.")
 
 
-def _rows(path: Path, images: Path) -> Iterator[Row]:
+def _rows(path: Path, images: Path) -> Iterator[FileRow]:
     try:
-        entries = read_json(path)
+        entries = parse_json_file(path)
     except BadRowError as problem:
         raise UserError(f"{problem}.") from None
     if not isinstance(entries, list):
@@ -87,9 +87,9 @@ def _rows(path: Path, images: Path) -> Iterator[Row]:
     for number, entry in enumerate(entries, 1):
         place = f"{path}, entry {number}"
         if isinstance(entry, dict):
-            yield Row(place, entry | {"folder": images})
+            yield FileRow(place, entry | {"folder": images})
         else:
-            yield Row(place, None, "is not a JSON object")
+            yield FileRow(place, None, "is not a JSON object")
 
 
 def _question(cells: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from purld.data.files import BadRowError, Row, check_text, read_json
+from purld.data.files import BadRowError, FileRow, check_text, parse_json_file
 from purld.errors import UserError
 from purld.records import Message, Prompt
 from purld.tasks.sources import Splits, hub_splits, is_hub_id, row_splits, split_name
@@ -35,7 +35,7 @@ def read(path: str) -> Splits:
     return splits
 
 
-def parse(row: Row, type_: str | None = None) -> Prompt | None:
+def parse(row: FileRow, type_: str | None = None) -> Prompt | None:
     """The problem in a row, or None if it is of another type than `type_`.
 
     Raises:
@@ -95,7 +95,7 @@ def _expressions(text: str) -> list[Any]:
     return list(parse(text, [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]))
 
 
-def _folders(root: Path) -> dict[str, Iterable[Row]]:
+def _folders(root: Path) -> dict[str, Iterable[FileRow]]:
     return {
         split_name(folder.name): _problems(folder)
         for folder in sorted(root.iterdir())
@@ -103,16 +103,16 @@ def _folders(root: Path) -> dict[str, Iterable[Row]]:
     }
 
 
-def _problems(folder: Path) -> Iterator[Row]:
+def _problems(folder: Path) -> Iterator[FileRow]:
     for path in sorted(folder.glob("*/*.json"), key=lambda p: (p.parent.name, len(p.stem), p.stem)):
         yield _problem(path, f"{folder.name}/{path.parent.name}/{path.stem}")
 
 
-def _problem(path: Path, name: str) -> Row:
+def _problem(path: Path, name: str) -> FileRow:
     try:
-        values = read_json(path)
+        values = parse_json_file(path)
     except BadRowError as problem:
-        return Row(str(path), None, str(problem).removeprefix(f"{path}: "))
+        return FileRow(str(path), None, str(problem).removeprefix(f"{path}: "))
     if not isinstance(values, dict):
-        return Row(str(path), None, "is not one JSON object, as every problem is")
-    return Row(str(path), {"id": name} | values)
+        return FileRow(str(path), None, "is not one JSON object, as every problem is")
+    return FileRow(str(path), {"id": name} | values)

@@ -23,15 +23,15 @@ def is_correct(prompt: Prompt, answer: str) -> bool:
     """
     if not has_gold(prompt):
         raise ValueError(f"prompt {prompt.id} has no reference that is one of its choices")
-    return chosen(answer, _options(prompt)) == chosen(prompt.reference or "", _options(prompt))
+    return chosen_option(answer, _options(prompt)) == chosen_option(prompt.reference or "", _options(prompt))
 
 
 def has_gold(prompt: Prompt) -> bool:
     """Whether a prompt has options and a reference that is one of them."""
-    return prompt.reference is not None and chosen(prompt.reference, _options(prompt)) is not None
+    return prompt.reference is not None and chosen_option(prompt.reference, _options(prompt)) is not None
 
 
-def chosen(answer: str, options: Sequence[str]) -> int | None:
+def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """The place of the option that an answer chooses, or None if it chooses no single one."""
     stated = list(_STATED.finditer(answer))
     said = answer[stated[-1].end() :].strip() if stated else answer.strip()

@@ -12,8 +12,8 @@ from functools import partial
 from typing import Literal
 
 from purld.config.schema import TaskName
-from purld.data.files import Row
-from purld.data.prompts import LoadedPrompts, gather
+from purld.data.files import FileRow
+from purld.data.prompts import LoadedPrompts, collect_prompts
 from purld.errors import UserError
 from purld.records import Prompt
 from purld.tasks import aokvqa, competition_math, writingprompts
@@ -31,7 +31,7 @@ class Task:
     path: str  # what data.path names, in words
     check: Literal["none", "math", "choice"]
     read: Callable[[str], Splits]
-    parse: Callable[[Row], Prompt | None]
+    parse: Callable[[FileRow], Prompt | None]
 
 
 TASKS: dict[TaskName, Task] = {
@@ -61,8 +61,10 @@ def load_task(
     splits = dict(task.read(path))
     if len(splits) == 1:
         (only,) = splits.values()
-        return gather(only, task.parse, path, bad_rows), None
+        return collect_prompts(only, task.parse, path, bad_rows), None
     held_out = next((splits[split] for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or held_out is None:
         raise UserError(f"{path}: has the splits {', '.join(splits)}; train and one of test or validation are needed.")
-    return gather(splits["train"], task.parse, path, bad_rows), gather(held_out, task.parse, path, bad_rows)
+    return collect_prompts(splits["train"], task.parse, path, bad_rows), collect_prompts(
+        held_out, task.parse, path, bad_rows
+    )

@@ -12,10 +12,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from purld.data.files import Row, iter_rows
+from purld.data.files import FileRow, iter_rows
 from purld.errors import UserError
 
-Splits = Mapping[str, Iterable[Row]]
+Splits = Mapping[str, Iterable[FileRow]]
 """The rows of each published split; "train", "validation" and "test" are told by their usual names."""
 
 _NAMES = {"train": "train", "valid": "validation", "val": "validation", "validation": "validation", "test": "test"}
@@ -27,7 +27,7 @@ def split_name(stem: str) -> str:
     return _NAMES.get(stem.lower(), stem)
 
 
-def find_splits(path: str, pattern: str, read: Callable[[Path], Iterable[Row]]) -> dict[str, Iterable[Row]]:
+def find_splits(path: str, pattern: str, read: Callable[[Path], Iterable[FileRow]]) -> dict[str, Iterable[FileRow]]:
     """The files of a folder that match `pattern`, or the one file that `path` is, by their splits.
 
     Raises:
@@ -41,7 +41,7 @@ def find_splits(path: str, pattern: str, read: Callable[[Path], Iterable[Row]]) 
     return {split_name(file.stem): read(file) for file in sorted(place.glob(pattern))}
 
 
-def row_splits(path: str) -> dict[str, Iterable[Row]]:
+def row_splits(path: str) -> dict[str, Iterable[FileRow]]:
     """The JSONL or parquet files of a folder, or the one file that `path` is, by their splits."""
     return find_splits(path, "*.jsonl", iter_rows) or find_splits(path, "*.parquet", iter_rows)
 
@@ -51,7 +51,7 @@ def is_hub_id(path: str) -> bool:
     return not Path(path).exists() and _HUB_ID.fullmatch(path) is not None
 
 
-def hub_splits(name: str) -> dict[str, Iterable[Row]]:
+def hub_splits(name: str) -> dict[str, Iterable[FileRow]]:
     """The splits of a data set on the hub, all its configurations one after another.
 
     Raises:
@@ -59,7 +59,7 @@ def hub_splits(name: str) -> dict[str, Iterable[Row]]:
     """
     import datasets
 
-    tables: dict[str, list[Iterator[Row]]] = {}
+    tables: dict[str, list[Iterator[FileRow]]] = {}
     try:
         for config in datasets.get_dataset_config_names(name):
             for split, table in datasets.load_dataset(name, config).items():
@@ -71,6 +71,6 @@ def hub_splits(name: str) -> dict[str, Iterable[Row]]:
     return {split: chain.from_iterable(parts) for split, parts in tables.items()}
 
 
-def _hub_rows(table: Iterable[Mapping[str, Any]], place: str) -> Iterator[Row]:
+def _hub_rows(table: Iterable[Mapping[str, Any]], place: str) -> Iterator[FileRow]:
     for number, values in enumerate(table, 1):
-        yield Row(f"{place}, row {number}", values)
+        yield FileRow(f"{place}, row {number}", values)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-from purld.data.files import BadRowError, Row, check_text
+from purld.data.files import BadRowError, FileRow, check_text
 from purld.errors import UserError
 from purld.records import Message, Prompt
 from purld.tasks.sources import Splits, find_splits, hub_splits, is_hub_id
@@ -37,7 +37,7 @@ def read(path: str) -> Splits:
     return splits
 
 
-def parse(row: Row, tag: str) -> Prompt | None:
+def parse(row: FileRow, tag: str) -> Prompt | None:
     """The prompt in a row with the story as its reference, or None if it has not the tag, such as "CW".
 
     Raises:
@@ -65,14 +65,14 @@ def detokenise(text: str) -> str:
     return "\n".join(lines).strip()
 
 
-def _read_pair(source: Path) -> Iterable[Row]:
+def _read_pair(source: Path) -> Iterable[FileRow]:
     target = source.with_suffix(".wp_target")
     if source.suffix != ".wp_source" or not target.is_file():
         raise UserError(f"{source}: is not a .wp_source file with its .wp_target beside it.")
     return _pairs(source, target)
 
 
-def _pairs(source: Path, target: Path) -> Iterator[Row]:
+def _pairs(source: Path, target: Path) -> Iterator[FileRow]:
     with source.open("rb") as prompts, target.open("rb") as stories:
         for number, (prompt, story) in enumerate(zip_longest(prompts, stories), 1):
             if prompt is None or story is None:
@@ -82,8 +82,8 @@ def _pairs(source: Path, target: Path) -> Iterator[Row]:
             yield _pair(prompt, story, f"{source}, line {number}")
 
 
-def _pair(prompt: bytes, story: bytes, place: str) -> Row:
+def _pair(prompt: bytes, story: bytes, place: str) -> FileRow:
     try:
-        return Row(place, {"prompt": prompt.decode("utf-8").strip(), "story": story.decode("utf-8").strip()})
+        return FileRow(place, {"prompt": prompt.decode("utf-8").strip(), "story": story.decode("utf-8").strip()})
     except UnicodeDecodeError as error:
-        return Row(place, None, f"is not UTF-8 (byte 0x{error.object[error.start]:02x})")
+        return FileRow(place, None, f"is not UTF-8 (byte 0x{error.object[error.start]:02x})")

@@ -22,7 +22,7 @@ from purld.errors import UserError
 from purld.runs.files import atomic_write
 from purld.runs.run_dir import RunDir
 from purld.testbed.server import TestbedServer
-from purld.testbed.shipped import DEMOS, STUDENTS, problems, students_of
+from purld.testbed.shipped import DEMOS, STUDENTS, demo_problems, students_of
 from purld.testbed.world.world import write_prompts
 
 KEY_VARIABLE = "PURLD_TESTBED_KEY"
@@ -53,8 +53,8 @@ def prepare(
     with TestbedServer(api_key=key, port=_former_port(folder)) as server:
         os.environ[KEY_VARIABLE] = key
         source = folder / "demo"
-        write_prompts(source / "prompts.jsonl", problems(task, "train", TRAIN_PROMPTS, seed))
-        write_prompts(source / "held_out.jsonl", problems(task, "heldout", HELD_OUT_PROMPTS, seed))
+        write_prompts(source / "prompts.jsonl", demo_problems(task, "train", TRAIN_PROMPTS, seed))
+        write_prompts(source / "held_out.jsonl", demo_problems(task, "heldout", HELD_OUT_PROMPTS, seed))
         path = source / "demo.yaml"
         with atomic_write(path) as handle:
             yaml.safe_dump(demo_values(task, source, server.base_url, student), handle, sort_keys=False)

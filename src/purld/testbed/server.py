@@ -27,7 +27,7 @@ from purld.data.images import read_image
 from purld.errors import UserError
 from purld.records import IMAGE
 from purld.testbed.world.scenes import Scene
-from purld.testbed.world.world import quality, read_scene, recognise, teacher_answer
+from purld.testbed.world.world import answer_quality, read_scene, recognise_problem, teacher_answer
 
 TEACHER, JUDGE = "testbed-teacher", "testbed-judge"
 MODELS = (TEACHER, JUDGE)
@@ -74,7 +74,7 @@ class TestbedServer:
 
 
 @dataclass(frozen=True)
-class Turn:
+class UserTurn:
     """What somebody said: a text with an IMAGE for each picture, and what these show (None: nothing of this world)."""
 
     role: str
@@ -87,7 +87,7 @@ class Turn:
         return self.shown[0] if len(self.shown) == 1 else None
 
 
-def reply(model: str, turn: Turn) -> str:
+def reply(model: str, turn: UserTurn) -> str:
     """What a model says to the last user turn."""
     return judge(turn.text, turn.scene) if model == JUDGE else teach(turn.text, turn.scene)
 
@@ -96,7 +96,7 @@ def teach(user_turn: str, scene: Scene | None = None) -> str:
     """The teacher's answer, its score of somebody's answer, or a sentence that it has none."""
     if scored := _rate(user_turn, scene):
         return scored
-    problem = recognise(user_turn, scene)
+    problem = recognise_problem(user_turn, scene)
     return teacher_answer(problem) if problem else UNKNOWN_QUESTION
 
 
@@ -104,8 +104,8 @@ def _rate(user_turn: str, scene: Scene | None) -> str | None:
     """The score for a filled rating template, the judge's measure of quality on [0, 1]; None for any other text."""
     opening, to_candidate = re.split(r"\{\w+\}", templates.RATING_HEAD)
     question, found, rest = user_turn.removeprefix(opening).partition(to_candidate)
-    problem = recognise(question, scene) if found and user_turn.startswith(opening) else None
-    return f"{quality(problem, rest.removesuffix(templates.SELF_EVALUATION_TAIL)) / 2:.2f}" if problem else None
+    problem = recognise_problem(question, scene) if found and user_turn.startswith(opening) else None
+    return f"{answer_quality(problem, rest.removesuffix(templates.SELF_EVALUATION_TAIL)) / 2:.2f}" if problem else None
 
 
 def judge(user_turn: str, scene: Scene | None = None) -> str:
@@ -119,10 +119,10 @@ def judge(user_turn: str, scene: Scene | None = None) -> str:
 
 
 def _compare(question: str, answer_a: str, answer_b: str, scene: Scene | None) -> str:
-    problem = recognise(question, scene)
+    problem = recognise_problem(question, scene)
     if problem is None:
         return "T"
-    a, b = quality(problem, answer_a), quality(problem, answer_b)
+    a, b = answer_quality(problem, answer_a), answer_quality(problem, answer_b)
     return "A" if a > b else "B" if b > a else "T"
 
 
@@ -229,7 +229,7 @@ def _list_models(_body: bytes) -> dict[str, Any]:
     return {"object": "list", "data": entries}
 
 
-def _read_request(body: bytes) -> tuple[str, str, Turn]:
+def _read_request(body: bytes) -> tuple[str, str, UserTurn]:
     """The model, the whole conversation and its last user turn."""
     try:
         request = json.loads(body)
@@ -246,10 +246,10 @@ def _read_request(body: bytes) -> tuple[str, str, Turn]:
     return str(model), "\n".join(turn.text for turn in turns), user_turn
 
 
-def _read_turn(role: str, content: Any) -> Turn:
+def _read_turn(role: str, content: Any) -> UserTurn:
     """A turn whose content is a string or a list of parts of type text and image_url."""
     if isinstance(content, str):
-        return Turn(role, content)
+        return UserTurn(role, content)
     text, shown = "", list[Scene | None]()
     for part in content:
         if part["type"] == "text":
@@ -257,7 +257,7 @@ def _read_turn(role: str, content: Any) -> Turn:
         elif part["type"] == "image_url":
             text += IMAGE
             shown.append(_look(part["image_url"]["url"]))
-    return Turn(role, text, tuple(shown))
+    return UserTurn(role, text, tuple(shown))
 
 
 def _look(url: str) -> Scene | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from purld.testbed.world.world import SCENE_TASKS, TEXT_TASKS, Problem, Split, Task, generate
+from purld.testbed.world.world import SCENE_TASKS, TEXT_TASKS, Problem, Split, Task, generate_problems
 
 _ASSETS = Path(str(files("purld.testbed") / "assets"))
 STUDENTS = {name: _ASSETS / folder for name, folder in (("text", "student"), ("qwen2_5_vl",) * 2, ("llava",) * 2)}
@@ -22,8 +22,8 @@ def students_of(demo: str) -> tuple[str, ...]:
     return ("text",) if DEMOS[demo][0] in TEXT_TASKS else ("qwen2_5_vl", "llava")
 
 
-def problems(demo: str, split: Split, n: int, seed: int) -> list[Problem]:
+def demo_problems(demo: str, split: Split, n: int, seed: int) -> list[Problem]:
     """`n` problems of a demo, in turn from each of its tasks."""
     tasks = DEMOS[demo]
-    drawn = [generate(task, split, -(-n // len(tasks)), seed) for task in tasks]
+    drawn = [generate_problems(task, split, -(-n // len(tasks)), seed) for task in tasks]
     return [problem for together in zip(*drawn) for problem in together][:n]

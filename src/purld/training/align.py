@@ -21,27 +21,27 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from purld.clients.base import Client
 from purld.config.methods import SelfPpo
-from purld.config.methods import SelfScoring as SelfScoringSettings
-from purld.config.methods import StageTwo as Settings
+from purld.config.methods import SelfScoringSettings as SelfScoringSettings
+from purld.config.methods import StageTwoSettings as Settings
 from purld.config.schema import Student
 from purld.errors import UserError
-from purld.methods.losses import Loss, Tokens
-from purld.methods.table import METHODS, StageTwo
-from purld.model.critic import ValueHead, hidden_size
+from purld.methods.losses import GroupLoss, GroupTokens
+from purld.methods.table import METHODS, StageTwoMethod
+from purld.model.critic import ValueHead, model_hidden_size
 from purld.model.encode import Encoder
 from purld.model.load import Roles, load_roles, save_policy
-from purld.model.sample import Decoding, GenerateSampler, Sampler, seed_from
+from purld.model.sample import Decoding, GenerateSampler, Sampler, seed_from_content
 from purld.model.self_evaluation import SelfEvaluator
 from purld.records import Anchor, Prompt
 from purld.runs.files import append_rows, read_rows, write_rows
 from purld.runs.run_dir import RunDir
-from purld.runs.thumbnails import question_of
-from purld.training.checkpoints import OwnNames, Progress, RunCallback, device_arguments, last_checkpoint
+from purld.runs.thumbnails import logged_question
+from purld.training.checkpoints import ModelNamedCheckpoints, Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.group_update import GroupUpdate
-from purld.training.metrics import LOGGED, StepMeasures, group_record
-from purld.training.remeasure import REVISITED, revisit
-from purld.training.rollout import Drawing, Question, Rollout
-from purld.training.scoring import Scoring, SelfScoring, TeacherScoring, unscored
+from purld.training.metrics import LOGGED, StepMetrics, group_record
+from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
+from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
+from purld.training.scoring import Scorer, SelfScorer, TeacherScorer, score_nothing
 from purld.training.trackers import tracker_arguments
 
 _CRITIC = "critic.pt"
@@ -88,7 +88,7 @@ def align(
     progress: Progress,
     report_to: Sequence[str] = (),
     teacher: Client | None = None,
-    rescore: Callable[[Scoring], Scoring] | None = None,
+    rescore: Callable[[Scorer], Scorer] | None = None,
 ) -> AlignFacts:
     """Align p_sft by the method that `settings` are of and save the policy to `run.align`; resumes like Stage I.
 
@@ -104,7 +104,7 @@ def align(
     trainer = AlignTrainer(
         roles,
         encoder,
-        [Question(p, a.text, encoder.prompt(p)) for p, a in examples],
+        [AnchoredPrompt(p, a.text, encoder.prompt(p)) for p, a in examples],
         settings,
         run,
         _arguments(settings, len(examples), str(checkpoints), seed, tracker_arguments(report_to, run, "align")),
@@ -122,7 +122,7 @@ def align(
     return _facts(rows, settings, len(examples))
 
 
-class AlignTrainer(OwnNames, Trainer):
+class AlignTrainer(ModelNamedCheckpoints, Trainer):
     """A Trainer whose step is one update on `prompts_per_step` groups.
 
     Args:
@@ -141,13 +141,13 @@ class AlignTrainer(OwnNames, Trainer):
         self,
         roles: Roles,
         encoder: Encoder,
-        questions: Sequence[Question],
+        questions: Sequence[AnchoredPrompt],
         settings: Settings,
         run: RunDir,
         args: TrainingArguments,
         sampler: Sampler | None = None,
         teacher: Client | None = None,
-        rescore: Callable[[Scoring], Scoring] | None = None,
+        rescore: Callable[[Scorer], Scorer] | None = None,
         **trainer_options: Any,
     ) -> None:
         super().__init__(
@@ -161,8 +161,8 @@ class AlignTrainer(OwnNames, Trainer):
         self._questions = questions
         self._settings = settings
         self._run = run
-        self._measures = StepMeasures()
-        self._method = stage_two(settings)
+        self._measures = StepMetrics()
+        self._method = stage_two_method(settings)
         self._critic = _critic(roles.policy) if self._method.critic else None
         accelerator = self.accelerator
         self._update = GroupUpdate(
@@ -171,7 +171,7 @@ class AlignTrainer(OwnNames, Trainer):
         scoring = _scoring(self._method, settings, encoder, roles, self._update, teacher)
         scoring = rescore(scoring) if rescore else scoring
         sample = sampler or GenerateSampler(encoder, _decoding(settings))
-        self._draw = Drawing(self._method, settings, encoder, sample, scoring, self._update)
+        self._draw = RolloutMaker(self._method, settings, encoder, sample, scoring, self._update)
         self._rollouts: list[Rollout] = []
 
     def go_on(self, checkpoint: Path | None, step: int) -> None:
@@ -188,7 +188,7 @@ class AlignTrainer(OwnNames, Trainer):
             self._critic.zero_grad()  # the trainer does it for its own model alone
         fresh = self.state.global_step % self._settings.updates == 0
         if fresh:
-            seed = seed_from("candidates", self.args.seed, self.state.global_step)
+            seed = seed_from_content("candidates", self.args.seed, self.state.global_step)
             with self.accelerator.autocast():
                 self._rollouts = self._draw(model, [self._questions[i] for i in inputs["questions"]], seed)
             for rollout in self._rollouts:
@@ -201,23 +201,23 @@ class AlignTrainer(OwnNames, Trainer):
         if rollout.members is None or not rollout.usable:
             return torch.zeros((), device=self.args.device)
 
-        def objective(tokens: Tokens) -> Loss:
-            loss: Loss = self._method.loss(tokens, rollout.signal, self._settings)
+        def objective(tokens: GroupTokens) -> GroupLoss:
+            loss: GroupLoss = self._method.loss(tokens, rollout.signal, self._settings)
             return loss
 
         loss, tokens = self._update(model, rollout.members, objective, share=1.0 / len(self._rollouts))
         self._measures.add_update(loss, tokens, candidates=len(rollout.places))
         if fresh and rollout.completions:
-            early = self.state.global_step * self._settings.prompts_per_step < REVISITED
+            early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
             group = group_record(self.state.global_step + 1, rollout, loss, keep_ids=early)
-            asked = question_of(rollout.question.prompt, self._run.groups)
+            asked = logged_question(rollout.question.prompt, self._run.groups)
             append_rows(self._run.groups, [asdict(group) | asked])
         return loss.value
 
     def revisit(self) -> None:
         """Measure the run's first groups under the policy as it is now, if the method has a q to measure."""
         self.model.eval()
-        found = list(revisit(self.model, self._draw, self._questions, read_rows(self._run.groups)))
+        found = list(remeasure_groups(self.model, self._draw, self._questions, read_rows(self._run.groups)))
         if found:
             write_rows(self._run.revisited, found)
 
@@ -270,7 +270,7 @@ class RepeatedBatches(IndexSampler[int]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed_from("order", self._seed, self._epoch))
+        generator = torch.Generator().manual_seed(seed_from_content("order", self._seed, self._epoch))
         order = torch.randperm(self._count, generator=generator).tolist()
         for start in range(0, self._count - self._batch + 1, self._batch):
             yield from order[start : start + self._batch] * self._times
@@ -279,7 +279,7 @@ class RepeatedBatches(IndexSampler[int]):
         return self._count // self._batch * self._batch * self._times
 
 
-def stage_two(settings: Settings) -> StageTwo[Any]:
+def stage_two_method(settings: Settings) -> StageTwoMethod[Any]:
     """The row of the table that `settings` are of.
 
     Raises:
@@ -294,7 +294,7 @@ def stage_two(settings: Settings) -> StageTwo[Any]:
 
 def _critic(policy: Any) -> ValueHead:
     with torch.random.fork_rng(devices=[]):  # a method with a critic sees the prompts in the order of the others
-        return ValueHead(hidden_size(policy)).to(next(policy.parameters()).device)
+        return ValueHead(model_hidden_size(policy)).to(next(policy.parameters()).device)
 
 
 def _decoding(settings: Settings) -> Decoding:
@@ -304,21 +304,21 @@ def _decoding(settings: Settings) -> Decoding:
 
 
 def _scoring(
-    method: StageTwo[Any],
+    method: StageTwoMethod[Any],
     settings: Settings,
     encoder: Encoder,
     roles: Roles,
     update: GroupUpdate,
     teacher: Client | None,
-) -> Scoring:
+) -> Scorer:
     if isinstance(settings, SelfScoringSettings):
         evaluator = SelfEvaluator(encoder, settings.score, settings.score_batch_size)
-        return SelfScoring(roles, evaluator, method.scorer == "anchored", update.autocast)
+        return SelfScorer(roles, evaluator, method.scorer == "anchored", update.autocast)
     if method.scorer != "teacher":
-        return unscored
+        return score_nothing
     if teacher is None:
         raise ValueError("this method asks a teacher, and there is none")
-    return TeacherScoring(teacher)
+    return TeacherScorer(teacher)
 
 
 def _arguments(

@@ -83,7 +83,7 @@ class RunCallback(TrainerCallback):
             sync_folder(folder)
 
 
-class OwnNames:
+class ModelNamedCheckpoints:
     """Mixed into a Trainer: its checkpoints hold weights under the names that its model has for them.
 
     A Trainer loads a checkpoint by these names and passes over what it does not find; `save_pretrained` writes the

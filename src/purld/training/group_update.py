@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from purld.methods.losses import Loss, Tokens, differentiate
-from purld.model.critic import ValueHead, prefix_states
+from purld.methods.losses import GroupLoss, GroupTokens, loss_coefficients
+from purld.model.critic import ValueHead, states_before_tokens
 from purld.model.load import Roles
-from purld.model.log_probs import micro_batches, prefix_of
+from purld.model.log_probs import make_prefix, micro_batches
 from purld.model.prefix import Prefix
-from purld.model.vision import Head
+from purld.model.vision import EncodedPrompt
 
 
 @dataclass(frozen=True)
-class Members:
+class GroupMembers:
     """A group's members and what does not change while they are updated on; tensors are (K, C).
 
     Attributes:
@@ -37,7 +37,7 @@ class Members:
         old_values: the critic's values when the members were drawn.
     """
 
-    head: Head
+    head: EncodedPrompt
     ids: Sequence[Sequence[int]]
     reference: Tensor
     mask: Tensor
@@ -45,10 +45,10 @@ class Members:
     states: Tensor | None = None
     old_values: Tensor | None = None
 
-    def tokens(self, policy: Tensor, values: Tensor | None = None) -> Tokens:
+    def tokens(self, policy: Tensor, values: Tensor | None = None) -> GroupTokens:
         """The members as an objective sees them, with (K, C) log-probabilities under the policy as it is."""
         old = policy.detach() if self.old is None else self.old
-        return Tokens(policy, self.reference, old, self.mask, values, self.old_values)
+        return GroupTokens(policy, self.reference, old, self.mask, values, self.old_values)
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,21 @@ class GroupUpdate:
     critic: ValueHead | None = None
 
     @torch.no_grad()
-    def members(self, policy: Any, head: Head, ids: Sequence[Sequence[int]], keep_old: bool) -> Members:
+    def members(self, policy: Any, head: EncodedPrompt, ids: Sequence[Sequence[int]], keep_old: bool) -> GroupMembers:
         """Measure a group; `keep_old` if it will be updated on by another policy than the one that drew it."""
         with self.roles.frozen() as reference:
             log_probs, mask = self._measured(reference, head, ids)
             states = None
             if self.critic is not None:
                 with self.autocast():
-                    states = prefix_states(reference, head, ids, self.pad)
+                    states = states_before_tokens(reference, head, ids, self.pad)
         old = self._measured(policy, head, ids)[0] if keep_old else None
         values = None if self.critic is None or states is None else self.critic(states)
-        return Members(head, ids, log_probs, mask, old, states, values)
+        return GroupMembers(head, ids, log_probs, mask, old, states, values)
 
     def __call__(
-        self, policy: Any, members: Members, objective: Callable[[Tokens], Loss], share: float
-    ) -> tuple[Loss, Tokens]:
+        self, policy: Any, members: GroupMembers, objective: Callable[[GroupTokens], GroupLoss], share: float
+    ) -> tuple[GroupLoss, GroupTokens]:
         """Accumulate `share` times the gradient of an objective on one group.
 
         Args:
@@ -100,14 +100,14 @@ class GroupUpdate:
         """
         values = self._values(members)
         with self.autocast():
-            prompt = prefix_of(policy, members.head, members.ids, self.pad, cut=True)
+            prompt = make_prefix(policy, members.head, members.ids, self.pad, cut=True)
         one_pass = len(members.ids) <= self.micro_batch_size
         if one_pass:  # gives both the coefficients and the graph
             log_probs = self._log_probs(prompt, members.ids)[0]
             tokens = members.tokens(log_probs.detach(), values)
         else:
             tokens = members.tokens(self._without_graph(prompt, members.ids)[0], values)
-        loss, coefficients, value_coefficients = differentiate(objective, tokens)
+        loss, coefficients, value_coefficients = loss_coefficients(objective, tokens)
         if one_pass:
             self.backward((share * coefficients * log_probs).sum())
         else:
@@ -120,18 +120,18 @@ class GroupUpdate:
         return loss, tokens
 
     @torch.no_grad()
-    def tokens(self, policy: Any, members: Members) -> Tokens:
+    def tokens(self, policy: Any, members: GroupMembers) -> GroupTokens:
         """A group as an objective sees it at the policy as it is, without a graph."""
         return members.tokens(self._measured(policy, members.head, members.ids)[0], self._values(members))
 
-    def _values(self, members: Members) -> Tensor | None:
+    def _values(self, members: GroupMembers) -> Tensor | None:
         """(K, C) values by the critic as it is; None without one."""
         return None if self.critic is None or members.states is None else self.critic(members.states)
 
-    def _measured(self, model: Any, head: Head, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    def _measured(self, model: Any, head: EncodedPrompt, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """(K, C) log-probabilities of a group under a model, without a graph, and their mask."""
         with self.autocast():
-            prompt = prefix_of(model, head, ids, self.pad)
+            prompt = make_prefix(model, head, ids, self.pad)
         return self._without_graph(prompt, ids)
 
     def _log_probs(self, prompt: Prefix, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from purld.methods.losses import Loss, Tokens
-from purld.records import Group
+from purld.methods.losses import GroupLoss, GroupTokens
+from purld.records import GroupRecord
 from purld.training.rollout import Rollout
 
 _SUMMED = frozenset({"truncated", "unscored", "dropped_groups"})
@@ -39,7 +39,7 @@ LOGGED = frozenset(
 Q = "policy_before"  # the member column that holds the policy's distribution over the group, in a method that has one
 
 
-class StepMeasures:
+class StepMetrics:
     """Collects values group by group and gives their means (counts: their sums) at the step's end."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class StepMeasures:
             self._values["anchor_score"].append(rollout.scores.anchor)
             self._values["margin"] += [s - rollout.scores.anchor for s in scores]
 
-    def add_update(self, loss: Loss, tokens: Tokens, candidates: int) -> None:
+    def add_update(self, loss: GroupLoss, tokens: GroupTokens, candidates: int) -> None:
         """Note the objective of one group, of whose members the last `candidates` were drawn from the policy."""
         self._values["objective"].append(loss.value.item())
         for name, metric in loss.metrics.items():
@@ -78,7 +78,7 @@ class StepMeasures:
         return found
 
 
-def group_record(step: int, rollout: Rollout, loss: Loss, keep_ids: bool) -> Group:
+def group_record(step: int, rollout: Rollout, loss: GroupLoss, keep_ids: bool) -> GroupRecord:
     """One group as the report shows it.
 
     Args:
@@ -89,7 +89,7 @@ def group_record(step: int, rollout: Rollout, loss: Loss, keep_ids: bool) -> Gro
     """
     scores, anchor_score = rollout.scores.candidates, rollout.scores.anchor
     optional: dict[str, Any] = dict(member_columns(rollout, loss.members))
-    if (divergence := label_divergence(loss)) is not None:
+    if (divergence := logged_label_divergence(loss)) is not None:
         optional["label_divergence"] = divergence
     if keep_ids and Q in loss.members:
         optional["completions"] = [asdict(c) for c in rollout.completions]
@@ -97,7 +97,7 @@ def group_record(step: int, rollout: Rollout, loss: Loss, keep_ids: bool) -> Gro
         optional["margins"] = [None if s is None else s - anchor_score for s in scores]
     if any(s is not None for s in scores):
         optional["scores"] = scores
-    return Group(
+    return GroupRecord(
         step=step,
         prompt_id=rollout.question.prompt.id,
         anchor=rollout.question.anchor,
@@ -118,6 +118,6 @@ def member_columns(rollout: Rollout, members: Mapping[str, Tensor]) -> dict[str,
     return columns
 
 
-def label_divergence(loss: Loss) -> float | None:
+def logged_label_divergence(loss: GroupLoss) -> float | None:
     """KL(D || q) of one group, None where the objective has no labels; from logarithms, which outlive a q of 0."""
     return loss.metrics["ldl"].item() if "ldl" in loss.metrics else None

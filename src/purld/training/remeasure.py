@@ -14,15 +14,15 @@ import torch
 
 from purld.model.sample import Completion
 from purld.model.self_evaluation import GroupScores
-from purld.training.metrics import Q, label_divergence, member_columns
-from purld.training.rollout import Drawing, Question, Rollout
+from purld.training.metrics import Q, logged_label_divergence, member_columns
+from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
 
-REVISITED = 64  # groups at most: two passes without a graph for each
+REMEASURED_GROUPS = 64  # groups at most: two passes without a graph for each
 
 
 @torch.no_grad()
-def revisit(
-    policy: Any, draw: Drawing, questions: Sequence[Question], groups: Sequence[Mapping[str, Any]]
+def remeasure_groups(
+    policy: Any, draw: RolloutMaker, questions: Sequence[AnchoredPrompt], groups: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Measure the first groups that were kept for it under the policy as it is.
 
@@ -34,10 +34,10 @@ def revisit(
 
     Yields:
         One row a group: its step and prompt_id, `policy_after`, which is q with None for an unscored candidate, and
-        `label_divergence`, KL(D || q) in nats.
+        `logged_label_divergence`, KL(D || q) in nats.
     """
     by_id = {question.prompt.id: question for question in questions}
-    for row in islice((group for group in groups if group.get("completions")), REVISITED):
+    for row in islice((group for group in groups if group.get("completions")), REMEASURED_GROUPS):
         rollout = draw.with_signal(policy, _as_drawn(by_id[row["prompt_id"]], row))
         if rollout.members is None:
             continue
@@ -46,11 +46,11 @@ def revisit(
             "step": row["step"],
             "prompt_id": row["prompt_id"],
             "policy_after": member_columns(rollout, loss.members)[Q],
-            "label_divergence": label_divergence(loss),
+            "label_divergence": logged_label_divergence(loss),
         }
 
 
-def _as_drawn(question: Question, row: Mapping[str, Any]) -> Rollout:
+def _as_drawn(question: AnchoredPrompt, row: Mapping[str, Any]) -> Rollout:
     """The group as it was before the method made a signal of it."""
     return Rollout(
         question,

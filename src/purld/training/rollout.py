@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 
-from purld.config.methods import StageTwo as Settings
-from purld.methods.table import Evidence, StageTwo
+from purld.config.methods import StageTwoSettings as Settings
+from purld.methods.table import GroupEvidence, StageTwoMethod
 from purld.model.encode import Encoder
 from purld.model.sample import Completion
 from purld.model.self_evaluation import GroupScores
-from purld.model.vision import Head
+from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
-from purld.training.group_update import GroupUpdate, Members
-from purld.training.scoring import Scoring, Unscored
+from purld.training.group_update import GroupMembers, GroupUpdate
+from purld.training.scoring import GroupToScore, Scorer
 
 
 @dataclass(frozen=True)
-class Question:
+class AnchoredPrompt:
     """A prompt with its anchor, tokenised once for the whole stage."""
 
     prompt: Prompt
     anchor: str
-    head: Head
+    head: EncodedPrompt
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Rollout:
         signal: what the objective is told; None if the group is left out.
     """
 
-    question: Question
+    question: AnchoredPrompt
     completions: Sequence[Completion]
     texts: Sequence[str]
     scores: GroupScores
-    members: Members | None = None
+    members: GroupMembers | None = None
     places: Sequence[int] = ()
     signal: Any = None
 
@@ -57,7 +57,7 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class RolloutMaker:
     """Draws groups as a method's row and settings say.
 
     Attributes:
@@ -69,20 +69,20 @@ class Drawing:
         update: measures the members.
     """
 
-    method: StageTwo[Any]
+    method: StageTwoMethod[Any]
     settings: Settings
     encoder: Encoder
-    sample: Callable[[Any, Sequence[Head], int, int], list[list[Completion]]]
-    scoring: Scoring
+    sample: Callable[[Any, Sequence[EncodedPrompt], int, int], list[list[Completion]]]
+    scoring: Scorer
     update: GroupUpdate
 
-    def __call__(self, policy: Any, questions: Sequence[Question], seed: int) -> list[Rollout]:
+    def __call__(self, policy: Any, questions: Sequence[AnchoredPrompt], seed: int) -> list[Rollout]:
         """One group per question."""
         drawn: list[list[Completion]] = [[] for _ in questions]
         if self.settings.drawn:
             drawn = self.sample(policy, [q.head for q in questions], self.settings.drawn, seed)
         texts = [[self.encoder.text(c.ids) for c in completions] for completions in drawn]
-        scores = self.scoring([Unscored(q.prompt, q.anchor, t) for q, t in zip(questions, texts)])
+        scores = self.scoring([GroupToScore(q.prompt, q.anchor, t) for q, t in zip(questions, texts)])
         rollouts = [
             self.with_signal(policy, Rollout(*parts)) for parts in zip(questions, drawn, texts, scores, strict=True)
         ]
@@ -98,7 +98,7 @@ class Drawing:
         if self.method.anchor_member:
             ids.insert(0, self.encoder.answer(rollout.question.anchor).ids)
         device = next(policy.parameters()).device
-        evidence = Evidence(torch.tensor(scores, device=device), rollout.scores.anchor)
+        evidence = GroupEvidence(torch.tensor(scores, device=device), rollout.scores.anchor)
         members = None
         if self.method.critic and ids:
             members = self._measured(policy, rollout, ids)
@@ -111,7 +111,7 @@ class Drawing:
             rollout, members=members or self._measured(policy, rollout, ids), places=tuple(places), signal=signal
         )
 
-    def _measured(self, policy: Any, rollout: Rollout, ids: Sequence[Sequence[int]]) -> Members:
+    def _measured(self, policy: Any, rollout: Rollout, ids: Sequence[Sequence[int]]) -> GroupMembers:
         keep_old = self.method.critic or self.settings.updates > 1
         return self.update.members(policy, rollout.question.head, ids, keep_old)
 

@@ -15,11 +15,11 @@ from purld.errors import UserError
 from purld.model.load import Roles
 from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
-from purld.templates import rating
+from purld.templates import rating_turn
 
 
 @dataclass(frozen=True)
-class Unscored:
+class GroupToScore:
     """One prompt with its anchor and the texts of its candidates."""
 
     prompt: Prompt
@@ -27,12 +27,12 @@ class Unscored:
     candidates: Sequence[str]
 
 
-Scoring = Callable[[Sequence[Unscored]], list[GroupScores]]
+Scorer = Callable[[Sequence[GroupToScore]], list[GroupScores]]
 """Scores of several groups, in their order."""
 
 
 @dataclass(frozen=True)
-class SelfScoring:
+class SelfScorer:
     """Scores by the frozen p_sft.
 
     Attributes:
@@ -47,8 +47,8 @@ class SelfScoring:
     anchored: bool
     autocast: Callable[[], AbstractContextManager[Any]]
 
-    def __call__(self, groups: Sequence[Unscored]) -> list[GroupScores]:
-        """See `Scoring`."""
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
+        """See `Scorer`."""
         with self.roles.frozen() as model, self.autocast():
             return [
                 self.evaluator.score(model, g.prompt, g.anchor if self.anchored else None, g.candidates) for g in groups
@@ -56,7 +56,7 @@ class SelfScoring:
 
 
 @dataclass(frozen=True)
-class TeacherScoring:
+class TeacherScorer:
     """Scores by the teacher, one question a candidate (Figure 1b), through its client's ledger and caps.
 
     Every score is in the ledger before it is used, so that a resumed run, which draws the same candidates, buys none
@@ -65,13 +65,13 @@ class TeacherScoring:
 
     client: Client
 
-    def __call__(self, groups: Sequence[Unscored]) -> list[GroupScores]:
-        """See `Scoring`.
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
+        """See `Scorer`.
 
         Raises:
             UserError: a cap of the teacher is reached, or it cannot be asked at all.
         """
-        replies = self.client.ask([question(g.prompt, text) for g in groups for text in g.candidates])
+        replies = self.client.ask([rating_prompt(g.prompt, text) for g in groups for text in g.candidates])
         capped = [reply for reply in replies if reply.state == "capped"]
         if capped:
             raise UserError(
@@ -82,14 +82,14 @@ class TeacherScoring:
         return [GroupScores(None, [next(scores) for _ in g.candidates]) for g in groups]
 
 
-def unscored(groups: Sequence[Unscored]) -> list[GroupScores]:
+def score_nothing(groups: Sequence[GroupToScore]) -> list[GroupScores]:
     """Nobody scores."""
     return [GroupScores(None, [None for _ in g.candidates]) for g in groups]
 
 
-def question(prompt: Prompt, candidate: str) -> Prompt:
+def rating_prompt(prompt: Prompt, candidate: str) -> Prompt:
     """What the teacher is asked about a candidate."""
-    return Prompt.from_text(rating(prompt.question, candidate), images=prompt.images)
+    return Prompt.from_text(rating_turn(prompt.question, candidate), images=prompt.images)
 
 
 def _score(reply: Reply) -> float | None:

@@ -20,14 +20,14 @@ from trl import SFTConfig, SFTTrainer
 from purld.config.schema import Sft, Student
 from purld.errors import UserError
 from purld.model.encode import Encoder, training_batch
-from purld.model.load import load_model, save_model, trainable
-from purld.model.vision import Head
+from purld.model.load import load_model, make_trainable, save_model
+from purld.model.vision import EncodedPrompt
 from purld.records import Anchor, Prompt, content_hash
 from purld.runs.run_dir import RunDir
-from purld.training.checkpoints import OwnNames, Progress, RunCallback, device_arguments, last_checkpoint
+from purld.training.checkpoints import ModelNamedCheckpoints, Progress, RunCallback, device_arguments, last_checkpoint
 from purld.training.trackers import tracker_arguments
 
-Lesson = tuple[Head, list[int]]  # a prompt and the token ids of its answer
+Lesson = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
 
 _LOGGED = frozenset({"loss", "eval_loss", "learning_rate", "grad_norm", "epoch"})
 
@@ -64,7 +64,7 @@ def fine_tune(
     checkpoints = run.sft / "checkpoints"
     checkpoint, step = last_checkpoint(checkpoints)
     run.rewind_log("sft", step)
-    model = trainable(student, load_model(student, student.model))
+    model = make_trainable(student, load_model(student, student.model))
     lessons = [*rows, *held_out]
     trainer = _SftTrainer(
         model=model,
@@ -93,11 +93,11 @@ def fine_tune(
     return SftFacts(len(rows), len(held_out), cut, best, trainer.state.global_step)
 
 
-class _SftTrainer(OwnNames, SFTTrainer):
+class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
     """TRL's trainer with checkpoints that it can load."""
 
 
-def is_validation(prompt: Prompt, fraction: float) -> bool:
+def in_validation_part(prompt: Prompt, fraction: float) -> bool:
     """Whether a prompt belongs to the validation part: decided by its content, not its place."""
     return int(content_hash(["validation", prompt.id]), 16) / 16**16 < fraction
 
@@ -112,7 +112,7 @@ def _encoded(
     for prompt, anchor in examples:
         answer = encoder.answer(anchor.text)
         cut += answer.cut
-        (held_out if is_validation(prompt, fraction) else train).append((encoder.prompt(prompt), answer.ids))
+        (held_out if in_validation_part(prompt, fraction) else train).append((encoder.prompt(prompt), answer.ids))
     if not train:  # a pool of a few prompts may fall on one side
         train, held_out = held_out, []
     return train, held_out, cut

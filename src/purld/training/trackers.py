@@ -44,7 +44,7 @@ def tracker_arguments(names: Sequence[str], run: RunDir, stage: str) -> dict[str
 
 
 @contextlib.contextmanager
-def tracked(names: Sequence[str], run: RunDir, stage: str) -> Iterator[None]:
+def stage_tracking(names: Sequence[str], run: RunDir, stage: str) -> Iterator[None]:
     """A stage under the eyes of trackers: each stage is a run of its own to them.
 
     TensorBoard's files go to `tensorboard/STAGE` in the run directory, unless the environment names a place.

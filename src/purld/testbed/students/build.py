@@ -27,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.processor import read_processor
-from purld.model.sample import seed_from
+from purld.model.sample import seed_from_content
 from purld.records import Prompt, content_hash
 from purld.runs.files import append_rows, write_json
 from purld.testbed.shipped import STUDENTS as SHIPPED
@@ -39,7 +39,7 @@ from purld.testbed.students.muon import Muon
 from purld.testbed.students.rounds import Rounds
 from purld.testbed.students.students import STUDENTS, Design, start_from_text
 from purld.testbed.students.tokenizer import train_tokenizer
-from purld.testbed.world import pictures
+from purld.testbed.world import scene_image
 from purld.testbed.world.scenes import COLOURS, COLUMNS, PLACES, ROWS, SHAPES, Scene, draw_scene
 
 WARMUP_STEPS = 100
@@ -134,7 +134,7 @@ def train(
     for number, phases in list(enumerate(design.corpus.CURRICULUM))[done:]:
         if number:
             rng = random.Random(f"student/{seed}/round {number}")
-            torch.manual_seed(seed_from("student", seed, number))
+            torch.manual_seed(seed_from_content("student", seed, number))
         before = looking + sum(lengths[:number])
         for row in train_round(learner, design.corpus, phases, rng, scale):
             yield row | {"step": before + row["step"], "of": total}
@@ -186,7 +186,7 @@ def look(learner: Learner, rng: random.Random, steps: int) -> Iterator[dict[str,
     losses = []
     for step in range(1, steps + 1):
         scenes = [draw_scene(rng) for _ in range(PICTURES)]
-        features = learner.features([pictures.draw(scene, rng) for scene in scenes])
+        features = learner.features([scene_image.draw(scene, rng) for scene in scenes])
         told = torch.stack([torch.stack([_told(scene, place, words) for place in PLACES]) for scene in scenes])
         loss = (features - told).pow(2).mean() / (told - told.mean((0, 1))).pow(2).mean()
         loss.backward()

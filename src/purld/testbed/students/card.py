@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from purld.evaluation.accuracy import accuracy
+from purld.evaluation.accuracy import accuracy_with_interval
 from purld.evaluation.score_quality import CheckedGroup, score_quality
 from purld.model.encode import Encoder
-from purld.model.sample import Decoding, generate
+from purld.model.sample import Decoding, generate_completions
 from purld.model.self_evaluation import GroupScores, SelfEvaluator
 from purld.records import Prompt
 from purld.testbed.world import world
@@ -53,7 +53,7 @@ class Figures:
 
 def measure(model: PreTrainedModel, encoder: Encoder, task: Task, n: int, k: int, seed: int) -> Figures:
     """Figures on `n` held-out problems with `k` sampled answers each. Changes torch's random state."""
-    problems = world.generate(task, "heldout", n, seed)
+    problems = world.generate_problems(task, "heldout", n, seed)
     torch.manual_seed(seed)
     prompts = [world.to_prompt(p) for p in problems]
     drawn = answers(model, encoder, prompts, k)
@@ -72,9 +72,9 @@ def _figures(best: np.ndarray, right: np.ndarray, judged: Sequence[GroupScores],
     anchor_scores = np.array([[group.anchor] for group in judged], dtype=float)
     groups = [CheckedGroup(str(i), 0, s.tolist(), r.tolist()) for i, (s, r) in enumerate(zip(scores, right))]
     quality = score_quality(groups, seed)
-    greedy, greedy_ci = accuracy(best)
-    sampled, sampled_ci = accuracy(right)
-    passed, passed_ci = accuracy(right.any(axis=1))
+    greedy, greedy_ci = accuracy_with_interval(best)
+    sampled, sampled_ci = accuracy_with_interval(right)
+    passed, passed_ci = accuracy_with_interval(right.any(axis=1))
     return Figures(
         right.shape[0],
         right.shape[1],
@@ -101,7 +101,7 @@ def answers(
     found: list[list[str]] = []
     for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
         heads = [encoder.prompt(prompt) for prompt in prompts[start : start + _PROMPTS_AT_A_TIME]]
-        for completions in generate(model, encoder, heads, count, decoding):
+        for completions in generate_completions(model, encoder, heads, count, decoding):
             found.append([encoder.text(c.ids) for c in completions])
     return found
 

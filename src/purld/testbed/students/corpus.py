@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from purld.testbed.students.lessons import Candidates, Lesson, Phase, Sample, comparison, judgement
+from purld.testbed.students.lessons import Candidates, Lesson, Phase, Sample, comparison_turn, judgement_turn
 from purld.testbed.world import counting, writing
 from purld.testbed.world.world import TEXT_TASKS, Problem, Task, draw_problem, split_of
 
@@ -76,7 +76,7 @@ def answer_lesson(rng: random.Random) -> Lesson:
 def judging_lesson(rng: random.Random, own: Sample | None = None) -> Lesson:
     """A candidate to score against an anchor; the candidate is `own` if given."""
     problem = own.problem if own else training_problem(rng.choice(TEXT_TASKS), rng)
-    return judgement(problem, CANDIDATES, rng, own)
+    return judgement_turn(problem, CANDIDATES, rng, own)
 
 
 def comparison_lesson(rng: random.Random) -> Lesson:
@@ -89,27 +89,27 @@ def _same_number(rng: random.Random) -> Lesson:
     other = number if rng.random() < 0.5 else rng.choice((number + 1, max(number - 1, 0), rng.randint(0, 99)))
     below = f"/{rng.randint(2, 27)}" if rng.random() < 0.4 else ""
     said = rng.choice(("", "The answer is ", "so the answer is "))
-    return comparison("Compare.", f"{said}{number}{below}.", f"{said}{other}{below}.", number == other)
+    return comparison_turn("Compare.", f"{said}{number}{below}.", f"{said}{other}{below}.", number == other)
 
 
 def _same_word(rng: random.Random) -> Lesson:
     word = rng.choice(_WORDS)
     other = word if rng.random() < 0.5 else rng.choice(_WORDS)
-    return comparison("Compare.", f"The {word}.", f"The {other}.", word == other)
+    return comparison_turn("Compare.", f"The {word}.", f"The {other}.", word == other)
 
 
 def _word_present(rng: random.Random) -> Lesson:
     words = rng.sample(_WORDS, rng.randint(1, 6))
     asked = rng.choice(words) if rng.random() < 0.5 else rng.choice(_WORDS)
     question = writing.CONSTRAINTS["use"].format(use=asked)
-    return comparison(question, f"The {asked}.", f"The {' '.join(words)}.", asked in words)
+    return comparison_turn(question, f"The {asked}.", f"The {' '.join(words)}.", asked in words)
 
 
 def _word_last(rng: random.Random) -> Lesson:
     words = rng.sample(_WORDS, rng.randint(1, 6))
     asked = words[-1] if rng.random() < 0.5 else rng.choice(words[:-1] or _WORDS)
     question = writing.CONSTRAINTS["end"].format(end=asked)
-    return comparison(question, f"The {asked}.", f"The {' '.join(words)}.", asked == words[-1])
+    return comparison_turn(question, f"The {asked}.", f"The {' '.join(words)}.", asked == words[-1])
 
 
 def base_answer(problem: Problem, rng: random.Random) -> str:

@@ -16,10 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from purld.data.images import read_image
 from purld.model.encode import Encoder, pad_right
-from purld.model.vision import PIXELS, Head, pixels_of
+from purld.model.vision import PIXELS, EncodedPrompt, pixel_inputs
 from purld.records import IMAGE, Image, Prompt
 from purld.testbed.students.lessons import Kind, Lesson
-from purld.testbed.world import pictures
+from purld.testbed.world import scene_image
 from purld.testbed.world.scenes import Scene
 
 # Next to the reply the user turn is read too, at this weight: predicting words that are copied from the question
@@ -29,10 +29,10 @@ READING: dict[Kind, float] = {"answer": 1.0, "judgement": 0.3, "comparison": 0.0
 
 
 @dataclass(frozen=True)
-class Turn:
+class EncodedLesson:
     """A lesson in tokens; the reply starts after the head."""
 
-    head: Head
+    head: EncodedPrompt
     reply: list[int]
     lesson: Lesson
 
@@ -53,12 +53,14 @@ class Learner:
     def __init__(self, model: PreTrainedModel, encoder: Encoder) -> None:
         self.model, self.encoder = model, encoder
         # All pictures are of one size and take the same places: one stands in for all where only tokens are meant.
-        (self._any,) = as_images([pictures.draw(Scene(()), random.Random(0))])
+        (self._any,) = as_images([scene_image.draw(Scene(()), random.Random(0))])
 
-    def encode(self, lesson: Lesson) -> Turn:
+    def encode(self, lesson: Lesson) -> EncodedLesson:
         """The lesson as the student will see it, closed by the end of the turn."""
         prompt = Prompt.from_text(lesson.prompt, images=(self._any,) * lesson.prompt.count(IMAGE))
-        return Turn(self.encoder.prompt(prompt), [*self.encoder.literal(lesson.reply), self.encoder.end], lesson)
+        return EncodedLesson(
+            self.encoder.prompt(prompt), [*self.encoder.literal(lesson.reply), self.encoder.end], lesson
+        )
 
     def features(self, shown: Sequence[Picture]) -> Tensor:
         """(P, cells, H): pictures as the language model sees them."""
@@ -77,7 +79,7 @@ class Learner:
             raise ValueError(f"{word!r} is no single token")
         return self.model.get_input_embeddings().weight[ids[0]].detach().clone()
 
-    def losses(self, turns: Sequence[Turn], seen: Sequence[Tensor]) -> Tensor:
+    def losses(self, turns: Sequence[EncodedLesson], seen: Sequence[Tensor]) -> Tensor:
         """Cross-entropy of each turn in nats, shape (B,): twice the mean over an answer's tokens, the sum over a
         bare reply's, and the mean over the user turn at its READING weight.
 
@@ -125,11 +127,11 @@ class Learner:
         judged = sum(turn.lesson.judging for turn in turns)
         return total[0] / max(1, len(turns) - judged), total[1] / max(1, judged)
 
-    def _hidden(self, turns: Sequence[Turn], ids: Tensor, seen: Sequence[Tensor]) -> Tensor:
+    def _hidden(self, turns: Sequence[EncodedLesson], ids: Tensor, seen: Sequence[Tensor]) -> Tensor:
         """(B, L, H) last hidden states."""
         given: dict[str, Any] = {}
         if seen:
-            given = pixels_of([turn.head for turn in turns], ids)
+            given = pixel_inputs([turn.head for turn in turns], ids)
             # Not the pixels of the picture that stands in, but what was made of those that are meant.
             del given[PIXELS]
             given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(seen))}
@@ -140,5 +142,5 @@ class Learner:
 def as_images(shown: Sequence[Picture]) -> list[Image]:
     """Pictures as prompts carry them; one that comes several times is encoded once."""
     distinct = {id(picture): picture for picture in shown}
-    found = {key: read_image(pictures.encode(picture), Path()) for key, picture in distinct.items()}
+    found = {key: read_image(scene_image.encode(picture), Path()) for key, picture in distinct.items()}
     return [found[id(picture)] for picture in shown]

@@ -94,10 +94,10 @@ class Candidates:
             case "other":
                 return right_answer(self.another(problem, rng), rng), False
             case _:
-                return spoil(self.base(problem, rng), rng), True
+                return spoil_answer(self.base(problem, rng), rng), True
 
 
-def judgement(
+def judgement_turn(
     problem: Problem,
     candidates: Candidates,
     rng: random.Random,
@@ -108,16 +108,16 @@ def judgement(
     anchor = teacher_answer(problem) if rng.random() < 0.5 else right_answer(problem, rng)
     candidate, garbage = (own.text, False) if own else candidates.draw(problem, anchor, rng)
     score = RIGHT if is_right(problem, candidate) else GARBAGE if garbage else WRONG
-    return Lesson("judgement", templates.self_evaluation(problem.question, anchor, candidate), score, picture)
+    return Lesson("judgement", templates.self_evaluation_turn(problem.question, anchor, candidate), score, picture)
 
 
-def comparison(question: str, anchor: str, candidate: str, right: bool, picture: Image | None = None) -> Lesson:
+def comparison_turn(question: str, anchor: str, candidate: str, right: bool, picture: Image | None = None) -> Lesson:
     """A bare comparison in the words of the self-evaluation prompt."""
-    prompt = templates.self_evaluation(question, anchor, candidate)
+    prompt = templates.self_evaluation_turn(question, anchor, candidate)
     return Lesson("comparison", prompt, RIGHT if right else WRONG, picture)
 
 
-def spoil(text: str, rng: random.Random) -> str:
+def spoil_answer(text: str, rng: random.Random) -> str:
     """Garbage made of an answer: cut off, shuffled, stuttering or empty."""
     words = text.split()
     match rng.randrange(4):

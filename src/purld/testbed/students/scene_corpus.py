@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from PIL.Image import Image
 
 from purld.records import IMAGE
-from purld.testbed.students.lessons import Candidates, Lesson, Phase, Sample, comparison, judgement
-from purld.testbed.world import pictures, seeing
+from purld.testbed.students.lessons import Candidates, Lesson, Phase, Sample, comparison_turn, judgement_turn
+from purld.testbed.world import scene_image, seeing
 from purld.testbed.world.claims import KINDS, NUMBERS, listing, plural
 from purld.testbed.world.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
 from purld.testbed.world.world import SCENE_TASKS, Problem, Task, right_answer, scene_problem, split_of
@@ -60,7 +60,7 @@ def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> 
             scene, picture = samples[0].problem.scene, samples[0].picture
         else:
             scene = draw_scene(rng, phase.things)
-            picture = pictures.draw(scene, rng)
+            picture = scene_image.draw(scene, rng)
         assert scene is not None and picture is not None
         for place in range(LESSONS_A_PICTURE):
             index = place * (n // LESSONS_A_PICTURE) + page
@@ -87,7 +87,7 @@ def problems(n: int, rng: random.Random) -> list[tuple[Problem, Image]]:
     found = []
     for _ in range(n // LESSONS_A_PICTURE):
         scene = draw_scene(rng)
-        picture = pictures.draw(scene, rng)
+        picture = scene_image.draw(scene, rng)
         found += [(training_problem(rng.choice(SCENE_TASKS), scene, rng), picture) for _ in range(LESSONS_A_PICTURE)]
     return found
 
@@ -125,7 +125,7 @@ def answer_lesson(scene: Scene, picture: Image, errors: float, rng: random.Rando
 def judging_lesson(scene: Scene, picture: Image, rng: random.Random, own: Sample | None = None) -> Lesson:
     """A candidate to score against an anchor; the candidate is `own` if given."""
     problem = own.problem if own else training_problem(rng.choice(SCENE_TASKS), scene, rng)
-    return judgement(problem, CANDIDATES, rng, own, picture)
+    return judgement_turn(problem, CANDIDATES, rng, own, picture)
 
 
 def base_answer(problem: Problem, rng: random.Random, errors: float = 1.0) -> str:
@@ -153,9 +153,9 @@ def comparison_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesso
         thing = rng.choice(scene.things)
         other = thing if rng.random() < 0.5 else seeing.slip(thing, rng)
         said = seeing.rationale(other, rng)
-        return comparison(f"{IMAGE}Look.", CAPTION, said, other in scene.things, picture)
+        return comparison_turn(f"{IMAGE}Look.", CAPTION, said, other in scene.things, picture)
     kind = rng.choices((_same_value, _same_thing, _same_list), (5, 4, 2))[0]
-    return comparison("Compare.", *kind(rng))
+    return comparison_turn("Compare.", *kind(rng))
 
 
 Compared = tuple[str, str, bool]

@@ -107,7 +107,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """A question about a scene; without options it asks for a rationale."""
 
     ask: Ask
@@ -139,23 +139,23 @@ def draw(scene: Scene, choice: bool, rng: random.Random) -> str:
     return f"{text}\nOptions: {options}"
 
 
-def parse(text: str, scene: Scene) -> Question | None:
+def parse(text: str, scene: Scene) -> SceneQuestion | None:
     """The question of a text about a scene, or None if it is not one that has an answer."""
     match = re.fullmatch(r"Question: ([^\n]+)(?:\nOptions: ([^\n]+))?", text)
     ask = _ASKS.get(match[1]) if match else None
     if match is None or ask is None or not ask.fits(scene):
         return None
     options = _read_options(match[2]) if match[2] else ()
-    question = Question(ask, options, scene)
+    question = SceneQuestion(ask, options, scene)
     return question if not match[2] or question.value in options else None
 
 
-def is_right(question: Question, text: str) -> bool:
+def is_right(question: SceneQuestion, text: str) -> bool:
     """Whether a text answers the question."""
     return _chosen(question, text) == question.value if question.options else _is_grounded(question, text)
 
 
-def wordings(question: Question, things: Sequence[Thing] | None = None) -> list[str]:
+def wordings(question: SceneQuestion, things: Sequence[Thing] | None = None) -> list[str]:
     """Answers that say the same in different words: the truth, or what would be true if `things` were meant."""
     ask = question.ask
     things = ask.targets(question.scene) if things is None else things
@@ -167,7 +167,7 @@ def wordings(question: Question, things: Sequence[Thing] | None = None) -> list[
     return [rationale.format(**parts) for rationale in _COUNT_RATIONALES]
 
 
-def right_answer(question: Question, rng: random.Random) -> str:
+def right_answer(question: SceneQuestion, rng: random.Random) -> str:
     """A right answer in randomly chosen words."""
     text = rng.choice(wordings(question))
     others = [thing for thing in question.scene.things if thing not in question.ask.targets(question.scene)]
@@ -181,7 +181,7 @@ def rationale(thing: Thing, rng: random.Random) -> str:
     return _fill(rng.choice(rng.choice(list(FAMILIES.values())).rationales), thing)
 
 
-def mistake(question: Question, rng: random.Random) -> str:
+def mistake(question: SceneQuestion, rng: random.Random) -> str:
     """A wrong answer of the right form: another option, a neighbour, one part mistaken, a count that is off by one."""
     while True:
         text = _mistaken_choice(question, rng) if question.options else _mistaken_rationale(question, rng)
@@ -189,7 +189,7 @@ def mistake(question: Question, rng: random.Random) -> str:
             return text
 
 
-def _mistaken_choice(question: Question, rng: random.Random) -> str:
+def _mistaken_choice(question: SceneQuestion, rng: random.Random) -> str:
     """Another option, now and then one that is not there."""
     ask, targets = question.ask, question.ask.targets(question.scene)
     values = [option for option in question.options if option != question.value]
@@ -198,7 +198,7 @@ def _mistaken_choice(question: Question, rng: random.Random) -> str:
     return rng.choice(wordings(question, _with_value(ask, targets, rng.choice(values))))
 
 
-def _mistaken_rationale(question: Question, rng: random.Random) -> str:
+def _mistaken_rationale(question: SceneQuestion, rng: random.Random) -> str:
     ask, scene = question.ask, question.scene
     targets = list(ask.targets(scene))
     others = [thing for thing in scene.things if thing not in targets]
@@ -226,7 +226,7 @@ def slip(thing: Thing, rng: random.Random, part: str | None = None) -> Thing:
     return replace(thing, **{name: rng.choice([v for v in values if v != getattr(thing, name)])})
 
 
-def _is_grounded(question: Question, text: str) -> bool:
+def _is_grounded(question: SceneQuestion, text: str) -> bool:
     claims = read_claims(text)
     if claims is None or not all(claim.holds(question.scene) for claim in claims):
         return False
@@ -239,7 +239,7 @@ def _is_grounded(question: Question, text: str) -> bool:
     )
 
 
-def _chosen(question: Question, text: str) -> str | None:
+def _chosen(question: SceneQuestion, text: str) -> str | None:
     """The option that a text commits itself to: after its last "answer is", else the only one that it names."""
     text = text.strip().lower()
     values = sorted({*question.options, *_values(question.ask)}, key=len, reverse=True)

@@ -19,7 +19,7 @@ from purld.data.images import open_image, read_image
 from purld.errors import UserError
 from purld.records import IMAGE, Image, Prompt, content_hash
 from purld.runs.files import write_rows
-from purld.testbed.world import counting, pictures, seeing, writing
+from purld.testbed.world import counting, scene_image, seeing, writing
 from purld.testbed.world.scenes import Scene, draw_scene
 
 Task = Literal["counting", "writing", "scenes-mc", "scenes-rationale"]
@@ -48,7 +48,7 @@ class Problem:
     truth: str
     scene: Scene | None = None
 
-    def asked(self) -> seeing.Question:
+    def asked(self) -> seeing.SceneQuestion:
         """The question about the scene."""
         assert self.scene is not None
         question = seeing.parse(self.question.replace(IMAGE, ""), self.scene)
@@ -68,7 +68,7 @@ def _identity(problem: Problem) -> str:
     return content_hash([problem.question, problem.scene.describe()])
 
 
-def generate(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
+def generate_problems(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
     """`n` distinct problems; the same arguments give the same problems.
 
     Raises:
@@ -94,19 +94,19 @@ def draw_problem(task: Task, rng: random.Random) -> Problem:
     """A random problem of either split."""
     if task in SCENE_TASKS:
         return scene_problem(task, draw_scene(rng), rng)
-    problem = recognise(writing.draw(rng) if task == "writing" else counting.draw(rng))
+    problem = recognise_problem(writing.draw(rng) if task == "writing" else counting.draw(rng))
     assert problem is not None
     return problem
 
 
 def scene_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
     """A random problem about a scene."""
-    problem = recognise(IMAGE + seeing.draw(scene, task == "scenes-mc", rng), scene)
+    problem = recognise_problem(IMAGE + seeing.draw(scene, task == "scenes-mc", rng), scene)
     assert problem is not None
     return problem
 
 
-def recognise(question: str, scene: Scene | None = None) -> Problem | None:
+def recognise_problem(question: str, scene: Scene | None = None) -> Problem | None:
     """The problem that a text asks, about a scene if its one IMAGE shows one; None if it is not of this world."""
     question = question.strip()
     if scene is not None:
@@ -125,15 +125,15 @@ def recognise(question: str, scene: Scene | None = None) -> Problem | None:
     return None
 
 
-def picture(problem: Problem) -> bytes:
+def problem_image(problem: Problem) -> bytes:
     """The problem's picture as a PNG: always the same one."""
     assert problem.scene is not None
-    return pictures.encode(pictures.draw(problem.scene, random.Random(f"picture/{_identity(problem)}")))
+    return scene_image.encode(scene_image.draw(problem.scene, random.Random(f"picture/{_identity(problem)}")))
 
 
 def to_prompt(problem: Problem) -> Prompt:
     """The problem as a model is asked it."""
-    shown = () if problem.scene is None else (read_image(picture(problem), Path()),)
+    shown = () if problem.scene is None else (read_image(problem_image(problem), Path()),)
     return Prompt.from_text(problem.question, images=shown, reference=problem.truth)
 
 
@@ -144,17 +144,17 @@ def read_scene(image: Image) -> Scene | None:
     Raises:
         UserError: its file is gone, or is another one than was read.
     """
-    return pictures.read(open_image(image))
+    return scene_image.read(open_image(image))
 
 
-def check(prompt: Prompt, text: str) -> bool:
+def check_answer(prompt: Prompt, text: str) -> bool:
     """Whether `text` is a right answer to a prompt of this world.
 
     Raises:
         UserError: the prompt is not of this world.
     """
     scene = read_scene(prompt.images[0]) if len(prompt.images) == 1 else None
-    problem = recognise(prompt.question, scene)
+    problem = recognise_problem(prompt.question, scene)
     if problem is None:
         raise UserError(f"prompt {prompt.id}: is not a question of the testbed's world.")
     return is_right(problem, text)
@@ -186,7 +186,7 @@ def right_answer(problem: Problem, rng: random.Random) -> str:
     return rng.choice(counting.phrasings(family.solve(slots))[:-1])
 
 
-def quality(problem: Problem, text: str) -> float:
+def answer_quality(problem: Problem, text: str) -> float:
     """How good an answer is, for a judge: 0 if wrong, else between 1 and 2.
 
     Among right answers the judge prefers a calculation that is shown and then concluded, a piece with more different
@@ -217,7 +217,7 @@ def _row(problem: Problem, folder: Path) -> dict[str, Any]:
         return row
     name = f"pictures/{_identity(problem)}.png"
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(picture(problem))
+    (folder / name).write_bytes(problem_image(problem))
     return row | {"prompt": problem.question.replace(IMAGE, ""), "images": [name]}
 
 

@@ -15,7 +15,7 @@ MODELS = {
     "opponent": "Opponent",
 }
 
-METRICS = {
+METRIC_TITLES = {
     "accuracy": "accuracy",
     "greedy_accuracy": "greedy accuracy",
     "win_rate": "win rate",
@@ -24,6 +24,6 @@ METRICS = {
 """The metrics of results.json that models are compared by, in the order in which they are shown."""
 
 
-def title(model: str) -> str:
+def model_title(model: str) -> str:
     """How the name of a model is written."""
     return MODELS.get(model, model)

@@ -13,7 +13,7 @@ from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.model.load import load_encoder
 from purld.pipeline.pipeline import Pipeline
-from purld.pipeline.pools import load_pools
+from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 
@@ -24,7 +24,7 @@ def pools_of(tiny_config):
         config = load_config(tiny_config, overrides)
         said: list[str] = []
         encoder = load_encoder(config.student)
-        return load_pools(config, encoder, said.append), said
+        return load_prompt_pools(config, encoder, said.append), said
 
     return pools_of
 
@@ -120,9 +120,9 @@ def test_a_text_that_passes_for_a_picture_is_a_bad_row(shipped_student, tmp_path
     config = parse_config(values, "run.yaml")
     encoder = load_encoder(config.student)
     with pytest.raises(UserError, match=r"line 9: the prompt has 0 images, and 1 times the text <image>"):
-        load_pools(config, encoder, print)
+        load_prompt_pools(config, encoder, print)
     said = []
     skipping = parse_config(values | {"data": values["data"] | {"bad_rows": "skip"}}, "run.yaml")
-    pools = load_pools(skipping, encoder, said.append)
+    pools = load_prompt_pools(skipping, encoder, said.append)
     assert len(pools.train) + len(pools.held_out) == 8
     assert any("1 rows that this student cannot read were skipped, first: " in line for line in said)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from purld.config.schema import Config, Data
-from purld.data.prompts import LoadedPrompts, load_prompts, split_pool, without
+from purld.data.prompts import LoadedPrompts, exclude_prompts, load_prompts, split_pool
 from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.records import Prompt, content_hash
@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Pools:
+class PromptPools:
     """The prompts of a run, without duplicates and without a prompt both trained and evaluated on.
 
     The teacher is asked about `train`. Its anchors serve Stage I for `sft` and Stage II for `align`: each the whole
@@ -38,7 +38,7 @@ class Pools:
         return content_hash([[p.id for p in self.train], [p.id for p in self.held_out]])
 
 
-def load_pools(config: Config, encoder: Encoder, say: Say) -> Pools:
+def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools:
     """The prompts of a run, limited as the configuration says; what is left out is said.
 
     Raises:
@@ -65,7 +65,7 @@ def load_pools(config: Config, encoder: Encoder, say: Say) -> Pools:
     parts = [loaded] if published is None else [loaded, published]
     rows, duplicates = sum(p.rows for p in parts), sum(p.duplicates for p in parts)
     tokens = {prompt.id: measured[prompt.id] for prompt in train + held_out}
-    return Pools(train, held_out, *_stages(config, train), rows, duplicates, tokens)
+    return PromptPools(train, held_out, *_stages(config, train), rows, duplicates, tokens)
 
 
 def _load(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
@@ -91,7 +91,7 @@ def _part(
     """Training prompts and held-out ones; a prompt that would be both is only held out."""
     if published is None:
         return split_pool(loaded.prompts, config.data.eval_fraction, config.seed)
-    train = without(loaded.prompts, published.prompts)
+    train = exclude_prompts(loaded.prompts, published.prompts)
     if both := len(loaded.prompts) - len(train):
         say(f"{both} training prompts are also held out; they are only evaluated on.")
     return train, published.prompts
