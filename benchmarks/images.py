@@ -145,7 +145,7 @@ class PictureBench(Bench):
 
     def sample_shared(self) -> list[list[int]]:
         """See `Bench`."""
-        vision._seen.clear()  # a run meets other pictures at every step
+        vision._feature_caches.clear()  # a run meets other pictures at every step
         return super().sample_shared()
 
 

@@ -60,7 +60,7 @@ def figures(task: str, seed: int, out: Path) -> Figures:
     """
     cell = Cell(task, seed, "test", "sft")
     run = RunDir(out / "stage_one" / cell.family)
-    if "sft" not in run.finished():
+    if "sft" not in run.finished_stages():
         raise UserError(f"{run.path}: no finished Stage I; run benchmarks/miniature.py first.")
     model = load_model(student(), run.sft)
     problems = problems_trained_on(cell)

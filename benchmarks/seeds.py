@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from purld.evaluation.recorded import read_recorded_answers
 from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
-from purld.pipeline.compare import read_evaluated
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.testbed.demo import HELD_OUT_PROMPTS
@@ -89,7 +89,7 @@ def task_results(run: RunDir, demo: str, seed: int) -> list[dict[str, Any]]:
     found = []
     for task in DEMOS[demo]:
         ids = {prompt_id for prompt_id, of in task_of.items() if of == task}
-        models = {name: part_of(read_evaluated(run, name), ids) for name in MODELS}
+        models = {name: part_of(read_recorded_answers(run, name).to_evaluated_model(), ids) for name in MODELS}
         pairs = {
             f"{a} - {b}": model_difference(models[a], models[b], opponents, seed) for a, b in pairwise(MODELS[::-1])
         }

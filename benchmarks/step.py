@@ -121,9 +121,9 @@ class Bench:
         draw = random.Random(0)
         self.anchor = words(cell.completion, draw)
         self.prompt = prompt
-        self.prompt_head = encoder.prompt(prompt)
-        self.completions = [encoder.literal(words(cell.completion, draw)) for _ in range(cell.candidates)]
-        self.texts = [encoder.text(c) for c in self.completions]
+        self.prompt_head = encoder.encode_prompt(prompt)
+        self.completions = [encoder.encode_literal(words(cell.completion, draw)) for _ in range(cell.candidates)]
+        self.texts = [encoder.decode_text(c) for c in self.completions]
 
     @classmethod
     def of_text(cls, shape: Shape, cell: Cell, options: argparse.Namespace) -> Bench:
@@ -131,7 +131,7 @@ class Bench:
         encoder = Encoder(tokenizer(shape.vocabulary), max_anchor_tokens=cell.completion)
         base = random_model(shape, encoder, torch.device(options.device), getattr(torch, options.dtype))
         # The template around a prompt has a few tokens of its own.
-        question = words(cell.prompt - len(encoder.prompt(Prompt.from_text(""))), random.Random(1))
+        question = words(cell.prompt - len(encoder.encode_prompt(Prompt.from_text(""))), random.Random(1))
         return cls(encoder, base, Prompt.from_text(question), cell, options.lora)
 
     def trainable(self) -> Any:
@@ -167,13 +167,15 @@ class Bench:
     def score_plain(self, texts: Sequence[str]) -> list[float]:
         """The same scores from full texts, as a reward function would find them."""
         frame = self.encoder.evaluation_frame(self.prompt, self.anchor)
-        opening = self.encoder.literal("0.")
-        rows = [frame.head.ids + self.encoder.literal(t) + frame.tail + opening for t in (self.anchor, *texts)]
+        opening = self.encoder.encode_literal("0.")
+        rows = [
+            frame.prefix.ids + self.encoder.encode_literal(t) + frame.suffix + opening for t in (self.anchor, *texts)
+        ]
         ids, mask = pad_left(rows, self.encoder.pad, self.device)
-        beside = pixel_inputs([frame.head] * len(rows), ids)
+        beside = pixel_inputs([frame.prefix] * len(rows), ids)
         logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3, **beside).logits.float()
-        zero, one = self.encoder.literal("0")[0], self.encoder.literal("1")[0]
-        digits = torch.tensor([self.encoder.literal(str(d))[0] for d in range(10)], device=self.device)
+        zero, one = self.encoder.encode_literal("0")[0], self.encoder.encode_literal("1")[0]
+        digits = torch.tensor([self.encoder.encode_literal(str(d))[0] for d in range(10)], device=self.device)
         leading = logits[:, 0, [zero, one]].softmax(dim=-1)
         fraction = logits[:, 2, digits].softmax(dim=-1) @ (torch.arange(10.0, device=self.device) / 10)
         scores: list[float] = (leading[:, 1] + leading[:, 0] * fraction).tolist()
@@ -204,7 +206,7 @@ class Bench:
     def step(self) -> None:
         """Sample, score, update."""
         completions = self.sample_shared()
-        scores = self.score_shared([self.encoder.text(c) for c in completions])
+        scores = self.score_shared([self.encoder.decode_text(c) for c in completions])
         rewards = torch.tensor([s or 0.0 for s in scores], device=self.device)
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         self.update(self.shared_prefix(completions), completions, advantages)
@@ -301,7 +303,7 @@ def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
 
     def reward(completions: list[Any], **_: Any) -> list[float]:
         texts = [c[0]["content"] for c in completions]
-        lengths.extend(len(bench.encoder.literal(t)) for t in texts)
+        lengths.extend(len(bench.encoder.encode_literal(t)) for t in texts)
         return bench.score_plain(texts)
 
     class TakeTurns(TrainerCallback):

@@ -1,7 +1,7 @@
-"""Directories that stand in for published models: their architecture in full size without a weight, and small data.
+"""Stand-ins for published models, with full-size configurations and no weights, and small stand-ins for data sets.
 
-`purld check` reads a model's configuration and tokenizer, never its weights, so it sees the true sizes. Tokenizers are
-of the published models' kinds, with their special tokens and templates, trained on a few words.
+`purld check` reads a model's configuration and tokenizer but never its weights, so it sees the true sizes. Tokenizers
+have the published models' types, special tokens and templates, trained on a few words.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from image_factory import encoded, picture
+from image_factory import encode_image, make_image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
@@ -60,7 +60,7 @@ _QWEN_7B: dict[str, Any] = {
 
 
 def write_models(folder: Path, text_student: Path) -> None:
-    """`models/NAME` for the four backbones of the paper; `text_student` has a tokenizer of Qwen2's kind."""
+    """Write `models/NAME` for the four backbones of the paper; `text_student` has a tokenizer of Qwen2's type."""
     for name, write in _BACKBONES.items():
         path = folder / "models" / name
         path.mkdir(parents=True)
@@ -160,7 +160,7 @@ _BACKBONES: dict[str, Callable[[Path, Path], None]] = {
 
 
 def write_data(folder: Path, rows: int = 12) -> None:
-    """`data/NAME` for the paper's data sets, in the forms in which they are published."""
+    """Write `data/NAME` for the paper's data sets, in their published forms."""
     _writing_prompts(folder / "data" / "writingPrompts", rows)
     _competition_math(folder / "data" / "MATH", rows)
     _aokvqa(folder / "data" / "aokvqa", rows)
@@ -190,7 +190,7 @@ def _aokvqa(path: Path, rows: int) -> None:
         (path / f"{split}2017").mkdir()
         entries = []
         for i in range(first, first + rows):
-            (path / f"{split}2017" / f"{i:012}.jpg").write_bytes(encoded(picture(640, 480, seed=i), "JPEG"))
+            (path / f"{split}2017" / f"{i:012}.jpg").write_bytes(encode_image(make_image(640, 480, seed=i), "JPEG"))
             entries.append({
                 "split": split, "image_id": i, "question_id": f"q{i}", "question": f"What is in picture {i}?",
                 "choices": ["a cat", "a dog", "a hat", "a cup"], "correct_choice_idx": i % 4,

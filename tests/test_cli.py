@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from purld.cli import app, main
 from purld.clients.ledger import CallResult, Caps, Ledger, Request, Usage
+from purld.config.clients import OpenAIEndpoint
 from purld.config.load import load_config
-from purld.config.schema import OpenAIEndpoint
 from purld.display.progress import Reporter
 from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.stages import _standing
@@ -46,9 +46,9 @@ def test_the_ledger_is_shown_and_exported_while_a_run_writes_it(tiny_config, tmp
             ledger.reserve(asked("a"), "teacher", 9, 1.0, Caps()),
             CallResult("answered", "yes", usage=Usage(1200, 5, 0.25)),
         )
-        ledger.sent(ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps()))
+        ledger.mark_sent(ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps()))
         lost = ledger.reserve(asked("c"), "teacher", 9, 1.5, Caps())
-        ledger.sent(lost)
+        ledger.mark_sent(lost)
         ledger.settle(lost, CallResult("unknown", error="timeout"))
         shown = purld("ledger", run.path, "--export", tmp_path / "audit.jsonl")
     columns = [line.rsplit(maxsplit=3) for line in shown.splitlines()]
@@ -95,5 +95,5 @@ def test_a_full_disk_is_one_sentence_wherever_it_shows(tiny_config, tmp_path, mo
         main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "purld: the disk is full (No space left on device); make room, and the same command goes on from here."
+        "purld: the disk is full (No space left on device); free some space and run the same command again, it continues from here."
     )

@@ -14,7 +14,7 @@ def test_a_prompts_id_is_what_the_model_sees():
 def test_an_image_is_known_by_its_content_and_not_by_where_it_lies():
     first, second = (Image("a1", (8, 8), path=path) for path in ("a.png", "b.png"))
     assert first == second
-    asked = [Prompt.from_text(f"{IMAGE}How many?", images=(image,), place=image.path) for image in (first, second)]
+    asked = [Prompt.from_text(f"{IMAGE}How many?", images=(image,), location=image.path) for image in (first, second)]
     assert asked[0].id == asked[1].id and asked[0] == asked[1]
     other = Prompt.from_text(f"{IMAGE}How many?", images=(Image("b2", (8, 8)),))
     moved = Prompt.from_text(f"How many?{IMAGE}", images=(first,))
@@ -23,7 +23,7 @@ def test_an_image_is_known_by_its_content_and_not_by_where_it_lies():
 
 @pytest.mark.parametrize("text", ["How many?", f"{IMAGE} and {IMAGE}"])
 def test_every_image_has_its_place(text):
-    with pytest.raises(ValueError, match=r"a prompt of 1 images has \d places for them"):
+    with pytest.raises(ValueError, match=r"a prompt with 1 images has \d IMAGE marks"):
         Prompt.from_text(text, images=(Image("a1", (8, 8)),))
 
 

@@ -1,4 +1,4 @@
-"""The words are versioned: whoever changes a template must raise its version, and this test's hash, together."""
+"""Templates are versioned: a change needs a new version there and a new hash here."""
 
 from purld.records import IMAGE, content_hash
 from purld.templates import JUDGE, JUDGE_VERSION, SELF_EVALUATION_VERSION, judge_turn, rating_turn, self_evaluation_turn

@@ -29,10 +29,10 @@ from purld.evaluation.answers import answer_prompts
 from purld.evaluation.score_quality import CheckedGroup, check_groups, score_quality
 from purld.model.encode import Encoder
 from purld.model.load import Roles, load_encoder, load_model
-from purld.model.sample import Decoding, seed_from_content
+from purld.model.sample import Decoding, GenerateSampler, seed_from_content
 from purld.model.self_evaluation import GroupScores
 from purld.records import Anchor, Prompt
-from purld.runs.files import read_rows, stopwatch
+from purld.runs.files import measure_seconds, read_rows
 from purld.runs.run_dir import RunDir
 from purld.testbed.server import TEACHER, UserTurn, reply
 from purld.testbed.world.world import (
@@ -45,6 +45,7 @@ from purld.testbed.world.world import (
     teacher_answer,
 )
 from purld.training.align import align
+from purld.training.context import StageContext
 from purld.training.scoring import GroupToScore, Scorer, SelfScorer
 from purld.training.sft import fine_tune
 
@@ -137,16 +138,20 @@ def stage_one_settings(anchors: int) -> Sft:
     )
 
 
+def _context(cell: Cell, run: RunDir) -> StageContext:
+    return StageContext(student(), encoder(), run, cell.seed, _quiet)
+
+
 def _stage_one(cell: Cell, run: RunDir) -> dict[str, Any]:
     """Train p_sft unless it is there."""
     with run.lock():
-        if "sft" not in run.finished():
-            with stopwatch() as seconds:
+        if "sft" not in run.finished_stages():
+            with measure_seconds() as seconds:
                 pairs = anchored(cell)
                 settings = stage_one_settings(cell.anchors)
-                facts = fine_tune(student(), settings, pairs, encoder(), run, cell.seed, _quiet)
+                facts = fine_tune(_context(cell, run), settings, pairs)
             run.finish("sft", seconds[0], **asdict(facts))
-        finished = run.finished()["sft"]
+        finished = run.finished_stages()["sft"]
     curve = [{k: r[k] for k in ("step", "loss", "eval_loss") if k in r} for r in read_rows(run.metrics)]
     return {
         "seconds": finished["seconds"],
@@ -159,22 +164,18 @@ def _stage_one(cell: Cell, run: RunDir) -> dict[str, Any]:
 
 def _stage_two(cell: Cell, stage_one: RunDir, run: RunDir) -> dict[str, Any]:
     """Align p_sft and describe how it went."""
-    if "sft" not in stage_one.finished():
+    if "sft" not in stage_one.finished_stages():
         raise RuntimeError(f"{cell.title}: its Stage I is missing")
     run.path.mkdir(parents=True)
     run.sft.symlink_to(stage_one.sft.resolve())
     pairs, settings, teacher = anchored(cell), _settings(cell), TestbedTeacher()
-    with stopwatch() as seconds:
+    with measure_seconds() as seconds:
         align(
-            student(),
+            _context(cell, run),
             settings,
             pairs,
-            encoder(),
-            run,
-            cell.seed,
-            _quiet,
             teacher=teacher,
-            rescore=lambda scoring: _changed(scoring, cell),
+            change_scorer=lambda scorer: _changed(scorer, cell),
         )
     return {
         "seconds": seconds[0],
@@ -313,7 +314,7 @@ def _measured(cell: Cell, model: Path, folder: Path) -> dict[str, Any]:
             loaded.append(load_model(student(), model))
         return loaded[0]
 
-    with stopwatch() as seconds:
+    with measure_seconds() as seconds:
         drawn = answers(cell, problems, load, Decoding(1.0, 64), SAMPLES[cell.split], folder)
         greedy = [] if cell.split == "validation" else answers(cell, problems, load, Decoding(0.0, 64), 1, folder)
     teacher = [teacher_answer(p) for p in problems]
@@ -338,7 +339,9 @@ def answers(
     path = folder / "work" / f"answers-{cell.id}-{samples}.jsonl"
     path.unlink(missing_ok=True)
     prompts = [_prompt(p) for p in problems]
-    drawn = answer_prompts(load, prompts, encoder(), decoding, samples, 400, cell.seed, path, None, _quiet)
+    drawn = answer_prompts(
+        load, prompts, encoder(), GenerateSampler(encoder(), decoding), samples, 400, cell.seed, path, None, _quiet
+    )
     path.unlink()
     return [[g.text for g in drawn[i : i + samples]] for i in range(0, len(drawn), samples)]
 

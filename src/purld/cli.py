@@ -1,7 +1,7 @@
-"""The command line. Heavy modules are imported by the command that needs them, so that `purld --help` is instant.
+"""The command line.
 
-An error that a user can mend is one sentence on stderr and exit status 2; Ctrl-C is status 130, and the same
-command goes on where it stopped.
+Each command imports what it needs, so that `purld --help` is instant. An error that the user can fix is one sentence on
+stderr and exit status 2. Ctrl-C is exit status 130, and the same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ app = typer.Typer(
 testbed_app = typer.Typer(no_args_is_help=True, help="The synthetic world that the demo runs in.")
 app.add_typer(testbed_app, name="testbed")
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration.", show_default=False)]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Override keys of it.", show_default=False),
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Keys to override in it.", show_default=False),
 ]
 RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", help="Where the run lives; runs/<name of CONFIG> unless given.")
+    Path | None, typer.Option("--run-dir", help="The run directory; runs/<name of CONFIG> by default.")
 ]
 ResendUnknown = Annotated[
     bool,
-    typer.Option("--resend-unknown", help="Ask again what may have been billed without an answer arriving."),
+    typer.Option("--resend-unknown", help="Ask again where an answer may have been billed but never arrived."),
 ]
 
 
 def main() -> None:
-    """Entry point of the `purld` command."""
-    _settle_libraries()
-    _settle_warnings()
+    """Run the `purld` command."""
+    _configure_libraries()
+    _configure_warnings()
     try:
         app()
     except UserError as error:
@@ -57,7 +57,8 @@ def main() -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(
-            f"purld: {where}the disk is full ({error.strerror}); make room, and the same command goes on from here.",
+            f"purld: {where}the disk is full ({error.strerror}); free some space and run the same command again, "
+            "it continues from here.",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -105,7 +106,7 @@ def run(
 def check(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
     """Validate everything and show the plan.
 
-    What will leave this machine, what it may cost, what it takes. Touches no network.
+    What will be sent, what it may cost at most, memory and steps. Uses no network.
     """
     from purld.pipeline.plan import make_plan
     from purld.pipeline.plan_sheet import print_plan
@@ -122,7 +123,7 @@ def anchors(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Ask nothing; write every request that would leave to stdout, as JSONL, byte for byte."
+            "--dry-run", help="Send nothing; write every request that would be sent to stdout, as JSONL, byte for byte."
         ),
     ] = False,
 ) -> None:
@@ -165,7 +166,7 @@ def report(
     run_dir: RunDirOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Where to write; RUN/report.html for one run, report.html for several."),
+        typer.Option("--out", help="The file to write; RUN/report.html for one run, report.html for several."),
     ] = None,
 ) -> None:
     """Write the report of one run or of several."""
@@ -181,7 +182,7 @@ def report(
 @app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run directory.", show_default=False)],
-    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another.", show_default=False)],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another run directory.", show_default=False)],
     judge: Annotated[
         bool, typer.Option("--judge", help="Ask RUN_A's judge about the two models' answers head to head.")
     ] = False,
@@ -204,9 +205,9 @@ def sweep(
         typer.Argument(metavar="KEY.PATH=VALUE,VALUE...", help="Keys and the values they take.", show_default=False),
     ],
     run_dir: Annotated[
-        Path | None, typer.Option("--run-dir", help="Where the runs live; runs/<name of CONFIG>-sweep unless given.")
+        Path | None, typer.Option("--run-dir", help="The folder of the runs; runs/<name of CONFIG>-sweep by default.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; each takes the memory of one.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time; each needs the memory of one run.")] = 1,
 ) -> None:
     """Run every combination of the given values.
 
@@ -221,7 +222,7 @@ def sweep(
 
 @app.command()
 def methods() -> None:
-    """List the methods of alignment."""
+    """List the alignment methods."""
     from purld.methods.table import METHODS
 
     _table(
@@ -244,10 +245,10 @@ def tasks() -> None:
 @app.command()
 def export(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write; RUN/export unless given.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The directory to write; RUN/export by default.")] = None,
     stage: Annotated[str, typer.Option(help="align, or sft for Stage I's model.")] = "align",
 ) -> None:
-    """Write a run's model for serving, adapters merged."""
+    """Export a run's model for serving, with adapters merged."""
     from purld.pipeline.export import export_model
 
     path = export_model(run_path, out, stage)
@@ -261,9 +262,9 @@ def ledger(
         Path | None, typer.Option("--export", help="Write every request and answer to this JSONL file.")
     ] = None,
 ) -> None:
-    """Show what left the building and what it cost.
+    """Show what was sent to remote models and what it cost.
 
-    With --export, every request and answer.
+    With --export, write every request and answer to a file.
     """
     from purld.pipeline.export import ledger_totals
 
@@ -277,14 +278,14 @@ def ledger(
 
 @testbed_app.command("build")
 def testbed_build(
-    out: Annotated[Path, typer.Argument(help="Where to write the student.")],
+    out: Annotated[Path, typer.Argument(help="The directory to write.")],
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     student: Annotated[str, typer.Option(help="text, qwen2_5_vl or llava.")] = "text",
 ) -> None:
-    """Make a tiny student again, on the CPU.
+    """Train a tiny student of the demo again, on the CPU.
 
-    The one that reads is made from nothing; those that see are built on it, in rounds: stopped, they go on after the
-    last that was finished.
+    The text student is trained from scratch, the image students on top of it in rounds. A build that was stopped
+    continues after its last finished round.
     """
     from purld.testbed.students.build import build_student
 
@@ -317,11 +318,11 @@ def _execute(
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends a run in one sentence."""
+    """End a run at Ctrl-C in one sentence."""
     try:
         yield
     except KeyboardInterrupt:
-        print("purld: interrupted; the same command goes on from here.", file=sys.stderr)
+        print("purld: interrupted; run the same command again to continue.", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
@@ -338,7 +339,7 @@ def _reporter() -> Any:
 
 
 def _closing(run: Any) -> None:
-    """The results of a finished run as a table on stdout."""
+    """Print the results of a finished run as a table."""
     from purld.display.results import print_results
 
     print_results(run)
@@ -353,11 +354,11 @@ def _dry_run(config: Path, overrides: Sequence[str] | None, run_dir: Path | None
     reporter = _reporter()
     pools = load_prompt_pools(settings, Pipeline(settings, run, reporter).encoder, reporter.say)
     count, size = write_dry_run(sys.stdout, settings, pools, run, resend_unknown)
-    reporter.say(f"{count:,} requests of {size:,} bytes would leave this machine; nothing was sent.")
+    reporter.say(f"{count:,} requests of {size:,} bytes would be sent; nothing was.")
 
 
 def _amount(value: float) -> str:
-    """Money with four decimals, a count with separators."""
+    """Format money with four decimals and counts with separators."""
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
 
 
@@ -372,11 +373,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def _settle_libraries() -> None:
-    """Settings that libraries read when they are imported.
+def _configure_libraries() -> None:
+    """Set what libraries read when they are imported: no progress bars and advice, and OpenMP threads that sleep.
 
-    Their own bars and advice are for people who call them. OpenMP's threads shall sleep and not spin while they
-    wait: where something else runs on a core, spinning made a training step on two threads 19 times slower.
+    While they wait, OpenMP threads spin by default. Where another process uses a core, that made a training step on two
+    threads 19 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -386,8 +387,8 @@ def _settle_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _settle_warnings() -> None:
-    """Our own warnings are a line for the user; what libraries say of their future is for their own callers."""
+def _configure_warnings() -> None:
+    """Print our own warnings as a line for the user; hide the deprecation warnings of libraries."""
     show_others = warnings.showwarning
 
     def show(

@@ -1,20 +1,20 @@
-"""The one kind of error a user can cause, and the one kind of warning."""
+"""The error and the warning that the command line shows as one sentence, without a traceback."""
 
 
 class UserError(Exception):
-    """Bad input that its user can mend: the message is one sentence that names the file, key or row.
+    """Bad input that the user can fix; the message is one sentence that names the file, key or row.
 
     The command line prints it on stderr without a traceback and exits with status 2.
     """
 
 
 class PlainWarning(UserWarning):
-    """Something found deep inside that the user should know: the message is one sentence.
+    """A warning for the user; the message is one sentence.
 
-    The command line prints it as a line of its own, without the file and line of our code.
+    The command line prints it on a line by itself, without a file name and line number of purld's code.
     """
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error says, as the end of a sentence; its type's name if it says nothing."""
+    """Return the first line of an error's message without its full stop, or the type's name if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,6 +1,6 @@
-"""What travels between the rooms: frozen records whose ids are hashes of their content.
+"""Frozen records that all packages share: prompts, anchors, generations, groups and verdicts.
 
-Nothing here reads files, knows a model or imports torch.
+Ids are hashes of content. Nothing here reads files, depends on a model or imports torch.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import Any, Literal
 
 Outcome = Literal["win", "loss", "tie", "unjudged"]
 
-# Where an image stands in a message: Unicode's object replacement character, which no text has a use for.
+# Marks the position of an image in a message: Unicode's object replacement character, which plain text does not use.
 IMAGE = "\ufffc"
 
 
 def content_hash(value: object) -> str:
-    """The first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
+    """Return the first 16 hex digits of the SHA-256 of `value` as canonical JSON."""
     canonical = json.dumps(value, ensure_ascii=True, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Image:
-    """A picture of a prompt, known by its content: the file `path`, or the encoded bytes `data` where there is none.
+    """An image of a prompt, identified by its content and stored as a file (`path`) or as encoded bytes (`data`).
 
-    `digest` is of the encoded bytes. `size` is (width, height) in pixels, upright.
+    `digest` is a hash of the encoded bytes. `size` is (width, height) in pixels, after rotation to upright.
     """
 
     digest: str
@@ -39,7 +39,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat; each IMAGE in `content` stands for the next of the prompt's images."""
+    """One turn of a chat; each IMAGE in `content` marks the position of the next of the prompt's images."""
 
     role: str
     content: str
@@ -47,47 +47,48 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question to the student and the teacher.
+    """A prompt for the student and the teacher.
 
-    `images` are those of all its messages, in the order of their marks. `reference` is gold that only the evaluation
-    may read. `metadata` is whatever else the row held, and `place` says where the row is ("pool.jsonl, line 7").
+    `images` lists the images of all messages, in the order of their IMAGE marks. `reference` is the gold answer, which
+    only the evaluation may read. `metadata` holds the other columns of the row, and `location` names the row
+    ("pool.jsonl, line 7").
 
     Raises:
-        ValueError: the messages do not have one IMAGE for each image.
+        ValueError: the number of IMAGE marks differs from the number of images.
     """
 
     messages: tuple[Message, ...]
     images: tuple[Image, ...] = ()
     reference: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
-    place: str = field(default="", compare=False)
+    location: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         marks = sum(m.content.count(IMAGE) for m in self.messages)
         if marks != len(self.images):
-            raise ValueError(f"a prompt of {len(self.images)} images has {marks} places for them")
+            raise ValueError(f"a prompt with {len(self.images)} images has {marks} IMAGE marks")
 
     @cached_property
     def id(self) -> str:
-        """A hash of what the model is shown; gold, metadata and the names of files do not change it."""
+        """Return a hash of what the model is shown; the reference, metadata and file names do not change it."""
         return content_hash([[[m.role, m.content] for m in self.messages], [i.digest for i in self.images]])
 
     @property
     def question(self) -> str:
-        """The conversation as one text, IMAGE marks included, for templates that quote it: turns are labelled."""
+        """Return the conversation as one text for templates; several turns are labelled, IMAGE marks are kept."""
         if len(self.messages) == 1:
             return self.messages[0].content
         return "\n\n".join(f"[{m.role}]\n{m.content}" for m in self.messages)
 
     @classmethod
     def from_text(cls, text: str, **fields: Any) -> Prompt:
-        """A prompt of one user turn."""
+        """Create a prompt of one user turn."""
         return cls(messages=(Message("user", text),), **fields)
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """The teacher's one answer to a prompt: the positive seed of section 3.3."""
+    """The teacher's single answer to a prompt: the positive seed of section 3.3."""
 
     prompt_id: str
     text: str
@@ -95,7 +96,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer of one model to an evaluation prompt; `finished` is False if it met the length limit."""
+    """One answer of one model to a held-out prompt; `finished` is False if it was cut at the length limit."""
 
     prompt_id: str
     sample: int
@@ -106,11 +107,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """One prompt's K candidates in Stage II with everything the update saw, for logs and the report.
+    """One prompt's K candidates in Stage II with all inputs of the update, for logs and the report.
 
-    Every list is of length K; in it, `None` marks a candidate without a score. What a method does not have, such as
-    labels in one that learns from advantages, is `None` as a whole. `label_divergence` is KL(D || q) of the group, and
-    `completions` the candidates as token ids, for the groups that are measured again at the end.
+    Every list has length K; an item that is `None` belongs to a candidate without a score. A field that the method does
+    not use (labels, in a method that learns from advantages) is `None`. `label_divergence` is KL(D || q) of the group.
+    `completions` holds the candidates as token ids, only for groups that are measured again at the end.
     """
 
     step: int
@@ -131,10 +132,10 @@ class GroupRecord:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge said of one answer against the opponent's, with the judge's raw words.
+    """A judge's verdict on one answer against the opponent's, with the judge's raw reply.
 
-    `asked` is how often the judge was asked: 0 where there was nothing to ask, more than 1 where its first reply
-    was no verdict; `raw` then holds all its replies.
+    `asked` counts the questions to the judge: 0 if there was nothing to compare, more than 1 if its first reply was not
+    a verdict; `raw` then holds all its replies.
     """
 
     prompt_id: str

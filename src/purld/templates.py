@@ -1,7 +1,7 @@
-"""The words that models are shown, in one place and versioned: self-evaluation and judge prompts.
+"""Versioned prompt templates for self-evaluation, rating and judging.
 
-A question brings the places of its images along; what a model wrote brings none. Change a text and you change what is
-measured: raise its version in the same commit. Runs record the versions.
+The question keeps its IMAGE marks; texts written by models lose theirs. Changing a text changes what is measured, so
+raise its version in the same commit. Runs record the versions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ RATING_VERSION = "rating-1"
 JUDGE_VERSION = "judge-1"
 
 # Appendix C.4: question, reference answer, candidate answer, scalar score. Everything up to the candidate is
-# the same for the K+1 evaluations of a group, so the candidate comes last and the head can be computed once.
+# the same for the K+1 evaluations of a group, so the candidate comes last and the prefix is computed once.
 SELF_EVALUATION_HEAD = (
     "Rate the candidate answer against the reference answer.\n"
     "Reply with one number between 0.00 and 1.00: 1.00 if the candidate is as good as the reference, "
@@ -24,7 +24,7 @@ SELF_EVALUATION_HEAD = (
 )
 SELF_EVALUATION_TAIL = "\n\nScalar Score:"
 
-# The same question without a reference: what the student (self_ppo) or the teacher (teacher_judge_grpo) is asked.
+# Self-evaluation without a reference, for the student (self_ppo) or the teacher (teacher_judge_grpo).
 RATING_HEAD = (
     "Rate the candidate answer.\n"
     "Reply with one number between 0.00 and 1.00: 1.00 if the candidate answers the question as well as can be, "
@@ -48,24 +48,24 @@ JUDGE = (
     "=== Response B ===\n{answer_b}"
 )
 
-# Our own addition: what a judge is told whose reply was none of the three characters.
+# Not from the paper: the follow-up to a judge whose reply was none of the three characters.
 JUDGE_AGAIN = "Reply with exactly one character and nothing else: A, B or T."
 
 
 def self_evaluation_turn(question: str, anchor: str, candidate: str) -> str:
-    """The user turn that asks the student to score `candidate` against `anchor`."""
-    # One pass of str.format: braces inside the texts are not fields.
+    """Return the user turn that asks the student to score `candidate` against `anchor`."""
+    # str.format runs once, so braces inside the inserted texts are not treated as fields.
     head = SELF_EVALUATION_HEAD.format(question=question, anchor=without_image_marks(anchor))
     return head + without_image_marks(candidate) + SELF_EVALUATION_TAIL
 
 
 def rating_turn(question: str, candidate: str) -> str:
-    """The user turn that asks a model to score `candidate` without a reference."""
+    """Return the user turn that asks a model to score `candidate` without a reference."""
     return RATING_HEAD.format(question=question) + without_image_marks(candidate) + SELF_EVALUATION_TAIL
 
 
 def judge_turn(question: str, reference: str, answer_a: str, answer_b: str) -> str:
-    """The user turn that asks a judge to choose between two answers."""
+    """Return the user turn that asks a judge to choose between two answers."""
     return JUDGE.format(
         question=question,
         reference=without_image_marks(reference),
@@ -75,5 +75,5 @@ def judge_turn(question: str, reference: str, answer_a: str, answer_b: str) -> s
 
 
 def without_image_marks(text: str) -> str:
-    """What a model wrote, as text alone: an IMAGE in it is no place of an image."""
+    """Replace IMAGE marks in a text that a model wrote by spaces: they do not stand for images."""
     return text.replace(IMAGE, " ")

@@ -1,4 +1,4 @@
-"""A server that misbehaves, endpoints that point at it, and a ledger."""
+"""Fixtures: a faulty server, endpoints configured for it, and a ledger."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from misbehaving import SECRET, Server, serving
+from faulty_server import SECRET, Server, running_server
 
-from purld.clients import rate_limit as pace
+from purld.clients import rate_limit
 from purld.clients.ledger import Ledger
-from purld.config.schema import OpenAIEndpoint
+from purld.config.clients import OpenAIEndpoint
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with serving() as server:
+    with running_server() as server:
         yield server
 
 
 @pytest.fixture
 def endpoint(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OpenAIEndpoint]:
-    """Makes endpoints at the server; waits between repeats are a hundred times shorter than in life."""
-    monkeypatch.setattr(pace, "FIRST_WAIT", 0.01)
+    """Return a factory of endpoints at the server, with waits between retries a hundred times shorter."""
+    monkeypatch.setattr(rate_limit, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("TEST_KEY", SECRET)
 
     def make(**settings: Any) -> OpenAIEndpoint:

@@ -1,4 +1,4 @@
-"""The policy for answers that are not whole ones."""
+"""The anchor policy for incomplete answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from purld.clients.anchors import collect_anchors
 from purld.clients.base import Reply
-from purld.config.schema import AnchorPolicy
+from purld.config.clients import AnchorPolicy
 from purld.errors import UserError
 from purld.records import Anchor, Prompt
 
@@ -22,16 +22,16 @@ REPLIES = {
 }
 
 
-class Scripted:
+class ScriptedClient:
     def ask(self, prompts, on_reply=None):
         replies = [REPLIES[prompt.question] for prompt in prompts]
-        for place, reply in enumerate(replies):
-            on_reply(place, reply)
+        for index, reply in enumerate(replies):
+            on_reply(index, reply)
         return replies
 
 
 def collect(*texts: str, **policy: str):
-    return collect_anchors([Prompt.from_text(text) for text in texts], Scripted(), AnchorPolicy(**policy))
+    return collect_anchors([Prompt.from_text(text) for text in texts], ScriptedClient(), AnchorPolicy(**policy))
 
 
 def test_by_default_only_whole_answers_are_anchors_and_all_else_is_counted():
@@ -71,6 +71,6 @@ def test_no_anchor_at_all_names_the_most_common_reason():
 def test_progress_counts_every_reply():
     steps = []
     collect_anchors(
-        [Prompt.from_text(text) for text in REPLIES], Scripted(), on_progress=lambda c: steps.append(c.total())
+        [Prompt.from_text(text) for text in REPLIES], ScriptedClient(), on_progress=lambda c: steps.append(c.total())
     )
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from image_factory import encoded, picture, save_picture
+from image_factory import encode_image, make_image, save_image
 
-from purld.clients.answer_file import OTHER_IMAGES, OTHER_PROMPT, SEVERAL, AnswerFileClient
-from purld.config.schema import AnswerFile, FileColumns
+from purld.clients.answer_file import AMBIGUOUS_IMAGES, CONFLICTING_ANSWERS, OTHER_PROMPT, AnswerFileClient
+from purld.config.clients import AnswerFile, FileColumns
 from purld.data.images import read_image
 from purld.errors import UserError
 from purld.records import IMAGE, Message, Prompt
@@ -41,7 +41,7 @@ def test_matching_by_prompt_by_id_and_by_content_hash(client):
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": "D"},
     ]
     seen = []
-    replies = client(*rows).ask(prompts, lambda place, reply: seen.append((place, reply)))
+    replies = client(*rows).ask(prompts, lambda index, reply: seen.append((index, reply)))
     assert [reply.text for reply in replies] == ["A", "B", "C", "D", None]
     assert [reply.state for reply in replies] == ["answered"] * 4 + ["missing"]
     assert seen == list(enumerate(replies))
@@ -60,32 +60,32 @@ def test_duplicates_that_differ_are_reported_and_equal_ones_are_not(client):
         {"prompt": "d", "answer": None},
     ]  # fmt: skip
     a, b, c, d = client(*rows).ask([Prompt.from_text(text) for text in "abcd"])
-    assert (a.text, a.detail) == ("1", SEVERAL)
+    assert (a.text, a.detail) == ("1", CONFLICTING_ANSWERS)
     assert (b.text, b.detail) == ("1", "")
     assert (c.text, c.detail) == ("late", "")
     assert (d.state, d.detail) == ("missing", "the answer is empty")
 
 
-def pictured(text: str, seed: int = 0, **fields: object) -> Prompt:
-    return Prompt.from_text(text, images=(read_image(encoded(picture(seed=seed)), Path()),), **fields)
+def image_prompt(text: str, seed: int = 0, **fields: object) -> Prompt:
+    return Prompt.from_text(text, images=(read_image(encode_image(make_image(seed=seed)), Path()),), **fields)
 
 
 def test_prompts_with_images_are_found_as_users_write_them(client, tmp_path):
-    """By the words with or without markers, as chats with places, by id, or by the images beside the words."""
+    """By text with or without markers, by chats with image parts, by id, or by text and images."""
     prompts = [
-        pictured(f"{IMAGE}Is it red?"),
-        pictured(f"Is {IMAGE} green?"),
-        pictured(f"{IMAGE}Is it blue?"),
-        pictured(f"{IMAGE}Which?", seed=1, metadata={"id": "x1"}),
-        pictured(f"{IMAGE}Which?", seed=2),
-        pictured(f"{IMAGE}Which?", seed=3),
+        image_prompt(f"{IMAGE}Is it red?"),
+        image_prompt(f"Is {IMAGE} green?"),
+        image_prompt(f"{IMAGE}Is it blue?"),
+        image_prompt(f"{IMAGE}Which?", seed=1, metadata={"id": "x1"}),
+        image_prompt(f"{IMAGE}Which?", seed=2),
+        image_prompt(f"{IMAGE}Which?", seed=3),
     ]
-    save_picture(tmp_path / "two.png", seed=2)
-    place = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it blue?"}]}]
+    save_image(tmp_path / "two.png", seed=2)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it blue?"}]}]
     rows = [
         {"prompt": "Is it red?", "answer": "R"},
         {"prompt": "Is <image> green?", "answer": "G"},
-        {"prompt": place, "answer": "B"},
+        {"prompt": chat, "answer": "B"},
         {"id": "x1", "prompt": "<image>\nWhich?", "answer": "1"},
         {"prompt": "Which?", "images": ["two.png"], "answer": "2"},
         {"id": prompts[5].id, "answer": "3"},
@@ -96,25 +96,25 @@ def test_prompts_with_images_are_found_as_users_write_them(client, tmp_path):
 
 
 def test_the_images_decide_between_prompts_of_the_same_words(client):
-    """A wrong anchor is worse than none: words alone do not tell which picture is meant."""
-    first, second = (pictured(f"{IMAGE}Which?", seed=n) for n in (1, 2))
+    """A wrong anchor is worse than none, and text alone does not identify the image."""
+    first, second = (image_prompt(f"{IMAGE}Which?", seed=n) for n in (1, 2))
     for rows in (
         [{"prompt": "Which?", "answer": "A"}],  # one answer, two prompts
         [{"prompt": "Which?", "answer": "A"}, {"prompt": "<image>Which?", "answer": "B"}],
     ):
-        assert [r.detail for r in client(*rows).ask([first, second])] == [OTHER_IMAGES] * 2
+        assert [r.detail for r in client(*rows).ask([first, second])] == [AMBIGUOUS_IMAGES] * 2
     [reply] = client(*rows).ask([first])
-    assert (reply.state, reply.detail) == ("missing", OTHER_IMAGES)
+    assert (reply.state, reply.detail) == ("missing", AMBIGUOUS_IMAGES)
     [reply] = client(rows[0]).ask([first])
     assert reply.text == "A"
 
 
 def test_an_answer_about_other_images_is_not_taken(client, tmp_path):
-    save_picture(tmp_path / "two.png", seed=2)
+    save_image(tmp_path / "two.png", seed=2)
     row = {"id": 1, "prompt": "Which?", "images": "two.png", "answer": "2"}
-    [reply] = client(row).ask([pictured(f"{IMAGE}Which?", seed=1, metadata={"id": 1})])
+    [reply] = client(row).ask([image_prompt(f"{IMAGE}Which?", seed=1, metadata={"id": 1})])
     assert (reply.state, reply.detail) == ("missing", OTHER_PROMPT)
-    [reply] = client(row).ask([pictured(f"{IMAGE}Which?", seed=1)])
+    [reply] = client(row).ask([image_prompt(f"{IMAGE}Which?", seed=1)])
     assert reply.state == "missing"
     [reply] = client({"prompt": "Which?", "answer": "A"}).ask([Prompt.from_text("Which?")])
     assert reply.text == "A", "a prompt without images is itself"

@@ -1,4 +1,4 @@
-"""Every fault of an endpoint, over real HTTP: what is repeated, what is paid, what is remembered."""
+"""All faults of an endpoint, over real HTTP: which calls are repeated, billed and stored."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from image_factory import encoded, picture, save_picture
-from misbehaving import SECRET, answer, completion, date_in, drip, error, hang_up, raw, reset, silence
+from faulty_server import SECRET, answer, completion, date_in, drip, error, hang_up, raw, reset, silence
+from image_factory import encode_image, make_image, save_image
 from PIL import Image
 
 from purld import records
 from purld.clients import endpoint as endpoint_module
-from purld.clients import rate_limit as pace
+from purld.clients import rate_limit
 from purld.clients.endpoint import EndpointClient
 from purld.clients.ledger import Ledger, LedgerView
 from purld.clients.requests import (
@@ -30,7 +30,7 @@ from purld.clients.requests import (
     max_image_tokens,
     worst_case_tokens,
 )
-from purld.config.schema import OpenAIEndpoint
+from purld.config.clients import OpenAIEndpoint
 from purld.data.images import read_image
 from purld.errors import UserError
 from purld.evaluation.judge import judge_questions
@@ -57,23 +57,23 @@ def test_replies_come_in_the_order_of_the_prompts_and_are_durable_when_announced
         ]
     seen = []
 
-    def on_reply(place, reply):
+    def on_reply(index, reply):
         with sqlite3.connect(ledger.path) as other:
             seen.append(
-                (place, reply.text, other.execute("SELECT text FROM calls WHERE text = ?", (reply.text,)).fetchone())
+                (index, reply.text, other.execute("SELECT text FROM calls WHERE text = ?", (reply.text,)).fetchone())
             )
 
     replies = EndpointClient(endpoint(), ledger, "teacher").ask(prompts(*"abcdef"), on_reply)
     assert [reply.text for reply in replies] == ["aa", "bb", "cc", "dd", "ee", "ff"]
     assert sorted(seen) == [(n, text * 2, (text * 2,)) for n, text in enumerate("abcdef")]
-    assert [place for place, *_ in seen] != sorted(place for place, *_ in seen), "slow first prompts held up others"
+    assert [index for index, *_ in seen] != sorted(index for index, *_ in seen), "slow first prompts held up others"
 
 
 def test_the_ledger_holds_the_bytes_that_left(server, endpoint, ledger):
     config = endpoint(system="Be brief.", extra_body={"top_p": 0.5}, token_limit_field="max_completion_tokens")
     prompt = Prompt((Message("user", "Çava? \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")),))
     EndpointClient(config, ledger, "teacher").ask([prompt])
-    [row] = ledger.rows()
+    [row] = ledger.iter_requests()
     assert server.bodies == [build_request(config, prompt).body.encode()]
     assert row["request"] == json.loads(server.bodies[0])
     assert row["request"]["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -116,7 +116,7 @@ def sent_urls(request) -> list[str]:
 def test_the_bytes_of_an_image_are_part_of_the_question_and_its_name_is_not(endpoint, tmp_path):
     keys = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        data = save_picture(tmp_path / f"{name}.png", seed=seed).read_bytes()
+        data = save_image(tmp_path / f"{name}.png", seed=seed).read_bytes()
         request = build_request(
             endpoint(), Prompt.from_text(f"{IMAGE}q", images=(read_image(f"{name}.png", tmp_path),))
         )
@@ -126,7 +126,7 @@ def test_the_bytes_of_an_image_are_part_of_the_question_and_its_name_is_not(endp
 
 
 def test_images_leave_where_they_stand_in_the_chat(endpoint):
-    red, green, blue = (read_image(encoded(picture(seed=n)), Path()) for n in range(3))
+    red, green, blue = (read_image(encode_image(make_image(seed=n)), Path()) for n in range(3))
     messages = (
         Message("system", "S"), Message("user", f"{IMAGE} and {IMAGE}\n"), Message("assistant", "A"),
         Message("user", f"like {IMAGE}?"),
@@ -136,14 +136,14 @@ def test_images_leave_where_they_stand_in_the_chat(endpoint):
     first, second, third = ({"type": "image_url", "image_url": {"url": url}} for url in urls)
     assert [turn["content"] for turn in json.loads(request.body)["messages"]] == [
         "S",
-        [first, {"type": "text", "text": " and "}, second],  # white space alone is no part: some endpoints refuse it
+        [first, {"type": "text", "text": " and "}, second],  # some endpoints refuse a part that is only white space
         "A",
         [{"type": "text", "text": "like "}, third, {"type": "text", "text": "?"}],
     ]
 
 
 def test_an_image_leaves_within_the_configured_bounds(endpoint):
-    image = read_image(encoded(picture(900, 600), "JPEG"), Path())
+    image = read_image(encode_image(make_image(900, 600), "JPEG"), Path())
     prompt = Prompt.from_text(f"{IMAGE}q", images=(image,))
     whole = build_request(endpoint(), prompt)
     small = build_request(endpoint(max_image_side=300), prompt)
@@ -153,7 +153,7 @@ def test_an_image_leaves_within_the_configured_bounds(endpoint):
 
 
 def test_a_scorer_and_a_judge_see_the_images_of_the_question(endpoint):
-    prompt = Prompt.from_text(f"Is {IMAGE} red?", images=(read_image(encoded(picture()), Path()),))
+    prompt = Prompt.from_text(f"Is {IMAGE} red?", images=(read_image(encode_image(make_image()), Path()),))
     for asked in (
         rating_prompt(prompt, f"{IMAGE}yes"),
         judge_questions([prompt], [Generation(prompt.id, 0, f"no{IMAGE}", 1, True)], {prompt.id: "yes"})[0],
@@ -180,21 +180,21 @@ def test_the_worst_case_of_an_image_follows_from_its_size(endpoint, model, size,
     assert max_image_tokens(endpoint(model=model), records.Image("a1", size)) == tokens
     bare = worst_case_tokens(endpoint(model=model), Prompt.from_text("q"))[0]
     prompt = Prompt.from_text(f"{IMAGE}q{IMAGE}", images=(records.Image("a1", size),) * 2)
-    # A mark is three bytes, which are counted along.
+    # An IMAGE mark is three bytes, which count as text.
     assert worst_case_tokens(endpoint(model=model), prompt)[0] == bare + 2 * tokens + 2 * len(IMAGE.encode())
 
 
 def test_an_image_that_changed_since_the_prompts_were_read_does_not_leave(server, endpoint, ledger, tmp_path):
-    path = save_picture(tmp_path / "a.png", seed=101)
+    path = save_image(tmp_path / "a.png", seed=101)
     prompt = Prompt.from_text(f"{IMAGE}q", images=(read_image("a.png", tmp_path),))
-    save_picture(path, seed=9)
+    save_image(path, seed=9)
     with pytest.raises(UserError, match=r"a\.png: the image has changed"):
         EndpointClient(endpoint(), ledger, "teacher").ask([prompt])
     assert server.bodies == []
 
 
 def test_what_is_under_way_is_kept_when_an_image_goes_missing(server, endpoint, ledger, monkeypatch):
-    """The second prompt's image vanishes after its key was known, while the first prompt is being answered."""
+    """The second prompt's image disappears after its key was computed, while the first prompt is being answered."""
 
     def request(config, prompt):
         if prompt.question == "gone":
@@ -209,11 +209,11 @@ def test_what_is_under_way_is_kept_when_an_image_goes_missing(server, endpoint, 
 
     server.started = threading.Event()
     server.script["slow"] = [slow]
-    monkeypatch.setattr(endpoint_module, "request_of", request)
+    monkeypatch.setattr(endpoint_module, "build_request", request)
     with pytest.raises(UserError, match=r"a\.png: the image cannot be read any more"):
         ask(endpoint(concurrency=2), ledger, ["slow", "gone", "later"])
     assert server.arrived == ["slow"]
-    assert [row["answer"] for row in ledger.rows()] == ["paid for"]
+    assert [row["answer"] for row in ledger.iter_requests()] == ["paid for"]
 
 
 def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):
@@ -226,7 +226,7 @@ def test_the_worst_case_bounds_any_tokenizer_that_falls_back_to_bytes(endpoint):
     assert more >= input_tokens + 200, "what goes along with every request is read, too"
 
 
-# What a server does on each arrival; the reply; the last call's error; calls that left; tokens that count.
+# The server's action on each arrival; the reply; the last call's error; calls sent; tokens that count towards caps.
 WORST = len("q") + TOKENS_PER_CALL + 2 * TOKENS_PER_MESSAGE + 100
 FAULTS = {
     "429": ([error(429)], "answered", None, 2, 15),
@@ -273,19 +273,19 @@ def test_fault(name, server, endpoint, ledger):
     script, state, error_class, calls, tokens = FAULTS[name]
     server.script["q"] = script
     [reply] = ask(endpoint(timeout=0.4, max_tokens_per_answer=100), ledger, ["q"])
-    [row] = ledger.rows()
+    [row] = ledger.iter_requests()
     assert (reply.state, row["calls"][-1]["error"]) == (state, error_class)
     assert bool(reply.detail) == (state != "answered")
     totals = ledger.totals("teacher")
     assert totals["calls"] == calls == len(server.arrived)
     assert totals["prompts"] == 1
-    assert ledger.booked("teacher").tokens == tokens
+    assert ledger.booked_spend("teacher").tokens == tokens
 
 
 def test_the_raw_body_of_a_failure_is_kept(server, endpoint, ledger):
     server.script["q"] = [raw(b"<html>Sign in</html>")]
     ask(endpoint(), ledger, ["q"])
-    [row] = ledger.rows()
+    [row] = ledger.iter_requests()
     assert row["calls"][0]["raw"] == "<html>Sign in</html>"
 
 
@@ -320,9 +320,9 @@ def test_connection_refused_is_repeated_and_counts_as_no_call(endpoint, ledger):
         config = endpoint(base_url=f"http://127.0.0.1:{closed.getsockname()[1]}/v1", max_calls=1)
         [reply] = ask(config, ledger, ["q"])
     assert (reply.state, reply.detail) == ("failed", "no connection to the endpoint")
-    [row] = ledger.rows()
+    [row] = ledger.iter_requests()
     assert len(row["calls"]) == 4
-    assert ledger.totals("teacher")["calls"] == ledger.booked("teacher").calls == 0
+    assert ledger.totals("teacher")["calls"] == ledger.booked_spend("teacher").calls == 0
 
 
 @pytest.mark.parametrize("form", ["seconds", "date"])
@@ -343,7 +343,7 @@ def test_retry_after_is_waited_for_by_all(server, endpoint, ledger, form):
 
 
 def test_a_long_retry_after_is_bounded(server, endpoint, ledger, monkeypatch):
-    monkeypatch.setattr(pace, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(rate_limit, "LONGEST_WAIT", 0.05)
     server.script["q"] = [error(429, headers={"Retry-After": "86400"})]
     assert ask(endpoint(), ledger, ["q"])[0].state == "answered"
 
@@ -354,7 +354,7 @@ def test_a_long_retry_after_is_bounded(server, endpoint, ledger, monkeypatch):
         (error(401, message=f"Incorrect API key provided: {SECRET}"), "environment variable TEST_KEY (HTTP 401)"),
         (error(404, "model_not_found", "The model m does not exist"), "has no model 'm'"),
         (error(429, "insufficient_quota", "You exceeded your quota"), "quota is used up"),
-        (raw(b"", 307), "redirects elsewhere"),
+        (raw(b"", 307), "redirects to another address"),
     ],
 )
 def test_what_no_other_prompt_can_survive_stops_at_once(server, endpoint, ledger, fault, words):
@@ -367,7 +367,7 @@ def test_what_no_other_prompt_can_survive_stops_at_once(server, endpoint, ledger
 
 
 def test_an_endpoint_that_is_down_stops_the_run_and_not_one_fault_among_answers(server, endpoint, ledger, monkeypatch):
-    monkeypatch.setattr(endpoint_module, "STOP_AFTER", 3)
+    monkeypatch.setattr(endpoint_module, "MAX_CONSECUTIVE_FAILURES", 3)
     server.script |= {f"question {n}": [error(503)] * 9 for n in range(0, 10, 2)}
     replies = EndpointClient(endpoint(concurrency=1), ledger, "teacher").ask(numbered(10))
     assert [reply.state for reply in replies] == ["failed", "answered"] * 5
@@ -381,7 +381,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_not_one_fault_among_answers(
 @pytest.mark.parametrize("cap", ["max_calls", "max_tokens", "max_cost"])
 @pytest.mark.parametrize("fault", [None, error(503), hang_up])
 def test_a_cap_is_never_passed_at_any_concurrency(server, endpoint, ledger, cap, fault, monkeypatch):
-    monkeypatch.setattr(endpoint_module, "STOP_AFTER", 10**9)
+    monkeypatch.setattr(endpoint_module, "MAX_CONSECUTIVE_FAILURES", 10**9)
     if fault:
         server.script = {prompt.question: [fault] for prompt in numbered(60)[::3]}
     worst = len("question 10") + TOKENS_PER_CALL + 2 * TOKENS_PER_MESSAGE + 20
@@ -389,7 +389,9 @@ def test_a_cap_is_never_passed_at_any_concurrency(server, endpoint, ledger, cap,
     config = endpoint(concurrency=16, max_tokens_per_answer=20, input_price=1.0, output_price=1.0, **{cap: limit})
     highest = []
     monkeypatch.setattr(
-        ledger, "sent", lambda call, sent=ledger.sent: (highest.append(ledger.booked("teacher")), sent(call))
+        ledger,
+        "mark_sent",
+        lambda call, sent=ledger.mark_sent: (highest.append(ledger.booked_spend("teacher")), sent(call)),
     )
     replies = EndpointClient(config, ledger, "teacher").ask(numbered(60))
     measure = {"max_calls": "calls", "max_tokens": "tokens", "max_cost": "cost"}[cap]
@@ -399,9 +401,9 @@ def test_a_cap_is_never_passed_at_any_concurrency(server, endpoint, ledger, cap,
     capped = [reply for reply in replies if reply.state == "capped"]
     assert capped and cap in capped[0].detail
     assert {reply.state for reply in replies} <= {"answered", "capped", "unknown", "failed"}
-    # What was left under the cap could not hold one more call.
+    # The remainder under the cap was too small for another call.
     room = {"max_calls": 1, "max_tokens": worst, "max_cost": worst / 1e6}[cap]
-    assert getattr(ledger.booked("teacher"), measure) + room > limit
+    assert getattr(ledger.booked_spend("teacher"), measure) + room > limit
 
 
 def test_a_cap_counts_what_earlier_runs_spent(server, endpoint, tmp_path):
@@ -425,7 +427,7 @@ def test_a_server_that_reports_no_usage_is_booked_at_the_worst(server, endpoint,
     totals = ledger.totals("teacher")
     assert (totals["answered"], totals["cost"]) == (1, 0)
     assert totals["unsettled_cost"] == pytest.approx(WORST / 1e6)
-    assert ledger.booked("teacher").tokens == WORST
+    assert ledger.booked_spend("teacher").tokens == WORST
 
 
 def test_cost_follows_the_reported_usage(server, endpoint, ledger):
@@ -531,7 +533,7 @@ def test_what_a_run_beside_this_one_bought_is_not_bought_again(server, endpoint,
     )
     with Ledger(second, [first]) as ledger:
         assert ask(endpoint(), ledger, ["lost"], resend_unknown=True)[0].state == "answered"
-        assert len(list(ledger.rows())) == 4
+        assert len(list(ledger.iter_requests())) == 4
 
 
 def test_no_key_of_another_service_is_sent(server, ledger, monkeypatch):
@@ -569,14 +571,14 @@ def test_a_full_disk_is_one_sentence_and_stops_the_run(server, endpoint, ledger)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 20 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(place)]
+    """Mount a file system of 20 MiB."""
+    mount_point = tmp_path / "small"
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(mount_point)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def test_a_full_disk_costs_no_answer(server, endpoint, small_disk):
@@ -588,6 +590,6 @@ def test_a_full_disk_costs_no_answer(server, endpoint, small_disk):
     with LedgerView(small_disk / "l.sqlite") as ledger:
         assert ledger.totals("teacher")["answered"] == len(server.arrived) == len(server.finished)
     (small_disk / "filler").write_bytes(bytes(2**20))
-    with pytest.raises(UserError, match="no room of 16 MiB"):
+    with pytest.raises(UserError, match="cannot reserve 16 MiB"):
         Ledger(small_disk / "l.sqlite")
     assert not (small_disk / "l.sqlite.room").exists()

@@ -1,4 +1,4 @@
-"""kill -9 and Ctrl-C in the middle of a collection, with sixteen calls under way."""
+"""kill -9 and Ctrl-C during a collection with sixteen calls in flight."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from collecting import collect
-from misbehaving import Handler, Server, completion
+from collect_helpers import collect_answers
+from faulty_server import Handler, Server, completion
 
 from purld.clients.ledger import Ledger
 from purld.records import Prompt
@@ -24,7 +24,7 @@ PER_ROUND = 40
 
 
 class Round:
-    """Answers so many arrivals and leaves the others waiting: however slow the machine, no round ends by itself."""
+    """A server that answers a fixed number of arrivals and no others, so that no round ends before the kill."""
 
     def __init__(self, server: Server, answers: int) -> None:
         self.last = len(server.arrived) + answers
@@ -41,34 +41,34 @@ class Round:
 
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_kill_at_any_moment(server: Server, tmp_path: Path, kills: int):
-    """Every round asks more prompts than are answered and is killed at a random moment."""
+    """Every round asks more prompts than are answered and is killed at a random time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["collecting"])
-    ledger_path, heard, rng = tmp_path / "l.sqlite", tmp_path / "heard", random.Random(0)
+    context.set_forkserver_preload(["collect_helpers"])
+    ledger_path, log_path, rng = tmp_path / "l.sqlite", tmp_path / "log_path", random.Random(0)
     for kill in range(1, kills + 1):
         answered_before = states(ledger_path)
         arrived_before = len(server.arrived)
         answers = rng.randint(0, PER_ROUND - 17) if kill > 1 else 10
         this_round = Round(server, answers)
-        process = context.Process(target=collect, args=(server.url, ledger_path, kill * PER_ROUND, heard))
+        process = context.Process(target=collect_answers, args=(server.url, ledger_path, kill * PER_ROUND, log_path))
         process.start()
         wait_until(lambda wanted=arrived_before + answers: len(server.arrived) >= wanted)
-        if kill == 1:  # one round surely leaves both an answer and a loss, whatever the moments of the others
-            wait_until(lambda: heard.exists() and heard.stat().st_size and len(server.arrived) > 10)
+        if kill == 1:  # at least this round leaves both an answered and a lost call
+            wait_until(lambda: log_path.exists() and log_path.stat().st_size and len(server.arrived) > 10)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
         process.join()
         this_round.over.set()
-        time.sleep(0.05)  # what left before the kill arrives
+        time.sleep(0.05)  # requests sent before the kill arrive
         new = set(server.arrived[arrived_before:])
         assert not {prompt for prompt in new if answered_before.get(prompt) in ("answered", "unknown")}
     assert process.exitcode == -signal.SIGKILL
-    check_books(server, ledger_path, heard)
+    check_books(server, ledger_path, log_path)
 
 
 def states(ledger_path: Path) -> dict[str, str]:
     with Ledger(ledger_path) as ledger:
-        return {row["request"]["messages"][0]["content"]: row["state"] for row in ledger.rows()}
+        return {row["request"]["messages"][0]["content"]: row["state"] for row in ledger.iter_requests()}
 
 
 def wait_until(true: Callable[[], object]) -> None:
@@ -78,19 +78,19 @@ def wait_until(true: Callable[[], object]) -> None:
         time.sleep(0.001)
 
 
-def check_books(server: Server, ledger_path: Path, heard: Path) -> None:
+def check_books(server: Server, ledger_path: Path, log_path: Path) -> None:
     final = states(ledger_path)
     by_state = {name: {p for p, state in final.items() if state == name} for name in ("answered", "unknown")}
     assert set(final) == by_state["answered"] | by_state["unknown"], "a kill leaves nothing else"
     assert max(Counter(server.arrived).values()) == 1, "a prompt was sent twice"
     assert by_state["answered"] <= set(server.finished)
-    announced = {f"question {line}" for line in heard.read_text().split()}
+    announced = {f"question {line}" for line in log_path.read_text().split()}
     assert announced <= by_state["answered"], "an answer was announced and lost"
     assert set(server.arrived) <= set(final), "something left that the ledger does not know"
     assert by_state["unknown"] >= set(server.arrived) - by_state["answered"]
     assert by_state["unknown"] and by_state["answered"]
     with Ledger(ledger_path) as ledger:
-        texts = {row["prompt_id"]: row["answer"] for row in ledger.rows() if row["state"] == "answered"}
+        texts = {row["prompt_id"]: row["answer"] for row in ledger.iter_requests() if row["state"] == "answered"}
         totals = ledger.totals("teacher")
     assert texts == {Prompt.from_text(p).id: f"To {p}." for p in by_state["answered"]}
     assert totals["calls"] == len(final)
@@ -101,21 +101,21 @@ def test_ctrl_c_ends_promptly_and_keeps_the_books(server: Server, tmp_path: Path
     prompts = [f"question {n}" for n in range(40)]
     server.script = {prompt: [lambda handler: time.sleep(90)] for prompt in prompts[20:]}
     code = (
-        "import sys; from pathlib import Path; from collecting import collect;"
-        "collect(sys.argv[1], Path(sys.argv[2]), 40, Path(sys.argv[3]))"
+        "import sys; from pathlib import Path; from collect_helpers import collect_answers;"
+        "collect_answers(sys.argv[1], Path(sys.argv[2]), 40, Path(sys.argv[3]))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, server.url, str(tmp_path / "l.sqlite"), str(tmp_path / "heard")],
+        [sys.executable, "-c", code, server.url, str(tmp_path / "l.sqlite"), str(tmp_path / "log_path")],
         cwd=Path(__file__).parent,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores SIGINT
     )
-    # Twenty answered and heard of, sixteen in silence.
-    wait_until(lambda: len(server.arrived) == 36 and len((tmp_path / "heard").read_text().split()) == 20)
+    # Twenty calls were answered and announced, sixteen were not answered.
+    wait_until(lambda: len(server.arrived) == 36 and len((tmp_path / "log_path").read_text().split()) == 20)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in stderr
-    found = states(tmp_path / "l.sqlite")
-    assert Counter(found.values()) == {"answered": 20, "unknown": 16}
-    assert {prompt for prompt, state in found.items() if state == "answered"} == set(prompts[:20])
+    call_states = states(tmp_path / "l.sqlite")
+    assert Counter(call_states.values()) == {"answered": 20, "unknown": 16}
+    assert {prompt for prompt, state in call_states.items() if state == "answered"} == set(prompts[:20])

@@ -1,4 +1,4 @@
-"""The ledger's books: states, caps, reopening, and what it refuses."""
+"""The ledger: states, bookings, caps, reopening, and refused files."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_the_key_tells_endpoint_and_content_apart():
 
 def test_the_worst_case_is_booked_until_settled(ledger):
     call = ledger.reserve(request(), "teacher", 100, 2.0, Caps())
-    assert ledger.booked("teacher") == BookedSpend(1, 100, 2.0)
-    ledger.sent(call)
-    assert ledger.find(request().key) is None, "a call under way is no result"
+    assert ledger.booked_spend("teacher") == BookedSpend(1, 100, 2.0)
+    ledger.mark_sent(call)
+    assert ledger.find_result(request().key) is None, "a call under way is no result"
     ledger.settle(call, answered())
-    assert ledger.booked("teacher") == BookedSpend(1, 15, pytest.approx(0.1))
-    assert ledger.find(request().key) == answered()
+    assert ledger.booked_spend("teacher") == BookedSpend(1, 15, pytest.approx(0.1))
+    assert ledger.find_result(request().key) == answered()
 
 
 @pytest.mark.parametrize(
@@ -65,43 +65,43 @@ def test_the_worst_case_is_booked_until_settled(ledger):
 def test_what_may_have_been_billed_stays_booked_here_and_after_reopening(tmp_path, result, booked):
     with Ledger(tmp_path / "l.sqlite") as ledger:
         call = ledger.reserve(request(), "teacher", 100, 2.0, Caps())
-        ledger.sent(call)
+        ledger.mark_sent(call)
         ledger.settle(call, result)
-        assert ledger.booked("teacher") == booked
+        assert ledger.booked_spend("teacher") == booked
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        assert ledger.booked("teacher") == booked
+        assert ledger.booked_spend("teacher") == booked
         assert ledger.totals("teacher")["unsettled_cost"] == booked.cost
 
 
 def test_what_a_dead_process_left_behind(tmp_path):
     code = """
 import os, sys
-from purld.clients.ledger import Caps, Ledger, Request, Result
+from purld.clients.ledger import CallResult, Caps, Ledger, Request
 ledger = Ledger(sys.argv[1])
 for text in ("reserved", "sent", "answered"):
     call = ledger.reserve(Request("u", "m", '"%s"' % text, text), "teacher", 10, 1.0, Caps())
     if text != "reserved":
-        ledger.sent(call)
+        ledger.mark_sent(call)
     if text == "answered":
-        ledger.settle(call, Result("answered", "yes"))
+        ledger.settle(call, CallResult("answered", "yes"))
 os.kill(os.getpid(), 9)
 """
     path = tmp_path / "l.sqlite"
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)
     with Ledger(path) as ledger:
-        rows = {row["prompt_id"]: row for row in ledger.rows()}
+        rows = {row["prompt_id"]: row for row in ledger.iter_requests()}
         assert {name: row["state"] for name, row in rows.items()} == {"sent": "unknown", "answered": "answered"}
         assert rows["sent"]["calls"][0]["error"] == "interrupted"
-        assert ledger.booked("teacher") == BookedSpend(2, 20, 2.0)
+        assert ledger.booked_spend("teacher") == BookedSpend(2, 20, 2.0)
         assert ledger.totals("teacher")["prompts"] == 2
 
 
 def test_an_answer_outlives_a_later_failure_of_the_same_request(ledger):
     for result in (answered(), CallResult("failed", error="x")):
         ledger.settle(ledger.reserve(request(), "teacher", 1, 0.0, Caps()), result)
-    assert ledger.find(request().key) == answered()
+    assert ledger.find_result(request().key) == answered()
     assert ledger.totals("teacher")["answered"] == 1
-    assert next(iter(ledger.rows()))["state"] == "answered"
+    assert next(iter(ledger.iter_requests()))["state"] == "answered"
 
 
 def test_one_process_at_a_time_but_any_number_of_readers(tmp_path, ledger):
@@ -109,7 +109,7 @@ def test_one_process_at_a_time_but_any_number_of_readers(tmp_path, ledger):
     other = subprocess.run([sys.executable, "-c", code, str(ledger.path)], capture_output=True, text=True)
     assert "ledger.sqlite: another purld process is using this ledger." in other.stderr
     call = ledger.reserve(request(), "teacher", 1, 0.0, Caps())
-    assert (ledger.under_way("teacher"), ledger.under_way("judge")) == (1, 0)
+    assert (ledger.calls_in_flight("teacher"), ledger.calls_in_flight("judge")) == (1, 0)
     with LedgerView(ledger.path) as view:
         assert view.totals("teacher")["prompts"] == 1
         ledger.settle(call, answered())
@@ -121,7 +121,7 @@ def test_a_view_makes_nothing(tmp_path):
         LedgerView(tmp_path / "none.sqlite")
     assert os.listdir(tmp_path) == []
     (tmp_path / "empty.sqlite").touch()
-    with pytest.raises(UserError, match="is no ledger"):
+    with pytest.raises(UserError, match="is not a ledger"):
         LedgerView(tmp_path / "empty.sqlite")
     assert (tmp_path / "empty.sqlite").stat().st_size == 0
 
@@ -145,7 +145,7 @@ def test_a_file_that_is_no_ledger(tmp_path, content):
 def test_a_ledger_of_another_version(tmp_path):
     with Ledger(tmp_path / "l.sqlite") as ledger:
         ledger._db.execute("PRAGMA user_version = 99")
-    with pytest.raises(UserError, match="it says 99"):
+    with pytest.raises(UserError, match="found 99"):
         Ledger(tmp_path / "l.sqlite")
 
 
@@ -157,7 +157,7 @@ def test_commits_are_synced_in_write_ahead_mode(ledger):
 def test_the_export_holds_every_call(ledger, tmp_path):
     for result in (CallResult("failed", error="http_503", raw="busy", billable=False), answered()):
         call = ledger.reserve(request("ä"), "judge", 10, 1.0, Caps())
-        ledger.sent(call)
+        ledger.mark_sent(call)
         ledger.settle(call, result)
     assert ledger.export(tmp_path / "audit.jsonl") == 1
     [row] = map(json.loads, (tmp_path / "audit.jsonl").read_text().splitlines())
@@ -184,8 +184,8 @@ def test_threads_share_a_cap_without_passing_it(ledger):
             except CapReachedError as error:
                 refused.append(str(error))
                 continue
-            reserved.append(ledger.booked("teacher").tokens)
-            ledger.sent(call)
+            reserved.append(ledger.booked_spend("teacher").tokens)
+            ledger.mark_sent(call)
             ledger.settle(call, answered(tokens=30))
 
     threads = [threading.Thread(target=spend, args=(worker,)) for worker in range(16)]
@@ -194,7 +194,7 @@ def test_threads_share_a_cap_without_passing_it(ledger):
     for thread in threads:
         thread.join()
     assert max(reserved) <= 1000
-    assert ledger.booked("teacher").tokens == 30 * len(reserved)
+    assert ledger.booked_spend("teacher").tokens == 30 * len(reserved)
     assert set(refused) == {"max_tokens (1000)"}
 
 
@@ -203,28 +203,28 @@ def test_the_opponent_spends_from_the_teachers_purse_and_the_judge_from_its_own(
     with Ledger(tmp_path / "l.sqlite") as ledger:
         for n, role in enumerate(("teacher", "opponent")):
             call = ledger.reserve(request(str(n)), role, 100, 2.0, caps)
-            ledger.sent(call)
+            ledger.mark_sent(call)
             ledger.settle(call, CallResult("unknown"))
         for role in ("teacher", "opponent"):
-            assert ledger.booked(role) == BookedSpend(2, 200, 4.0)
+            assert ledger.booked_spend(role) == BookedSpend(2, 200, 4.0)
             with pytest.raises(CapReachedError, match="max_tokens"):
                 ledger.reserve(request("more"), role, 100, 0.5, caps)
-        assert ledger.booked("judge") == BookedSpend()
+        assert ledger.booked_spend("judge") == BookedSpend()
         ledger.release(ledger.reserve(request("more"), "judge", 100, 2.0, caps))
     with Ledger(tmp_path / "l.sqlite") as again:
-        assert again.booked("teacher") == again.booked("opponent") == BookedSpend(2, 200, 4.0)
+        assert again.booked_spend("teacher") == again.booked_spend("opponent") == BookedSpend(2, 200, 4.0)
         again.release(again.reserve(request("last"), "opponent", 50, 1.0, caps))
         with pytest.raises(CapReachedError, match="max_cost"):
             again.reserve(request("last"), "opponent", 50, 1.1, caps)
         assert [again.totals(role)["prompts"] for role in ("teacher", "opponent")] == [1, 1], "told apart all the same"
 
 
-def test_what_is_settled_leaves_out_the_calls_under_way(ledger):
+def test_what_is_settled_leaves_out_the_calls_in_flight(ledger):
     ledger.settle(ledger.reserve(request("a"), "teacher", 100, 2.0, Caps()), answered())
-    ledger.sent(ledger.reserve(request("b"), "teacher", 100, 2.0, Caps()))
+    ledger.mark_sent(ledger.reserve(request("b"), "teacher", 100, 2.0, Caps()))
     ledger.reserve(request("c"), "opponent", 100, 2.0, Caps())
-    assert ledger.settled("teacher") == BookedSpend(1, 15, pytest.approx(0.1))
-    assert ledger.booked("teacher") == BookedSpend(3, 215, pytest.approx(4.1))
+    assert ledger.settled_spend("teacher") == BookedSpend(1, 15, pytest.approx(0.1))
+    assert ledger.booked_spend("teacher") == BookedSpend(3, 215, pytest.approx(4.1))
     with LedgerView(ledger.path) as view:
         totals = view.totals("teacher")
     assert (totals["prompts"], totals["answered"], totals["under_way"]) == (2, 1, 1)
@@ -244,7 +244,7 @@ events = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(events=events, caps=st.builds(Caps, st.integers(0, 10), st.integers(0, 300), st.floats(0, 20)))
 def test_the_books_balance_whatever_happens(tmp_path_factory, events, caps):
-    """What is booked is at all times the sum over the calls, within the caps, and the same after a reopening."""
+    """The booked spend is always the sum over the calls, within the caps, and unchanged after reopening."""
     path = tmp_path_factory.mktemp("books") / "l.sqlite"
     with Ledger(path) as ledger:
         for n, (event, tokens, cost, used) in enumerate(events):
@@ -255,7 +255,7 @@ def test_the_books_balance_whatever_happens(tmp_path_factory, events, caps):
             if event == "release":
                 ledger.release(call)
                 continue
-            ledger.sent(call)
+            ledger.mark_sent(call)
             if event == "answer":
                 spent = int(tokens * used)
                 ledger.settle(call, CallResult("answered", "x", usage=Usage(spent, 0, cost * used)))
@@ -263,28 +263,28 @@ def test_the_books_balance_whatever_happens(tmp_path_factory, events, caps):
                 ledger.settle(call, CallResult("unknown"))
             elif event == "turn away":
                 ledger.settle(call, CallResult("failed", billable=False))
-            booked = ledger.booked("teacher")
-            assert booked.passes(caps) is None
+            booked = ledger.booked_spend("teacher")
+            assert booked.exceeded_cap(caps) is None
             assert booked.calls <= caps.max_calls and booked.tokens <= caps.max_tokens
     with Ledger(path) as again:
-        after = again.booked("teacher")
-    booked = ledger.booked("teacher")
+        after = again.booked_spend("teacher")
+    booked = ledger.booked_spend("teacher")
     assert (after.calls, after.tokens) == (booked.calls, booked.tokens)
     assert after.cost == pytest.approx(booked.cost, abs=1e-9)
 
 
 def test_a_neighbour_that_cannot_be_read_is_passed_over_and_named(tmp_path):
-    """Also one whose damage shows only when it is asked."""
+    """This includes a ledger whose damage shows only at the first query."""
     whole, odd = tmp_path / "whole" / "l.sqlite", tmp_path / "odd.sqlite"
     with Ledger(whole) as ledger:
         call = ledger.reserve(request("a"), "teacher", 1, 0.0, Caps())
-        ledger.sent(call)
+        ledger.mark_sent(call)
         ledger.settle(call, CallResult("answered", "x"))
     with contextlib.closing(sqlite3.connect(odd)) as db:
         db.execute("CREATE TABLE calls (id)")
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     (text := tmp_path / "text.sqlite").write_text("no ledger" * 1000)
     with Ledger(tmp_path / "own.sqlite", [odd, text, whole]) as ledger:
-        ledger.adopt([request("a").key], "teacher")
-        assert ledger.find(request("a").key).text == "x"
-        assert set(ledger.passed_over) == {odd, text}
+        ledger.import_results([request("a").key], "teacher")
+        assert ledger.find_result(request("a").key).text == "x"
+        assert set(ledger.unreadable_ledgers) == {odd, text}

@@ -1,13 +1,13 @@
-"""A local model as the teacher: a tiny random one, saved and loaded like any other."""
+"""A local model as the teacher, tested with a tiny random one."""
 
 from __future__ import annotations
 
 import pytest
 
 from purld.clients.ledger import Caps, Ledger
-from purld.clients.local_model import LocalModelClient, _request_of
+from purld.clients.local_model import LocalModelClient, _build_request
 from purld.clients.open import open_client
-from purld.config.schema import LocalModel
+from purld.config.clients import LocalModel
 from purld.errors import UserError
 from purld.records import Message, Prompt
 
@@ -70,16 +70,16 @@ def test_sampling_is_repeatable_and_sampling(model_dir, tmp_path):
 def test_answers_are_remembered_and_nothing_counts_as_a_call(model_dir, ledger, monkeypatch):
     first = open_client(config(model_dir), ledger, "teacher").ask([*PROMPTS, PROMPTS[0]])
     seen = []
-    monkeypatch.setattr("purld.clients.local_model._load", None)  # loading again would fail
+    monkeypatch.setattr("purld.clients.local_model._load_writer", None)  # loading again would fail
     assert LocalModelClient(config(model_dir), ledger, "teacher").ask(PROMPTS, lambda *r: seen.append(r)) == first[:3]
-    assert sorted(place for place, _ in seen) == [0, 1, 2]
+    assert sorted(index for index, _ in seen) == [0, 1, 2]
     totals = ledger.totals("teacher")
     assert (totals["prompts"], totals["calls"], totals["cost"]) == (3, 0, 0)
     assert totals["output_tokens"] > 0
 
 
 def test_a_kill_costs_nothing_that_cannot_be_generated_again(model_dir, ledger):
-    ledger.reserve(_request_of(config(model_dir), PROMPTS[0]), "teacher", 0, 0.0, Caps())  # never settled
+    ledger.reserve(_build_request(config(model_dir), PROMPTS[0]), "teacher", 0, 0.0, Caps())  # never settled
     assert LocalModelClient(config(model_dir), ledger, "teacher").ask(PROMPTS[:1])[0].text
 
 

@@ -1,4 +1,4 @@
-"""A local model that reads pictures, as the teacher."""
+"""A local vision-language model as the teacher."""
 
 import pytest
 from tiny_vlm import ARCHITECTURES, picture, write_model
@@ -6,7 +6,7 @@ from tiny_vlm import ARCHITECTURES, picture, write_model
 from purld.clients.ledger import Ledger
 from purld.clients.local_writer import LocalWriter
 from purld.clients.open import open_client
-from purld.config.schema import LocalModel
+from purld.config.clients import LocalModel
 from purld.model.sample import Decoding
 from purld.records import IMAGE, Prompt
 from purld.templates import judge_turn
@@ -28,7 +28,7 @@ def test_a_local_teacher_sees_the_pictures_and_its_ledger_tells_them_apart(kind,
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_mark_of_a_picture_in_an_answer_is_no_picture(kind, shipped_student, tmp_path):
-    """A judge is shown what models wrote, whatever they wrote."""
+    """A judge's prompt quotes texts by models, which may contain image markers."""
     writer = LocalWriter(str(write_model(kind, shipped_student, tmp_path / "model")), Decoding(0.0, 4))
     text = judge_turn(f"What is {IMAGE}?", "a cat", "<image>", "<|image_pad|>")
     (written,) = writer.write([Prompt.from_text(text, images=(picture(24, 24),))], seed=0)

@@ -1,4 +1,4 @@
-"""The choice of a client, and endpoint settings that are refused before anything is sent."""
+"""Choosing a client, and endpoint settings that are refused before anything is sent."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from purld.clients.answer_file import AnswerFileClient
 from purld.clients.base import Reply, ReplyCollector
 from purld.clients.endpoint import EndpointClient
 from purld.clients.open import open_client
+from purld.config.clients import AnswerFile
 from purld.config.load import parse_config
-from purld.config.schema import AnswerFile
 from purld.errors import UserError
 
 BASE = {"student": {"model": "m"}, "data": {"prompts": "p"}}
@@ -32,12 +32,12 @@ def test_each_configuration_has_its_client(endpoint, ledger, tmp_path):
 
 def test_equal_questions_are_delivered_to_all_who_asked():
     seen = []
-    delivery = ReplyCollector(["a", "b", "a"], lambda place, reply: seen.append((place, reply.text)))
-    assert list(delivery.questions()) == [("a", 0), ("b", 1)]
-    delivery.deliver("b", Reply("answered", "B"))
-    delivery.deliver("a", Reply("answered", "A"))
+    collector = ReplyCollector(["a", "b", "a"], lambda index, reply: seen.append((index, reply.text)))
+    assert list(collector.distinct_keys()) == [("a", 0), ("b", 1)]
+    collector.add_reply("b", Reply("answered", "B"))
+    collector.add_reply("a", Reply("answered", "A"))
     assert seen == [(1, "B"), (0, "A"), (2, "A")]
-    assert [reply.text for reply in delivery.in_order()] == ["A", "B", "A"]
+    assert [reply.text for reply in collector.in_order()] == ["A", "B", "A"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Departures and waits, with the clock in hand."""
+"""Start times and waits, with an explicit clock."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from purld.clients.rate_limit import FIRST_WAIT, LONGEST_WAIT, RateLimiter, back
 
 
 def test_requests_leave_evenly():
-    pacer = RateLimiter(requests_per_minute=30, tokens_per_minute=None)
-    assert [pacer.book(1000, now=0.0) for _ in range(3)] == [0.0, 2.0, 4.0]
-    assert pacer.book(1000, now=100.0) == 0.0, "idle time is not saved up for a burst"
+    limiter = RateLimiter(requests_per_minute=30, tokens_per_minute=None)
+    assert [limiter.reserve_start(1000, now=0.0) for _ in range(3)] == [0.0, 2.0, 4.0]
+    assert limiter.reserve_start(1000, now=100.0) == 0.0, "idle time is not saved up for a burst"
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 1)), min_size=2, max_size=30))
 def test_no_more_tokens_are_used_than_the_rate_allows(calls):
-    pacer, now, departed = RateLimiter(None, 6000), 0.0, []
+    limiter, now, departed = RateLimiter(None, 6000), 0.0, []
     for tokens, share in calls:
-        now += pacer.book(tokens, now)
+        now += limiter.reserve_start(tokens, now)
         departed.append((now, used := int(tokens * share)))
-        pacer.give_back(tokens, used)
+        limiter.return_tokens(tokens, used)
     sent_before_last = sum(used for _, used in departed[:-1])
     assert departed[-1][0] >= sent_before_last / 100 - 1e-6
 
 
 def test_without_limits_nothing_waits_until_a_pause():
-    pacer = RateLimiter(None, None)
-    assert pacer.book(10**9, now=5.0) == pacer.book(10**9, now=5.0) == 0.0
-    pacer.pause(3.0, now=5.0)
-    assert pacer.book(1, now=6.0) == 2.0
-    pacer.pause(10**6, now=10.0)
-    assert pacer.book(1, now=10.0) == LONGEST_WAIT
+    limiter = RateLimiter(None, None)
+    assert limiter.reserve_start(10**9, now=5.0) == limiter.reserve_start(10**9, now=5.0) == 0.0
+    limiter.pause(3.0, now=5.0)
+    assert limiter.reserve_start(1, now=6.0) == 2.0
+    limiter.pause(10**6, now=10.0)
+    assert limiter.reserve_start(1, now=10.0) == LONGEST_WAIT
 
 
 def test_tokens_given_back_do_not_shorten_a_pause():
-    pacer = RateLimiter(None, 600)
-    pacer.book(300, now=0.0)
-    pacer.pause(20.0, now=1.0)
-    pacer.give_back(300, used=0)
-    assert pacer.book(1, now=1.0) == 20.0
+    limiter = RateLimiter(None, 600)
+    limiter.reserve_start(300, now=0.0)
+    limiter.pause(20.0, now=1.0)
+    limiter.return_tokens(300, used=0)
+    assert limiter.reserve_start(1, now=1.0) == 20.0
 
 
 @pytest.mark.parametrize("attempt", [0, 1, 5, 50])

@@ -70,7 +70,7 @@ def test_real_instructions_and_answers_go_from_start_to_report(workplace, monkey
     run = RunDir(workplace / "run")
     assert re.search(r"[1-9]\d* of \d+ training prompts have more than 128 tokens", told)
     assert len(read_rows(run.anchors)) == 40
-    cut = run.finished()["sft"]["anchors_cut"]
+    cut = run.finished_stages()["sft"]["anchors_cut"]
     assert cut and f"{cut} anchors were cut at 256 tokens (student.max_anchor_tokens)" in told
     assert list(read_json(run.results)["models"]) == ["base", "sft", "ldl_grpo"]
     assert run.report.stat().st_size > 10_000

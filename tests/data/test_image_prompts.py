@@ -1,4 +1,4 @@
-"""Prompts with pictures through the real command line: what is refused, what is said of them, what leaves."""
+"""Prompts with images through the real command line: errors, the plan, and the requests sent."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from image_factory import encoded, picture, save_picture
-from misbehaving import serving
+from faulty_server import running_server
+from image_factory import encode_image, make_image, save_image
 from PIL import Image
 from tiny_vlm import write_model
 
@@ -30,7 +30,7 @@ def student(shipped_student, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def purld(monkeypatch, capsys):
-    """Runs a command; gives its status and what it wrote to stdout and stderr."""
+    """Return a function that runs a command and returns its status, stdout and stderr."""
 
     def purld(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["purld", *map(str, arguments)])
@@ -44,9 +44,9 @@ def purld(monkeypatch, capsys):
 
 @pytest.fixture
 def config(student, tmp_path) -> Path:
-    """Three prompts about pictures for training, and one held out."""
+    """Write a configuration with three training prompts and one held-out prompt, all with images."""
     for seed, name in enumerate(("a", "b", "c", "d")):
-        save_picture(tmp_path / f"{name}.png", seed=seed)
+        save_image(tmp_path / f"{name}.png", seed=seed)
     write_rows(tmp_path / "pool.jsonl", [{"prompt": "What is it?", "images": f"{name}.png"} for name in "abc"])
     write_rows(tmp_path / "held_out.jsonl", [{"prompt": "What is it?", "images": ["d.png"]}])
     values = {
@@ -66,8 +66,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def bomb() -> bytes:
-    """A PNG whose header promises 400 million pixels."""
-    data = bytearray(encoded(Image.new("1", (8, 8))))
+    """Return a PNG whose header declares 400 million pixels."""
+    data = bytearray(encode_image(Image.new("1", (8, 8))))
     data[16:24] = (20_000).to_bytes(4) * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
     return bytes(data)
@@ -75,16 +75,16 @@ def bomb() -> bytes:
 
 BAD = {
     "missing": (None, "is missing"),
-    "truncated": (encoded(picture(200, 100), "JPEG")[:-400], "is truncated"),
+    "truncated": (encode_image(make_image(200, 100), "JPEG")[:-400], "is truncated"),
     "a bomb": (bomb(), "has more than 80,000,000 pixels; scale it down"),
     "animated": (
-        encoded(picture(), "GIF", save_all=True, append_images=[picture(seed=1)]),
+        encode_image(make_image(), "GIF", save_all=True, append_images=[make_image(seed=1)]),
         "has 2 frames or pages; .*",
     ),
     "a web page": (b"<!DOCTYPE html><title>404</title>", "is a web page, .*"),
     "a drawing": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is a drawing in SVG; convert it to PNG"),
     "empty": (b"", "is empty"),
-    "a ribbon": (encoded(Image.new("L", (2000, 2))), r"is 2,000 x 2 pixels; .*"),
+    "a ribbon": (encode_image(Image.new("L", (2000, 2))), r"is 2,000 x 2 pixels; .*"),
 }
 
 
@@ -97,22 +97,22 @@ def test_a_bad_picture_ends_in_one_sentence_that_names_file_and_row(config, tmp_
     write_rows(tmp_path / "pool.jsonl", rows)
     status, out, err = purld("check", config)
     assert status == 2 and out == ""
-    place = re.escape(str(tmp_path / "pool.jsonl"))
+    pool = re.escape(str(tmp_path / "pool.jsonl"))
     assert re.fullmatch(
-        rf"purld: {place}, line 2: column 'images' cannot be used: image 2 \(bad\.jpg\) {words}\.\n", err
+        rf"purld: {pool}, line 2: column 'images' cannot be used: image 2 \(bad\.jpg\) {words}\.\n", err
     ), err
     status, out, _ = purld("check", config, "data.bad_rows=skip")
     assert status == 0 and "1 bad rows were skipped, first: " in " ".join(out.split())
 
 
 def test_odd_pictures_are_converted(config, tmp_path, purld):
-    """CMYK, 16 bits, one pixel, turned, transparent, under a wrong name: all are pictures."""
+    """CMYK, 16 bits, one pixel, transparent, a wrong file name: all are valid images."""
     sixteen = Image.fromarray(np.full((16, 24), 40_000, np.uint16))
     for name, data in {
-        "a.png": encoded(picture().convert("CMYK"), "JPEG"),
-        "b.png": encoded(sixteen),
-        "c.png": encoded(Image.new("RGB", (1, 1))),
-        "d.png": encoded(picture().convert("RGBA"), "WEBP"),
+        "a.png": encode_image(make_image().convert("CMYK"), "JPEG"),
+        "b.png": encode_image(sixteen),
+        "c.png": encode_image(Image.new("RGB", (1, 1))),
+        "d.png": encode_image(make_image().convert("RGBA"), "WEBP"),
     }.items():
         (tmp_path / name).write_bytes(data)
     status, out, err = purld("check", config)
@@ -137,16 +137,16 @@ def test_a_prompt_with_a_picture_that_is_too_long_names_its_row(config, tmp_path
 
 
 def test_the_plan_and_the_dry_run_count_pictures_and_what_leaves_is_what_they_say(config, tmp_path, purld):
-    with serving() as server:
+    with running_server() as server:
         there = [f"teacher.base_url={server.url}", "evaluate.opponent=null", "--run-dir", tmp_path / "run"]
         status, out, _ = purld("check", config, *there)
         assert status == 0
-        found = re.search(r"teacher: 3 calls to m at \S+ 3 images, ([\d,]+) bytes", " ".join(out.split()))
+        plan = re.search(r"teacher: 3 calls to m at \S+ 3 images, ([\d,]+) bytes", " ".join(out.split()))
         status, dry, err = purld("anchors", config, *there, "--dry-run")
         assert status == 0 and server.bodies == []
-        assert f"3 requests of {found[1]} bytes would leave" in err
+        assert f"3 requests of {plan[1]} bytes would be sent" in err
         bodies = [line[line.index('"body": ') + 8 : -1].encode() for line in dry.splitlines()]
-        assert sum(map(len, bodies)) == int(found[1].replace(",", ""))
+        assert sum(map(len, bodies)) == int(plan[1].replace(",", ""))
         assert purld("anchors", config, *there)[0] == 0
         assert sorted(server.bodies) == sorted(bodies)
     sent = {part["image_url"]["url"] for body in bodies for part in json.loads(body)["messages"][0]["content"][:1]}
@@ -170,7 +170,7 @@ def test_no_metadata_leaves(config, tmp_path, purld):
     tags = Image.Exif()
     tags[0x010E] = "patient 4711"
     for name in "abc":
-        save_picture(tmp_path / f"{name}.jpg", seed=ord(name), exif=tags)
+        save_image(tmp_path / f"{name}.jpg", seed=ord(name), exif=tags)
     write_rows(tmp_path / "pool.jsonl", [{"prompt": "Q", "images": f"{name}.jpg"} for name in "abc"])
     assert b"4711" in (tmp_path / "a.jpg").read_bytes()
     _, dry, _ = purld("anchors", config, "--dry-run")
@@ -182,7 +182,7 @@ def test_no_metadata_leaves(config, tmp_path, purld):
 
 
 def test_verdicts_on_pictures_are_asked_for_by_name(config, tmp_path, purld):
-    """The questions that a person is to judge name the files and show where the pictures stand."""
+    """The questions for a human judge name the files and show the positions of the images."""
     answers = [{"prompt": "What is it?", "images": f"{name}.png", "answer": f"A picture, {name}."} for name in "abcd"]
     write_rows(tmp_path / "answers.jsonl", answers)
     file = f"{{kind: file, path: {tmp_path / 'answers.jsonl'}}}"

@@ -1,4 +1,4 @@
-"""Picture files: what is read and how it looks, what is refused and why, and what of it leaves."""
+"""Image files: reading, refusing, and converting for models."""
 
 from __future__ import annotations
 
@@ -12,144 +12,105 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_factory import corners, encoded, picture, save_picture
+from image_factory import (
+    RAMP,
+    STILL_IMAGES,
+    corner_brightness,
+    encode_image,
+    exif_block,
+    linear_grey_profile,
+    make_image,
+    save_image,
+    solid_image,
+)
 from PIL import Image, ImageCms
 
-from purld.data.image_metadata import strip_metadata
-from purld.data.images import (
-    MAX_PIXELS,
-    ImageBounds,
-    bounded_size,
-    encode_for_sending,
-    make_thumbnail,
-    open_image,
-    read_image,
-)
+from purld.data.image_encoding import ImageBounds, encode_for_sending, make_thumbnail
+from purld.data.images import open_image, read_image
+from purld.data.pil_images import MAX_PIXELS
 from purld.errors import UserError
 
 WIDE = ImageBounds(side=1536, size=3_500_000)
-RAMP = np.add.outer(np.arange(16) * 1800, np.arange(24) * 1600).astype(np.uint16)  # up to 63,800 of 65,535
 
 
 def shown(data: bytes) -> Image.Image:
-    """What a model is shown of a file with these bytes."""
+    """Return the image that a model is shown for a file with these bytes."""
     return open_image(read_image(data, Path()))
 
 
-def exif(orientation: int = 1) -> bytes:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    tags[0x010E] = "patient 4711"
-    tags.get_ifd(0x8825)[1] = "N"  # where it was taken
-    return tags.tobytes()
-
-
-def on(colour: tuple[int, int, int, int], mode: str = "RGBA") -> Image.Image:
-    return Image.new("RGBA", (24, 16), colour).convert(mode)
-
-
-STILL = {
-    "JPEG": lambda: encoded(picture(), "JPEG"),
-    "a progressive JPEG": lambda: encoded(picture(), "JPEG", progressive=True),
-    "a JPEG with a preview": lambda: encoded(picture(), "MPO", save_all=True, append_images=[picture(8, 8)]),
-    "a JPEG in CMYK": lambda: encoded(picture().convert("CMYK"), "JPEG"),
-    "PNG": lambda: encoded(picture()),
-    "a PNG with a palette": lambda: encoded(picture().quantize(64)),
-    "a PNG of 16 bits": lambda: encoded(Image.fromarray(RAMP)),
-    "a PGM of 16 bits": lambda: encoded(Image.fromarray(RAMP), "PPM"),
-    "a TIFF of 16 bits": lambda: encoded(Image.fromarray(RAMP), "TIFF"),
-    "a TIFF in CMYK": lambda: encoded(picture().convert("CMYK"), "TIFF"),
-    "grey": lambda: encoded(picture().convert("L")),
-    "GIF": lambda: encoded(picture(), "GIF"),
-    "BMP": lambda: encoded(picture(), "BMP"),
-    "WebP": lambda: encoded(picture(), "WEBP"),
-    "JPEG 2000": lambda: encoded(picture(), "JPEG2000"),
-}
-
-
-@pytest.mark.parametrize("kind", STILL)
+@pytest.mark.parametrize("kind", STILL_IMAGES)
 def test_every_kind_of_still_is_shown_as_it_looks(kind):
-    image = read_image(STILL[kind](), Path())
-    found = open_image(image)
-    assert (found.mode, found.size, image.size) == ("RGB", (24, 16), (24, 16))
-    dark, bright = corners(found)
-    # 63,800 / 65,535 of white in 16 bits, about 190 + noise elsewhere; a value that is cut off would be white.
-    expected = (0, 63_800 / 257) if "16 bits" in kind else corners(picture())
+    image = read_image(STILL_IMAGES[kind](), Path())
+    opened = open_image(image)
+    assert (opened.mode, opened.size, image.size) == ("RGB", (24, 16), (24, 16))
+    dark, bright = corner_brightness(opened)
+    # 63,800 / 65,535 of white in 16 bits, about 190 + noise elsewhere; a clipped value would be white.
+    expected = (0, 63_800 / 257) if "16 bits" in kind else corner_brightness(make_image())
     assert (dark, bright) == pytest.approx(expected, abs=12)
 
 
 def test_sixteen_bits_are_scaled_and_not_cut_off():
-    """257 to a step: 0 is 0, 65,535 is 255, and 32,896 = 128 · 257 is 128."""
+    """Values are divided by 257: 0 is 0, 65,535 is 255, and 32,896 = 128 · 257 is 128."""
     values = np.array([[0, 128, 129, 32_896, 65_535]], np.uint16)
-    found = np.asarray(shown(encoded(Image.fromarray(values))))[0, :, 0]
-    assert found.tolist() == [0, 0, 1, 128, 255]
+    opened = np.asarray(shown(encode_image(Image.fromarray(values))))[0, :, 0]
+    assert opened.tolist() == [0, 0, 1, 128, 255]
 
 
 @pytest.mark.parametrize(("mode", "form"), [("RGBA", "PNG"), ("LA", "PNG"), ("RGBA", "WEBP")])
 def test_what_is_transparent_is_white(mode, form):
-    assert corners(shown(encoded(on((0, 0, 0, 0), mode), form))) == (255, 255)
-    assert corners(shown(encoded(on((0, 0, 0, 128), mode), form))) == pytest.approx((127, 127), abs=2)
+    assert corner_brightness(shown(encode_image(solid_image((0, 0, 0, 0), mode), form))) == (255, 255)
+    assert corner_brightness(shown(encode_image(solid_image((0, 0, 0, 128), mode), form))) == pytest.approx(
+        (127, 127), abs=2
+    )
 
 
 def test_a_transparent_colour_of_a_palette_is_white():
     image = Image.new("P", (24, 16), 0)
     image.putpalette([0, 0, 0, 200, 200, 200])
     image.putpixel((23, 15), 1)
-    assert corners(shown(encoded(image, transparency=0))) == (255, 200)
+    assert corner_brightness(shown(encode_image(image, transparency=0))) == (255, 200)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(("orientation", "upright"), [(1, (24, 16)), (3, (24, 16)), (6, (16, 24)), (8, (16, 24))])
 def test_a_turned_photograph_is_upright_wherever_it_goes(form, orientation, upright):
-    """Orientation 6 means: turn a quarter clockwise. What was upper left is then upper right."""
-    image = read_image(encoded(picture(), form, exif=exif(orientation)), Path())
+    """Orientation 6 means a quarter turn clockwise: the upper left corner becomes the upper right one."""
+    image = read_image(encode_image(make_image(), form, exif=exif_block(orientation)), Path())
     assert image.size == upright
-    turned = picture().rotate({1: 0, 3: 180, 6: 270, 8: 90}[orientation], expand=True)
-    for found in (
+    turned = make_image().rotate({1: 0, 3: 180, 6: 270, 8: 90}[orientation], expand=True)
+    for opened in (
         open_image(image),
         Image.open(io.BytesIO(encode_for_sending(image, WIDE)[1])),
         Image.open(io.BytesIO(make_thumbnail(image, 96)[1])),
     ):
-        assert found.size == upright
-        assert corners(found) == pytest.approx(corners(turned), abs=12)
+        assert opened.size == upright
+        assert corner_brightness(opened) == pytest.approx(corner_brightness(turned), abs=12)
 
 
 def test_a_colour_profile_is_followed_and_a_broken_one_is_passed_over():
-    """In a linear space, half of full light is much brighter than half of sRGB's scale: 188, not 128."""
-    linear = ImageCms.ImageCmsProfile(io.BytesIO(_linear_grey())).tobytes()
+    """In a linear colour space, half of full light is 188 on sRGB's scale, not 128."""
+    linear = ImageCms.ImageCmsProfile(io.BytesIO(linear_grey_profile())).tobytes()
     grey = Image.new("L", (24, 16), 128)
-    assert corners(shown(encoded(grey, icc_profile=linear))) == pytest.approx((188, 188), abs=2)
-    assert corners(shown(encoded(grey, icc_profile=b"no profile"))) == (128, 128)
+    assert corner_brightness(shown(encode_image(grey, icc_profile=linear))) == pytest.approx((188, 188), abs=2)
+    assert corner_brightness(shown(encode_image(grey, icc_profile=b"no profile"))) == (128, 128)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    assert corners(shown(encoded(picture(), icc_profile=srgb))) == corners(picture())
+    assert corner_brightness(shown(encode_image(make_image(), icc_profile=srgb))) == corner_brightness(make_image())
 
 
-def _linear_grey() -> bytes:
-    """A profile of grey whose values are proportional to light."""
-    white = b"XYZ \0\0\0\0" + b"".join(int(v * 65536).to_bytes(4) for v in (0.9642, 1.0, 0.8249))
-    curve = b"curv\0\0\0\0\0\0\0\0"  # without entries: the identity
-    start = 128 + 4 + 2 * 12
-    table = b"\0\0\0\2" + b"wtpt" + start.to_bytes(4) + len(white).to_bytes(4)
-    table += b"kTRC" + (start + len(white)).to_bytes(4) + len(curve).to_bytes(4)
-    size = start + len(white) + len(curve)
-    head = size.to_bytes(4) + bytes(4) + b"\x02\x10\0\0" + b"mntrGRAYXYZ " + bytes(12) + b"acsp" + bytes(28) + white[8:]
-    return head.ljust(128, b"\0") + table + white + curve
-
-
-NONE = {
+UNUSABLE = {
     "empty": (b"", "is empty"),
-    "a text": (b"hello", "is no picture in a format that is read"),
+    "a text": (b"hello", "is not an image in a supported format"),
     "a web page": (b"<!DOCTYPE html><html><body>404</body></html>", "is a web page"),
     "SVG": (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", "is a drawing in SVG"),
     "PDF": (b"%PDF-1.7", "is a PDF"),
     "HEIC": (b"\0\0\0\x18ftypheic" + bytes(40), "is in HEIC"),
-    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no picture"),
-    "floats": (encoded(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "has the colour mode F"),
-    "32 bits": (encoded(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "has the colour mode I"),
-    "too long": (encoded(Image.new("L", (1, 201))), "is 1 x 201 pixels; models take no picture with one side more"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+    "floats": (encode_image(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "has the colour mode F"),
+    "32 bits": (encode_image(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "has the colour mode I"),
+    "too long": (encode_image(Image.new("L", (1, 201))), "is 1 x 201 pixels; models take no image with one side more"),
     **{
         f"animated {form}": (
-            encoded(picture(), form, save_all=True, append_images=[picture(seed=n) for n in (1, 2)]),
+            encode_image(make_image(), form, save_all=True, append_images=[make_image(seed=n) for n in (1, 2)]),
             "has 3 frames or pages; save the one",
         )
         for form in ("GIF", "WEBP", "PNG", "TIFF")
@@ -157,9 +118,9 @@ NONE = {
 }
 
 
-@pytest.mark.parametrize("kind", NONE)
+@pytest.mark.parametrize("kind", UNUSABLE)
 def test_what_is_no_picture_is_a_sentence(kind):
-    data, words = NONE[kind]
+    data, words = UNUSABLE[kind]
     with pytest.raises(ValueError, match=f"^image 3 {words}"):
         read_image(data, Path(), "image 3")
 
@@ -167,15 +128,15 @@ def test_what_is_no_picture_is_a_sentence(kind):
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG2000"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.95])
 def test_a_torn_file_is_found_wherever_it_is_torn(form, share):
-    data = encoded(picture(200, 150), form)
-    with pytest.raises(ValueError, match=r"^image 1 (is truncated|is no picture|is empty)"):
+    data = encode_image(make_image(200, 150), form)
+    with pytest.raises(ValueError, match=r"^image 1 (is truncated|is not an image|is empty)"):
         read_image(data[: int(len(data) * share)], Path(), "image 1")
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])
 def test_a_bomb_is_refused_by_its_header(side):
-    """A header that promises hundreds of millions of pixels; nothing is unfolded."""
-    data = bytearray(encoded(Image.new("1", (8, 8))))
+    """A header declares hundreds of millions of pixels; nothing is decoded."""
+    data = bytearray(encode_image(Image.new("1", (8, 8))))
     data[16:24] = side.to_bytes(4) * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
     assert side * side > MAX_PIXELS
@@ -184,31 +145,31 @@ def test_a_bomb_is_refused_by_its_header(side):
 
 
 def test_one_pixel_is_a_picture():
-    image = read_image(encoded(Image.new("RGB", (1, 1), (255, 0, 0))), Path())
+    image = read_image(encode_image(Image.new("RGB", (1, 1), (255, 0, 0))), Path())
     assert open_image(image).getpixel((0, 0)) == (255, 0, 0)
     assert encode_for_sending(image, WIDE)[0] == make_thumbnail(image, 96)[0] == "image/png"
 
 
 def test_the_content_says_what_a_file_is_and_not_its_name(tmp_path):
     path = tmp_path / "picture.png"
-    path.write_bytes(encoded(picture(), "JPEG"))
+    path.write_bytes(encode_image(make_image(), "JPEG"))
     image = read_image("picture.png", tmp_path)
     assert encode_for_sending(image, WIDE)[0] == "image/jpeg"
 
 
 def test_every_way_to_name_a_picture_gives_the_same(tmp_path, monkeypatch):
-    data = encoded(picture())
+    data = encode_image(make_image())
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.png").write_bytes(data)
     cells = [
-        "a.png", Path("a.png"), str(tmp_path / "sub" / "a.png"), data, bytearray(data), picture(),
+        "a.png", Path("a.png"), str(tmp_path / "sub" / "a.png"), data, bytearray(data), make_image(),
         {"bytes": data, "path": "elsewhere.png"}, {"bytes": None, "path": "a.png"}, {"path": "a.png"},
         "data:image/png;base64," + base64.b64encode(data).decode(),
     ]  # fmt: skip
     images = [read_image(cell, tmp_path / "sub") for cell in cells]
     assert len({image.digest for image in images}) == 1
-    assert {open_image(image).tobytes() for image in images} == {picture().tobytes()}
-    monkeypatch.chdir(tmp_path / "sub")  # where there is none beside the rows, the working directory counts
+    assert {open_image(image).tobytes() for image in images} == {make_image().tobytes()}
+    monkeypatch.chdir(tmp_path / "sub")  # a file that is not next to the rows is read from the working directory
     assert read_image("a.png", tmp_path) == images[0]
 
 
@@ -218,19 +179,19 @@ def test_what_names_no_picture_is_a_sentence(tmp_path):
     for cell, words in [
         ("a.png", r"image 2 \(a\.png\) is missing"),
         ("link", r"image 2 \(link\) is missing"),
-        ("pipe", r"image 2 \(pipe\) is no ordinary file"),
-        ("/dev/zero", r"image 2 \(/dev/zero\) is no ordinary file"),
+        ("pipe", r"image 2 \(pipe\) is not a regular file"),
+        ("/dev/zero", r"image 2 \(/dev/zero\) is not a regular file"),
         (".", r"image 2 \(\.\) is a folder"),
         ("x" * 5000, r"image 2 \(x{200}\) cannot be read \(File name too long\)"),
-        ("https://example.org/a.png", r"image 2 is an address .* purld fetches nothing: download it"),
+        ("https://example.org/a.png", r"image 2 is a web address .* purld does not download: save the file"),
         ("data:image/png,abc", "image 2 is a data URL that is not in base64"),
         ("data:image/png;base64,a", "image 2 is a data URL whose base64 is damaged"),
-        ("", "image 2 has no path"),
-        ("a\0b", "image 2 has no path"),
+        ("", "image 2 has no valid path"),
+        ("a\0b", "image 2 has no valid path"),
         (None, "image 2 is missing or null"),
         ({"bytes": "iVBORw0KGgo="}, "image 2 has bytes that are a text; write them as a data URL"),
         ({"bytes": None, "path": None}, "image 2 is missing or null"),
-        (7, "image 2 is no path and no bytes"),
+        (7, "image 2 is neither a path nor bytes"),
     ]:
         with pytest.raises(ValueError, match=f"^{words}"):
             read_image(cell, tmp_path, "image 2")
@@ -238,15 +199,15 @@ def test_what_names_no_picture_is_a_sentence(tmp_path):
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with (tmp_path / "a.png").open("wb") as handle:
-        handle.truncate(10**12)  # a terabyte that takes no room
+        handle.truncate(10**12)  # a sparse file of a terabyte
     with pytest.raises(ValueError, match=r"image 1 \(a\.png\) has 1,000,000,000,000 bytes; at most 104,857,600"):
         read_image("a.png", tmp_path, "image 1")
 
 
 def test_a_file_that_changes_or_goes_is_told_when_it_is_opened(tmp_path):
-    path = save_picture(tmp_path / "a.png")
+    path = save_image(tmp_path / "a.png")
     image = read_image("a.png", tmp_path)
-    save_picture(path, seed=1)
+    save_image(path, seed=1)
     for use in (open_image, lambda image: encode_for_sending(image, WIDE), lambda image: make_thumbnail(image, 96)):
         with pytest.raises(UserError, match=r"a\.png: the image has changed since"):
             use(image)
@@ -256,46 +217,11 @@ def test_a_file_that_changes_or_goes_is_told_when_it_is_opened(tmp_path):
         open_image(image)
 
 
-@pytest.mark.parametrize(
-    ("form", "options"),
-    [
-        ("JPEG", {"comment": b"patient 4711"}),
-        ("JPEG", {"progressive": True}),
-        ("PNG", {"pnginfo": True}),
-        ("WEBP", {"xmp": b"<x>patient 4711</x>"}),
-        ("WEBP", {"lossless": True}),
-        ("MPO", {"save_all": True, "append_images": [picture(8, 8, seed=5)]}),
-    ],
-)
-def test_what_leaves_is_the_users_own_pixels_and_nothing_else_of_the_file(form, options):
-    if "pnginfo" in options:
-        from PIL.PngImagePlugin import PngInfo
-
-        options = {"pnginfo": PngInfo()}
-        options["pnginfo"].add_text("Comment", "patient 4711")
-    data = encoded(picture(200, 150), form, exif=exif(), **options) + b"patient 4711, in a video behind the picture"
-    image = read_image(data, Path())
-    assert b"patient 4711" in data
-    mime, sent = encode_for_sending(image, WIDE)
-    assert mime == {"JPEG": "image/jpeg", "MPO": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}[form]
-    assert b"4711" not in sent and b"Exif" not in sent and b"EXIF" not in sent
-    assert Image.open(io.BytesIO(sent)).convert("RGB").tobytes() == open_image(image).tobytes()
-    assert dict(Image.open(io.BytesIO(sent)).getexif()) == {}
-    assert strip_metadata(sent) == sent
-
-
-@given(st.binary(max_size=60), st.integers(0, 2**16), st.sampled_from(["JPEG", "PNG", "WEBP"]))
-def test_damaged_containers_end_in_bytes_or_in_none(junk, place, form):
-    data = encoded(picture(), form, exif=exif())
-    place %= len(data)
-    assert isinstance(strip_metadata(data[:place] + junk + data[place + len(junk) :]), bytes | None)
-
-
-@given(st.binary(max_size=40), st.integers(0, 2**16), st.sampled_from(sorted(STILL)))
-def test_no_damaged_file_ends_in_a_traceback(junk, place, kind):
-    data = STILL[kind]()
-    place %= len(data)
-    damaged = data[:place] + junk + data[place + len(junk) :]
+@given(st.binary(max_size=40), st.integers(0, 2**16), st.sampled_from(sorted(STILL_IMAGES)))
+def test_no_damaged_file_ends_in_a_traceback(junk, position, kind):
+    data = STILL_IMAGES[kind]()
+    position %= len(data)
+    damaged = data[:position] + junk + data[position + len(junk) :]
     try:
         image = read_image(damaged, Path(), "image 1")
     except ValueError as problem:
@@ -304,46 +230,5 @@ def test_no_damaged_file_ends_in_a_traceback(junk, place, kind):
         try:
             assert open_image(image).mode == "RGB"
             encode_for_sending(image, ImageBounds(64, 10_000))
-        except UserError as problem:  # damage that a JPEG's coarse check does not see
+        except UserError as problem:  # damage that decoding a JPEG at an eighth of its size does not detect
             assert str(problem).endswith(".")
-
-
-def test_a_large_picture_leaves_within_its_bounds_and_always_as_the_same_bytes():
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 900, 3), np.uint8))
-    for form in ("JPEG", "PNG"):
-        image = read_image(encoded(noise, form), Path())
-        mime, data = encode_for_sending(image, ImageBounds(300, 3_500_000))
-        assert Image.open(io.BytesIO(data)).size == (300, 200) == bounded_size(image.size, 300)
-        assert mime == f"image/{form.lower()}"
-        assert (mime, data) == encode_for_sending(image, ImageBounds(300, 3_500_000))
-        mime, data = encode_for_sending(
-            image, ImageBounds(900, 20_000)
-        )  # noise does not compress: it has to be made smaller
-        assert mime == "image/jpeg" and len(data) <= 20_000
-        width, height = Image.open(io.BytesIO(data)).size
-        assert width < 900 and width / height == pytest.approx(1.5, rel=0.02)
-
-
-def test_a_picture_whose_file_means_something_else_is_encoded_anew():
-    """Transparency, 16 bits, CMYK and other formats: what leaves is what the student is shown."""
-    for data in (
-        encoded(on((0, 0, 0, 128))),
-        STILL["a PNG of 16 bits"](),
-        STILL["a JPEG in CMYK"](),
-        STILL["BMP"](),
-        encoded(Image.new("L", (24, 16), 128), icc_profile=_linear_grey()),
-    ):
-        image = read_image(data, Path())
-        sent = Image.open(io.BytesIO(encode_for_sending(image, WIDE)[1]))
-        assert sent.mode == "RGB" and sent.info.get("icc_profile") is None
-        assert corners(sent) == pytest.approx(corners(open_image(image)), abs=4)
-
-
-def test_thumbnails_are_small_and_pixel_art_is_kept():
-    photo = read_image(encoded(picture(1200, 800), "JPEG"), Path())
-    mime, data = make_thumbnail(photo, 384)
-    assert Image.open(io.BytesIO(data)).size == (384, 256) and len(data) < 40_000
-    art = read_image(encoded(picture(96, 64)), Path())
-    mime, data = make_thumbnail(art, 384)
-    assert mime == "image/png"
-    assert Image.open(io.BytesIO(data)).convert("RGB").tobytes() == picture(96, 64).tobytes()

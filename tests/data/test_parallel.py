@@ -1,4 +1,4 @@
-"""Results in order, failures in their place, and no more begun than is soon wanted."""
+"""Results and failures in the order of the items, and only a bounded number of items started ahead."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Prompt files: what is read, and the one sentence for what cannot be."""
+"""Prompt files: the forms that are read, and one sentence for each that is not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_factory import encoded, picture, save_picture
+from image_factory import encode_image, make_image, save_image
 
 from purld.config.schema import Columns
 from purld.data.images import open_image
@@ -44,7 +44,7 @@ def test_a_row_becomes_a_prompt(write):
     loaded = load_prompts(write({"prompt": "Q?", "reference": "A", "images": [], "level": 3, "tags": ["x"]}))
     [prompt] = loaded.prompts
     assert prompt == Prompt((Message("user", "Q?"),), (), "A")
-    assert prompt.place.endswith("pool.jsonl, line 1")
+    assert prompt.location.endswith("pool.jsonl, line 1")
     assert prompt.metadata == {"level": 3, "tags": ["x"]}
     assert (loaded.rows, loaded.duplicates, loaded.skipped) == (1, 0, 0)
 
@@ -99,7 +99,7 @@ BAD = {
     "two objects": ('{"prompt": "a"} {"prompt": "b"}', "is not valid JSON"),
     "an array": ('[{"prompt": "a"}]', "is a list; a row is one JSON object on one line"),
     "a number": ("7", "is a number"),
-    "not a number": ('{"prompt": "a", "x": NaN}', "NaN is no JSON number"),
+    "not a number": ('{"prompt": "a", "x": NaN}', "NaN is not a JSON number"),
     "a number of 5000 digits": ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "is not valid JSON"),
     "nested deep": ("[" * 100_000, "nested too deeply"),
     "latin-1": ('{"prompt": "caf\u00e9"}'.encode("latin-1") + b"\n", r"is not UTF-8 \(byte 0xe9 at position 16\)"),
@@ -118,7 +118,7 @@ BAD = {
     "no role": ({"prompt": [{"content": "x"}]}, "message 1 has the role 'None'"),
     "the last word is the model's": (
         {"prompt": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-        "its last message is of the assistant",
+        "its last message has the role assistant, not user",
     ),
     "a late system turn": (
         {"prompt": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]},
@@ -133,7 +133,7 @@ BAD = {
         "column 'reference' cannot be used: it is a list",
     ),
     "a reference that is true": ({"prompt": "a", "reference": True}, "it is true or false"),
-    "images that are none": ({"prompt": "a", "images": 3}, "column 'images' cannot be used: image 1 is no path"),
+    "images that are none": ({"prompt": "a", "images": 3}, "column 'images' cannot be used: image 1 is neither a path"),
     "an image that is null": ({"prompt": "a", "images": [None]}, "image 1 is missing or null"),
 }
 
@@ -161,8 +161,8 @@ PLACED = {
     ),
     "an opening marker": ({"prompt": "<image>\nQ", "images": ["a.png"]}, f"{IMAGE}Q", "a"),
     "no images": ({"prompt": "<image> is an HTML tag"}, "<image> is an HTML tag", ""),
-    "places": ({"prompt": user(text("Is "), image(), text("red?")), "images": ["a.png"]}, f"Is {IMAGE}red?", "a"),
-    "places as tables hold them": (
+    "image parts": ({"prompt": user(text("Is "), image(), text("red?")), "images": ["a.png"]}, f"Is {IMAGE}red?", "a"),
+    "image parts as tables store them": (
         {"prompt": user(image(text=None), text("Q", image=None)), "images": ["a.png"]},
         f"{IMAGE}Q",
         "a",
@@ -183,7 +183,7 @@ PLACED = {
         f"Q{IMAGE}{IMAGE}",
         "ab",
     ),
-    "a place and a name": (
+    "a part with and a part without an image": (
         {"prompt": user(image(url="b.png"), image(), text("Q")), "images": ["a.png"]},
         f"{IMAGE}{IMAGE}Q",
         "ba",
@@ -197,7 +197,7 @@ def test_images_stand_where_the_row_says(write, tmp_path, form):
     row, content, names = PLACED[form]
     digests = {}
     for seed, name in enumerate("ab"):
-        data = save_picture(tmp_path / f"{name}.png", seed=seed).read_bytes()
+        data = save_image(tmp_path / f"{name}.png", seed=seed).read_bytes()
         digests[hashlib.sha256(data).hexdigest()[:16]] = name
         if name == "a":
             row = json.loads(
@@ -206,12 +206,12 @@ def test_images_stand_where_the_row_says(write, tmp_path, form):
     [prompt] = load_prompts(write(row)).prompts
     assert prompt.messages == (Message("user", content),)
     assert "".join(digests[image.digest] for image in prompt.images) == names
-    assert prompt.place == f"{tmp_path / 'pool.jsonl'}, line 1"
+    assert prompt.location == f"{tmp_path / 'pool.jsonl'}, line 1"
     assert prompt.metadata == {}
 
 
 def test_images_of_a_chat_without_places_belong_to_the_first_turn_of_the_user(write, tmp_path):
-    save_picture(tmp_path / "a.png")
+    save_image(tmp_path / "a.png")
     turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "c")]
     chat = [{"role": role, "content": content} for role, content in turns]
     [prompt] = load_prompts(write({"prompt": chat, "images": ["a.png"]})).prompts
@@ -227,13 +227,13 @@ BAD_IMAGES = {
         {"prompt": "<image><image> Q", "images": ["a.png"]},
         r"it has 2 <image> marker\(s\), and the row has 1 image\(s\)",
     ),
-    "a place without an image": (
+    "an image part without an image": (
         {"prompt": user(image(), text("Q"))},
-        r"it has 1 place\(s\) for images, and the row has 0",
+        r"it has 1 image part\(s\) without an image, and the row has 0",
     ),
-    "an image without a place": (
+    "an image without a position": (
         {"prompt": user(image(path="a.png"), text("Q")), "images": ["a.png"]},
-        r"its messages name 1 image\(s\), and the row has 1 more without a place",
+        r"its messages name 1 image\(s\), and the row has 1 more without a position",
     ),
     "the model's own image": (
         {"prompt": [{"role": "assistant", "content": [image(path="a.png")]}, {"role": "user", "content": "Q"}]},
@@ -254,14 +254,14 @@ BAD_IMAGES = {
         {"prompt": user(image(path="none.png"))},
         r"'prompt' cannot be used: image 1 \(none.png\) is missing",
     ),
-    "an address": ({"prompt": "Q", "images": "https://example.org/a.png"}, "image 1 is an address .* download it"),
+    "an address": ({"prompt": "Q", "images": "https://example.org/a.png"}, "image 1 is a web address .* save the file"),
     "torn": ({"prompt": "Q", "images": "torn.png"}, r"image 1 \(torn.png\) is truncated"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_a_bad_image_is_one_sentence_or_its_row_is_skipped(write, tmp_path, name):
-    data = save_picture(tmp_path / "a.png").read_bytes()
+    data = save_image(tmp_path / "a.png").read_bytes()
     (tmp_path / "torn.png").write_bytes(data[:-60])
     row, words = BAD_IMAGES[name]
     path = write(GOOD, row, GOOD | {"images": "a.png"})
@@ -272,8 +272,8 @@ def test_a_bad_image_is_one_sentence_or_its_row_is_skipped(write, tmp_path, name
 
 
 def test_the_first_bad_row_is_told_whichever_thread_is_first(write, tmp_path):
-    """The first row's picture takes long to decode, and the rows behind it are bad at once."""
-    picture(3000, 2000).save(tmp_path / "large.png")
+    """The first row's image takes long to decode, and the rows after it fail immediately."""
+    make_image(3000, 2000).save(tmp_path / "large.png")
     (tmp_path / "torn.png").write_bytes((tmp_path / "large.png").read_bytes()[:-60])
     rows = [{"prompt": "Q", "images": "torn.png"}, *({"prompt": "Q", "images": "none.png"} for _ in range(100))]
     with pytest.raises(UserError, match=r"line 1: .*torn.png\) is truncated"):
@@ -287,7 +287,7 @@ def test_rows_that_share_a_picture_share_its_bytes(tmp_path):
 
     import pyarrow
 
-    data = encoded(picture())
+    data = encode_image(make_image())
     rows = [{"prompt": f"Q{n}", "images": [{"bytes": data, "path": None}]} for n in range(3)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     prompts = load_prompts(tmp_path / "p.parquet").prompts
@@ -296,7 +296,7 @@ def test_rows_that_share_a_picture_share_its_bytes(tmp_path):
 
 def test_a_saved_dataset_with_images_is_read_as_it_was_encoded(tmp_path):
     datasets = pytest.importorskip("datasets")
-    path = save_picture(tmp_path / "a.jpg")
+    path = save_image(tmp_path / "a.jpg")
     features = datasets.Features({"prompt": datasets.Value("string"), "images": [datasets.Image()]})
     table = datasets.Dataset.from_dict({"prompt": ["Q", "R"], "images": [[str(path)], []]}, features=features)
     table.save_to_disk(tmp_path / "one")
@@ -399,14 +399,14 @@ rows = st.dictionaries(keys, cells, max_size=4) | st.fixed_dictionaries({"prompt
 
 @st.composite
 def damaged_lines(draw: st.DrawFn) -> bytes:
-    """A row of any shape as JSON, then perhaps torn, re-encoded, given marks or bytes that do not belong."""
+    """Draw a JSON row of any shape, perhaps truncated, re-encoded, or with stray marks or bytes."""
     text = json.dumps(draw(rows), ensure_ascii=draw(st.booleans()))
     encoding = draw(st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252", "utf-7"]))
     errors = "surrogatepass" if encoding.startswith("utf-8") or encoding == "utf-16" else "replace"
     line = text.encode(encoding, errors)
     if draw(st.booleans()):
-        place = draw(st.integers(0, len(line)))
-        line = line[:place] + draw(st.binary(max_size=4)) + line[place + draw(st.integers(0, 3)) :]
+        position = draw(st.integers(0, len(line)))
+        line = line[:position] + draw(st.binary(max_size=4)) + line[position + draw(st.integers(0, 3)) :]
     return line + draw(st.sampled_from([b"\n", b"\r\n", b"\r", b"", b"\n\n", b"\0\n"]))
 
 
@@ -491,7 +491,7 @@ def test_real_files(name, columns, rows):
 def test_real_answers_match_every_real_prompt():
     from purld.clients.anchors import collect_anchors
     from purld.clients.answer_file import AnswerFileClient
-    from purld.config.schema import AnswerFile, FileColumns
+    from purld.config.clients import AnswerFile, FileColumns
 
     path = REAL / "instructions_gpt4o.jsonl"
     prompts = load_prompts(path).prompts

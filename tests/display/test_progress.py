@@ -1,4 +1,4 @@
-"""Progress in a log file: a line now and then, with the time that is left."""
+"""Test progress in a log file: a line every few seconds, with the time left."""
 
 import io
 
@@ -19,7 +19,7 @@ def clock(monkeypatch):
 def test_lines_tell_the_time_left_by_the_present_speed(clock):
     out = io.StringIO()
     with Reporter(Console(file=out, width=200)).progress("answers") as progress:
-        progress(500, 1000, "500 answered")  # known from an earlier run, all at once
+        progress(500, 1000, "500 answered")  # done by an earlier run, reported at once
         clock[0] += 10
         progress(600, 1000, "600 answered, 3 in flight")
         clock[0] += 10

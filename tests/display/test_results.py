@@ -1,4 +1,4 @@
-"""The results of a run as its last lines on the terminal."""
+"""Test the results that a run prints at its end."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def test_rates_differences_and_spend_are_said(tmp_path):
 
 
 def test_what_a_judge_left_open_is_not_silent(tmp_path):
-    assert "Verdicts that were none, left out and kept with their words: LDL-GRPO 7." in shown(RunDir(tmp_path))
+    assert "no verdict (left out of the rates, text kept): LDL-GRPO 7." in shown(RunDir(tmp_path))
     models = {"base": {"n": 30, "unjudged": 0}}
-    assert "Verdicts" not in shown(RunDir(tmp_path), models=models, difference={})
+    assert "no verdict" not in shown(RunDir(tmp_path), models=models, difference={})

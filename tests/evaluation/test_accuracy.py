@@ -27,7 +27,7 @@ def test_repeating_the_same_sample_adds_no_certainty() -> None:
 
 
 def test_independent_samples_add_certainty_up_to_their_number() -> None:
-    """Every prompt right in one of two: the prompts' means do not spread at all, yet 8 trials are not more."""
+    """Every prompt is right in one sample of two: the means do not vary, but 8 answers are not more than 8 trials."""
     share, interval = accuracy_with_interval(np.tile([1, 0], (4, 1)))
     assert share == 0.5
     assert interval == pytest.approx(wilson_interval(0.5, 4))
@@ -40,7 +40,7 @@ def test_all_right_is_not_certainty() -> None:
 
 
 def test_clustered_intervals_cover_the_truth() -> None:
-    """40 prompts of very different difficulty, 4 samples each; treating the 160 as independent covers ~80%."""
+    """40 prompts of very different difficulty with 4 samples each; as 160 independent answers, coverage is ~80%."""
     rng = np.random.default_rng(0)
     hits = []
     for _ in range(400):
@@ -52,7 +52,7 @@ def test_clustered_intervals_cover_the_truth() -> None:
 
 @pytest.mark.parametrize(
     ("correct", "words"),
-    [([], "at least one"), (np.ones((2, 2, 2)), "samples"), ([0.5], "only right"), ([np.nan], "from 0 to 1")],
+    [([], "non-empty"), (np.ones((2, 2, 2)), "samples"), ([0.5], "only right"), ([np.nan], "from 0 to 1")],
 )
 def test_what_is_not_right_or_wrong_is_refused(correct: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -87,7 +87,7 @@ def test_a_few_prompts_that_differ_by_chance_are_no_difference() -> None:
 
 @pytest.mark.parametrize(("n", "share"), [(200, 0.01), (50, 0.05), (30, 0.2)])
 def test_equal_models_are_told_apart_no_more_often_than_allowed(n: int, share: float) -> None:
-    """Each wins alone on a share of the prompts. Of 200 studies at 5%, 19 and more have probability 0.5%."""
+    """Each model wins alone on the same share of prompts. Of 200 studies at 5%, 19 or more have probability 0.5%."""
     rng = np.random.default_rng(n)
     wrong = 0
     for seed in range(200):

@@ -1,4 +1,4 @@
-"""Diversity of answers, by hand."""
+"""Test the diversity measures against values computed by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from purld.evaluation.diagnostics import distinct_2, unique_answer_rate
 
 
 def test_distinct_2_counts_pairs_within_a_text() -> None:
-    """ "a b a b" has ab, ba, ab; "A B" has ab again: 2 different of 4. "b | a" over the border is no pair."""
+    """The bigrams of "a b a b" are ab, ba, ab, that of "A B" is ab: 2 distinct of 4. Bigrams do not cross texts."""
     assert distinct_2(["a b a b", "A B"]) == 0.5
 
 

@@ -1,4 +1,4 @@
-"""Intervals against their closed forms."""
+"""Test intervals against their closed forms."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_a_mean_of_many_values_has_the_normal_interval() -> None:
 def test_resampling_does_not_depend_on_how_much_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random(50)
     whole = bootstrap_values(lambda index: values[index].mean(axis=1), 50, seed=3)
-    monkeypatch.setattr(intervals, "_CELLS", 130)
+    monkeypatch.setattr(intervals, "_MAX_VALUES", 130)
     assert np.array_equal(whole, bootstrap_values(lambda index: values[index].mean(axis=1), 50, seed=3))
     assert len(whole) == intervals.RESAMPLES
 
 
 def test_a_constant_leaves_open_what_was_not_seen() -> None:
-    """Three ties of three: at least 0.025^(1/3) = 0.292 of all prompts tie, the others may all win or lose."""
+    """Three ties of three: at least 0.025^(1/3) = 0.292 of all prompts tie; the others may all win or lose."""
     assert constant_interval(0.5, 3, (0.0, 1.0)) == pytest.approx((0.1462, 0.8538), abs=1e-4)

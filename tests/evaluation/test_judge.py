@@ -1,4 +1,4 @@
-"""The judge's protocol, with judges whose taste is known."""
+"""Test the judge's protocol with judges that follow known rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from purld.clients.base import OnReply, Reply
 from purld.clients.ledger import Ledger
 from purld.clients.open import open_client
-from purld.config.schema import OpenAIEndpoint
+from purld.config.clients import OpenAIEndpoint
 from purld.evaluation.judge import ASKED_AGAIN, NO_REFERENCE, average_preferences, judge_answers, judge_questions
 from purld.records import IMAGE, Generation, Image, Prompt, Verdict
 from purld.templates import JUDGE_AGAIN
@@ -23,7 +23,7 @@ from purld.templates import JUDGE_AGAIN
 
 @dataclass
 class Taste:
-    """A judge that applies a rule to (answer A, answer B), and remembers what it was asked."""
+    """A judge that applies a rule to (answer A, answer B) and records the questions."""
 
     rule: Callable[[str, str], str | None]
     asked: list[Prompt] = field(default_factory=list)
@@ -62,8 +62,8 @@ def test_both_orders_by_default_and_the_judge_sees_everything() -> None:
     assert "=== Reference (Ground Truth) ===\nParis\n" in first.question
 
 
-def test_a_place_of_an_image_in_an_answer_is_none() -> None:
-    """What a model wrote cannot shift the prompt's images, nor a judge's reply that is shown to it again."""
+def test_an_image_mark_in_an_answer_is_no_image() -> None:
+    """Neither an answer nor a judge's quoted reply can shift the prompt's images."""
     judge = SecondThought(1, mark=IMAGE)
     judge_answers([PROMPT], [generation(PROMPT, f"{IMAGE} Paris")], {PROMPT.id: f"{IMAGE}Rome"}, judge)
     for question in judge.asked:
@@ -78,12 +78,12 @@ def test_a_missing_reference_is_said_plainly() -> None:
     assert f"=== Reference (Ground Truth) ===\n{NO_REFERENCE}\n" in judge.asked[0].question
 
 
-def test_a_judge_that_always_takes_the_first_is_found_out() -> None:
+def test_a_judge_that_always_takes_the_first_has_flip_rate_one() -> None:
     verdicts = judge_answers([PROMPT], [generation(PROMPT, "x")], {PROMPT.id: "y"}, Taste(lambda a, b: "A"))
     assert [v.outcome for v in verdicts] == ["win", "loss"]
-    found = average_preferences(verdicts)
-    assert found.wins == {PROMPT.id: 0.5}
-    assert found.flip_rate == 1.0
+    preferences = average_preferences(verdicts)
+    assert preferences.wins == {PROMPT.id: 0.5}
+    assert preferences.flip_rate == 1.0
 
 
 def test_single_order_depends_on_content_and_not_on_side_or_position() -> None:
@@ -121,7 +121,7 @@ def test_anything_else_is_unjudged_and_kept(raw: str | None) -> None:
 
 @dataclass
 class SecondThought:
-    """A judge that comes to the point only after so many reminders."""
+    """A judge that gives a verdict only after a number of reminders."""
 
     reminders: int
     asked: list[Prompt] = field(default_factory=list)
@@ -130,9 +130,9 @@ class SecondThought:
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         self.asked += prompts
         replies = [Reply("answered", self.mark + self._text(len(p.messages) // 2)) for p in prompts]
-        for place, reply in enumerate(replies):
+        for index, reply in enumerate(replies):
             if on_reply:
-                on_reply(place, reply)
+                on_reply(index, reply)
         return replies
 
     def _text(self, reminded: int) -> str:
@@ -155,7 +155,7 @@ def test_a_judge_without_a_verdict_is_asked_again_within_limits(reminders: int, 
     asked = min(reminders, retries) + 1
     assert (verdict.outcome, verdict.asked) == (outcome, asked)
     assert len(judge.asked) == 2 * asked
-    assert len(set(judge.asked)) == 2 * asked  # no question is put twice: the ledger would not buy it again
+    assert len(set(judge.asked)) == 2 * asked  # no question is repeated: the ledger would not send it again
     assert verdict.raw.startswith("Hard to say (0)." if asked > 1 or outcome == "unjudged" else "A")
     assert (ASKED_AGAIN in verdict.raw) == (asked > 1)
     assert told[:2] == [(1, 2, ""), (2, 2, "")]
@@ -196,7 +196,7 @@ def test_equal_answers_tie_without_a_call() -> None:
     verdicts = judge_answers([PROMPT], [generation(PROMPT, "Paris")], {PROMPT.id: "Paris"}, judge)
     assert [v.outcome for v in verdicts] == ["tie", "tie"]
     assert judge.asked == []
-    assert average_preferences(verdicts).flip_rate is None  # no judge was asked, so none was consistent
+    assert average_preferences(verdicts).flip_rate is None  # no judge was asked, so there is no consistency to measure
 
 
 def test_a_missing_opponent_is_unjudged() -> None:
@@ -204,11 +204,11 @@ def test_a_missing_opponent_is_unjudged() -> None:
     assert {v.outcome for v in verdicts} == {"unjudged"}
 
 
-def test_every_sample_is_judged_in_its_place() -> None:
+def test_every_sample_is_judged_in_order() -> None:
     samples = [generation(PROMPT, text, i) for i, text in enumerate(["long answer", "medium", "no"])]
     verdicts = judge_answers([PROMPT], samples, {PROMPT.id: "medium"}, Taste(longest))
-    found = [(v.sample, v.outcome) for v in verdicts]
-    assert found == [(0, "win"), (0, "win"), (1, "tie"), (1, "tie"), (2, "loss"), (2, "loss")]
+    outcomes = [(v.sample, v.outcome) for v in verdicts]
+    assert outcomes == [(0, "win"), (0, "win"), (1, "tie"), (1, "tie"), (2, "loss"), (2, "loss")]
 
 
 def test_an_answer_to_no_prompt_is_an_error() -> None:
@@ -226,19 +226,19 @@ def test_preferences_average_orders_first_and_samples_second() -> None:
         Verdict("q", 0, "loss", "B", True),
         Verdict("q", 0, "loss", "A", False),
     ]
-    found = average_preferences(verdicts)
-    assert found.wins == {"p": 0.875, "q": 0.0}
-    assert found.unjudged == 1
-    assert found.flip_rate == 0.5
+    preferences = average_preferences(verdicts)
+    assert preferences.wins == {"p": 0.875, "q": 0.0}
+    assert preferences.unjudged == 1
+    assert preferences.flip_rate == 0.5
 
 
 def test_no_verdicts_no_claims() -> None:
-    found = average_preferences([])
-    assert (found.wins, found.unjudged, found.flip_rate) == ({}, 0, None)
+    preferences = average_preferences([])
+    assert (preferences.wins, preferences.unjudged, preferences.flip_rate) == ({}, 0, None)
 
 
 class JudgeServer(BaseHTTPRequestHandler):
-    """Prefers the longer answer, and does not keep to one character when both are short."""
+    """A judge that prefers the longer answer, and replies with a sentence if both are short."""
 
     asked: ClassVar[list[str]] = []
 
@@ -261,7 +261,7 @@ class JudgeServer(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 def test_verdicts_over_http_are_in_the_ledger_and_bought_once(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_verdicts_over_http_are_in_the_ledger_and_bought_once(tmp_path: Path) ->
                 verdicts = judge_answers(prompts, answers, opponents, open_client(endpoint, ledger, "judge"))
             assert [v.outcome for v in verdicts] == ["win", "win", "unjudged", "unjudged"]
             assert verdicts[2].raw == ASKED_AGAIN.join(["Both are rather short."] * 2)
-            assert len(JudgeServer.asked) == 6  # four questions, and two again
+            assert len(JudgeServer.asked) == 6  # four questions, two of them asked again
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,4 @@
-"""The mean of the objective before and after, by hand."""
+"""Test the mean label divergence before and after against values computed by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from purld.evaluation.diagnostics import mean_label_divergence
 
 
 def test_by_hand() -> None:
-    """(0.4 + 0.2) / 2 and (0.1 + 0.3) / 2; one of two came closer. A group that was not measured again is not in it."""
+    """(0.4 + 0.2) / 2 and (0.1 + 0.3) / 2; one of two came closer. Groups measured once are left out."""
     groups = [
         {"step": 1, "prompt_id": "p", "label_divergence": 0.4},
         {"step": 1, "prompt_id": "q", "label_divergence": 0.2},

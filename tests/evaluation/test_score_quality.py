@@ -1,4 +1,4 @@
-"""The agreement of scores with gold, against numbers worked out by hand and truths that were put in."""
+"""Test score quality against values computed by hand and simulated truth."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def test_by_hand() -> None:
     Within: 1.5 of 4. Overall, right {.9, .4, .1} against wrong {.4, .8, .2}: .9 wins 3, .4 wins 1.5, .1 none: 4.5 of 9.
     Bins: .1 (right), .2 (wrong), .4 .4 (one right), .8 (wrong), .9 (right): ECE = (.9 + .2 + 2·.1 + .8 + .1)/6.
     """
-    found = score_quality(
+    quality = score_quality(
         [
             CheckedGroup("p", 1, [0.9, 0.4, 0.4], [True, True, False]),
             CheckedGroup("q", 1, [0.1, 0.8, 0.2], [True, False, False]),
         ]
     )
-    assert (found.n, found.prompts, found.right) == (6, 2, 0.5)
-    assert found.auc == pytest.approx(4.5 / 9)
-    assert found.auc_within == pytest.approx(1.5 / 4)
-    assert found.ece == pytest.approx(2.2 / 6)
-    assert [(b.n, b.right) for b in found.bins] == [(1, 1.0), (1, 0.0), (2, 0.5), (1, 0.0), (1, 1.0)]
+    assert (quality.n, quality.prompts, quality.right) == (6, 2, 0.5)
+    assert quality.auc == pytest.approx(4.5 / 9)
+    assert quality.auc_within == pytest.approx(1.5 / 4)
+    assert quality.ece == pytest.approx(2.2 / 6)
+    assert [(b.n, b.right) for b in quality.bins] == [(1, 1.0), (1, 0.0), (2, 0.5), (1, 0.0), (1, 1.0)]
 
 
 def test_knowing_which_prompts_are_hard_is_not_knowing_which_answers_are_right() -> None:
     easy = CheckedGroup("easy", 1, [0.8] * 10, [True] * 9 + [False])
     hard = CheckedGroup("hard", 1, [0.2] * 10, [False] * 9 + [True])
-    found = score_quality([easy, hard])
-    assert found.auc == pytest.approx(0.9)
-    assert found.auc_within == 0.5
+    quality = score_quality([easy, hard])
+    assert quality.auc == pytest.approx(0.9)
+    assert quality.auc_within == 0.5
 
 
 def test_a_score_that_is_the_probability_is_calibrated_and_the_interval_holds_the_truth() -> None:
@@ -52,12 +52,12 @@ def test_a_score_that_is_the_probability_is_calibrated_and_the_interval_holds_th
     for prompt in range(300):
         scores = rng.uniform(size=8)
         groups.append(CheckedGroup(str(prompt), 1, scores.tolist(), (rng.uniform(size=8) < scores).tolist()))
-    found = score_quality(groups)
-    assert found.ece < 0.03
-    assert len(found.bins) == 10
-    assert found.auc_within is not None and found.auc_within_ci is not None
-    assert found.auc_within_ci[0] < 5 / 6 < found.auc_within_ci[1]
-    assert found.auc_within_ci[1] - found.auc_within_ci[0] < 0.06
+    quality = score_quality(groups)
+    assert quality.ece < 0.03
+    assert len(quality.bins) == 10
+    assert quality.auc_within is not None and quality.auc_within_ci is not None
+    assert quality.auc_within_ci[0] < 5 / 6 < quality.auc_within_ci[1]
+    assert quality.auc_within_ci[1] - quality.auc_within_ci[0] < 0.06
 
 
 def test_several_groups_of_one_prompt_are_one_unit() -> None:
@@ -70,15 +70,15 @@ def test_several_groups_of_one_prompt_are_one_unit() -> None:
 
 
 def test_without_pairs_there_is_no_auc() -> None:
-    found = score_quality([CheckedGroup("p", 1, [0.0, 1.0], [True, True])])
-    assert (found.auc, found.auc_within, found.auc_within_ci) == (None, None, None)
-    assert found.ece == 0.5
+    quality = score_quality([CheckedGroup("p", 1, [0.0, 1.0], [True, True])])
+    assert (quality.auc, quality.auc_within, quality.auc_within_ci) == (None, None, None)
+    assert quality.ece == 0.5
 
 
 def test_a_perfect_score_still_has_an_interval() -> None:
-    found = score_quality([CheckedGroup(str(p), 1, [1.0, 0.0], [True, False]) for p in range(20)])
-    assert found.auc_within == 1.0
-    assert found.auc_within_ci is not None and 0.8 < found.auc_within_ci[0] < 1.0
+    quality = score_quality([CheckedGroup(str(p), 1, [1.0, 0.0], [True, False]) for p in range(20)])
+    assert quality.auc_within == 1.0
+    assert quality.auc_within_ci is not None and 0.8 < quality.auc_within_ci[0] < 1.0
 
 
 @pytest.mark.parametrize("groups", [[], [CheckedGroup("p", 1, [], [])], [CheckedGroup("p", 1, [1.5], [True])]])
@@ -96,12 +96,12 @@ def test_groups_as_logged_are_checked_and_what_cannot_be_is_left_out() -> None:
         {"prompt_id": known.id, "candidates": ["4"], "scores": [None]},
     ]
     rows = [row | {"step": step} for step, row in enumerate(rows, 1)]
-    found = check_groups(rows, [known, unknown], lambda prompt, text: text == prompt.reference)
-    assert found == [
+    groups = check_groups(rows, [known, unknown], lambda prompt, text: text == prompt.reference)
+    assert groups == [
         CheckedGroup(known.id, 1, [0.9, 0.3, None], [True, False, False]),
         CheckedGroup(known.id, 4, [None], [True]),
     ]
-    quality = score_quality(found)
+    quality = score_quality(groups)
     assert (quality.n, quality.prompts, quality.right) == (2, 1, 0.5)
     results = quality_as_results(quality)
     assert results["bins"] == [{"n": 1, "score": 0.3, "right": 0.0}, {"n": 1, "score": 0.9, "right": 1.0}]
@@ -137,7 +137,7 @@ def test_auc_is_the_mean_of_all_comparisons(rows: list[tuple[int, bool]]) -> Non
     assert pairwise_auc(scores, positive) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("scores", "words"), [([0.1, np.nan], "NaN"), ([0.1], "one length")])
+@pytest.mark.parametrize(("scores", "words"), [([0.1, np.nan], "NaN"), ([0.1], "same length")])
 def test_auc_refuses_unscored(scores: list[float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         pairwise_auc(scores, [True, False])

@@ -1,4 +1,4 @@
-"""What results.json says of answers and verdicts, from cases small enough to know."""
+"""Test the metrics of results.json on small cases."""
 
 from __future__ import annotations
 
@@ -53,26 +53,26 @@ def test_diversity_needs_something_to_differ() -> None:
 
 
 def test_a_difference_drops_prompts_that_either_side_lacks() -> None:
-    """Judged on both sides: prompts 0 and 3, won by us and lost by them, and tied by both: (1 + 0) / 2."""
+    """Prompts 0 and 3 are judged on both sides: one is won by us and lost by them, one tied by both: (1 + 0) / 2."""
     ours = evaluated(["win", "unjudged", "loss", "tie"])
     theirs = evaluated(["loss", "win", "unjudged", "tie"])
-    found = model_difference(ours, theirs, opponents(4), seed=0)
-    assert found["judged_both"] == 2
-    assert found["win_rate"] == 0.5
-    assert found["lc_win_rate"] == pytest.approx(0.5, abs=0.01)  # equal lengths: nothing to control for
-    assert found["win_rate_ci"][0] <= 0.5 <= found["win_rate_ci"][1]
+    difference = model_difference(ours, theirs, opponents(4), seed=0)
+    assert difference["judged_both"] == 2
+    assert difference["win_rate"] == 0.5
+    assert difference["lc_win_rate"] == pytest.approx(0.5, abs=0.01)  # equal lengths: nothing to control for
+    assert difference["win_rate_ci"][0] <= 0.5 <= difference["win_rate_ci"][1]
 
 
 def test_models_that_were_not_judged_differ_in_nothing_but_gold() -> None:
     ours, theirs = evaluated(["unjudged"] * 8, correct=[True] * 8), evaluated(["win"] * 8, correct=[False] * 8)
-    found = model_difference(ours, theirs, opponents(8), seed=0)
-    assert found["accuracy"] == 1.0
-    assert found["accuracy_p"] == pytest.approx(2 / 2**8, rel=1e-3)
-    assert "win_rate" not in found
+    difference = model_difference(ours, theirs, opponents(8), seed=0)
+    assert difference["accuracy"] == 1.0
+    assert difference["accuracy_p"] == pytest.approx(2 / 2**8, rel=1e-3)
+    assert "win_rate" not in difference
 
 
 def test_a_model_does_not_differ_from_itself() -> None:
     model = evaluated(["win", "loss", "tie", "win"] * 5, correct=[True, False] * 10)
-    found: dict[str, Any] = model_difference(model, model, opponents(20), seed=0)
-    assert (found["win_rate"], found["lc_win_rate"], found["accuracy"]) == (0, 0, 0)
-    assert found["lc_win_rate_ci"][0] < 0 < found["lc_win_rate_ci"][1]
+    difference: dict[str, Any] = model_difference(model, model, opponents(20), seed=0)
+    assert (difference["win_rate"], difference["lc_win_rate"], difference["accuracy"]) == (0, 0, 0)
+    assert difference["lc_win_rate_ci"][0] < 0 < difference["lc_win_rate_ci"][1]

@@ -1,4 +1,4 @@
-"""Verdicts from a file: what it lacks is written out, and the same command goes on when it is filled."""
+"""Test verdicts from a file: missing questions are written out, and the same command resumes once they are answered."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def test_a_file_of_verdicts_from_first_questions_to_win_rates(judged_config, tmp
     assert 16 < len(asked) <= 32  # two models, eight prompts, both orders; where the models agree, only once
     assert f"has no verdict on {len(asked)} of {len(asked)} pairs" in capsys.readouterr().err
     assert "=== Response B ===" in asked[0]["question"]
-    assert "evaluate" not in run.finished()
+    assert "evaluate" not in run.finished_stages()
 
     verdicts = tmp_path / "verdicts.jsonl"
     letters = ["A", "B", "T", "no idea"] * 4 + ["T"] * (len(asked) - 16)
@@ -52,11 +52,11 @@ def test_a_file_of_verdicts_from_first_questions_to_win_rates(judged_config, tmp
     verdicts.write_text("".join(json.dumps(row) + "\n" for row in filled))
     assert purld(monkeypatch, "run", judged_config, "--run-dir", run.path) == 0
     assert not run.to_judge.exists()
-    found = read_rows(run.verdicts("base"))
-    # A in the order model first is a win, B in the other order, too; then a tie and words that are no verdict.
-    assert [row["outcome"] for row in found[:4]] == ["win", "win", "tie", "unjudged"]
-    assert found[3]["raw"] == "no idea"
-    assert ASKED_AGAIN not in found[3]["raw"]  # a file is not asked again
+    rows = read_rows(run.verdicts("base"))
+    # A with the model first is a win, and B in the other order; then a tie and a text that is no verdict.
+    assert [row["outcome"] for row in rows[:4]] == ["win", "win", "tie", "unjudged"]
+    assert rows[3]["raw"] == "no idea"
+    assert ASKED_AGAIN not in rows[3]["raw"]  # a file is not asked again
     metrics = read_json(run.results)["models"]["base"]
     assert (metrics["judged"], metrics["unjudged"], metrics["asked_again"]) == (8, 4, 0)
     assert metrics["win_rate"] == pytest.approx((4 * 1.0 + 4 * 0.5) / 8)

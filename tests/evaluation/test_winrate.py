@@ -1,4 +1,4 @@
-"""Win rates against published figures, known limits and simulated truth."""
+"""Test win rates against published figures, known limits and simulated truth."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JUDGED = SHARED / "judged_pairs.json"
 
 
 def logistic_pairs(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs whose longer answer tends to win: hard verdicts, lengths on a common scale."""
+    """Return pairs whose longer answer tends to win: verdicts of 0 or 1, lengths on one scale."""
     reference, model = np.exp(rng.normal(5.0, 0.5, n)), np.exp(rng.normal(4.8, 0.5, n))
     logit = -0.4 - 1.0 * np.tanh((reference - model) / 120)
     return (rng.random(n) < 1 / (1 + np.exp(-logit))).astype(float), reference, model
@@ -39,7 +39,7 @@ def test_published_win_rates_are_met() -> None:
 
 
 def test_equal_lengths_need_no_control() -> None:
-    """Without a spread of lengths there is no length term: θ alone fits the mean."""
+    """If all lengths are equal, there is no length term, and θ alone fits the mean."""
     rates = summarize([1, 0.5, 0, 0], [50] * 4, [50] * 4)
     assert rates.win_rate == 0.375
     assert rates.lc_win_rate == pytest.approx(0.375)
@@ -49,7 +49,7 @@ def test_equal_lengths_need_no_control() -> None:
 
 
 def test_control_moves_towards_the_rate_at_equal_length() -> None:
-    """It wins exactly where it is longer, which it is in three of four pairs: at equal length, half."""
+    """The model wins exactly where it is longer, in three of four pairs: at equal lengths, the rate is a half."""
     wins = np.array([1.0, 1.0, 1.0, 0.0] * 25)
     delta = np.array([-100.0, -100.0, -100.0, 100.0] * 25)
     rates = summarize(wins, 200 + delta, np.full(100, 200.0))
@@ -59,7 +59,7 @@ def test_control_moves_towards_the_rate_at_equal_length() -> None:
 
 
 def test_every_win_leaves_room_for_the_next_prompt() -> None:
-    """20 wins of 20: a true share below 0.025^(1/20) = 0.83 is ruled out, and no more than that."""
+    """20 wins of 20: a true share below 0.025^(1/20) = 0.83 is ruled out, and nothing above it."""
     rates = summarize(np.ones(20), np.arange(1, 21), np.arange(3, 23))
     assert rates.win_rate == rates.lc_win_rate == 1.0
     assert rates.win_rate_ci == rates.lc_win_rate_ci == pytest.approx((0.025 ** (1 / 20), 1.0))
@@ -151,7 +151,7 @@ def test_swapping_the_sides_mirrors_both_rates(seed: int) -> None:
 
 
 def coverage(monkeypatch: pytest.MonkeyPatch, simulations: int, n: int) -> tuple[float, float]:
-    """The share of simulated studies whose intervals hold the rates of 200,000 pairs drawn alike."""
+    """Return the share of simulated studies whose intervals hold the rates of 200,000 pairs from the same source."""
     rng = np.random.default_rng(0)
     monkeypatch.setattr(intervals, "RESAMPLES", 2)
     truth = summarize(*logistic_pairs(rng, 200_000))
@@ -163,7 +163,7 @@ def coverage(monkeypatch: pytest.MonkeyPatch, simulations: int, n: int) -> tuple
 
 
 def test_intervals_cover_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 150 studies at 95%, fewer than 133 or all 150 happens to a right interval once in a few hundred."""
+    """A correct 95% interval covers fewer than 133 or all of 150 studies once in a few hundred times."""
     for share in coverage(monkeypatch, simulations=150, n=60):
         assert 133 / 150 <= share < 1.0
 
@@ -175,7 +175,7 @@ def test_intervals_cover_the_truth_closely(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_controlled_difference_cancels_what_is_common() -> None:
-    """Two models that win alike but for length: the raw difference is length's, the controlled one is not."""
+    """Two models that differ only in length: the raw difference is large, the length-controlled one is not."""
     rng = np.random.default_rng(0)
     reference = rng.uniform(200, 400, 400)
     short, long = reference * rng.uniform(0.4, 1.3, 400), reference * rng.uniform(0.7, 1.6, 400)

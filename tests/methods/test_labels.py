@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from purld.methods.labels import (
     anchor_margins,
     distribution_entropy,
-    label_distribution,
     log_label_distribution,
     positive_confidences,
 )
@@ -31,7 +30,7 @@ def test_hand_computed_distribution():
     margin = anchor_margins(torch.tensor([0.9, 0.4]), 0.9)
     assert margin.tolist() == pytest.approx([0.0, -0.5])
     assert positive_confidences(margin, 2.0).tolist() == pytest.approx([0.5, 0.268941], abs=1e-6)
-    assert label_distribution(margin, 2.0, 1.0).tolist() == pytest.approx([0.754010, 0.245990], abs=1e-6)
+    assert log_label_distribution(margin, 2.0, 1.0).exp().tolist() == pytest.approx([0.754010, 0.245990], abs=1e-6)
 
 
 @given(SCORES, SCORE, GAMMA, TAU)
@@ -60,7 +59,7 @@ def test_theorem_3_1_labels_keep_the_order_of_margins(scores, anchor, gamma, tau
 @given(SCORES, SCORE, GAMMA, TAU)
 def test_theorem_3_2_expected_margin_is_near_the_best(scores, anchor, gamma, tau):
     margin = anchor_margins(torch.tensor(scores, dtype=torch.float64), anchor)
-    expected = (label_distribution(margin, gamma, tau) * margin).sum()
+    expected = (log_label_distribution(margin, gamma, tau).exp() * margin).sum()
     assert (margin.max() - expected).item() <= tau * math.log(len(scores)) + 1e-9
 
 
@@ -68,7 +67,7 @@ def test_theorem_3_2_expected_margin_is_near_the_best(scores, anchor, gamma, tau
 def test_remark_2_the_pu_factor_only_concentrates(scores, anchor, gamma, tau):
     margin = anchor_margins(torch.tensor(scores, dtype=torch.float64), anchor)
     softmax = torch.softmax(margin / tau, dim=0)
-    assert (label_distribution(margin, gamma, tau) * margin).sum() >= (softmax * margin).sum() - 1e-9
+    assert (log_label_distribution(margin, gamma, tau).exp() * margin).sum() >= (softmax * margin).sum() - 1e-9
 
 
 def test_extreme_values_neither_overflow_nor_vanish():

@@ -16,18 +16,18 @@ def test_rows_are_repeated_in_order_and_new_tokens_follow_the_old():
     for cache in (plain, roomy):
         cache.update(tokens(5, 2), -tokens(5, 2), 0)
     plain.batch_repeat_interleave(3)
-    roomy = repeat_with_capacity(roomy, 3, room=4)
+    roomy = repeat_with_capacity(roomy, 3, capacity=4)
     for count in (1, 2, 1):
         new = tokens(count, 6)
-        expected, found = (cache.update(new, -new, 0) for cache in (plain, roomy))
-        assert all(torch.equal(a, b) for a, b in zip(expected, found))
+        expected, actual = (cache.update(new, -new, 0) for cache in (plain, roomy))
+        assert all(torch.equal(a, b) for a, b in zip(expected, actual))
         assert roomy.get_seq_length() == plain.get_seq_length()
 
 
 def test_what_is_cropped_is_written_over():
     cache = DynamicCache()
     cache.update(tokens(5, 1), tokens(5, 1), 0)
-    cache = repeat_with_capacity(cache, 1, room=3)
+    cache = repeat_with_capacity(cache, 1, capacity=3)
     cache.update(tokens(2, 1), tokens(2, 1), 0)
     cache.crop(-2)
     keys, _ = cache.update(tokens(1, 1), tokens(1, 1), 0)

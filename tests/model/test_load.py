@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from log_prob_sums import sequence_log_probs
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -17,15 +18,14 @@ from purld.model.load import (
     save_model,
     save_policy,
 )
-from purld.model.log_probs import sequence_log_probs
 from purld.model.vision import EncodedPrompt
 
-HEAD, COMPLETIONS = EncodedPrompt(list(range(5, 20))), [[7, 8, 9], [30, 31]]
+PROMPT, COMPLETIONS = EncodedPrompt(list(range(5, 20))), [[7, 8, 9], [30, 31]]
 
 
 def log_probs(model):
     with torch.no_grad():
-        return sequence_log_probs(model, HEAD, COMPLETIONS, pad=0)
+        return sequence_log_probs(model, PROMPT, COMPLETIONS, pad=0)
 
 
 def stir(model, seed):

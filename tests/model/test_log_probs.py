@@ -1,10 +1,11 @@
-"""Sharing a group's head gives the plain computation's numbers and gradients."""
+"""Sharing a group's prompt gives the numbers and gradients of plain forward passes."""
 
 import pytest
 import torch
+from log_prob_sums import sequence_log_probs
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from purld.model.log_probs import make_prefix, micro_batches, sequence_log_probs, token_log_probs
+from purld.model.log_probs import make_prefix, micro_batches, token_log_probs
 from purld.model.vision import EncodedPrompt
 
 LENGTHS = (1, 5, 9, 9, 3)
@@ -24,16 +25,16 @@ def model(request, random_student):
 @pytest.fixture(scope="module")
 def group():
     generator = torch.Generator().manual_seed(3)
-    head = EncodedPrompt(torch.randint(0, 120, (17,), generator=generator).tolist())
-    return head, [torch.randint(0, 120, (n,), generator=generator).tolist() for n in LENGTHS]
+    prompt = EncodedPrompt(torch.randint(0, 120, (17,), generator=generator).tolist())
+    return prompt, [torch.randint(0, 120, (n,), generator=generator).tolist() for n in LENGTHS]
 
 
-def plain_log_probs(model, head, completions):
+def plain_log_probs(model, prompt, completions):
     """One unpadded forward pass per completion."""
     sums = []
     for completion in completions:
-        log_probs = model(input_ids=torch.tensor([head.ids + completion])).logits[0].float().log_softmax(-1)
-        sums.append(sum(log_probs[len(head) - 1 + i, token] for i, token in enumerate(completion)))
+        log_probs = model(input_ids=torch.tensor([prompt.ids + completion])).logits[0].float().log_softmax(-1)
+        sums.append(sum(log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(completion)))
     return torch.stack(sums)
 
 
@@ -44,21 +45,20 @@ def gradients(model, loss):
 
 
 def test_log_probs_and_gradients_equal_the_plain_ones(model, group):
-    head, completions = group
+    prompt, completions = group
     weights = torch.tensor([0.5, -1.0, 2.0, 0.3, -0.7])
-    plain = plain_log_probs(model, head, completions)
-    shared = sequence_log_probs(model, head, completions, pad=0)
+    plain = plain_log_probs(model, prompt, completions)
+    shared = sequence_log_probs(model, prompt, completions, pad=0)
     assert torch.allclose(shared, plain, rtol=1e-5, atol=1e-4)
     expected = gradients(model, (weights * plain).sum())
-    found = gradients(model, (weights * shared).sum())
-    assert (found - expected).norm() / expected.norm() < 1e-5
+    actual = gradients(model, (weights * shared).sum())
+    assert (actual - expected).norm() / expected.norm() < 1e-5
 
 
-def test_sequences_are_sums_of_tokens_and_padding_counts_nothing(model, group):
-    head, completions = group
+def test_padding_counts_nothing(model, group):
+    prompt, completions = group
     with torch.no_grad():
-        log_probs, mask = token_log_probs(model, head, completions, pad=0)
-        assert torch.equal(log_probs.sum(dim=1), sequence_log_probs(model, head, completions, pad=0))
+        log_probs, mask = token_log_probs(model, prompt, completions, pad=0)
     assert mask.sum(dim=1).tolist() == list(LENGTHS)
     assert log_probs.dtype == torch.float32
     assert (log_probs[mask == 1] < 0).all()
@@ -66,20 +66,20 @@ def test_sequences_are_sums_of_tokens_and_padding_counts_nothing(model, group):
 
 
 def test_padding_is_inert(model, group):
-    head, completions = group
+    prompt, completions = group
     with torch.no_grad():
-        one_by_one = torch.cat([sequence_log_probs(model, head, [c], pad=0) for c in completions])
-        together = sequence_log_probs(model, head, completions, pad=7)
+        one_by_one = torch.cat([sequence_log_probs(model, prompt, [c], pad=0) for c in completions])
+        together = sequence_log_probs(model, prompt, completions, pad=7)
     assert torch.allclose(one_by_one, together, rtol=1e-5, atol=1e-4)
 
 
 def test_closing_logits_equal_the_plain_ones(model, group):
-    head, completions = group
+    prompt, completions = group
     tails = [c for c in completions if len(c) >= 3]
     with torch.no_grad():
-        found = make_prefix(model, head, tails, pad=0).closing_logits(tails, count=3)
-        for tail, logits in zip(tails, found):
-            plain = model(input_ids=torch.tensor([head.ids + tail])).logits[0, -3:]
+        actual = make_prefix(model, prompt, tails, pad=0).closing_logits(tails, count=3)
+        for tail, logits in zip(tails, actual):
+            plain = model(input_ids=torch.tensor([prompt.ids + tail])).logits[0, -3:]
             assert torch.allclose(logits, plain, atol=1e-4)
 
 

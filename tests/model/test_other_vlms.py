@@ -1,7 +1,7 @@
-"""Architectures that take other ways through a picture: the numbers of transformers alone for each of them.
+"""Architectures that process images differently: the numbers of transformers alone for each of them.
 
-Qwen3-VL puts features of pictures into several layers; in Gemma 3 a picture's tokens see each other both ways, told by
-a tensor of another name; LLaVA-OneVision cuts pictures into patches, unless there are several in a prompt; InternVL's
+Qwen3-VL puts image features into several layers; in Gemma 3 the tokens of an image attend to each other both ways, by
+a tensor of another name; LLaVA-OneVision cuts images into patches, unless there are several in a prompt; InternVL's
 processor cuts them too, which its image processor alone would not.
 """
 
@@ -186,25 +186,25 @@ def gradient(model, values):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["one", "two", "none", "large"])
-def test_heads_are_what_the_models_own_processor_makes_of_the_chat(model, encoder, prompt):
-    given, head = chat(encoder, [prompt]), encoder.prompt(prompt)
-    assert given["input_ids"].tolist() == [head.ids]
+def test_encoded_prompts_are_what_the_models_own_processor_makes_of_the_chat(model, encoder, prompt):
+    given, encoded = chat(encoder, [prompt]), encoder.encode_prompt(prompt)
+    assert given["input_ids"].tolist() == [encoded.ids]
     with torch.no_grad():
         expected = model(**given).logits[0, -1].log_softmax(-1)[[5, 6, 7]]
-        found = FullSequences(model, head, encoder.pad).token_log_probs([[5], [6], [7]])[0][:, 0]
-    assert torch.allclose(found, expected, atol=1e-5)
+        actual = FullSequences(model, encoded, encoder.pad).token_log_probs([[5], [6], [7]])[0][:, 0]
+    assert torch.allclose(actual, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2], ids=["one", "two"])
-def test_a_shared_head_gives_the_numbers_and_gradients_of_full_sequences(model, encoder, prompt, recwarn):
-    head = encoder.prompt(prompt)
+def test_a_shared_prefix_gives_the_numbers_and_gradients_of_full_sequences(model, encoder, prompt, recwarn):
+    encoded = encoder.encode_prompt(prompt)
     plain, shared = (
-        way(model, head, encoder.pad).token_log_probs(COMPLETIONS)[0] for way in (FullSequences, SharedPrefix)
+        way(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0] for way in (FullSequences, SharedPrefix)
     )
     assert torch.allclose(shared, plain, atol=1e-5)
-    expected, found = gradient(model, plain), gradient(model, shared)
-    assert (expected - found).norm() / expected.norm() < 1e-5
-    assert can_share_prefix(model, head, COMPLETIONS, encoder.pad)
+    expected, actual = gradient(model, plain), gradient(model, shared)
+    assert (expected - actual).norm() / expected.norm() < 1e-5
+    assert can_share_prefix(model, encoded, COMPLETIONS, encoder.pad)
 
 
 def test_the_model_sees_its_pictures(model, encoder):
@@ -212,42 +212,45 @@ def test_the_model_sees_its_pictures(model, encoder):
     other = Prompt.from_text(f"{IMAGE}How many?", images=(picture(40, 24, 7),))
     with torch.no_grad():
         one, two = (
-            FullSequences(model, encoder.prompt(p), encoder.pad).token_log_probs([[5]])[0] for p in (PROMPTS[0], other)
+            FullSequences(model, encoder.encode_prompt(p), encoder.pad).token_log_probs([[5]])[0]
+            for p in (PROMPTS[0], other)
         )
     assert abs(one - two) > 1e-3
 
 
 def test_pictures_of_many_shapes_make_a_batch(model, encoder):
     """Its tensors are those that the processor makes of all chats at once, its loss that of its rows."""
-    rows = [(encoder.prompt(prompt), [5, 6, 7, 8][:n]) for prompt, n in zip(PROMPTS, (4, 2, 3, 1))]
+    rows = [(encoder.encode_prompt(prompt), [5, 6, 7, 8][:n]) for prompt, n in zip(PROMPTS, (4, 2, 3, 1))]
     batch, given = training_batch(rows, encoder.pad), chat(encoder, PROMPTS)
     names = [name for name in given if name.startswith(("pixel", "image", "batch"))]
     assert names
     assert all(torch.equal(batch[name], given[name]) for name in names)
     with torch.no_grad():
         loss = model(**batch).loss
-        alone = [FullSequences(model, head, encoder.pad).token_log_probs([answer])[0].sum() for head, answer in rows]
+        alone = [
+            FullSequences(model, encoded, encoder.pad).token_log_probs([answer])[0].sum() for encoded, answer in rows
+        ]
     assert torch.allclose(loss, -sum(alone) / 10, atol=1e-5)
 
 
-def test_shared_heads_and_full_ones_draw_the_same(model, encoder, monkeypatch):
-    heads = [encoder.prompt(prompt) for prompt in PROMPTS]
+def test_shared_prompts_and_full_ones_draw_the_same(model, encoder, monkeypatch):
+    encoded_prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
     sampler = GenerateSampler(encoder, Decoding(1.0, 4))
-    shared = sampler(model, heads, 2, seed=5)
-    monkeypatch.setattr(sample, "may_share", lambda *_: False)
-    assert sampler(model, heads, 2, seed=5) == shared
+    shared = sampler(model, encoded_prompts, 2, seed=5)
+    monkeypatch.setattr(sample, "can_share_prefix", lambda *_: False)
+    assert sampler(model, encoded_prompts, 2, seed=5) == shared
 
 
 def test_a_saved_student_reads_prompts_as_before(student, encoder, model, tmp_path):
     save_model(student, model, encoder, tmp_path)
     there = load_encoder(Student(model=str(tmp_path)))
-    assert all(there.prompt(prompt) == encoder.prompt(prompt) for prompt in PROMPTS)
+    assert all(there.encode_prompt(prompt) == encoder.encode_prompt(prompt) for prompt in PROMPTS)
 
 
 def test_no_mark_of_a_picture_passes_in_a_question(encoder):
     for mark in encoder.tokenizer.convert_ids_to_tokens(encoder.processor.image_token_ids):
         with pytest.raises(UserError, match=r"p.jsonl, line 3: the prompt has 0 images, and 1 times the text <"):
-            encoder.prompt(Prompt.from_text(f"What is {mark}?", place="p.jsonl, line 3"))
+            encoder.encode_prompt(Prompt.from_text(f"What is {mark}?", location="p.jsonl, line 3"))
 
 
 @pytest.mark.parametrize("how", ["adds to the text", "fails"])
@@ -261,7 +264,7 @@ def test_an_unusual_processor_is_refused_when_it_is_loaded(encoder, how, monkeyp
 
     monkeypatch.setattr(type(encoder.processor), "__call__", call)
     reason = "no such thing" if how == "fails" else "more into the text"
-    with pytest.raises(UserError, match=rf"Processor does not take pictures the way .* \(.*{reason}"):
+    with pytest.raises(UserError, match=rf"Processor does not handle images the way .* \(.*{reason}"):
         Encoder(encoder.processor, 8)
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from log_prob_sums import sequence_log_probs
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from purld.model.encode import Encoder
-from purld.model.log_probs import sequence_log_probs
 from purld.records import Prompt
 from purld.testbed.world.world import generate_problems, teacher_answer
 
@@ -18,14 +18,14 @@ def answers(tokenizer):
     problems = generate_problems("counting", "heldout", 21, 3)
     texts = [teacher_answer(p) for p in problems]
     return [
-        (encoder.prompt(Prompt.from_text(p.question)), [encoder.answer(t).ids for t in pair])
+        (encoder.encode_prompt(Prompt.from_text(p.question)), [encoder.encode_answer(t).ids for t in pair])
         for p, *pair in zip(problems, texts, texts[1:])
     ]
 
 
 def log_probs(model, answers):
     with torch.no_grad():
-        return torch.cat([sequence_log_probs(model, head, ids, pad=0) for head, ids in answers])
+        return torch.cat([sequence_log_probs(model, encoded, ids, pad=0) for encoded, ids in answers])
 
 
 def test_the_error_grows_with_the_root_of_the_length_and_stays_within_its_bound(shipped_student, answers):

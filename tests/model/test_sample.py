@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from log_prob_sums import sequence_log_probs
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from purld.model import sample
 from purld.model.encode import Encoder
-from purld.model.log_probs import sequence_log_probs
 from purld.model.sample import Decoding, GenerateSampler, generate_completions, seed_from_content
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
-real = sample._prefilled
+real = sample._prefill_cache
 
 
 @pytest.fixture(scope="module")
@@ -25,24 +25,26 @@ def encoder(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def heads(encoder):
-    return [encoder.prompt(Prompt.from_text(t)) for t in ("How many?", "Tell me about the fox. Use the word drum.")]
+def encoded_prompts(encoder):
+    return [
+        encoder.encode_prompt(Prompt.from_text(t)) for t in ("How many?", "Tell me about the fox. Use the word drum.")
+    ]
 
 
-def test_same_seed_same_draws_whatever_came_before(model, encoder, heads):
+def test_same_seed_same_draws_whatever_came_before(model, encoder, encoded_prompts):
     sampler = GenerateSampler(encoder, Decoding(1.0, 12))
-    first = sampler(model, heads, 3, seed=5)
+    first = sampler(model, encoded_prompts, 3, seed=5)
     state = torch.random.get_rng_state()
     torch.rand(7)
-    assert sampler(model, heads, 3, seed=5) == first
-    assert sampler(model, heads, 3, seed=6) != first
+    assert sampler(model, encoded_prompts, 3, seed=5) == first
+    assert sampler(model, encoded_prompts, 3, seed=6) != first
     torch.random.set_rng_state(state)
-    sampler(model, heads, 3, seed=7)
+    sampler(model, encoded_prompts, 3, seed=7)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_shape_and_limit(model, encoder, heads):
-    groups = GenerateSampler(encoder, Decoding(1.0, 12))(model, heads, 3, seed=0)
+def test_shape_and_limit(model, encoder, encoded_prompts):
+    groups = GenerateSampler(encoder, Decoding(1.0, 12))(model, encoded_prompts, 3, seed=0)
     assert [len(group) for group in groups] == [3, 3]
     for completion in groups[0] + groups[1]:
         assert 1 <= len(completion.ids) <= 12
@@ -50,10 +52,10 @@ def test_shape_and_limit(model, encoder, heads):
         assert encoder.end not in completion.ids[:-1]
 
 
-def test_greedy_takes_the_likeliest_token_despite_the_models_own_defaults(model, encoder, heads):
+def test_greedy_takes_the_likeliest_token_despite_the_models_own_defaults(model, encoder, encoded_prompts):
     """The random student's generation_config asks for a repetition penalty; draws must not see it."""
-    (greedy,), _ = GenerateSampler(encoder, Decoding(0.0, 12))(model, heads, 1, seed=0)
-    ids = list(heads[0].ids)
+    (greedy,), _ = GenerateSampler(encoder, Decoding(0.0, 12))(model, encoded_prompts, 1, seed=0)
+    ids = list(encoded_prompts[0].ids)
     for token in greedy.ids:
         with torch.no_grad():
             assert model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item() == token
@@ -80,33 +82,38 @@ def sharing_model(request, model, encoder):
     ).eval()
 
 
-def test_a_shared_prefill_draws_what_a_repeated_one_draws(sharing_model, encoder, heads, monkeypatch):
+def test_a_shared_prefill_draws_what_a_repeated_one_draws(sharing_model, encoder, encoded_prompts, monkeypatch):
     sampler = GenerateSampler(encoder, Decoding(1.0, 12))
     prefilled = []
-    monkeypatch.setattr(sample, "_prefilled", lambda *a: prefilled.append(a[3].shape) or real(*a))
-    shared = sampler(sharing_model, heads, 3, seed=5)
-    assert prefilled == [(2, max(map(len, heads)) - 1)]
-    monkeypatch.setattr(sample, "may_share", lambda *_: False)
-    assert sampler(sharing_model, heads, 3, seed=5) == shared
+    monkeypatch.setattr(sample, "_prefill_cache", lambda *a: prefilled.append(a[3].shape) or real(*a))
+    shared = sampler(sharing_model, encoded_prompts, 3, seed=5)
+    assert prefilled == [(2, max(map(len, encoded_prompts)) - 1)]
+    monkeypatch.setattr(sample, "can_share_prefix", lambda *_: False)
+    assert sampler(sharing_model, encoded_prompts, 3, seed=5) == shared
 
 
-def test_a_common_head_is_prefilled_once_for_replies_of_any_length(sharing_model, encoder, heads, monkeypatch):
+def test_a_common_prefix_is_prefilled_once_for_replies_of_any_length(
+    sharing_model, encoder, encoded_prompts, monkeypatch
+):
     greedy = Decoding(0.0, 10)
-    head, tails = heads[1], [heads[0], EncodedPrompt(heads[0].ids[:3]), EncodedPrompt(heads[1].ids[:7])]
-    shared = generate_completions(sharing_model, encoder, tails, 1, greedy, head)
-    assert shared == generate_completions(
-        sharing_model, encoder, [head.followed_by(tail.ids) for tail in tails], 1, greedy
+    encoded, tails = (
+        encoded_prompts[1],
+        [encoded_prompts[0], EncodedPrompt(encoded_prompts[0].ids[:3]), EncodedPrompt(encoded_prompts[1].ids[:7])],
     )
-    monkeypatch.setattr(sample, "may_share", lambda *_: False)
-    assert generate_completions(sharing_model, encoder, tails, 1, greedy, head) == shared
+    shared = generate_completions(sharing_model, encoder, tails, 1, greedy, encoded)
+    assert shared == generate_completions(
+        sharing_model, encoder, [encoded.followed_by(tail.ids) for tail in tails], 1, greedy
+    )
+    monkeypatch.setattr(sample, "can_share_prefix", lambda *_: False)
+    assert generate_completions(sharing_model, encoder, tails, 1, greedy, encoded) == shared
 
 
-def test_frequencies_are_the_policys_probabilities(model, encoder, heads):
+def test_frequencies_are_the_policys_probabilities(model, encoder, encoded_prompts):
     """2,000 one-token draws against exact probabilities: within four standard errors for the five likeliest."""
-    groups = GenerateSampler(encoder, Decoding(1.0, 1))(model, heads[:1], 2000, seed=1)
+    groups = GenerateSampler(encoder, Decoding(1.0, 1))(model, encoded_prompts[:1], 2000, seed=1)
     drawn = [c.ids[0] for c in groups[0]]
     with torch.no_grad():
-        log_probs = sequence_log_probs(model, heads[0], [[t] for t in range(len(encoder.tokenizer))], pad=0)
+        log_probs = sequence_log_probs(model, encoded_prompts[0], [[t] for t in range(len(encoder.tokenizer))], pad=0)
     for token in log_probs.topk(5).indices.tolist():
         p = log_probs[token].exp().item()
         assert abs(drawn.count(token) / 2000 - p) < 4 * (p * (1 - p) / 2000) ** 0.5

@@ -1,4 +1,4 @@
-"""Models that sharing does not work with are found out, and get the plain numbers."""
+"""Models that sharing does not work with are detected, and get the numbers of full sequences."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from purld.model.prefix import FullSequences
 from purld.model.self_check import can_share_prefix
 from purld.model.vision import EncodedPrompt
 
-HEAD = EncodedPrompt(list(range(3, 20)))
+PROMPT = EncodedPrompt(list(range(3, 20)))
 ROWS = [[5, 6, 7, 8], [9, 8], [7, 6, 5]]
 
 
@@ -43,7 +43,7 @@ def detached_cache(model):
 
 
 def restarted_positions(model):
-    """Continuations are placed as if nothing came before them."""
+    """Positions of continuations start at 0 again."""
     own = model.model.forward
 
     def forward(**kwargs):
@@ -66,7 +66,7 @@ def forgetful_cache(model):
 
 
 def scaled_outside(model):
-    """Logits are scaled by what no half of the model knows of."""
+    """Logits are scaled by a number that neither the body nor the LM head holds."""
     own = model.model.forward
     scale = {}
 
@@ -84,27 +84,27 @@ def test_a_model_that_disagrees_warns_once_and_gets_plain_numbers(break_it):
     model = llama()
     break_it(model)
     with pytest.warns(UserWarning, match=r"^LlamaForCausalLM: .* does not work with this model: its .*\.$") as warned:
-        found, _ = token_log_probs(model, HEAD, ROWS, pad=0)
+        actual, _ = token_log_probs(model, PROMPT, ROWS, pad=0)
     assert len(warned) == 1
-    assert torch.equal(found, FullSequences(model, HEAD, 0).token_log_probs(ROWS)[0])
+    assert torch.equal(actual, FullSequences(model, PROMPT, 0).token_log_probs(ROWS)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        token_log_probs(model, HEAD, ROWS, pad=0)
+        token_log_probs(model, PROMPT, ROWS, pad=0)
 
 
 def test_a_recurrent_model_is_refused():
     sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).eval()
     with pytest.warns(UserWarning, match="MambaForCausalLM"):
-        assert not can_share_prefix(model, HEAD, ROWS, pad=0)
+        assert not can_share_prefix(model, PROMPT, ROWS, pad=0)
 
 
-def test_an_outgrown_window_is_tried_again(monkeypatch):
-    """A window that is wrong only once it is full passes on short groups and is found out on the first long one."""
+def test_an_exceeded_window_is_checked_separately(monkeypatch):
+    """A window that fails only once it is full passes on short groups and is detected on the first long one."""
     torch.manual_seed(1)
     sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.2}
-    config = AutoConfig.for_model("mistral", **sizes, **heads, sliding_window=10)
+    head_sizes = {"num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.2}
+    config = AutoConfig.for_model("mistral", **sizes, **head_sizes, sliding_window=10)
     model = AutoModelForCausalLM.from_config(config).eval()
     own = DynamicSlidingWindowLayer.update
 
@@ -115,10 +115,10 @@ def test_an_outgrown_window_is_tried_again(monkeypatch):
         return result
 
     monkeypatch.setattr(DynamicSlidingWindowLayer, "update", shortened)
-    assert can_share_prefix(model, EncodedPrompt(HEAD.ids[:4]), ROWS, pad=0)
+    assert can_share_prefix(model, EncodedPrompt(PROMPT.ids[:4]), ROWS, pad=0)
     with pytest.warns(UserWarning, match="MistralForCausalLM"):
-        assert not can_share_prefix(model, HEAD, ROWS, pad=0)
-    assert can_share_prefix(model, EncodedPrompt(HEAD.ids[:4]), ROWS, pad=0)
+        assert not can_share_prefix(model, PROMPT, ROWS, pad=0)
+    assert can_share_prefix(model, EncodedPrompt(PROMPT.ids[:4]), ROWS, pad=0)
 
 
 def test_a_sound_model_is_silent_and_its_state_untouched():
@@ -126,7 +126,7 @@ def test_a_sound_model_is_silent_and_its_state_untouched():
     state = torch.random.get_rng_state()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        assert can_share_prefix(model, HEAD, ROWS, pad=0)
+        assert can_share_prefix(model, PROMPT, ROWS, pad=0)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
     assert not model.model.embed_tokens._forward_hooks

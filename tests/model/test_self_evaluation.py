@@ -25,7 +25,7 @@ def encoder(tokenizer):
 def expected_by_hand(model, encoder, tokenizer, candidate):
     """Two plain forward passes over the whole text, no cache, no padding, digits one by one."""
     frame = encoder.evaluation_frame(PROMPT, "It is 4.")
-    ids = frame.head.ids + encoder.literal(candidate) + frame.tail
+    ids = frame.prefix.ids + encoder.encode_literal(candidate) + frame.suffix
     zero, one, point = (tokenizer.convert_tokens_to_ids(t) for t in ("0", "1", "."))
     with torch.no_grad():
         first = model(input_ids=torch.tensor([ids])).logits[0, -1]
@@ -38,27 +38,27 @@ def expected_by_hand(model, encoder, tokenizer, candidate):
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
 def test_expected_score_is_its_definition(model, encoder, tokenizer, batch_size):
     scores = SelfEvaluator(encoder, "expected", batch_size).score(model, PROMPT, "It is 4.", CANDIDATES)
-    found = [scores.anchor, *scores.candidates]
+    actual = [scores.anchor, *scores.candidates]
     by_hand = [expected_by_hand(model, encoder, tokenizer, c) for c in ["It is 4.", *CANDIDATES]]
-    assert found == pytest.approx(by_hand, abs=1e-5)
-    assert all(0 <= score <= 1 for score in found)
+    assert actual == pytest.approx(by_hand, abs=1e-5)
+    assert all(0 <= score <= 1 for score in actual)
 
 
 def test_a_token_that_opens_every_text_comes_before_the_score(model, encoder, tokenizer, monkeypatch):
     """As with Llama 2's tokenizer: the score is read behind it."""
     opener = tokenizer.convert_tokens_to_ids("7")
-    plain = encoder.literal
-    monkeypatch.setattr(encoder, "literal", lambda text: [opener, *plain(text)])
-    found = SelfEvaluator(encoder, "expected", 4).score(model, PROMPT, "It is 4.", ["It is 5."])
+    plain = encoder.encode_literal
+    monkeypatch.setattr(encoder, "encode_literal", lambda text: [opener, *plain(text)])
+    actual = SelfEvaluator(encoder, "expected", 4).score(model, PROMPT, "It is 4.", ["It is 5."])
     frame = encoder.evaluation_frame(PROMPT, "It is 4.")
-    ids = [*frame.head.ids, *encoder.literal("It is 5."), *frame.tail, opener]
+    ids = [*frame.prefix.ids, *encoder.encode_literal("It is 5."), *frame.suffix, opener]
     zero, one, point = (tokenizer.convert_tokens_to_ids(t) for t in ("0", "1", "."))
     with torch.no_grad():
         p_zero, p_one = model(input_ids=torch.tensor([ids])).logits[0, -1][[zero, one]].softmax(0).tolist()
         after = model(input_ids=torch.tensor([[*ids, zero, point]])).logits[0, -1]
     digits = after[tokenizer.convert_tokens_to_ids(list("0123456789"))].softmax(0)
     expected = p_one + p_zero * sum(digit / 10 * p.item() for digit, p in enumerate(digits))
-    assert found.candidates[0] == pytest.approx(expected, abs=1e-5)
+    assert actual.candidates[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_anchor_as_candidate_scores_like_the_anchor(model, encoder):

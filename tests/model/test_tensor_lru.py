@@ -7,10 +7,10 @@ from purld.model.tensor_lru import TensorLRU, tensor_bytes
 
 def test_what_was_not_used_for_longest_goes_first():
     made = []
-    shelf = TensorLRU(room=3 * 40)
+    cache = TensorLRU(capacity=3 * 40)
 
     def get(key):
-        return shelf.get(key, lambda: made.append(key) or {"pixels": [torch.zeros(10)]})
+        return cache.get(key, lambda: made.append(key) or {"pixels": [torch.zeros(10)]})
 
     for key in ("a", "b", "c", "a", "d", "a", "b"):
         get(key)
@@ -18,9 +18,9 @@ def test_what_was_not_used_for_longest_goes_first():
 
 
 def test_one_value_is_kept_however_large():
-    shelf = TensorLRU(room=1)
+    cache = TensorLRU(capacity=1)
     value = torch.zeros(10)
-    assert shelf.get("a", lambda: value) is shelf.get("a", lambda: None) is value
+    assert cache.get("a", lambda: value) is cache.get("a", lambda: None) is value
 
 
 def test_sizes_are_of_all_tensors():

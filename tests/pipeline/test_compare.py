@@ -1,4 +1,4 @@
-"""Two runs against each other, through the command line, on runs whose answers are written by hand."""
+"""Test `purld compare` on runs whose answers are written by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import yaml
 from purld.cli import main
 from purld.display.progress import Reporter
 from purld.errors import UserError
-from purld.pipeline.compare import compare_runs, read_evaluated
+from purld.evaluation.recorded import read_recorded_answers
+from purld.pipeline.compare import compare_runs
 from purld.records import Generation, Prompt, Verdict
 from purld.runs.files import read_rows, write_rows
 from purld.runs.run_dir import RunDir
@@ -23,7 +24,7 @@ OPPONENT = {"kind": "file", "path": "opponent.jsonl"}
 
 @pytest.fixture
 def evaluated(tmp_path, tiny_config):
-    """Writes an evaluated run: who is right on which prompt, and how often."""
+    """Return a function that writes an evaluated run: which prompts are right, and which are won."""
 
     def write(name, right, prompts=PROMPTS, wins=None, opponent="them", judge="verdicts.jsonl", **evaluate):
         run = RunDir(tmp_path / name)
@@ -69,20 +70,20 @@ def test_the_accuracy_of_both_and_their_paired_difference(evaluated, monkeypatch
     assert "A: better (LDL-GRPO)" in shown
     assert "0.800" in shown and "0.500" in shown and "+0.300" in shown and "0.0312" in shown
     assert "A is better than B: 80.0% right answers against 50.0%, a difference of +30.0 points (95%" in shown
-    found = compare_runs(a, b, judge=False, reporter=Reporter())
-    assert found.difference["accuracy"] == pytest.approx(0.3)
-    assert found.difference["accuracy_p"] == pytest.approx(2 / 64, rel=1e-3)
+    comparison = compare_runs(a, b, judge=False, reporter=Reporter())
+    assert comparison.difference["accuracy"] == pytest.approx(0.3)
+    assert comparison.difference["accuracy_p"] == pytest.approx(2 / 64, rel=1e-3)
     back = compare_runs(b, a, judge=False, reporter=Reporter())
-    assert back.difference["accuracy"] == -found.difference["accuracy"]
+    assert back.difference["accuracy"] == -comparison.difference["accuracy"]
 
 
-def test_prompts_pair_by_content_and_not_by_place(evaluated):
+def test_prompts_pair_by_content_and_not_by_position(evaluated):
     a = evaluated("a", {0, 1, 2})
-    b = evaluated("b", {19, 18, 17}, prompts=PROMPTS[::-1])  # the same three prompts, from the other end
-    found = compare_runs(a, b, judge=False, reporter=Reporter())
-    assert found.difference["accuracy"] == 0
-    assert found.difference["accuracy_ci"] != [0, 0]
-    assert found.difference["accuracy_p"] == 1.0
+    b = evaluated("b", {19, 18, 17}, prompts=PROMPTS[::-1])  # the same prompts in reverse order
+    comparison = compare_runs(a, b, judge=False, reporter=Reporter())
+    assert comparison.difference["accuracy"] == 0
+    assert comparison.difference["accuracy_ci"] != [0, 0]
+    assert comparison.difference["accuracy_p"] == 1.0
 
 
 def test_other_prompts_are_refused_in_one_sentence(evaluated, monkeypatch, capsys):
@@ -104,14 +105,14 @@ def test_a_run_that_was_not_evaluated_is_refused(evaluated, tmp_path):
 
 def test_win_rates_are_compared_before_the_same_judge_and_opponent_alone(evaluated):
     a, b = evaluated("a", {0}, wins=range(15)), evaluated("b", {0}, wins=range(5))
-    found = compare_runs(a, b, judge=False, reporter=Reporter())
-    assert found.difference["win_rate"] == 0.5
-    assert found.difference["judged_both"] == 20
-    assert found.notes == ()
+    comparison = compare_runs(a, b, judge=False, reporter=Reporter())
+    assert comparison.difference["win_rate"] == 0.5
+    assert comparison.difference["judged_both"] == 20
+    assert comparison.notes == ()
     other = evaluated("other", {0}, wins=range(5), opponent="somebody else")
-    found = compare_runs(a, other, judge=False, reporter=Reporter())
-    assert "win_rate" not in found.difference
-    assert "different opponents" in found.notes[0]
+    comparison = compare_runs(a, other, judge=False, reporter=Reporter())
+    assert "win_rate" not in comparison.difference
+    assert "different opponents" in comparison.notes[0]
     strict = evaluated("strict", {0}, wins=range(5), both_orders=False)
     assert "different judges" in compare_runs(a, strict, judge=False, reporter=Reporter()).notes[0]
 
@@ -122,15 +123,15 @@ def test_answers_drawn_differently_are_noted(evaluated):
 
 
 def test_head_to_head_before_the_judge_of_a(evaluated, tmp_path, monkeypatch, capsys):
-    """A file of verdicts in the judge's place: A's answer is the better one on the first 15 prompts."""
+    """The judge is a file of verdicts; A's answer is better on the first 15 prompts."""
     a, b = evaluated("a", {0}, wins=[]), evaluated("b", {0}, wins=[])
     assert run_command(monkeypatch, "compare", a, b, "--judge") == 2
     assert "has no verdict on 40 of 40 pairs" in capsys.readouterr().err
     asked = read_rows(RunDir(a).to_judge)
     filled = []
-    for place, row in enumerate(asked):
+    for index, row in enumerate(asked):
         first = row["question"].index("a says") < row["question"].index("b says")
-        filled.append(row | {"answer": "A" if first == (place // 2 < 15) else "B"})
+        filled.append(row | {"answer": "A" if first == (index // 2 < 15) else "B"})
     (tmp_path / "verdicts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in filled))
     assert run_command(monkeypatch, "compare", a, b, "--judge") == 0
     assert "Head to head A wins 0.750" in capsys.readouterr().out
@@ -149,7 +150,7 @@ def test_several_samples_and_greedy_answers_are_read_as_they_were_written(tmp_pa
     ]
     write_rows(run.generations("sft"), rows)
     write_rows(run.generations("sft.greedy"), [row | {"correct": True} for row in rows if row["sample"] == 0])
-    found = read_evaluated(run, "sft")
-    assert found.correct.tolist() == [[False, False], [False, True]]
-    assert found.greedy_correct.tolist() == [[True], [True]]
-    assert [(g.prompt_id, g.sample) for g in found.generations] == [(r["prompt_id"], r["sample"]) for r in rows]
+    model = read_recorded_answers(run, "sft").to_evaluated_model()
+    assert model.correct.tolist() == [[False, False], [False, True]]
+    assert model.greedy_correct.tolist() == [[True], [True]]
+    assert [(g.prompt_id, g.sample) for g in model.generations] == [(r["prompt_id"], r["sample"]) for r in rows]

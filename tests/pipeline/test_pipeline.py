@@ -43,7 +43,7 @@ def test_a_run_goes_from_prompts_to_report_and_then_has_nothing_left_to_do(tiny_
     assert "win_rate" not in results["models"]["sft"]  # no judge: absent, not zero
     assert results["teacher"]["prompts"] == 16
     assert {"accuracy", "accuracy_ci"} <= results["difference"]["ldl_grpo - sft"].keys()
-    assert set(run.finished()) == {"anchors", "sft", "align", "evaluate", "report"}
+    assert set(run.finished_stages()) == {"anchors", "sft", "align", "evaluate", "report"}
     assert [r["step"] for r in read_rows(run.metrics) if r["stage"] == "align"] == list(range(1, 7))
     assert len(read_rows(run.groups)) == 12
     assert run.report.stat().st_size > 10_000
@@ -124,12 +124,12 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_config, tmp_path)
     calm, killed = RunDir(tmp_path / "calm"), RunDir(tmp_path / "killed")
     assert start(tiny_config, calm).wait(timeout=120) == 0
     assert kill_when(start(tiny_config, killed), lambda: logged(killed, "sft") >= 5) == -signal.SIGKILL
-    assert "sft" not in killed.finished()
+    assert "sft" not in killed.finished_stages()
     assert kill_when(start(tiny_config, killed), lambda: logged(killed, "align") >= 3) == -signal.SIGKILL
-    assert "align" not in killed.finished()
+    assert "align" not in killed.finished_stages()
     answers = killed.generations("ldl_grpo")
     assert kill_when(start(tiny_config, killed), lambda: answers.exists()) == -signal.SIGKILL
-    assert "evaluate" not in killed.finished()
+    assert "evaluate" not in killed.finished_stages()
     assert start(tiny_config, killed).wait(timeout=120) == 0
     assert results_of(killed) == results_of(calm)
 
@@ -139,7 +139,7 @@ def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path):
     process = start(tiny_config, run)
     assert kill_when(process, lambda: logged(run, "align") >= 1, signal.SIGINT) == 130
     error = process.stderr.read()
-    assert "the same command goes on from here" in error
+    assert "run the same command again to continue" in error
     assert "Traceback" not in error
     assert start(tiny_config, run).wait(timeout=120) == 0
 
@@ -178,7 +178,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_half_done(
     path.unlink() if content is None else path.write_text(content)
     assert purld(monkeypatch, "run", tiny_config, "--run-dir", tmp_path / "run") == 2
     assert words in sentence(capsys)
-    assert RunDir(tmp_path / "run").finished() == {}
+    assert RunDir(tmp_path / "run").finished_stages() == {}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the plan says of prompts, gold and the machine."""
+"""Test the plan: prompts, gold and the machine."""
 
 import json
 

@@ -1,11 +1,11 @@
-"""What the plan and the dry run say would leave, against what does leave."""
+"""Test the requests that the plan and the dry run announce against those that are sent."""
 
 import json
 import re
 
 import pytest
 import yaml
-from misbehaving import hang_up, serving
+from faulty_server import hang_up, running_server
 from typer.testing import CliRunner
 
 from purld.cli import app
@@ -16,7 +16,7 @@ HELD_OUT = ["evaluate.opponent={kind: teacher}"]
 
 @pytest.fixture
 def server():
-    with serving() as server:
+    with running_server() as server:
         yield server
 
 
@@ -43,7 +43,7 @@ def test_the_dry_run_is_what_leaves_byte_for_byte(config, server, tmp_path):
     assert server.bodies == []
     assert not (tmp_path / "run").exists()
     lines = dry.stdout.splitlines()
-    assert "24 requests of" in dry.stderr and "nothing was sent" in dry.stderr
+    assert "24 requests of" in dry.stderr and "would be sent; nothing was" in dry.stderr
     purld("anchors", config, *there)
     bodies = [line[line.index('"body": ') + 8 : -1].encode() for line in lines]
     assert sorted(bodies) == sorted(server.bodies)
@@ -61,7 +61,7 @@ def test_the_plan_bounds_what_is_then_reported(config, server, tmp_path):
     shown = purld("check", config, *there).stdout
     assert "teacher: 24 calls to m at" in shown and "8 of them about held-out prompts" in shown
     [bound] = [line for line in shown.splitlines() if "tokens in and 2,400 out" in line]
-    read, cost = (float(found.replace(",", "")) for found in re.findall(r"at most ([\d,.]+)", bound))
+    read, cost = (float(number.replace(",", "")) for number in re.findall(r"at most ([\d,.]+)", bound))
     assert cost == round((read + 10 * 2400) / 1e6, 2)
     assert "judge: at most 48 calls" in shown
     assert "hard caps: max_cost 9.0" in shown and "may leave the last" not in shown
@@ -71,7 +71,7 @@ def test_the_plan_bounds_what_is_then_reported(config, server, tmp_path):
 
 
 def test_the_bound_of_the_plan_is_what_the_ledger_books(config, server, tmp_path):
-    """A cap of exactly the plan's bound buys everything, whatever the order of the calls."""
+    """A cap equal to the plan's bound lets every call through, in any order."""
     shown = purld("check", config, "--run-dir", tmp_path / "run").stdout
     words = next(line for line in shown.splitlines() if "tokens in and" in line).replace(",", "").split()
     tokens = int(words[2]) + int(words[6])
@@ -99,19 +99,19 @@ def test_what_was_lost_is_sent_again_only_when_asked_and_until_it_is_trained_on(
     purld("anchors", config, "--resend-unknown", *there)
     assert server.arrived.count(first) == 2 and len(server.bodies) == 25
     run = RunDir(tmp_path / "run")
-    assert run.finished()["anchors"]["teacher"]["answered"] == 16
+    assert run.finished_stages()["anchors"]["teacher"]["answered"] == 16
     run.begin("sft")
     assert "done before" in purld("anchors", config, "--resend-unknown", *there).stderr
 
 
-def test_a_run_beside_this_one_has_paid(config, server, tmp_path):
+def test_a_sibling_run_has_paid(config, server, tmp_path):
     purld("anchors", config, "--run-dir", tmp_path / "runs" / "one")
     there = ["--run-dir", tmp_path / "runs" / "two"]
     assert "teacher: 0 calls" in purld("check", config, *there).stdout
     assert purld("anchors", config, "--dry-run", *there).stdout == ""
     purld("anchors", config, "sft.epochs=2", *there)
     assert len(server.bodies) == 24
-    assert RunDir(tmp_path / "runs" / "two").finished()["anchors"]["teacher"] == {
+    assert RunDir(tmp_path / "runs" / "two").finished_stages()["anchors"]["teacher"] == {
         "prompts": 16, "answered": 16, "calls": 0, "input_tokens": 0, "output_tokens": 0, "cost": 0.0,
     }  # fmt: skip
 

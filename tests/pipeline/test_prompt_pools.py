@@ -4,7 +4,7 @@ import io
 import json
 
 import pytest
-from image_factory import save_picture
+from image_factory import save_image
 from rich.console import Console
 from tiny_vlm import write_model
 
@@ -53,7 +53,7 @@ def test_each_stage_trains_on_its_own_part(pools_of, tiny_config, tmp_path):
     run = RunDir(tmp_path / "run")
     quiet = Reporter(Console(file=io.StringIO()))
     Pipeline(load_config(tiny_config, overrides), run, quiet).execute(["anchors", "sft", "align"])
-    facts = run.finished()
+    facts = run.finished_stages()
     assert facts["sft"]["trained_on"] + facts["sft"]["validated_on"] == len(pools.sft)
     assert {row["prompt_id"] for row in read_rows(run.groups)} == {p.id for p in pools.align}
     assert len(read_rows(run.anchors)) == 16, "the teacher is asked about both parts"
@@ -101,7 +101,7 @@ def test_a_student_that_reads_no_images_is_told_by_the_first_row_that_has_some(p
     entry = {"image_id": 1, "question_id": "x", "question": "What?", "rationales": ["So."]}
     (tmp_path / "aokvqa_v1p0_train.json").write_text(json.dumps([entry]))
     (tmp_path / "train2017").mkdir()
-    save_picture(tmp_path / "train2017" / "000000000001.jpg")
+    save_image(tmp_path / "train2017" / "000000000001.jpg")
     with pytest.raises(UserError, match=r"train\.json, entry 1: the prompt has images, and .* reads none"):
         pools_of(*TASK, "data.task=aokvqa_rationale", f"data.path={tmp_path}")
 

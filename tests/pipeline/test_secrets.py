@@ -7,7 +7,7 @@ import sys
 from urllib.parse import quote
 
 import yaml
-from misbehaving import SECRET, answer, error, serving
+from faulty_server import SECRET, answer, error, running_server
 
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
@@ -30,7 +30,7 @@ for arguments in (["run", config, "--run-dir", run], ["ledger", run, "--export",
 def test_no_file_and_no_line_of_a_whole_run_holds_the_key(tiny_config, tmp_path):
     run = RunDir(tmp_path / "run")
     prompts = [row["prompt"] for row in read_rows(tmp_path / "prompts.jsonl")]
-    with serving() as server:
+    with running_server() as server:
         server.script = {
             prompts[0]: [error(400, "bad", f"Incorrect API key provided: {SECRET}")],
             prompts[1]: [answer(f"Your key is {SECRET}.")],

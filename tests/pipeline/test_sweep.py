@@ -1,4 +1,4 @@
-"""A grid of runs: what is shared, what is bought, what is left after a failure."""
+"""Test sweeps: what runs share, what they buy, and what a failure leaves."""
 
 from __future__ import annotations
 
@@ -81,29 +81,29 @@ def test_sharing_links_weights_and_ends_with_the_manifest(tmp_path):
     with Ledger(source.ledger) as ledger:
         request = Request("http://x", "m", "{}", "p")
         call = ledger.reserve(request, "teacher", 1, 0.0, Caps())
-        ledger.sent(call)
+        ledger.mark_sent(call)
         ledger.settle(call, CallResult("answered", "t"))
     source.finish("anchors", 2.0, teacher={"calls": 1})
     source.finish("sft", 3.0)
     target.sft.mkdir(parents=True)
-    (target.sft / "torn").touch()  # of a sharing that was killed
+    (target.sft / "torn").touch()  # left by a copy that was killed
     share_stage_one(source, target)
-    assert target.finished() == {
+    assert target.finished_stages() == {
         "anchors": {"seconds": 2.0, "teacher": {"calls": 1}, "shared_from": "a"},
         "sft": {"seconds": 3.0, "shared_from": "a"},
     }
-    assert target.begun() == {"anchors", "sft"}
+    assert target.begun_stages() == {"anchors", "sft"}
     assert [path.name for path in target.sft.iterdir()] == ["model.safetensors"]
     assert (target.sft / "model.safetensors").samefile(source.sft / "model.safetensors")
     assert read_rows(target.metrics) == [{"stage": "sft", "step": 1}]
     with Ledger(target.ledger) as ledger:
-        assert ledger.find(request.key).text == "t"
-        assert ledger.booked("teacher").calls == 1  # it counts towards the caps of the copy, too
+        assert ledger.find_result(request.key).text == "t"
+        assert ledger.booked_spend("teacher").calls == 1  # it counts towards the caps of the copy too
 
 
 @pytest.fixture
 def testbed_config(tiny_config, monkeypatch):
-    """The tiny run with a teacher behind a real endpoint, 16 calls of which are all it needs."""
+    """The tiny run with a teacher behind a real endpoint, capped at the 16 calls that it needs."""
     from purld.testbed.server import TestbedServer
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -123,19 +123,19 @@ def calls(run: RunDir) -> int:
 
 
 def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed_config, tmp_path, monkeypatch, capsys):
-    """Two values of tau; then the same again, which leaves everything as it is."""
+    """A sweep over two values of tau; the same command again changes nothing."""
     folder = tmp_path / "sweep"
     arguments = ["sweep", testbed_config, "align.tau=0.6,1.2", "--jobs", 2, "--run-dir", folder]
     assert run_command(monkeypatch, *arguments) == 0
     shown = capsys.readouterr().out
     assert "align.tau" in shown and "1.2" in shown and "report.html" in shown
     first, second = (RunDir(folder / f"tau={tau}") for tau in (0.6, 1.2))
-    assert second.finished()["sft"]["shared_from"] == "tau=0.6"
+    assert second.finished_stages()["sft"]["shared_from"] == "tau=0.6"
     assert (second.sft / "model.safetensors").samefile(first.sft / "model.safetensors")
     assert calls(first) == calls(second) == 16  # the cap: one more call would have been refused
-    found = read_json(folder / "sweep.json")
-    assert [row["values"] for row in found["runs"]] == [{"align.tau": 0.6}, {"align.tau": 1.2}]
-    assert {"accuracy", "accuracy_ci"} <= found["runs"][0]["metrics"].keys()
+    summary = read_json(folder / "sweep.json")
+    assert [row["values"] for row in summary["runs"]] == [{"align.tau": 0.6}, {"align.tau": 1.2}]
+    assert {"accuracy", "accuracy_ci"} <= summary["runs"][0]["metrics"].keys()
     assert read_json(second.results)["score_quality"]["n"] == 12  # two steps of two prompts with three candidates
     assert "Accuracy against align.tau" in (folder / "report.html").read_text()
 
@@ -145,7 +145,7 @@ def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed
 
 
 def test_what_failed_is_one_sentence_about_the_first_of_the_grid(tiny_config, tmp_path, monkeypatch, capsys):
-    """The second run fails at once and the first later, each in its own words; those that need no more are left alone.
+    """The second run fails at once and the first one later, each with its own message.
 
     A process that fails in this way stands in for purld itself.
     """
@@ -170,7 +170,7 @@ def test_other_seeds_ask_for_no_anchor_that_is_there(testbed_config, tmp_path, m
     assert run_command(monkeypatch, "sweep", testbed_config, "seed=0,1", "--run-dir", folder) == 0
     runs = [RunDir(path) for path in sorted(Path(folder).glob("seed=*"))]
     assert len(runs) == 2
-    assert "shared_from" not in runs[1].finished()["sft"]  # another seed is another Stage I
+    assert "shared_from" not in runs[1].finished_stages()["sft"]  # another seed is another Stage I
     assert [calls(run) for run in runs] == [16, 16]
     assert [len(read_rows(run.anchors)) for run in runs] == [16, 16]
     assert json.loads((folder / "sweep.json").read_text())["runs"][0]["model"] == "sft"

@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its debugging pipe: no port, no driver, no package."""
+"""Drive a headless Chromium over its debugging pipe, without a port, a driver or a package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FLAGS = (
 
 
 class Page:
-    """One tab. Everything the page complains about ends up in `errors`, every request it makes in `requests`."""
+    """One tab that records the page's errors in `errors` and its requests in `requests`."""
 
     def __init__(self, profile: Path) -> None:
         to_browser, self._write = _pipe()
@@ -52,11 +52,11 @@ class Page:
         self._until("Page.loadEventFired")
 
     def resize(self, width: int, height: int) -> None:
-        """Give the tab the size of a device."""
+        """Set the size of the tab."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
 
     def screenshot(self, path: Path) -> None:
-        """Write what the tab shows as a PNG."""
+        """Save a screenshot as PNG."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
 
     def press(self, key: str) -> None:
@@ -66,10 +66,10 @@ class Page:
             self._call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     def run(self, script: str, wait: bool = False) -> Any:
-        """The JSON value of a JavaScript expression; `wait` for what it promises."""
-        found = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=wait)
-        assert "exceptionDetails" not in found, found["exceptionDetails"]
-        return found["result"].get("value")
+        """Return the JSON value of a JavaScript expression; with `wait`, that of its promise."""
+        reply = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=wait)
+        assert "exceptionDetails" not in reply, reply["exceptionDetails"]
+        return reply["result"].get("value")
 
     def __enter__(self) -> Page:
         return self
@@ -114,7 +114,7 @@ class Page:
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends stay clear of the two descriptors that the browser is given."""
+    """Return a pipe whose ends differ from the two descriptors given to the browser."""
     ends = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:

@@ -1,4 +1,4 @@
-"""Fixtures of the report's tests."""
+"""Fixtures for the tests of the report."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from synthetic import Build, synthetic_run
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """Writes a synthetic run below the test's folder; see `synthetic_run`."""
+    """Return a function that writes a synthetic run below the test's folder; see `synthetic_run`."""
     return lambda name="clinic", **options: synthetic_run(tmp_path / name, **options)

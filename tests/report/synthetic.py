@@ -1,4 +1,4 @@
-"""A synthetic run directory with everything a finished run has, and some of what it should not have."""
+"""Write a synthetic run directory with everything a finished run has, and some hostile text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from purld.records import Generation, GroupRecord, Prompt, Verdict
 from purld.runs.files import append_rows, atomic_write, read_rows, write_json, write_rows
 from purld.runs.run_dir import RunDir
-from purld.runs.thumbnails import logged_question
+from purld.runs.thumbnails import prompt_fields
 
 HOSTILE = "<script>window.injected = true; alert(1)</script></script><!-- <img src=x onerror='window.injected=true'>"
 REVERSED = "transfer \u202egnirts desrever\u202c to \u2066isolated\u2069 \x1b[31mred\x07 soft\u00adhyphen \ud83d lone"
@@ -28,14 +28,14 @@ align: {method: ldl_grpo, q: ratio, candidates: 8, prompts_per_step: 8, steps: 1
 seed: 0
 """
 
-REVISITED = 5  # groups at most that were measured again
+REVISITED = 5  # largest number of groups measured again
 Build = Callable[..., RunDir]
 
 
 def synthetic_run(
     path: Path, held_out: int = 30, groups: int = 40, words: int = 40, seed: int = 0, logged: bool = True
 ) -> RunDir:
-    """A finished run: `held_out` prompts answered by three models and an opponent, and `groups` of Stage II.
+    """Write a finished run: `held_out` prompts answered by three models and an opponent, and `groups` of Stage II.
 
     Without what training `logged` its page has no figures, which is most of what a page takes to write.
     """
@@ -59,9 +59,9 @@ def synthetic_run(
 
 
 def picture_run(run: RunDir, prompts: dict[str, Prompt]) -> None:
-    """Let prompts with images stand in the place of those that the run's rows are about, by their ids."""
+    """Replace the prompts of the run's rows by prompts with images, matched by id."""
     for path in (run.groups, *run.groups.parent.glob("*.jsonl")):
-        rows = [row | logged_question(prompts[row["prompt_id"]], path) if row["prompt_id"] in prompts else row
+        rows = [row | prompt_fields(prompts[row["prompt_id"]], path) if row["prompt_id"] in prompts else row
                 for row in read_rows(path)]  # fmt: skip
         write_rows(path, rows)
 
@@ -167,7 +167,7 @@ def group(rng: random.Random, prompt_id: str, prompt: str, words: int, step: int
 
 
 def revisited(row: dict[str, Any]) -> dict[str, Any]:
-    """The group under a policy that has come half of the way to D."""
+    """Return the group measured under a policy half-way to D."""
     after = [None if s is None else (d + q) / 2 for s, d, q in zip(row["scores"], row["labels"], row["policy_before"])]
     divergence = row["label_divergence"] / 3
     return {key: row[key] for key in ("step", "prompt_id")} | {"policy_after": after, "label_divergence": divergence}

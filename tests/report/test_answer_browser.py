@@ -1,4 +1,4 @@
-"""The browser's data: inert as HTML, whole as JSON, bounded in size."""
+"""Test the data of the answer browser: inert as HTML, complete as JSON, bounded in size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from image_factory import encoded, picture
+from image_factory import encode_image, make_image
 from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run
 
 from purld.data.images import read_image
@@ -106,11 +106,11 @@ def test_a_long_text_is_cut_and_says_so(build: Build) -> None:
 
 def test_what_does_not_fit_is_left_out_and_counted(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_BYTES", 20_000)
-    found = answer_browser([read_run(build(name)) for name in ("a", "b")])
-    assert 0 < found.shown < found.total == 140
-    assert len(found.json) < 21_000
-    assert len(entries(found.json)) == found.shown
-    assert {e["run"] for e in entries(found.json)} == {0, 1}
+    data = answer_browser([read_run(build(name)) for name in ("a", "b")])
+    assert 0 < data.shown < data.total == 140
+    assert len(data.json) < 21_000
+    assert len(entries(data.json)) == data.shown
+    assert {e["run"] for e in entries(data.json)} == {0, 1}
 
 
 def test_not_a_number_is_no_number(build: Build) -> None:
@@ -121,22 +121,22 @@ def test_not_a_number_is_no_number(build: Build) -> None:
 
 
 def test_pictures_are_on_the_page_once_and_within_bounds(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs about the same three pictures; then room for two of them only, and the entries stay."""
+    """Two runs share three images. With room for only two images, all entries stay."""
     runs = [build(held_out=3, groups=0, seed=seed, logged=False) for seed in (0, 1)]
-    images = [read_image(encoded(picture(seed=n)), Path()) for n in range(3)]
+    images = [read_image(encode_image(make_image(seed=n)), Path()) for n in range(3)]
     prompts = {f"{n:016x}": Prompt.from_text(f"{IMAGE}Q{n}", images=(image,)) for n, image in enumerate(images)}
     for run in runs:
         picture_run(run, prompts)
-    found = answer_browser([read_run(run) for run in runs])
-    urls = json.loads(found.json)["images"]
-    assert set(urls) == {image.digest for image in images} and found.images_left_out == 0
-    assert [entry["images"] for entry in entries(found.json)] == [[i.digest] for i in images for _ in runs]
+    data = answer_browser([read_run(run) for run in runs])
+    urls = json.loads(data.json)["images"]
+    assert set(urls) == {image.digest for image in images} and data.images_left_out == 0
+    assert [entry["images"] for entry in entries(data.json)] == [[i.digest] for i in images for _ in runs]
     lengths = [len(urls[image.digest]) for image in images]
     monkeypatch.setattr(module, "MAX_IMAGE_BYTES", sum(lengths[:2]))
     less = answer_browser([read_run(run) for run in runs])
     assert set(json.loads(less.json)["images"]) == {image.digest for image in images[:2]}
     assert (less.images_left_out, less.shown) == (1, 6)
-    assert "1 images are not here" in _page([read_run(run) for run in runs])
+    assert "1 images are left out" in _page([read_run(run) for run in runs])
 
 
 def test_what_a_run_does_not_have_is_no_picture(build: Build) -> None:
@@ -144,5 +144,5 @@ def test_what_a_run_does_not_have_is_no_picture(build: Build) -> None:
     path = run.generations("sft")
     write_rows(path, [row | {"prompt": f"{IMAGE}Q", "images": ["../../../etc/passwd"]} for row in read_rows(path)])
     write_rows(run.generations("base"), [])
-    found = answer_browser([read_run(run)])
-    assert json.loads(found.json)["images"] == {}
+    data = answer_browser([read_run(run)])
+    assert json.loads(data.json)["images"] == {}

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing runs that should not, and everything works that should."""
+"""Test the page in a real browser: hostile text does not run, and search, filters and keys work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from chromium import EXECUTABLE, Page
-from image_factory import encoded, picture
+from image_factory import encode_image, make_image
 from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run, synthetic_run
 
 from purld.data.images import read_image
@@ -30,7 +30,7 @@ def type_into(page: Page, control: str, event: str, value: str) -> None:
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A run whose every text that a model wrote attacks the page."""
+    """A run in which all model output attacks the page."""
     run = synthetic_run(tmp_path_factory.mktemp("poisoned") / "<script>window.injected=true<")
     for path, key in ((run.generations("ldl_grpo"), "text"), (run.opponent, "text"), (run.groups, "anchor")):
         write_rows(path, [row | {key: f"{HOSTILE} {REVERSED}"} for row in read_rows(path)])
@@ -48,8 +48,8 @@ def page(poisoned: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def test_hostile_answers_are_words_and_nothing_runs(page: Page) -> None:
-    for place in (0, -1):  # a held-out answer and a group of Stage II
-        page.run(f"[...document.querySelectorAll('.list button')].at({place}).click()")
+    for index in (0, -1):  # a held-out answer and a group of Stage II
+        page.run(f"[...document.querySelectorAll('.list button')].at({index}).click()")
         assert "<script>window.injected = true; alert(1)</script>" in page.run(DETAIL)
     page.run("document.querySelector('.list button').click()")
     shown = page.run(DETAIL)
@@ -67,7 +67,7 @@ def test_nothing_but_the_file_is_asked_for_and_nothing_complains(page: Page, poi
 
 
 def test_a_script_that_got_in_would_not_run(page: Page) -> None:
-    """The policy names the page's own script by its hash: another one in the page is dead."""
+    """The policy allows the page's own script by its hash; any other script does not run."""
     page.run(
         "(() => { const s = document.createElement('script'); s.textContent = 'window.injected = 1';"
         " document.body.append(s); s.remove(); })()"
@@ -128,7 +128,7 @@ def test_keys_walk_the_list_and_reach_the_search(page: Page) -> None:
 
 
 def test_tab_stops_once_at_the_list(page: Page) -> None:
-    """Whoever goes by keyboard does not pass 70 prompts to get to the answers."""
+    """A keyboard user reaches the answers without passing 70 prompts."""
     stops = "[...document.querySelectorAll('.list button')].filter((b) => b.tabIndex === 0)"
     page.run("document.querySelectorAll('.list button')[2].click()")
     assert page.run(f"{stops}.length") == 1
@@ -151,7 +151,7 @@ def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None
     with Page(tmp_path / "profile") as page:
         page.open(run.report.as_uri())
         assert page.run(LISTED) == 600
-        # What makes a page slow: only one prompt is ever laid out in full, beside a list of short lines.
+        # Only one prompt is laid out in full, next to a list of short lines; more would make the page slow.
         assert page.run("document.querySelectorAll('main section#answers *').length") < 600 * 10
         assert page.run("document.querySelectorAll('.candidate').length") <= 8
         type_into(page, SEARCH, "input", "case 512:")
@@ -159,11 +159,11 @@ def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None
         assert page.errors == []
 
 
-PICTURES = "[...document.querySelectorAll('.detail .pictures img')]"
+PICTURES = "[...document.querySelectorAll('.detail .images img')]"
 
 
 def loaded(page: Page) -> list[list[int]]:
-    """The natural sizes of the chosen prompt's pictures, once they are decoded."""
+    """Return the natural sizes of the chosen prompt's images, once they are decoded."""
     page.run(f"Promise.all({PICTURES}.map((i) => i.decode())).then(() => 0)", wait=True)
     sizes: list[list[int]] = page.run(f"{PICTURES}.map((i) => [i.naturalWidth, i.naturalHeight])")
     return sizes
@@ -171,7 +171,7 @@ def loaded(page: Page) -> list[list[int]]:
 
 def test_the_pictures_of_a_prompt_are_shown_where_it_asks_about_them(build: Build, tmp_path: Path) -> None:
     run = build(held_out=2, groups=2, logged=False)
-    photo, art = (read_image(encoded(picture(*size)), tmp_path) for size in ((900, 600), (32, 24)))
+    photo, art = (read_image(encode_image(make_image(*size)), tmp_path) for size in ((900, 600), (32, 24)))
     picture_run(
         run,
         {
@@ -226,7 +226,7 @@ def test_a_linked_prompt_is_open(build: Build, tmp_path: Path) -> None:
 
 
 def test_q_stands_before_and_after_where_it_was_measured_again(build: Build, tmp_path: Path) -> None:
-    """The first candidates' q of the policy that drew them, and of the final one; one q where there is no other."""
+    """Groups measured twice show q before and after; other groups show one q."""
     run = build(held_out=0, groups=REVISITED + 1, logged=False)
     write_report([run], run.report)
     with Page(tmp_path / "profile") as page:

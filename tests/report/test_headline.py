@@ -1,4 +1,4 @@
-"""The sentence at the top: what it may claim from which results."""
+"""Test the sentence at the top of the page: what it may claim from which results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from purld.runs.run_dir import RunDir
 
 
 def judged(run: RunDir, **difference: Any) -> RunData:
-    """The run with this for its difference to SFT."""
+    """Return the run with the given difference to SFT."""
     results = read_json(run.results)
     write_json(run.results, results | {"difference": {"ldl_grpo - sft": difference} if difference else {}})
     return read_run(run)

@@ -1,4 +1,4 @@
-"""The page as a file: self-contained, honest about what is missing, safe without its script."""
+"""Test the page as a file: self-contained, honest about missing input, safe without its script."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from purld.runs.run_dir import RunDir
 
 
 class Elements(HTMLParser):
-    """Every start tag with its attributes."""
+    """A parser that lists every start tag with its attributes."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.tags.append((tag, dict(attrs)))
 
 
 def written(*runs: RunDir) -> str:
@@ -35,7 +35,7 @@ def written(*runs: RunDir) -> str:
 
 
 def sections(page: str) -> list[str | None]:
-    return [attributes["id"] for tag, attributes in Elements(page).found if tag == "section"]
+    return [attributes["id"] for tag, attributes in Elements(page).tags if tag == "section"]
 
 
 def test_a_finished_run_has_every_section(build: Build) -> None:
@@ -49,7 +49,7 @@ def test_a_finished_run_has_every_section(build: Build) -> None:
 
 
 def test_nothing_on_the_page_points_elsewhere(build: Build) -> None:
-    for tag, attributes in Elements(written(build())).found:
+    for tag, attributes in Elements(written(build())).tags:
         assert tag not in {"link", "img", "iframe", "object", "base", "form"}
         for name in ("src", "href", "xlink:href", "action", "srcset"):
             assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
@@ -121,12 +121,12 @@ def test_several_runs_side_by_side(build: Build, tmp_path: Path) -> None:
     for name in ("clinic (1)", "clinic (2)", "other"):
         assert f'<th scope="rowgroup" rowspan="1">{name}</th>' in page or f'rowspan="3">{name}</th>' in page
     assert [s for s in sections(page) if s and s.startswith("training")] == ["training-0", "training-1", "training-2"]
-    ids = [attributes["id"] for _, attributes in Elements(page).found if "id" in attributes]
+    ids = [attributes["id"] for _, attributes in Elements(page).tags if "id" in attributes]
     assert len(ids) == len(set(ids))
 
 
 def test_a_model_that_runs_share_is_shown_once(build: Build) -> None:
-    """Two runs of one Stage I: base and SFT come with the first, and the second has its own final model alone."""
+    """Of two runs that share Stage I, the first shows base and SFT, the second only its own final model."""
     first, second = build("first", logged=False), build("second", logged=False)
     results = read_json(second.results)
     results["models"]["ldl_grpo"]["accuracy"] = 0.512

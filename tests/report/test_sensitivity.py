@@ -1,4 +1,4 @@
-"""Which figures a set of runs makes, and what is drawn in them."""
+"""Test which figures a set of runs makes, and what they draw."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from purld.runs.files import write_json
 
 @pytest.fixture
 def swept(build: Build) -> Any:
-    """A run per combination of the given `align` values, with an accuracy that falls with beta."""
+    """Return a function that writes a run per combination of `align` values; accuracy falls with beta."""
 
     def make(**axes: list[Any]) -> list[RunData]:
         runs = []
@@ -30,9 +30,9 @@ def swept(build: Build) -> Any:
             config["seed"] = chosen.pop("seed", 0)
             config["align"] |= chosen
             run.config.write_text(yaml.safe_dump(config))
-            found = results()
-            found["models"]["ldl_grpo"]["accuracy"] = 0.8 - chosen.get("beta", 0) - 0.01 * config["seed"]
-            write_json(run.results, found)
+            written = results()
+            written["models"]["ldl_grpo"]["accuracy"] = 0.8 - chosen.get("beta", 0) - 0.01 * config["seed"]
+            write_json(run.results, written)
             runs.append(read_run(run))
         return runs
 
@@ -40,12 +40,14 @@ def swept(build: Build) -> Any:
 
 
 def test_a_grid_has_a_figure_for_each_key_and_metric(swept: Any) -> None:
-    found = sensitivity_figures(swept(tau=[0.6, 1.2], beta=[0.001, 0.01, 0.1], seed=[0, 1]))
-    headings = [drawing.heading for drawing in found]
+    figures = sensitivity_figures(swept(tau=[0.6, 1.2], beta=[0.001, 0.01, 0.1], seed=[0, 1]))
+    headings = [drawing.heading for drawing in figures]
     assert "Accuracy against align.tau" in headings
     assert "Win rate against align.beta" in headings
-    assert len(headings) == 8  # two keys, four metrics; the seed is no key
-    ids = [e.get("id") for d in found for e in ET.fromstring(d.svg.replace("xlink:href", "href")).iter() if e.get("id")]
+    assert len(headings) == 8  # two keys and four metrics; the seed is not a key
+    ids = [
+        e.get("id") for d in figures for e in ET.fromstring(d.svg.replace("xlink:href", "href")).iter() if e.get("id")
+    ]
     assert len(ids) == len(set(ids))
 
 

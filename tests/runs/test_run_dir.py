@@ -1,12 +1,12 @@
-"""Files arrive whole, torn rows go, the manifest decides."""
+"""Run directories: atomic files, incomplete rows, the manifest and the lock."""
 
 import json
 
 import pytest
 
 from purld.errors import UserError
-from purld.runs.run_dir import RunDir
 from purld.runs.files import append_rows, atomic_write, read_json, read_rows, write_rows
+from purld.runs.run_dir import RunDir
 
 
 def test_rows_round_trip_with_any_text(tmp_path):
@@ -52,19 +52,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
 def test_stages_are_begun_then_finished(tmp_path):
     run = RunDir(tmp_path / "run")
-    assert run.finished() == {}
+    assert run.finished_stages() == {}
     run.begin("anchors")
-    assert run.begun() == {"anchors"}
-    assert run.finished() == {}
+    assert run.begun_stages() == {"anchors"}
+    assert run.finished_stages() == {}
     run.finish("anchors", 1.23456, pool="abc")
-    assert run.finished() == {"anchors": {"seconds": 1.235, "pool": "abc"}}
+    assert run.finished_stages() == {"anchors": {"seconds": 1.235, "pool": "abc"}}
 
 
 def test_rewinding_drops_what_a_resumed_stage_will_log_again(tmp_path):
     run = RunDir(tmp_path)
     for step in (1, 2, 3):
-        run.log("sft", step, {"loss": 1.0})
-        run.log("align", step, {"objective": 1.0})
+        run.log_metrics("sft", step, {"loss": 1.0})
+        run.log_metrics("align", step, {"objective": 1.0})
     write_rows(run.groups, [{"step": s} for s in (1, 2, 3)])
     run.rewind_log("align", 2)
     assert [(r["stage"], r["step"]) for r in read_rows(run.metrics)] == [
@@ -94,7 +94,7 @@ def test_two_processes_do_not_share_a_run(tmp_path):
 def test_a_changed_file_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest\.json"):
-        RunDir(tmp_path).finished()
+        RunDir(tmp_path).finished_stages()
     with pytest.raises(UserError, match="is missing"):
         read_json(tmp_path / "none.json")
     assert json.dumps(read_rows(tmp_path / "none.jsonl")) == "[]"

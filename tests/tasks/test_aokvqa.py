@@ -1,9 +1,9 @@
-"""A-OKVQA as published: annotations beside COCO's images."""
+"""A-OKVQA as published: annotations and COCO's images."""
 
 import json
 
 import pytest
-from image_factory import save_picture
+from image_factory import save_image
 
 from purld.errors import UserError
 from purld.records import IMAGE
@@ -28,7 +28,7 @@ def folder(tmp_path):
         entry = ENTRY | {"split": split, "image_id": 299207 if split == "train" else 42}
         (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps([entry, entry]))
         (tmp_path / f"{split}2017").mkdir()
-        save_picture(tmp_path / f"{split}2017" / f"{entry['image_id']:012}.jpg", seed=entry["image_id"])
+        save_image(tmp_path / f"{split}2017" / f"{entry['image_id']:012}.jpg", seed=entry["image_id"])
     (tmp_path / "aokvqa_v1p0_test.json").write_text("[]")
     return tmp_path
 
@@ -42,7 +42,7 @@ def test_multiple_choice(folder):
     )
     assert prompt.reference == "Answer: red"
     assert [image.path for image in prompt.images] == [str(folder / "train2017" / "000000299207.jpg")]
-    assert prompt.place == f"{folder / 'aokvqa_v1p0_train.json'}, entry 1"
+    assert prompt.location == f"{folder / 'aokvqa_v1p0_train.json'}, entry 1"
     assert prompt.metadata == {
         "id": ENTRY["question_id"], "image_id": 299207, "choices": ["purple", "red", "blue", "yellow"],
     }  # fmt: skip

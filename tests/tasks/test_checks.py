@@ -1,4 +1,4 @@
-"""Which check a configuration asks for."""
+"""Choosing the check of a configuration."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Competition Math in its published forms, and answers checked as mathematics."""
+"""Competition Math in its published forms, and its check of answers as expressions."""
 
 import builtins
 import json
@@ -17,27 +17,28 @@ REAL = Path(os.environ.get("PURLD_SHARED_DATA") or Path(__file__).parents[2] / "
 COUNT, GEOMETRY = "Counting & Probability", "Geometry"
 
 
-def problem(text, type_=COUNT, answer="1"):
-    return {"problem": text, "level": "Level 2", "type": type_, "solution": rf"So $\boxed{{{answer}}}$."}
+def problem(text, problem_type=COUNT, answer="1"):
+    return {"problem": text, "level": "Level 2", "type": problem_type, "solution": rf"So $\boxed{{{answer}}}$."}
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """The original layout: split/type/number.json, one problem a file."""
+    """Write the original layout: split/type/number.json, one problem per file."""
     for split, texts in {"train": ["a", "b", "a"], "test": ["c", "a"]}.items():
-        for type_ in (COUNT, GEOMETRY):
-            folder = tmp_path / "MATH" / split / type_.lower().replace(" & ", "_and_")
+        for problem_type in (COUNT, GEOMETRY):
+            folder = tmp_path / "MATH" / split / problem_type.lower().replace(" & ", "_and_")
             folder.mkdir(parents=True)
             for number, text in enumerate(texts):
-                (folder / f"{number}.json").write_text(json.dumps(problem(text + type_[0], type_), indent=2))
+                row = problem(text + problem_type[0], problem_type)
+                (folder / f"{number}.json").write_text(json.dumps(row, indent=2))
     return tmp_path / "MATH"
 
 
 @pytest.fixture
 def flat(tmp_path):
-    """The flat form: a row a problem, a file a split."""
+    """Write the flat form: one row per problem, one file per split."""
     for split, texts in {"train": "ab", "test": "c"}.items():
-        rows = [problem(text + type_[0], type_) for text in texts for type_ in (COUNT, GEOMETRY)]
+        rows = [problem(text + problem_type[0], problem_type) for text in texts for problem_type in (COUNT, GEOMETRY)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
@@ -166,5 +167,5 @@ def test_real_problems_and_their_gold():
     sample = pool.prompts[::5]
     assert all(is_correct(p, p.reference) for p in sample)
     assert sum(is_correct(p, q.reference) for p, q in pairwise(sample)) <= 5
-    with pytest.raises(UserError, match=r"line 1: has no type, by which Geometry is told"):
+    with pytest.raises(UserError, match=r"line 1: has no type, which is needed to select the Geometry problems"):
         load_task("competition_math_geometry", str(REAL / "competition_math.jsonl"))

@@ -1,4 +1,4 @@
-"""Which option an answer chooses."""
+"""Parsing the option that an answer chooses."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ COLOURS = ["purple", "red", "blue", "dark red"]
 
 
 @pytest.mark.parametrize(
-    ("answer", "place"),
+    ("answer", "index"),
     [
         ("red", 1), ("Red.", 1), ("(1) red", 1), ("(1)", 1), ("1", 1), ("1. red", 1), ("B", 1), ("(B)", 1),
         ("B) red", 1),
@@ -22,8 +22,8 @@ COLOURS = ["purple", "red", "blue", "dark red"]
         ("I would answer red", 1), ("A-frame", None), ("2.5 metres", None), ("bored", None), ("Answer:", None),
     ],
 )  # fmt: skip
-def test_an_answer_chooses_one_option_or_none(answer, place):
-    assert chosen_option(answer, COLOURS) == place
+def test_an_answer_chooses_one_option_or_none(answer, index):
+    assert chosen_option(answer, COLOURS) == index
 
 
 def test_an_option_that_looks_like_a_label_is_meant_itself():
@@ -62,5 +62,5 @@ def test_without_gold_an_answer_is_not_wrong_but_unscored(fields):
 
 @given(answer=st.text(max_size=40), options=st.lists(st.text(max_size=8), min_size=1, max_size=5))
 def test_whatever_is_said_it_names_one_of_the_options_or_none(answer, options):
-    place = chosen_option(answer, options)
-    assert place is None or 0 <= place < len(options)
+    index = chosen_option(answer, options)
+    assert index is None or 0 <= index < len(options)

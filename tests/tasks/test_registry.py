@@ -1,4 +1,4 @@
-"""The table of tasks, and what any bytes in their files lead to."""
+"""The table of tasks, and loading files with arbitrary bytes."""
 
 from typing import get_args
 

@@ -1,10 +1,10 @@
-"""WritingPrompts as published: tags, detokenisation, and what is wrong with a line."""
+"""WritingPrompts as published: tags, detokenisation, and faulty lines."""
 
 import pytest
 
 from purld.errors import UserError
 from purld.tasks.registry import load_task
-from purld.tasks.writingprompts import detokenise
+from purld.tasks.writingprompts import restore_plain_text
 
 SOURCE = """\
 [ WP ] You 've finally discovered immortality .
@@ -61,7 +61,7 @@ def test_one_file_is_one_split(folder):
     ],
 )
 def test_detokenise(published, text):
-    assert detokenise(published) == text
+    assert restore_plain_text(published) == text
 
 
 def test_what_is_wrong_with_a_line(folder):
@@ -74,7 +74,7 @@ def test_what_is_wrong_with_a_line(folder):
     with pytest.raises(UserError, match=r"line 1: is not UTF-8 \(byte 0xe9\)"):
         load_task("writingprompts_cw", str(folder))
     (folder / "train.wp_source").write_text("[ CW ] one\n")
-    with pytest.raises(UserError, match=r"another number of lines than train\.wp_target"):
+    with pytest.raises(UserError, match=r"number of lines differs from that of train\.wp_target"):
         load_task("writingprompts_cw", str(folder), "skip")
     (folder / "train.wp_target").unlink()
     with pytest.raises(UserError, match=r"train\.wp_source: is not a \.wp_source file with its \.wp_target"):

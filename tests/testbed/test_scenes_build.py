@@ -88,7 +88,7 @@ def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> Non
 def test_a_picture_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encoder, name) -> None:
     """LLaVA's own way is to put a turn's pictures before its words."""
     (image,) = as_images([scene_image.draw(draw_scene(random.Random(0)), random.Random(0))])
-    head = encoder.prompt(Prompt.from_text(f"Look: {IMAGE}What is at the top left?", images=(image,)))
+    head = encoder.encode_prompt(Prompt.from_text(f"Look: {IMAGE}What is at the top left?", images=(image,)))
     inside = [place for place, token in enumerate(head.ids) if token in encoder.placeholders]
     assert len(inside) == inside[-1] - inside[0] + 1 == 9
     before = encoder.tokenizer.decode(head.ids[: inside[0]])
@@ -101,9 +101,9 @@ def test_a_students_answers_depend_on_the_picture(model, encoder) -> None:
     images = as_images([scene_image.draw(scene, random.Random(0)) for scene in scenes])
     likelihood = torch.zeros(2, 2)
     for row, image in enumerate(images):
-        head = encoder.prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
+        head = encoder.encode_prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
         for column, scene in enumerate(scenes):
-            reply = encoder.literal(" ".join(f"There is a {t.name} at the {t.place}." for t in scene.things))
+            reply = encoder.encode_literal(" ".join(f"There is a {t.name} at the {t.place}." for t in scene.things))
             ids = torch.tensor([[*head.ids, *reply]])
             with torch.no_grad():
                 logs = model(input_ids=ids, **pixel_inputs([head], ids)).logits[0].log_softmax(-1)
@@ -178,7 +178,9 @@ def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None
         seen = learner.features(shown)
         together = learner.losses(turns, [seen[shown.index(turn.lesson.picture)] for turn in turns])
         for turn, loss in zip(turns, together):
-            head = encoder.prompt(Prompt.from_text(turn.lesson.prompt, images=tuple(as_images([turn.lesson.picture]))))
+            head = encoder.encode_prompt(
+                Prompt.from_text(turn.lesson.prompt, images=tuple(as_images([turn.lesson.picture])))
+            )
             assert head.ids == turn.head.ids
             ids = torch.tensor([turn.ids])
             logs = model(input_ids=ids, **pixel_inputs([head], ids)).logits[0].log_softmax(-1)
@@ -325,7 +327,7 @@ def test_a_student_that_sees_starts_as_the_one_that_reads(name: str, tmp_path: P
     texts = load_encoder(Student(model=str(STUDENTS["text"])))
     layers = learner.model.get_decoder().layers.state_dict()
     assert all(torch.equal(value, layers[key]) for key, value in reader.model.layers.state_dict().items())
-    (mine,), (theirs,) = (e.literal("1") for e in (learner.encoder, texts))
+    (mine,), (theirs,) = (e.encode_literal("1") for e in (learner.encoder, texts))
     for embeddings in ("get_input_embeddings", "get_output_embeddings"):
         assert torch.equal(
             getattr(learner.model, embeddings)().weight[mine], getattr(reader, embeddings)().weight[theirs]

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from log_prob_sums import sequence_log_probs
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from purld.methods.table import METHODS, GroupEvidence
 from purld.model.critic import ValueHead, states_before_tokens
 from purld.model.load import Roles
-from purld.model.log_probs import sequence_log_probs, token_log_probs
+from purld.model.log_probs import token_log_probs
 from purld.model.vision import EncodedPrompt
 from purld.training.group_update import GroupUpdate
 

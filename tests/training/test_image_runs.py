@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from misbehaving import completion, serving
+from faulty_server import completion, running_server
 from PIL import Image as Pil
 from tiny_vlm import ARCHITECTURES, write_model
 from transformers import AutoModelForImageTextToText
@@ -38,7 +38,7 @@ def answer(handler):
 
 @pytest.fixture(scope="module")
 def teacher():
-    with serving() as server:
+    with running_server() as server:
         server.default = answer
         yield server
 
@@ -105,7 +105,7 @@ def test_a_whole_run_with_an_adapter_ends_as_an_ordinary_directory(write_config,
     served = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
     encoder = load_encoder(config.student.model_copy(update={"model": str(export), "lora": None}))
     prompts = [prompt for prompt in load_prompt_pools(config, encoder, print).train if prompt.images]
-    batch = training_batch([(encoder.prompt(prompt), [5, 6]) for prompt in prompts], encoder.pad)
+    batch = training_batch([(encoder.encode_prompt(prompt), [5, 6]) for prompt in prompts], encoder.pad)
     with torch.no_grad():
         assert torch.allclose(served(**batch).logits, aligned(**batch).logits, atol=1e-5)
 
@@ -114,7 +114,7 @@ def test_killed_in_stage_two_a_run_with_pictures_ends_with_the_same_bits(write_c
     class KilledError(BaseException):
         """In the place of a SIGKILL."""
 
-    log = RunDir.log
+    log = RunDir.log_metrics
 
     def kill(self, stage, at, values):
         log(self, stage, at, values)
@@ -128,7 +128,7 @@ def test_killed_in_stage_two_a_run_with_pictures_ends_with_the_same_bits(write_c
         config = load_config(write_config, ["align.steps=5", "align.checkpoint_steps=1"])
         if name == "killed":
             with monkeypatch.context() as patch, pytest.raises(KilledError):
-                patch.setattr(RunDir, "log", kill)
+                patch.setattr(RunDir, "log_metrics", kill)
                 Pipeline(config, run, Reporter()).execute(["align"])
         Pipeline(config, run, Reporter()).execute(["align"])
         weights.append((run.align / "model.safetensors").read_bytes())

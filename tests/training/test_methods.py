@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from misbehaving import completion, serving
+from faulty_server import completion, running_server
+from log_prob_sums import sequence_log_probs
 
 from purld.config.load import load_config
 from purld.display.progress import Reporter
@@ -14,12 +15,11 @@ from purld.errors import UserError
 from purld.evaluation.diagnostics import mean_label_divergence
 from purld.methods.table import METHODS
 from purld.model.load import load_model
-from purld.model.log_probs import sequence_log_probs
 from purld.pipeline.pipeline import Pipeline
 from purld.records import Prompt
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
-from purld.training.align import AlignTrainer, RepeatedBatches
+from purld.training.align_trainer import AlignTrainer, RepeatedBatches
 
 AGAIN = ("label_divergence", "completions")
 SECOND_STAGE = [name for name, method in METHODS.items() if method.stage_two]
@@ -46,7 +46,7 @@ def rate(handler):
 
 @pytest.fixture(scope="module")
 def teacher():
-    with serving() as server:
+    with running_server() as server:
         server.default = rate
         yield server
 
@@ -82,7 +82,7 @@ def outcome(run):
 
 def killed_at(pipeline, step, monkeypatch):
     """Run Stage II until `step` is logged, and no further."""
-    log = RunDir.log
+    log = RunDir.log_metrics
 
     def kill(self, stage, at, values):
         log(self, stage, at, values)
@@ -90,7 +90,7 @@ def killed_at(pipeline, step, monkeypatch):
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "log", kill)
+        patch.setattr(RunDir, "log_metrics", kill)
         with pytest.raises(KilledError):
             pipeline.execute(["align"])
 
@@ -135,7 +135,7 @@ def test_q_after_is_that_of_the_saved_model(after_stage_one):
     groups, again = read_rows(run.groups), read_rows(run.revisited)
     assert [(g["step"], g["prompt_id"]) for g in groups] == [(r["step"], r["prompt_id"]) for r in again]
     for group, row in zip(groups, again):
-        head, ids = encoder.prompt(Prompt.from_text(group["prompt"])), [c["ids"] for c in group["completions"]]
+        head, ids = encoder.encode_prompt(Prompt.from_text(group["prompt"])), [c["ids"] for c in group["completions"]]
         with torch.no_grad():
             ours, theirs = (sequence_log_probs(model, head, ids, encoder.pad) for model in (policy, frozen))
         assert row["policy_after"] == pytest.approx((ours - theirs).softmax(0).tolist(), abs=1e-5)
@@ -208,7 +208,7 @@ def test_a_cap_that_is_reached_ends_the_run_and_a_higher_one_goes_on_from_there(
     assert 0 < bought < 24
     more = load_config(run.run.config, ["teacher.max_tokens=100000"])
     Pipeline(more, run.run, Reporter()).execute(["align"])
-    assert "align" in run.run.finished()
+    assert "align" in run.run.finished_stages()
     assert len(teacher.arrived) - before <= 24
 
 

@@ -4,17 +4,17 @@ import gc
 
 import pytest
 import torch
+from log_prob_sums import sequence_log_probs
 from torch import nn
 
 from purld.config.load import load_config
 from purld.display.progress import Reporter
 from purld.model.load import count_parameters, load_model, load_roles
-from purld.model.log_probs import sequence_log_probs
 from purld.model.vision import EncodedPrompt
 from purld.pipeline.pipeline import Pipeline
 from purld.runs.run_dir import RunDir
 from purld.training import align as align_module
-from purld.training.align import AlignTrainer
+from purld.training.align_trainer import AlignTrainer
 
 HEAD, ANSWERS = EncodedPrompt(list(range(30, 50))), [[60, 61, 62], [70, 71, 72, 73, 74], [80]]
 LORA = "student.lora={r: 4}"

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from log_prob_sums import sequence_log_probs
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from purld.methods.table import METHODS
 from purld.model.load import Roles
-from purld.model.log_probs import sequence_log_probs
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 from purld.training.group_update import GroupUpdate
@@ -39,7 +39,7 @@ def roles(request, random_student):
     return Roles(moved(get_peft_model(policy, LoraConfig(r=4, task_type="CAUSAL_LM")).eval()), None)
 
 
-def drawing(roles):
+def rollout_maker(roles):
     update = GroupUpdate(roles, 2, 0, torch.Tensor.backward, contextlib.nullcontext)
     return RolloutMaker(METHODS["ldl_grpo"].stage_two, SETTINGS, None, None, None, update)
 
@@ -57,12 +57,12 @@ def record(step, scores):
 
 def test_q_is_that_of_the_policy_over_the_scored_candidates(roles):
     """D by hand: log D = log sigmoid(5 r) + r / 1.2 - const with r = s - 0.9; q = softmax(log p - log p_sft)."""
-    (row,) = remeasure_groups(roles.policy, drawing(roles), [QUESTION], [record(1, [0.2, None, 0.8, 0.5])])
+    (row,) = remeasure_groups(roles.policy, rollout_maker(roles), [QUESTION], [record(1, [0.2, None, 0.8, 0.5])])
     scored = [IDS[0], IDS[2], IDS[3]]
     with torch.no_grad():
-        ours = sequence_log_probs(roles.policy, QUESTION.head, scored, 0)
+        ours = sequence_log_probs(roles.policy, QUESTION.encoded, scored, 0)
         with roles.frozen() as frozen:
-            q = (ours - sequence_log_probs(frozen, QUESTION.head, scored, 0)).softmax(0)
+            q = (ours - sequence_log_probs(frozen, QUESTION.encoded, scored, 0)).softmax(0)
     margins = torch.tensor([0.2, 0.8, 0.5]) - 0.9
     labels = (torch.sigmoid(5 * margins).log() + margins / 1.2).softmax(0)
     first, unscored, *others = row["policy_after"]
@@ -77,6 +77,6 @@ def test_only_the_first_groups_and_those_whose_ids_were_kept(roles):
     plain = record(1, [0.2, 0.3, 0.8, 0.5]) | {"completions": None}
     groups = [plain, *(record(step, [0.2, 0.3, 0.8, 0.5]) for step in range(2, REMEASURED_GROUPS + 4))]
     before = [p.clone() for p in roles.policy.parameters()]
-    found = list(remeasure_groups(roles.policy, drawing(roles), [QUESTION], groups))
+    found = list(remeasure_groups(roles.policy, rollout_maker(roles), [QUESTION], groups))
     assert [row["step"] for row in found] == list(range(2, REMEASURED_GROUPS + 2))
     assert all(torch.equal(a, b) for a, b in zip(before, roles.policy.parameters()))

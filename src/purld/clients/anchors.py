@@ -1,6 +1,6 @@
-"""Anchors for a pool of prompts: ask once each, and apply the policy to what is not a whole answer.
+"""Collect the anchors of a pool of prompts: ask once per prompt, and apply the anchor policy to incomplete answers.
 
-Knows neither which kind of client answers nor how progress is shown.
+Independent of the kind of client and of how progress is shown.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import get_args
 
 from purld.clients.base import Client, Reply, ReplyState
-from purld.config.schema import AnchorPolicy
+from purld.config.clients import AnchorPolicy
 from purld.errors import UserError
 from purld.records import Anchor, Prompt
 
@@ -20,19 +20,19 @@ OnProgress = Callable[[Counter[ReplyState]], None]
 
 @dataclass(frozen=True)
 class CollectedAnchors:
-    """The anchors that may be used, in the order of their prompts, and what became of every prompt."""
+    """The usable anchors, in the order of their prompts, and the counts of all replies."""
 
     anchors: list[Anchor]
     counts: dict[ReplyState, int]  # every state, zeros included; sums to the number of prompts
-    reasons: dict[str, int]  # what was remarked, and of how many prompts, most frequent first
+    reasons: dict[str, int]  # the details of replies with their counts, most frequent first
 
     @property
     def dropped(self) -> int:
-        """How many prompts are left without an anchor."""
+        """Return the number of prompts without an anchor."""
         return sum(self.counts.values()) - len(self.anchors)
 
     def summary(self) -> str:
-        """One line for a person: what came back, and why something is missing."""
+        """Return one line for the user: the counts of all states, and the reasons for missing anchors."""
         states = ", ".join(f"{count:,} {state}" for state, count in self.counts.items() if count)
         reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.reasons.items())
         return f"{states}; {self.dropped:,} dropped" + (f" ({reasons})" if reasons else "")
@@ -44,11 +44,10 @@ def collect_anchors(
     policy: AnchorPolicy | None = None,
     on_progress: OnProgress | None = None,
 ) -> CollectedAnchors:
-    """Ask `client` once for every prompt. `on_progress` sees the count of each state after every reply.
+    """Ask `client` once per prompt; `on_progress` receives the count of each state after every reply.
 
     Raises:
-        UserError: no prompt got an answer; the policy says that such a reply fails the run; or the client
-            cannot ask at all.
+        UserError: no prompt got a usable answer, the policy fails the run on a reply, or the client cannot ask at all.
     """
     policy = policy or AnchorPolicy()
     counts: Counter[ReplyState] = Counter()
@@ -63,16 +62,17 @@ def collect_anchors(
     anchors = [
         Anchor(prompt.id, reply.text)
         for prompt, reply in zip(prompts, replies, strict=True)
-        if reply.text is not None and _treatment(reply, policy) == "keep"
+        if reply.text is not None and _action(reply, policy) == "keep"
     ]
     reasons = Counter(reply.detail for reply in replies if reply.detail)
     if not anchors:
-        raise UserError(_nothing_came(len(prompts), reasons))
+        raise UserError(_describe_no_anchors(len(prompts), reasons))
     ordered = {state: counts[state] for state in get_args(ReplyState)}
     return CollectedAnchors(anchors, ordered, dict(reasons.most_common()))
 
 
-def _treatment(reply: Reply, policy: AnchorPolicy) -> str:
+def _action(reply: Reply, policy: AnchorPolicy) -> str:
+    """Return what the policy does with a reply: "keep", "drop" or "fail"."""
     match reply.state:
         case "answered":
             return "keep"
@@ -85,16 +85,16 @@ def _treatment(reply: Reply, policy: AnchorPolicy) -> str:
 
 
 def _check_policy(prompts: Sequence[Prompt], replies: Sequence[Reply], policy: AnchorPolicy) -> None:
-    failing = [n for n, reply in enumerate(replies) if _treatment(reply, policy) == "fail"]
+    failing = [index for index, reply in enumerate(replies) if _action(reply, policy) == "fail"]
     if failing:
         first = replies[failing[0]]
         raise UserError(
-            f"{len(failing)} of {len(replies)} prompts got no answer that the anchors policy accepts;"
+            f"{len(failing)} of {len(replies)} prompts got no answer that the anchor policy accepts;"
             f" the first is prompt {prompts[failing[0]].id}, {first.state}: {first.detail}."
         )
 
 
-def _nothing_came(asked: int, reasons: Counter[str]) -> str:
+def _describe_no_anchors(asked: int, reasons: Counter[str]) -> str:
     if not asked:
         return "there are no prompts to ask about."
     [(reason, count)] = reasons.most_common(1) or [("no reason was given", asked)]

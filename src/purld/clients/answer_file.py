@@ -1,6 +1,6 @@
-"""Answers that were collected elsewhere: a file in the place of a model.
+"""A client that takes its answers from a file instead of a model.
 
-Nothing leaves this machine, so the ledger has no part in it.
+Nothing is sent, so nothing is recorded in the ledger.
 """
 
 from __future__ import annotations
@@ -12,144 +12,156 @@ from pathlib import Path
 from typing import Any
 
 from purld.clients.base import OnReply, Reply
-from purld.config.schema import AnswerFile, FileColumns
-from purld.data.chat import Chat, Words, images_in_column, parse_chat, place_images, readable_text, turns_without_images
+from purld.config.clients import AnswerFile, FileColumns
+from purld.data.chat import (
+    Chat,
+    TurnTexts,
+    images_in_column,
+    insert_images,
+    parse_chat,
+    readable_text,
+    turns_without_images,
+)
 from purld.data.files import BadRowError, FileRow, check_text, iter_rows
 from purld.data.images import read_image
 from purld.errors import UserError
 from purld.records import Message, Prompt
 
-SEVERAL = "several rows of the answer file differ on this prompt; the first is used"
+CONFLICTING_ANSWERS = "several rows of the answer file differ on this prompt; the first is used"
 OTHER_PROMPT = "the row of the answer file with this id answers another prompt"
-OTHER_IMAGES = "prompts differ in their images alone, and the answer file names neither ids nor images"
+AMBIGUOUS_IMAGES = "prompts differ in their images alone, and the answer file names neither ids nor images"
 
 
 @dataclass(frozen=True)
 class _Answer:
-    text: str | None  # None: the row is there, its answer is not
-    prompt_id: str | None = None  # of the row's prompt with the images that the row names; None: it names no prompt
-    words: Words | None = None  # of a prompt without images, which may be meant for one with images
-    contested: bool = False
+    text: str | None  # None: the row has no answer
+    prompt_id: str | None = None  # id of the row's prompt and images; None: the row has no prompt
+    turn_texts: TurnTexts | None = None  # of a row without images, which may belong to a prompt with images
+    conflicting: bool = False  # another row has a different answer
 
-    def fits(self, prompt: Prompt) -> bool:
-        """Whether the row can be about `prompt`."""
+    def matches(self, prompt: Prompt) -> bool:
+        """Return whether the row can belong to `prompt`."""
         if self.prompt_id in (None, prompt.id):
             return True
-        return bool(prompt.images) and self.words == turns_without_images(prompt.messages)
+        return bool(prompt.images) and self.turn_texts == turns_without_images(prompt.messages)
 
 
 class AnswerFileClient:
-    """Finds a prompt's answer by the prompt itself, or else by its id; see `purld.clients.base.Client`.
+    """A client that finds a prompt's answer by the prompt's content, or else by its id.
 
-    The id is `metadata["id"]` or the content hash `Prompt.id`. A row with the right id and another prompt is
-    not taken: ids repeat between data sets, and a wrong anchor is worse than none. A row with neither id nor images
-    answers the only prompt with images that has its words.
+    The id is `metadata["id"]` or the content hash `Prompt.id`. A row with a matching id and another prompt is not used,
+    because ids repeat between data sets and a wrong anchor is worse than none. A row with neither id nor images answers
+    a prompt with images if its text belongs to only one of them.
 
     Raises:
-        UserError: the file cannot be read, lacks its columns, or holds a bad row.
+        UserError: the file cannot be read, lacks a column, or has a bad row.
     """
 
     def __init__(self, config: AnswerFile) -> None:
         self._by_prompt: dict[str, _Answer] = {}
         self._by_id: dict[str, _Answer] = {}
-        self._by_words: dict[Words, _Answer] = {}
+        self._by_turn_texts: dict[TurnTexts, _Answer] = {}
         path = Path(config.path)
         self._folder = path if path.is_dir() else path.parent
         rows = 0
         for row in iter_rows(config.path):
             rows += 1
             try:
-                self._take(row, config.columns)
+                self._add_row(row, config.columns)
             except BadRowError as problem:
                 raise UserError(f"{problem}.") from None
         if not rows:
             raise UserError(f"{config.path}: has no answers.")
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
-        """See `Client.ask`: every reply is `answered` or `missing`."""
-        pictured = {prompt.id: turns_without_images(prompt.messages) for prompt in prompts if prompt.images}
-        shared = Counter(pictured.values())
-        replies = [self._reply(prompt, shared) for prompt in prompts]
-        for place, reply in enumerate(replies):
+        """Return the replies in the order of `prompts`; each is `answered` or `missing`. See `Client.ask`."""
+        turn_texts = {prompt.id: turns_without_images(prompt.messages) for prompt in prompts if prompt.images}
+        prompts_per_text = Counter(turn_texts.values())
+        replies = [self._find_reply(prompt, prompts_per_text) for prompt in prompts]
+        for index, reply in enumerate(replies):
             if on_reply:
-                on_reply(place, reply)
+                on_reply(index, reply)
         return replies
 
-    def _reply(self, prompt: Prompt, shared: Mapping[Words, int]) -> Reply:
-        """The reply to a prompt; `shared` counts the prompts with images that have the same words."""
+    def _find_reply(self, prompt: Prompt, prompts_per_text: Mapping[TurnTexts, int]) -> Reply:
+        """Return the reply to a prompt; `prompts_per_text` counts the prompts with images by their text."""
         answer = self._by_prompt.get(prompt.id)
-        for name in (_id_of(prompt.metadata.get("id")), prompt.id):
-            if answer is None and name is not None:
-                answer = self._by_id.get(name)
+        for row_id in (_parse_id(prompt.metadata.get("id")), prompt.id):
+            if answer is None and row_id is not None:
+                answer = self._by_id.get(row_id)
         if answer is None and prompt.images:
-            words = turns_without_images(prompt.messages)
-            answer = self._by_words.get(words)
-            if answer is not None and (answer.contested or shared[words] > 1):
-                return Reply("missing", detail=OTHER_IMAGES)
+            turn_texts = turns_without_images(prompt.messages)
+            answer = self._by_turn_texts.get(turn_texts)
+            if answer is not None and (answer.conflicting or prompts_per_text[turn_texts] > 1):
+                return Reply("missing", detail=AMBIGUOUS_IMAGES)
         if answer is None:
             return Reply("missing", detail="no row of the answer file matches")
-        if not answer.fits(prompt):
+        if not answer.matches(prompt):
             return Reply("missing", detail=OTHER_PROMPT)
         if answer.text is None:
             return Reply("missing", detail="the answer is empty")
-        return Reply("answered", answer.text, detail=SEVERAL if answer.contested else "")
+        return Reply("answered", answer.text, detail=CONFLICTING_ANSWERS if answer.conflicting else "")
 
-    def _take(self, row: FileRow, columns: FileColumns) -> None:
+    def _add_row(self, row: FileRow, columns: FileColumns) -> None:
         cells = row.cells()
         if columns.answer not in cells:
-            raise BadRowError(f"{row.place}: there is no column {columns.answer!r} for the answer (see columns.answer)")
-        name, text = _id_of(cells.get(columns.id)), _text_of(cells[columns.answer], row, columns)
+            raise BadRowError(
+                f"{row.location}: there is no column {columns.answer!r} for the answer (see columns.answer)"
+            )
+        row_id, text = _parse_id(cells.get(columns.id)), _parse_answer(cells[columns.answer], row, columns)
         answer = _Answer(text)
         if cells.get(columns.prompt) is not None:
-            answer = self._about(cells, row, columns, text)
-            _add(self._by_prompt, answer.prompt_id, answer)
-            if name is None:
-                _add(self._by_words, answer.words, answer)
-        elif name is None:
-            raise BadRowError(f"{row.place}: has neither {columns.id!r} nor {columns.prompt!r} to match a prompt by")
-        _add(self._by_id, name, answer)
+            answer = self._answer_to_prompt(cells, row, columns, text)
+            _add_answer(self._by_prompt, answer.prompt_id, answer)
+            if row_id is None:
+                _add_answer(self._by_turn_texts, answer.turn_texts, answer)
+        elif row_id is None:
+            raise BadRowError(f"{row.location}: has neither {columns.id!r} nor {columns.prompt!r} to match a prompt by")
+        _add_answer(self._by_id, row_id, answer)
 
-    def _about(self, cells: Mapping[str, Any], row: FileRow, columns: FileColumns, text: str | None) -> _Answer:
-        """The answer to the prompt that a row holds."""
+    def _answer_to_prompt(
+        self, cells: Mapping[str, Any], row: FileRow, columns: FileColumns, text: str | None
+    ) -> _Answer:
+        """Return the answer of a row together with the identity of the row's prompt."""
         try:
             chat = parse_chat(cells[columns.prompt])
-            listed = images_in_column(cells.get(columns.images))
-            if listed or any(image is not None for image in chat.images):
-                chat = place_images(chat, listed)
+            column_images = images_in_column(cells.get(columns.images))
+            if column_images or any(image is not None for image in chat.images):
+                chat = insert_images(chat, column_images)
                 images = tuple(read_image(cell, self._folder, f"image {n}") for n, cell in enumerate(chat.images, 1))
                 return _Answer(text, Prompt(chat.messages, images).id)
-            return _Answer(text, _without_images(chat).id, turns_without_images(chat.messages))
+            return _Answer(text, _prompt_without_images(chat).id, turns_without_images(chat.messages))
         except ValueError as problem:
-            raise BadRowError(f"{row.place}: column {columns.prompt!r} cannot be used: {problem}") from None
+            raise BadRowError(f"{row.location}: column {columns.prompt!r} cannot be used: {problem}") from None
 
 
-def _without_images(chat: Chat) -> Prompt:
-    """The prompt of a row that names no images; places for some are written as users write them."""
-    return Prompt(tuple(Message(m.role, readable_text(m.content)) for m in chat.messages))
+def _prompt_without_images(chat: Chat) -> Prompt:
+    """Return the prompt of a row without images, with its image parts written as `<image>`."""
+    return Prompt(tuple(Message(message.role, readable_text(message.content)) for message in chat.messages))
 
 
-def _add(answers: dict[Any, _Answer], name: object, answer: _Answer) -> None:
-    """Keep an answer under a name, if it has one; of several that differ, the first."""
-    if name is None:
+def _add_answer(answers: dict[Any, _Answer], key: object, answer: _Answer) -> None:
+    """Store an answer under a key unless the key is None; of several different answers, the first is kept."""
+    if key is None:
         return
-    first = answers.setdefault(name, answer)
+    first = answers.setdefault(key, answer)
     if first.text is None:
-        answers[name] = answer
+        answers[key] = answer
     elif answer.text not in (None, first.text):
-        answers[name] = replace(first, contested=True)
+        answers[key] = replace(first, conflicting=True)
 
 
-def _text_of(cell: object, row: FileRow, columns: FileColumns) -> str | None:
+def _parse_answer(cell: object, row: FileRow, columns: FileColumns) -> str | None:
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         return None
     try:
         return check_text(cell, "it")
     except ValueError as problem:
-        raise BadRowError(f"{row.place}: column {columns.answer!r} cannot be used: {problem}") from None
+        raise BadRowError(f"{row.location}: column {columns.answer!r} cannot be used: {problem}") from None
 
 
-def _id_of(cell: object) -> str | None:
-    """An id as text: 7 and "7" are the same."""
+def _parse_id(cell: object) -> str | None:
+    """Return an id as text, so that 7 and "7" are equal; None if the cell is not an id."""
     if isinstance(cell, bool) or not isinstance(cell, str | int):
         return None
     return str(cell)

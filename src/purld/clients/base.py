@@ -1,4 +1,4 @@
-"""One protocol for every model we talk to, and its replies: new ones, and those that the ledger knows already."""
+"""The protocol that all clients implement, and their replies, whether new or stored in the ledger."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TRUNCATIONS = ("length", "max_tokens")
 FAILURE_DESCRIPTIONS = {
     "no_connection": "no connection to the endpoint",
     "connection_lost": "the connection broke after the prompt was sent",
-    "timeout": "no whole answer came within the timeout",
-    "interrupted": "purld was stopped while the prompt was under way",
-    "invalid_response": "the response is no chat completion",
+    "timeout": "no complete answer came within the timeout",
+    "interrupted": "purld was stopped while it waited for the answer",
+    "invalid_response": "the response is not a chat completion",
     "empty_answer": "the answer is empty",
     "context_too_long": "the prompt does not fit the model's context",
     "content_filter": "the endpoint's content filter refused the prompt",
@@ -26,11 +26,11 @@ FAILURE_DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Reply:
-    """What became of one prompt.
+    """The reply to one prompt.
 
-    `answered` is a whole answer; `refused` and `truncated` may carry text too. `failed`: there is no answer;
-    `unknown`: sent, then lost, and never sent again unasked; `missing`: not in the answer file; `capped`: not
-    sent because a cap would have been passed. `detail` says why, in words that are the same for the same cause.
+    States: `answered`, a complete answer; `refused` and `truncated`, which may have text too; `failed`, no answer;
+    `unknown`, sent but lost, and not sent again by default; `missing`, not in the answer file; `capped`, not sent
+    because it would exceed a cap. `detail` gives the reason, in the same words for the same cause.
     """
 
     state: ReplyState
@@ -40,63 +40,62 @@ class Reply:
 
 
 OnReply = Callable[[int, Reply], None]
+"""Receives a prompt's index and its reply."""
 
 
 class Client(Protocol):
     """A model that answers prompts."""
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
-        """The replies, in the order of `prompts`.
-
-        `on_reply` is called with a prompt's position and its reply as soon as the reply is durable.
+        """Return the replies in the order of `prompts`; `on_reply` is called as soon as a reply is stored durably.
 
         Raises:
-            UserError: nothing can be asked at all: a wrong key, an unknown model, an endpoint that is down.
+            UserError: no prompt can be asked: a wrong API key, an unknown model, an endpoint that is down.
         """
         ...
 
 
 class ReplyCollector:
-    """Replies on their way to whoever asked: equal questions, told by their ledger keys, are asked once."""
+    """Collects replies for a list of ledger keys and passes them to `on_reply`; equal keys are asked once."""
 
     def __init__(self, keys: Iterable[str], on_reply: OnReply | None) -> None:
         self._on_reply = on_reply
         self._replies: dict[int, Reply] = {}
-        self._places: dict[str, list[int]] = {}
-        for place, key in enumerate(keys):
-            self._places.setdefault(key, []).append(place)
+        self._indices: dict[str, list[int]] = {}
+        for index, key in enumerate(keys):
+            self._indices.setdefault(key, []).append(index)
 
-    def questions(self) -> Iterator[tuple[str, int]]:
-        """Every distinct key, with the first position that it stands for."""
-        return ((key, places[0]) for key, places in self._places.items())
+    def distinct_keys(self) -> Iterator[tuple[str, int]]:
+        """Return every distinct key with the first index at which it occurs."""
+        return ((key, indices[0]) for key, indices in self._indices.items())
 
-    def deliver(self, key: str, reply: Reply) -> None:
-        """Hand over the reply to a question, once for every position that it stands for."""
-        for place in self._places[key]:
-            self._replies[place] = reply
+    def add_reply(self, key: str, reply: Reply) -> None:
+        """Store the reply for every index of `key` and pass it on."""
+        for index in self._indices[key]:
+            self._replies[index] = reply
             if self._on_reply:
-                self._on_reply(place, reply)
+                self._on_reply(index, reply)
 
     def in_order(self) -> list[Reply]:
-        """All replies; every question has been delivered."""
-        return [self._replies[place] for place in range(sum(map(len, self._places.values())))]
+        """Return all replies in the order of the keys; every key must have its reply."""
+        return [self._replies[index] for index in range(sum(map(len, self._indices.values())))]
 
 
 def reply_from_ledger(ledger: LedgerView, key: str, resend_unknown: bool = False) -> Reply | None:
-    """The reply to a question that need not, or must not, be asked again; None if it would be sent."""
-    result = ledger.find(key)
+    """Return the reply to a request that must not be sent again, or None if it would be sent."""
+    result = ledger.find_result(key)
     if result is None or result.state == "failed" or (result.state == "unknown" and resend_unknown):
         return None
     return reply_from_result(result)
 
 
 def reply_from_result(result: CallResult) -> Reply:
-    """A settled call, as those who asked see it."""
+    """Convert the result of a settled call to a reply."""
     match result.state:
         case "answered" if result.finish_reason in REFUSALS:
             return Reply("refused", result.text, result.finish_reason, "the model refused")
         case "answered" if result.finish_reason in TRUNCATIONS:
-            return Reply("truncated", result.text, result.finish_reason, "the answer met the token limit")
+            return Reply("truncated", result.text, result.finish_reason, "the answer was cut at the token limit")
         case "answered":
             return Reply("answered", result.text, result.finish_reason)
         case "failed" if result.error in REFUSALS:
@@ -106,5 +105,5 @@ def reply_from_result(result: CallResult) -> Reply:
 
 
 def describe_failure(result: CallResult) -> str:
-    """Why there is no answer, for a person; a cause without words of its own is named by its class."""
+    """Return the reason for a missing answer in words, or its error class if there is no description."""
     return FAILURE_DESCRIPTIONS.get(result.error or "", result.error or "")

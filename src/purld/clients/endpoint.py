@@ -1,10 +1,10 @@
-"""A model behind an OpenAI-compatible endpoint, asked concurrently and never twice for the same thing.
+"""A client for OpenAI-compatible endpoints that sends requests concurrently and never sends an answered one again.
 
-The SDK is the transport only: its retries, redirects and environment defaults are off, and the bytes it sends
-are those that the ledger holds. What a fault means is told apart in `faults`, when a call may leave in `pace`.
+The SDK is used only as transport: its retries, redirects and environment defaults are off, and it sends exactly the
+bytes in the ledger. `faults` classifies what comes back, `rate_limit` decides when a call may be sent.
 
-Every call has a connection of its own. On a kept one, a server that closes just as a request is written cannot
-be told from one that took the request and died: the call would be lost for want of a handshake.
+Every call opens a new connection. On a kept-alive one, a server that closes while a request is being written cannot be
+distinguished from one that received the request and died, so the call would count as lost.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from purld.clients.faults import CallOutcome, classify_exception, classify_respo
 from purld.clients.ledger import CallResult, CapReachedError, Caps, Ledger, Request, Role
 from purld.clients.rate_limit import RateLimiter, backoff_seconds
 from purld.clients.requests import build_request, build_requests, read_api_key, token_cost, worst_case_tokens
-from purld.config.schema import OpenAIEndpoint
+from purld.config.clients import OpenAIEndpoint
 from purld.errors import UserError
 from purld.records import Prompt
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-STOP_AFTER = 10  # suspect failures in a row: the endpoint is down, or every request is wrong in the same way
+MAX_CONSECUTIVE_FAILURES = 10  # after so many, the endpoint is down or all requests have the same fault
 CONNECT_SECONDS = 10.0
-PLACEHOLDER = 16  # a key of fewer characters may be a word, such as EMPTY, that an answer may hold, too
+MIN_SECRET_LENGTH = 16  # a shorter key may be a placeholder such as EMPTY, which an answer may contain by chance
 
 
 class EndpointClient:
-    """Asks an OpenAI-compatible endpoint; see `purld.clients.base.Client`."""
+    """A client for an OpenAI-compatible endpoint; see `purld.clients.base.Client`."""
 
     def __init__(self, endpoint: OpenAIEndpoint, ledger: Ledger, role: Role, resend_unknown: bool = False) -> None:
         self.endpoint = endpoint
@@ -46,45 +46,48 @@ class EndpointClient:
         self._key = read_api_key(endpoint)
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
-        """See `Client.ask`. On Ctrl-C the calls under way become `unknown`; all that was answered is kept."""
+        """Return the replies in the order of `prompts`; see `Client.ask`.
+
+        On Ctrl-C the calls in flight become `unknown`; all answers received so far are kept.
+        """
         keys = [request.key for request in build_requests(self.endpoint, prompts)]
-        self.ledger.adopt(dict.fromkeys(keys), self.role)
-        delivery = ReplyCollector(keys, on_reply)
-        wanted: deque[Prompt] = deque()
-        for key, place in delivery.questions():
+        self.ledger.import_results(dict.fromkeys(keys), self.role)
+        collector = ReplyCollector(keys, on_reply)
+        pending: deque[Prompt] = deque()
+        for key, index in collector.distinct_keys():
             if known := reply_from_ledger(self.ledger, key, self.resend_unknown):
-                delivery.deliver(key, known)
+                collector.add_reply(key, known)
             else:
-                wanted.append(prompts[place])
-        if wanted:
-            asyncio.run(_Purchase(self, self._key, wanted, delivery).run())
-        return delivery.in_order()
+                pending.append(prompts[index])
+        if pending:
+            asyncio.run(_ConcurrentAsk(self, self._key, pending, collector).run())
+        return collector.in_order()
 
 
-class _Purchase:
-    """One `ask`: prompts still to be bought, and the workers that buy them."""
+class _ConcurrentAsk:
+    """One call of `ask`: the prompts that still need a reply, and the workers that request the replies."""
 
     def __init__(
-        self, client: EndpointClient, key: str | None, wanted: deque[Prompt], delivery: ReplyCollector
+        self, client: EndpointClient, key: str | None, pending: deque[Prompt], collector: ReplyCollector
     ) -> None:
         self.endpoint = client.endpoint
         self.ledger = client.ledger
         self.role: Role = client.role
         self.caps = Caps(self.endpoint.max_calls, self.endpoint.max_tokens, self.endpoint.max_cost)
         self.key = key
-        self.wanted = wanted
-        self.delivery = delivery
-        self.pacer = RateLimiter(self.endpoint.requests_per_minute, self.endpoint.tokens_per_minute)
-        self.under_way = 0
-        self.suspects = 0
-        self.stop: str | None = None
+        self.pending = pending
+        self.collector = collector
+        self.rate_limiter = RateLimiter(self.endpoint.requests_per_minute, self.endpoint.tokens_per_minute)
+        self.in_flight = 0
+        self.consecutive_failures = 0
+        self.stop: str | None = None  # the reason for stopping
         self.stopped = asyncio.Event()
-        self.settled = asyncio.Event()
+        self.call_settled = asyncio.Event()
 
     async def run(self) -> None:
         async with _open_http(self.endpoint, self.key) as http:
             workers = [
-                asyncio.create_task(self._work(http)) for _ in range(min(self.endpoint.concurrency, len(self.wanted)))
+                asyncio.create_task(self._work(http)) for _ in range(min(self.endpoint.concurrency, len(self.pending)))
             ]
             try:
                 await asyncio.gather(*workers)
@@ -96,102 +99,104 @@ class _Purchase:
             raise UserError(self.stop)
 
     async def _work(self, http: AsyncOpenAI) -> None:
-        while self.wanted and not self.stop:
-            prompt = self.wanted.popleft()
+        while self.pending and not self.stop:
+            prompt = self.pending.popleft()
             try:
                 request = await asyncio.to_thread(build_request, self.endpoint, prompt)
-            except UserError as gone:
-                # An image is: what is under way may be paid for and is waited for.
-                self._stop(str(gone))
+            except UserError as missing_image:
+                # Calls in flight may be billed, so wait for them.
+                self._stop(str(missing_image))
                 break
-            reply = await self._buy(http, request, *worst_case_tokens(self.endpoint, prompt))
+            reply = await self._request_reply(http, request, *worst_case_tokens(self.endpoint, prompt))
             if reply:
-                self.delivery.deliver(request.key, reply)
+                self.collector.add_reply(request.key, reply)
 
-    async def _buy(self, http: AsyncOpenAI, request: Request, input_tokens: int, output_tokens: int) -> Reply | None:
-        """One prompt's reply, after as many calls as its faults allow; None if the purchase was stopped."""
+    async def _request_reply(
+        self, http: AsyncOpenAI, request: Request, input_tokens: int, output_tokens: int
+    ) -> Reply | None:
+        """Request the reply to one prompt, with retries; None if the run was stopped first."""
         outcome = None
         for attempt in range(self.endpoint.retries + 1):
             try:
                 call = await self._reserve(request, input_tokens, output_tokens)
             except CapReachedError as cap:
                 return reply_from_result(outcome.result) if outcome else Reply("capped", detail=f"{cap} is reached")
-            except UserError as full:
-                # The disk is: nothing more may leave, but what is under way may be paid for and is waited for.
-                self._stop(str(full))
+            except UserError as disk_full:
+                # Nothing more may be sent, but calls in flight may be billed, so wait for them.
+                self._stop(str(disk_full))
                 break
             outcome = await self._call(http, request, call, input_tokens + output_tokens)
             if outcome is None or not outcome.repeat or attempt == self.endpoint.retries:
                 break
-            await self._sleep(self._wait_before(attempt, outcome))
+            await self._sleep(self._retry_wait(attempt, outcome))
             if self.stop:
                 break
         if outcome is None:
             return None
-        self._watch(outcome)
+        self._check_health(outcome)
         return reply_from_result(outcome.result)
 
     async def _reserve(self, request: Request, input_tokens: int, output_tokens: int) -> int:
-        """Book the worst case. Under a cap, wait for the calls under way: they may turn out cheaper."""
+        """Reserve the worst case of a call. At a cap, wait for calls in flight, which may cost less than reserved."""
         cost = token_cost(self.endpoint, input_tokens, output_tokens)
         while True:
             try:
                 call = self.ledger.reserve(request, self.role, input_tokens + output_tokens, cost, self.caps)
             except CapReachedError:
-                if not self.under_way:
+                if not self.in_flight:
                     raise
-                await self.settled.wait()
+                await self.call_settled.wait()
             else:
-                self.under_way += 1
+                self.in_flight += 1
                 return call
 
     async def _call(self, http: AsyncOpenAI, request: Request, call: int, tokens: int) -> CallOutcome | None:
-        """Send one reserved call and settle it. Whatever breaks in here, the ledger ends up true."""
+        """Send one reserved call and settle it; the ledger stays correct if this is interrupted at any point."""
         sent = settled = False
         try:
-            await self._sleep(self.pacer.book(tokens, time.monotonic()))
+            await self._sleep(self.rate_limiter.reserve_start(tokens, time.monotonic()))
             if self.stop:
                 return None
-            self.ledger.sent(call)
+            self.ledger.mark_sent(call)
             sent = True
             outcome = await _post(http, request.body, self.endpoint, self.key)
             self.ledger.settle(call, outcome.result)
             settled = True
             if usage := outcome.result.usage:
-                self.pacer.give_back(tokens, usage.input_tokens + usage.output_tokens)
+                self.rate_limiter.return_tokens(tokens, usage.input_tokens + usage.output_tokens)
             return outcome
         finally:
             if not sent:
                 self.ledger.release(call)
             elif not settled:
                 self.ledger.settle(call, CallResult("unknown", error="interrupted"))
-            self.under_way -= 1
-            self.settled.set()
-            self.settled = asyncio.Event()
+            self.in_flight -= 1
+            self.call_settled.set()
+            self.call_settled = asyncio.Event()
 
-    def _wait_before(self, attempt: int, outcome: CallOutcome) -> float:
+    def _retry_wait(self, attempt: int, outcome: CallOutcome) -> float:
         wait = backoff_seconds(attempt, outcome.retry_after)
         if outcome.retry_after is not None:
-            self.pacer.pause(outcome.retry_after, time.monotonic())
+            self.rate_limiter.pause(outcome.retry_after, time.monotonic())
         return wait
 
-    def _watch(self, outcome: CallOutcome) -> None:
-        """Stop when no call can go better, or when too many in a row failed to be chance."""
-        self.suspects = self.suspects + 1 if outcome.suspect else 0
+    def _check_health(self, outcome: CallOutcome) -> None:
+        """Stop if the outcome means that every further call would fail, or after too many consecutive failures."""
+        self.consecutive_failures = self.consecutive_failures + 1 if outcome.suspect else 0
         reason = outcome.stop
-        if self.suspects >= STOP_AFTER:
+        if self.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             cause = describe_failure(outcome.result)
-            reason = f"{self.endpoint.base_url}: {self.suspects} prompts in a row failed ({cause})."
+            reason = f"{self.endpoint.base_url}: {self.consecutive_failures} prompts in a row failed ({cause})."
         if reason:
             self._stop(reason)
 
     def _stop(self, reason: str) -> None:
-        """Let nothing more leave, and wait for what is under way; the first reason is the one that is told."""
+        """Send nothing more, but wait for calls in flight; only the first reason is reported."""
         self.stop = self.stop or reason
         self.stopped.set()
 
     async def _sleep(self, seconds: float) -> None:
-        """Wait, but no longer than until the purchase is stopped."""
+        """Sleep, or return early when the run is stopped."""
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -202,14 +207,14 @@ def _open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncOpenAI:
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
     timeout = Timeout(endpoint.timeout, connect=min(CONNECT_SECONDS, endpoint.timeout / 2))
-    # A redirect would take the prompts to an address nobody agreed to, a proxy those for this very machine.
+    # A redirect would send the prompts to an address that is not configured; so would a proxy for a local server.
     local = urlsplit(endpoint.base_url).hostname in ("127.0.0.1", "::1", "localhost")
     try:
         transport = DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False, trust_env=not local)
     except (OSError, ValueError) as error:
         raise UserError(f"this machine's proxy or certificate settings cannot be used ({error}).") from None
     return AsyncOpenAI(
-        api_key=key or "none",  # without one, the SDK would send OPENAI_API_KEY to a server it is not meant for
+        api_key=key or "none",  # without a key, the SDK would send OPENAI_API_KEY to this server
         base_url=endpoint.base_url,
         timeout=timeout,
         max_retries=0,
@@ -219,7 +224,7 @@ def _open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncOpenAI:
 
 
 async def _post(http: AsyncOpenAI, body: str, endpoint: OpenAIEndpoint, key: str | None) -> CallOutcome:
-    """One HTTP call. Its deadline covers the whole: a server that drips a byte a second is late, too."""
+    """Make one HTTP call; the timeout covers the whole response, not each read."""
     import openai
 
     try:
@@ -236,13 +241,13 @@ async def _post(http: AsyncOpenAI, body: str, endpoint: OpenAIEndpoint, key: str
     except (openai.APIError, TimeoutError) as error:
         return classify_exception(error)
     text = content.decode("utf-8", "replace")
-    # Some servers quote the key, most of them when they refuse it.
-    if key and (status != 200 or len(key) >= PLACEHOLDER):
-        text = _without_key(text, key)
+    # Some servers quote the key, mostly when they refuse it.
+    if key and (status != 200 or len(key) >= MIN_SECRET_LENGTH):
+        text = _redact_key(text, key)
     return classify_response(status, headers, text, endpoint, time.time())
 
 
-def _without_key(text: str, key: str) -> str:
-    """`text` without the key, also where JSON writes its characters as escapes."""
-    written = (rf"\\*(?:{re.escape(letter)}|u00(?i:{ord(letter):02x}))" for letter in key)
-    return re.sub("".join(written), "[key]", text)
+def _redact_key(text: str, key: str) -> str:
+    """Replace the key in a text, including forms in which JSON escapes its characters."""
+    patterns = (rf"\\*(?:{re.escape(letter)}|u00(?i:{ord(letter):02x}))" for letter in key)
+    return re.sub("".join(patterns), "[key]", text)

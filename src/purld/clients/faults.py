@@ -1,7 +1,7 @@
-"""What came back over HTTP, told apart: an answer, or which fault, and whether asking again can cost twice.
+"""Classify what an HTTP call returned: an answer, or which fault, and whether the call may be repeated.
 
-Pure functions: no sockets, no clocks but the one handed in, no ledger. The rule for repeating a call: only
-what cannot have been billed, which is what never left and what the endpoint itself turned away.
+A call is repeated only if it cannot have been billed: it was never sent, or the endpoint itself rejected it. Pure
+functions, without sockets, clocks or the ledger.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ from typing import Any, TypeGuard
 
 from purld.clients.ledger import CallResult, Usage
 from purld.clients.requests import token_cost
-from purld.config.schema import OpenAIEndpoint
+from purld.config.clients import OpenAIEndpoint
 
-MAX_RAW = 20_000  # characters of a failed body that are kept
-# A gateway's timeout says nothing about the model behind it: the answer may have been made, and billed.
+MAX_RAW = 20_000  # characters kept of the body of a failed call
+# After a gateway timeout, the model behind it may still have generated an answer, and billed it.
 LOST = (504, 522, 524)
-TURNED_AWAY = (408, 409, 425, 429, 500, 502, 503, 520, 521, 529)
+REJECTED = (408, 409, 425, 429, 500, 502, 503, 520, 521, 529)
 CONTEXT = re.compile(r"context.{0,20}length|context.{0,20}window|maximum context|too many tokens|prompt is too long")
 FILTER = re.compile(r"content_filter|content management policy|content_policy")
 
 
 @dataclass(frozen=True)
 class CallOutcome:
-    """How a call ended, and what that means for the calls after it."""
+    """How a call ended, and the consequences for later calls."""
 
     result: CallResult
     repeat: bool = False
-    retry_after: float | None = None  # seconds that the endpoint asked for
-    stop: str | None = None  # a sentence: no other call can go better
-    suspect: bool = False  # the fault may be the endpoint's rather than the prompt's
+    retry_after: float | None = None  # seconds that the endpoint asked to wait
+    stop: str | None = None  # one sentence that says why every further call would fail
+    suspect: bool = False  # the fault may be the endpoint's, not the prompt's
 
 
 def classify_response(
     status: int, headers: Mapping[str, str], body: str, endpoint: OpenAIEndpoint, now: float
 ) -> CallOutcome:
-    """Tell apart what an endpoint sent. `now` is the time in seconds since 1970."""
+    """Classify an endpoint's response; `now` is the time in seconds since 1970."""
     if status == 200:
         return parse_completion(body, endpoint)
-    message, code = _error_of(body)
-    shown = f"http_{status}" + (f": {message}" if message else "")
-    failed = CallResult("failed", error=shown, raw=body[:MAX_RAW], billable=False)
+    message, code = _parse_error(body)
+    error = f"http_{status}" + (f": {message}" if message else "")
+    failed = CallResult("failed", error=error, raw=body[:MAX_RAW], billable=False)
     match status:
         case 401:
-            return CallOutcome(failed, stop=_wrong_key(endpoint))
+            return CallOutcome(failed, stop=_describe_wrong_key(endpoint))
         case 404:
-            return CallOutcome(failed, stop=_not_found(endpoint, message))
+            return CallOutcome(failed, stop=_describe_not_found(endpoint, message))
         case 429 if code in ("insufficient_quota", "billing_hard_limit_reached"):
             return CallOutcome(
                 failed, stop=f"{endpoint.base_url}: the account's quota is used up (HTTP 429: {message})."
             )
         case _ if status in LOST:
             return CallOutcome(CallResult("unknown", error=f"http_{status}", raw=body[:MAX_RAW]), suspect=True)
-        case _ if status in TURNED_AWAY:
+        case _ if status in REJECTED:
             return CallOutcome(
                 CallResult("failed", error=f"http_{status}", raw=body[:MAX_RAW], billable=False),
                 repeat=True,
@@ -64,16 +64,16 @@ def classify_response(
                 suspect=True,
             )
         case 400 | 413 | 422:
-            return _read_rejection(failed, code, message)
+            return _classify_rejection(failed, code, message)
         case _ if 300 <= status < 400:
-            said = "redirects elsewhere, and prompts are sent to no address but the configured one"
-            return CallOutcome(failed, stop=f"{endpoint.base_url}: {said} (HTTP {status}).")
+            reason = "redirects to another address, but prompts are sent only to the configured one"
+            return CallOutcome(failed, stop=f"{endpoint.base_url}: {reason} (HTTP {status}).")
         case _:
             return CallOutcome(failed, suspect=True)
 
 
 def parse_completion(body: str, endpoint: OpenAIEndpoint) -> CallOutcome:
-    """The answer in a 200 response, or what is wrong with it. Such a call may have been billed: no repeat."""
+    """Parse a response with status 200. Such a call may have been billed and is never repeated."""
     try:
         data = json.loads(body)
         choice = data["choices"][0]
@@ -93,48 +93,49 @@ def parse_completion(body: str, endpoint: OpenAIEndpoint) -> CallOutcome:
 
 
 def classify_exception(error: BaseException) -> CallOutcome:
-    """Tell apart what broke a call: whether anything can have reached the endpoint."""
-    # By name: which HTTP library the SDK stands on, and so whose classes these are, depends on its version.
+    """Classify an exception by whether the request can have reached the endpoint."""
+    # Compared by name, because the SDK's version decides which HTTP library defines these classes.
     names = {type(cause).__name__ for cause in _causes(error)}
     reason = str(_causes(error)[-1]) or type(error).__name__
-    # A connection that never stood carried no request. A local protocol error is a request never written.
+    # With these errors no request was sent: there was no connection, or the request could not be written.
     if names & {"ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "LocalProtocolError"}:
         result = CallResult("failed", error="no_connection", raw=reason[:MAX_RAW], billable=False, left=False)
         return CallOutcome(result, repeat=True, suspect=True)
-    late = isinstance(error, TimeoutError) or any("Timeout" in name for name in names)
-    return CallOutcome(CallResult("unknown", error="timeout" if late else "connection_lost", raw=reason), suspect=True)
+    timed_out = isinstance(error, TimeoutError) or any("Timeout" in name for name in names)
+    error_class = "timeout" if timed_out else "connection_lost"
+    return CallOutcome(CallResult("unknown", error=error_class, raw=reason), suspect=True)
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
+    """Return the seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
     text = headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else max(0.0, _date(text) - now)
+        return max(0.0, float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else max(0.0, _parse_date(text) - now)
     except (ValueError, TypeError, OverflowError):
         return None
 
 
-def _date(text: str) -> float:
+def _parse_date(text: str) -> float:
     return email.utils.parsedate_to_datetime(text).timestamp()
 
 
-def _read_rejection(failed: CallResult, code: str, message: str) -> CallOutcome:
-    """A request that the endpoint understood and will not serve: is it this prompt, or every one?"""
-    words = f"{code} {message}".lower()
-    if CONTEXT.search(words):
+def _classify_rejection(failed: CallResult, code: str, message: str) -> CallOutcome:
+    """Classify a rejected request: the prompt is too long or filtered, or possibly every request is wrong."""
+    text = f"{code} {message}".lower()
+    if CONTEXT.search(text):
         return CallOutcome(CallResult("failed", error="context_too_long", raw=failed.raw, billable=False))
-    if FILTER.search(words):
+    if FILTER.search(text):
         return CallOutcome(CallResult("failed", error="content_filter", raw=failed.raw, billable=False))
     return CallOutcome(failed, suspect=True)
 
 
 def _read_usage(usage: Any, endpoint: OpenAIEndpoint) -> Usage | None:
-    """The reported usage, or None if it is not two counts: then the worst case stays booked."""
+    """Return the reported usage, or None if it is not two counts; the worst case then stays booked."""
     if not isinstance(usage, dict):
         return None
-    read, written = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if _is_count(read) and _is_count(written):
-        return Usage(read, written, token_cost(endpoint, read, written))
+    input_tokens, output_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if _is_count(input_tokens) and _is_count(output_tokens):
+        return Usage(input_tokens, output_tokens, token_cost(endpoint, input_tokens, output_tokens))
     return None
 
 
@@ -142,8 +143,8 @@ def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _error_of(body: str) -> tuple[str, str]:
-    """The message and the code of an error body in OpenAI's form, as far as there are any."""
+def _parse_error(body: str) -> tuple[str, str]:
+    """Return the message and code of an error body in OpenAI's format, empty where missing."""
     try:
         error = json.loads(body)["error"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
@@ -160,7 +161,7 @@ def _one_line(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """`text` with lone surrogates, which neither files nor the ledger can hold, replaced."""
+    """Replace lone surrogates, which neither files nor the ledger can store."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -171,16 +172,16 @@ def _causes(error: BaseException) -> list[BaseException]:
     return chain
 
 
-def _wrong_key(endpoint: OpenAIEndpoint) -> str:
+def _describe_wrong_key(endpoint: OpenAIEndpoint) -> str:
     if endpoint.api_key_env:
-        place = f"the key in the environment variable {endpoint.api_key_env}"
+        refused = f"the key in the environment variable {endpoint.api_key_env}"
     elif endpoint.api_key_file:
-        place = f"the key in the file {endpoint.api_key_file}"
+        refused = f"the key in the file {endpoint.api_key_file}"
     else:
-        place = "a call without a key (api_key_env names the environment variable that holds one)"
-    return f"{endpoint.base_url}: refuses {place} (HTTP 401)."
+        refused = "a call without a key; set api_key_env to the environment variable that holds one"
+    return f"{endpoint.base_url}: refuses {refused} (HTTP 401)."
 
 
-def _not_found(endpoint: OpenAIEndpoint, message: str) -> str:
-    said = f": {message}" if message else ""
-    return f"{endpoint.base_url}: has no model {endpoint.model!r}, or no chat completions there (HTTP 404{said})."
+def _describe_not_found(endpoint: OpenAIEndpoint, message: str) -> str:
+    detail = f": {message}" if message else ""
+    return f"{endpoint.base_url}: has no model {endpoint.model!r}, or no chat completions API (HTTP 404{detail})."

@@ -1,20 +1,19 @@
-"""The ledger: every request that may leave, what came back, and what it cost, safe against a kill at any point.
+"""The ledger: a record of every request, its result and its cost that survives a kill at any point.
 
 SQLite in WAL mode with full sync: when a method returns, what it wrote survives a power cut. One row of `calls`
 is one attempt:
 
     reserved ──► sent ──► answered | failed | unknown
 
-`reserved` books the worst case against the caps before anything leaves. `sent` is written before the first
-byte leaves, so a call that a kill interrupts is known to be lost: whether it was billed cannot be known, and
-it becomes `unknown` on the next open. Settling replaces the booking by the reported usage; without one (lost
-calls, servers that report none) the worst case stays booked, so a cap is never passed.
+`reserved` books the worst case against the caps before anything is sent. `sent` is written before the first byte is
+sent. If a kill interrupts a sent call, it may have been billed, so it becomes `unknown` when the ledger is opened
+again. Settling replaces the booking by the reported usage; without one (lost calls, servers that report none) the
+worst case stays booked, so a cap is never exceeded.
 
-A full disk costs no answer: room for the answers under way is held on disk before anything leaves, and given up
-when it is needed. From then on nothing is reserved.
+A full disk loses no answer: before anything is sent, a reserve file holds disk space for the answers in flight. It is
+deleted when the space is needed, and from then on no call is reserved.
 
-The ledger holds no headers and no keys, waits for nobody and decides no policy: retries, pacing and waiting
-for room under a cap are its callers' business.
+The ledger stores no headers and no API keys. It does not retry, limit rates or wait at a cap; its callers do.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ from typing import IO, Any, Literal, Self
 from purld.errors import UserError
 
 Role = Literal["teacher", "scorer", "opponent", "judge"]
-# Roles that spend from one purse share its caps: the scorer is the teacher, asked about candidates, and so is the
-# opponent, asked about held-out prompts.
+# Roles with the same budget share its caps: the scorer is the teacher asked about candidates, and the opponent is the
+# teacher asked about held-out prompts.
 BUDGETS: dict[Role, str] = {"teacher": "teacher", "scorer": "teacher", "opponent": "teacher", "judge": "judge"}
 SCHEMA_VERSION = 1
 SCHEMA = f"""
@@ -69,34 +68,30 @@ CREATE TABLE calls (
 CREATE INDEX calls_of_request ON calls (key, id);
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-# A request stands where its answered call stands, or else its last one.
-CURRENT = """
+# The state of a request is that of its answered call, or else of its last call.
+CURRENT_CALLS = """
 SELECT * FROM (
-    SELECT *, ROW_NUMBER() OVER (PARTITION BY key ORDER BY state = 'answered' DESC, id DESC) AS place FROM calls
-) WHERE place = 1
+    SELECT *, ROW_NUMBER() OVER (PARTITION BY key ORDER BY state = 'answered' DESC, id DESC) AS rank FROM calls
+) WHERE rank = 1
 """
 
-
-# For the answers under way: 64 of them, of 200 KB each, with the pages that SQLite writes around them.
-ROOM = 16 * 2**20
-_WORTH = {"failed": 0, "unknown": 1, "answered": 2}  # of what is known of a request
-_REQUEST = ("key", "prompt_id", "base_url", "model", "body")
-_ADOPTED = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
-
-
-_FULL = "{}: the disk is full; make room, and the same command goes on from here."
+# Bytes for the answers in flight: 64 answers of 200 KB each, and the pages that SQLite writes with them.
+RESERVED_BYTES = 16 * 2**20
+_STATE_RANK = {"failed": 0, "unknown": 1, "answered": 2}  # the highest is preferred among ledgers
+_REQUEST_COLUMNS = ("key", "prompt_id", "base_url", "model", "body")
+_COPIED_COLUMNS = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
+_DISK_FULL = "{}: the disk is full; make room, then run the same command again to continue."
 
 
 class CapReachedError(Exception):
-    """A call would pass a hard cap; the message names it. Nothing was booked."""
+    """A call would exceed a cap, which the message names; nothing was booked."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A question to a model: equal `base_url` and `body` are the same question.
+    """A request to a model; two with equal `base_url` and `body` are the same request.
 
-    `body` is the JSON exactly as sent, so it holds the model, the messages (bytes of images included) and the
-    sampling settings.
+    `body` is the JSON exactly as sent: the model, the messages with encoded images, and the sampling settings.
     """
 
     base_url: str
@@ -106,13 +101,13 @@ class Request:
 
     @property
     def key(self) -> str:
-        """SHA-256 of where the request goes and what it says."""
+        """Return the SHA-256 of the request's address and body."""
         return hashlib.sha256(f"{self.base_url}\n{self.body}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Caps:
-    """Hard limits of one purse over the ledger's whole life; `None` is no limit."""
+    """Hard limits of one budget over the whole life of the ledger; `None` means no limit."""
 
     max_calls: int | None = None
     max_tokens: int | None = None
@@ -121,7 +116,7 @@ class Caps:
 
 @dataclass(frozen=True)
 class BookedSpend:
-    """What counts towards the caps: calls that left or may leave, tokens, and cost in the prices' currency."""
+    """The spending that counts towards the caps: calls sent or reserved, tokens, and cost in the prices' currency."""
 
     calls: int = 0
     tokens: int = 0
@@ -133,12 +128,12 @@ class BookedSpend:
     def __sub__(self, other: BookedSpend) -> BookedSpend:
         return BookedSpend(self.calls - other.calls, self.tokens - other.tokens, self.cost - other.cost)
 
-    def passes(self, caps: Caps) -> str | None:
-        """The name of the first cap that this passes."""
+    def exceeded_cap(self, caps: Caps) -> str | None:
+        """Return the first cap that is exceeded, as its name and limit, or None."""
         limits = {"max_calls": self.calls, "max_tokens": self.tokens, "max_cost": self.cost}
         for name, value in limits.items():
             limit = getattr(caps, name)
-            # The sum of many costs is off by parts in 10^15; a cap that is met exactly is not passed.
+            # Sums of many costs have relative errors of about 1e-15; a cap that is met exactly is not exceeded.
             if limit is not None and value > limit and not math.isclose(value, limit, rel_tol=1e-12):
                 return f"{name} ({limit})"
         return None
@@ -155,7 +150,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class CallResult:
-    """How a call ended. `billable` False says that it cannot have been billed."""
+    """The result of a call; `billable` is False if it cannot have been billed."""
 
     state: Literal["answered", "failed", "unknown"]
     text: str | None = None
@@ -164,26 +159,26 @@ class CallResult:
     raw: str | None = None
     usage: Usage | None = None
     billable: bool = True
-    left: bool = True  # False: nothing left this machine
+    left: bool = True  # False: nothing was sent
 
 
 class LedgerView:
-    """A ledger to look at, also while another process writes it.
+    """A read-only view of a ledger, usable while another process writes to it.
 
-    `beside` are the ledgers of other runs: what one of them holds need not be bought again. One that cannot be
-    read is passed over, and `passed_over` names it.
+    `other_ledgers` are those of other runs, whose answers need not be bought again. One that cannot be read is ignored
+    and listed in `unreadable_ledgers`.
 
     Raises:
-        UserError: there is no ledger at `path`, or the file is something else.
+        UserError: there is no ledger at `path`, or the file is not a ledger.
     """
 
-    def __init__(self, path: str | Path, beside: Sequence[Path] = ()) -> None:
+    def __init__(self, path: str | Path, other_ledgers: Sequence[Path] = ()) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
-        self._open_beside(beside)
+        self._open_others(other_ledgers)
         if not self.path.exists():
             raise UserError(f"{self.path}: there is no ledger here.")
-        with _readable(self.path):
+        with _database_errors_named(self.path):
             self._db = sqlite3.connect(
                 f"{self.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
             )
@@ -191,10 +186,10 @@ class LedgerView:
             _check_version(self._db, self.path)
 
     def close(self) -> None:
-        """Give the file back; closing twice is harmless."""
+        """Close the file; closing twice is harmless."""
         with self._mutex:
             self._db.close()
-        for other in self._beside:
+        for other in self._others:
             other.close()
 
     def __enter__(self) -> Self:
@@ -204,46 +199,49 @@ class LedgerView:
         self.close()
 
     def copy(self, path: str | Path) -> None:
-        """Write this ledger to `path`, whole or not at all: whoever opens the copy need not buy anything again."""
+        """Copy this ledger with all its answers to `path`, completely or not at all."""
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            with self._mutex, _readable(self.path), contextlib.closing(sqlite3.connect(partial)) as target:
+            with self._mutex, _database_errors_named(self.path), contextlib.closing(sqlite3.connect(partial)) as target:
                 self._db.backup(target)
-                target.execute("PRAGMA journal_mode = DELETE")  # the whole copy in one file
+                target.execute("PRAGMA journal_mode = DELETE")  # puts the whole copy into one file
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
 
-    def find(self, key: str) -> CallResult | None:
-        """How the request stands, if it was ever sent, here or beside: its answer, or the end of its last call."""
-        _, call = self._best(key)
-        return _result(call) if call else None
+    def find_result(self, key: str) -> CallResult | None:
+        """Return the result of a request in this or the other ledgers: its answer, or else its last ended call.
 
-    def _open_beside(self, paths: Sequence[Path]) -> None:
-        self.passed_over: list[Path] = []
-        self._beside: list[LedgerView] = []
+        None if no ledger has an ended call for it.
+        """
+        _, call = self._find_best_call(key)
+        return _to_result(call) if call else None
+
+    def _open_others(self, paths: Sequence[Path]) -> None:
+        self.unreadable_ledgers: list[Path] = []
+        self._others: list[LedgerView] = []
         for path in paths:
             try:
-                self._beside.append(LedgerView(path))
+                self._others.append(LedgerView(path))
             except UserError:
-                self.passed_over.append(path)
+                self.unreadable_ledgers.append(path)
 
-    def _best(self, key: str) -> tuple[LedgerView, sqlite3.Row | None]:
-        """Where most is known of a request, and its call there."""
-        calls: list[tuple[LedgerView, sqlite3.Row | None]] = [(self, self._last(key))]
-        for other in tuple(self._beside):
+    def _find_best_call(self, key: str) -> tuple[LedgerView, sqlite3.Row | None]:
+        """Return the ledger with the best result of a request, and its call there."""
+        calls: list[tuple[LedgerView, sqlite3.Row | None]] = [(self, self._find_call(key))]
+        for other in tuple(self._others):
             try:
-                calls.append((other, other._last(key)))
-            except UserError:  # damaged further in than its first page, or locked
-                self._beside.remove(other)
-                self.passed_over.append(other.path)
+                calls.append((other, other._find_call(key)))
+            except UserError:  # locked, or damaged after its first page
+                self._others.remove(other)
+                self.unreadable_ledgers.append(other.path)
                 other.close()
-        return max(calls, key=lambda found: _WORTH[found[1]["state"]] if found[1] else -1)
+        return max(calls, key=lambda pair: _STATE_RANK[pair[1]["state"]] if pair[1] else -1)
 
-    def _last(self, key: str) -> sqlite3.Row | None:
-        """The request and its answered call, or else the last that ended."""
-        with self._mutex, _readable(self.path):
+    def _find_call(self, key: str) -> sqlite3.Row | None:
+        """Return a request joined with its answered call, or else with the last call that ended."""
+        with self._mutex, _database_errors_named(self.path):
             row: sqlite3.Row | None = self._db.execute(
                 "SELECT * FROM calls JOIN requests USING (key) WHERE key = ? AND ended_at IS NOT NULL"
                 " ORDER BY state = 'answered' DESC, id DESC LIMIT 1",
@@ -251,17 +249,17 @@ class LedgerView:
             ).fetchone()
         return row
 
-    def _request(self, key: str) -> sqlite3.Row:
-        with self._mutex, _readable(self.path):
+    def _find_request(self, key: str) -> sqlite3.Row:
+        with self._mutex, _database_errors_named(self.path):
             row: sqlite3.Row = self._db.execute("SELECT * FROM requests WHERE key = ?", (key,)).fetchone()
         return row
 
     def totals(self, role: Role) -> dict[str, float]:
-        """What the role's requests came to.
+        """Return counts, tokens and cost of the role's requests.
 
-        `prompts`, `answered`, `failed`, `unknown` and `under_way` count requests; `calls` every attempt that left
-        this machine. Tokens and `cost` are as reported; `unsettled_cost` is the worst case of the calls for which
-        nothing was reported and which may have been billed.
+        `prompts`, `answered`, `failed`, `unknown` and `under_way` count requests; `calls` counts every attempt that was
+        sent. Tokens and `cost` are as reported. `unsettled_cost` is the worst case of the calls that may have been
+        billed but for which nothing was reported.
         """
         query = """
         SELECT (SELECT COUNT(*) FROM requests_now) AS prompts,
@@ -276,28 +274,28 @@ class LedgerView:
                COALESCE(SUM(booked_cost) FILTER (WHERE cost IS NULL), 0.0) AS unsettled_cost
         FROM calls WHERE role = :role
         """
-        now = f"WITH requests_now AS (SELECT * FROM ({CURRENT}) WHERE role = :role)"
-        with self._mutex, _readable(self.path):
-            return dict(self._db.execute(now + query, {"role": role}).fetchone())
+        current = f"WITH requests_now AS (SELECT * FROM ({CURRENT_CALLS}) WHERE role = :role)"
+        with self._mutex, _database_errors_named(self.path):
+            return dict(self._db.execute(current + query, {"role": role}).fetchone())
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every request that ever left, oldest first, with where it stands and all its calls."""
-        with self._mutex, _readable(self.path):
+    def iter_requests(self) -> Iterator[dict[str, Any]]:
+        """Iterate over all requests, oldest first, with the state and all calls of each."""
+        with self._mutex, _database_errors_named(self.path):
             keys = self._db.execute("SELECT key FROM calls GROUP BY key ORDER BY MIN(id)").fetchall()
         for (key,) in keys:
-            with self._mutex, _readable(self.path):
-                request = self._request(key)
+            with self._mutex, _database_errors_named(self.path):
+                request = self._find_request(key)
                 calls = self._db.execute("SELECT * FROM calls WHERE key = ? ORDER BY id", (key,)).fetchall()
             yield _export_row(dict(request), [dict(call) for call in calls])
 
     def export(self, path: str | Path) -> int:
-        """Write `rows` as JSONL, whole or not at all, and return how many there are."""
+        """Write all requests as JSONL, completely or not at all, and return their number."""
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         count = 0
         try:
             with partial.open("w", encoding="utf-8") as handle:
-                for row in self.rows():
+                for row in self.iter_requests():
                     handle.write(json.dumps(row) + "\n")
                     count += 1
             os.replace(partial, path)
@@ -309,25 +307,25 @@ class LedgerView:
 
 
 class Ledger(LedgerView):
-    """A ledger to write, open in this process alone; safe to share between threads.
+    """A writable ledger, open in only one process at a time; threads may share it.
 
-    Calls that a dead process had sent become `unknown`; what it had only reserved is released.
+    On opening, calls that a dead process had sent become `unknown`, and those it had only reserved are deleted.
 
     Raises:
-        UserError: another process has the ledger open, the file is no ledger, or the disk is full.
+        UserError: another process has the ledger open, the file is not a ledger, or the disk is full.
     """
 
-    def __init__(self, path: str | Path, beside: Sequence[Path] = ()) -> None:
+    def __init__(self, path: str | Path, other_ledgers: Sequence[Path] = ()) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
-        self._open_beside(beside)
+        self._open_others(other_ledgers)
         self._booked: dict[str, BookedSpend] = {}
-        self._open: dict[int, tuple[Role, BookedSpend]] = {}
-        self._lock = _exclusive(self.path.with_name(self.path.name + ".lock"))
-        self._room = self.path.with_name(self.path.name + ".room")
+        self._in_flight: dict[int, tuple[Role, BookedSpend]] = {}  # worst case by call id
+        self._lock = _lock_file(self.path.with_name(self.path.name + ".lock"))
+        self._reserve_file = self.path.with_name(self.path.name + ".room")
         try:
-            _allocate(self._room)
-            with _readable(self.path):
+            _allocate_reserve(self._reserve_file)
+            with _database_errors_named(self.path):
                 self._db = _connect(self.path)
                 self._recover()
         except BaseException:
@@ -335,46 +333,47 @@ class Ledger(LedgerView):
             raise
 
     def close(self) -> None:
-        """Give the file and its lock back; closing twice is harmless."""
+        """Close the file and release its lock; closing twice is harmless."""
         super().close()
-        if not self._lock.closed:  # after that, the room is another process's
-            self._room.unlink(missing_ok=True)
+        if not self._lock.closed:  # once unlocked, the reserve file may belong to another process
+            self._reserve_file.unlink(missing_ok=True)
         self._lock.close()
 
-    def adopt(self, keys: Iterable[str], role: Role) -> None:
-        """Copy what the ledgers beside this one know of these questions: answers, and calls that were lost.
+    def import_results(self, keys: Iterable[str], role: Role) -> None:
+        """Copy the answers and lost calls of these requests from the other ledgers.
 
-        The copies are calls that never left here: they cost this run nothing and count towards no cap.
+        The copies count as calls that were not sent: they cost this run nothing and count towards no cap.
         """
-        if not self._beside:
+        if not self._others:
             return
         with self._mutex, self._transaction():
             for key in keys:
-                ledger, call = self._best(key)
+                ledger, call = self._find_best_call(key)
                 if ledger is self or call is None or call["state"] == "failed":
                     continue
                 self._db.execute(
-                    "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", tuple(call[name] for name in _REQUEST)
+                    "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)",
+                    tuple(call[name] for name in _REQUEST_COLUMNS),
                 )
                 self._db.execute(
                     "INSERT INTO calls (key, role, state, booked_tokens, booked_cost, text, finish_reason, error, raw,"
                     " reserved_at, ended_at) VALUES (?, ?, ?, 0, 0.0, ?, ?, ?, ?, ?, ?)",
-                    (key, role, *(call[name] for name in _ADOPTED)),
+                    (key, role, *(call[name] for name in _COPIED_COLUMNS)),
                 )
 
     def reserve(self, request: Request, role: Role, tokens: int, cost: float, caps: Caps) -> int:
-        """Book the worst case of one call and return the call's number.
+        """Book the worst case of one call and return the call's id.
 
         Raises:
-            CapReachedError: with this call the role's purse might pass a cap.
+            CapReachedError: this call might make the role's budget exceed a cap.
             UserError: the disk is full.
         """
-        if not self._room.exists():
-            raise UserError(_FULL.format(self.path))
+        if not self._reserve_file.exists():
+            raise UserError(_DISK_FULL.format(self.path))
         worst = BookedSpend(1, tokens, cost)
         with self._mutex:
-            total = self.booked(role) + worst
-            if cap := total.passes(caps):
+            total = self.booked_spend(role) + worst
+            if cap := total.exceeded_cap(caps):
                 raise CapReachedError(cap)
             with self._transaction():
                 self._db.execute(
@@ -388,18 +387,18 @@ class Ledger(LedgerView):
                 )
             call = int(cursor.lastrowid or 0)
             self._booked[BUDGETS[role]] = total
-            self._open[call] = (role, worst)
+            self._in_flight[call] = (role, worst)
             return call
 
-    def sent(self, call: int) -> None:
-        """Say that the call's first byte is about to leave."""
+    def mark_sent(self, call: int) -> None:
+        """Record that the call is about to be sent."""
         self._write("UPDATE calls SET state = 'sent', sent_at = ? WHERE id = ?", (time.time(), call))
 
     def settle(self, call: int, result: CallResult) -> None:
-        """Record how the call ended and replace its booking by what it cost."""
+        """Record the result of the call and replace its booking by the actual usage."""
         with self._mutex:
-            role, worst = self._open[call]
-            actual = _actual(result, worst)
+            role, worst = self._in_flight[call]
+            actual = _actual_spend(result, worst)
             usage = result.usage
             self._write(
                 "UPDATE calls SET state = ?, text = ?, finish_reason = ?, error = ?, raw = ?,"
@@ -414,50 +413,50 @@ class Ledger(LedgerView):
             self._close_call(call, role, worst - actual)
 
     def release(self, call: int) -> None:
-        """Take back a reservation that was not sent."""
+        """Cancel a reserved call that was not sent."""
         with self._mutex:
-            role, worst = self._open[call]
+            role, worst = self._in_flight[call]
             self._write("DELETE FROM calls WHERE id = ? AND state = 'reserved'", (call,))
             self._close_call(call, role, worst)
 
-    def booked(self, role: Role) -> BookedSpend:
-        """What counts towards the caps of the role's purse now, calls under way at their worst case."""
+    def booked_spend(self, role: Role) -> BookedSpend:
+        """Return the spending that counts towards the role's caps, with calls in flight at their worst case."""
         with self._mutex:
             return self._booked.get(BUDGETS[role], BookedSpend())
 
-    def settled(self, role: Role) -> BookedSpend:
-        """What `booked` counts for calls that have ended."""
+    def settled_spend(self, role: Role) -> BookedSpend:
+        """Return the part of `booked_spend` that belongs to ended calls."""
         with self._mutex:
-            under_way = [worst for of, worst in self._open.values() if BUDGETS[of] == BUDGETS[role]]
-            return self.booked(role) - sum(under_way, BookedSpend())
+            in_flight = [worst for other, worst in self._in_flight.values() if BUDGETS[other] == BUDGETS[role]]
+            return self.booked_spend(role) - sum(in_flight, BookedSpend())
 
-    def under_way(self, role: Role) -> int:
-        """How many calls are reserved or sent and not yet settled."""
+    def calls_in_flight(self, role: Role) -> int:
+        """Return the number of calls that are reserved or sent and not yet settled."""
         with self._mutex:
-            return sum(of == role for of, _ in self._open.values())
+            return sum(other == role for other, _ in self._in_flight.values())
 
     def _write(self, statement: str, values: Sequence[Any]) -> None:
-        """Write of a call that is reserved. On a full disk, that takes the room that is held for it."""
-        with self._mutex, _readable(self.path):
+        """Write a change of a reserved call; on a full disk, delete the reserve file to make room for it."""
+        with self._mutex, _database_errors_named(self.path):
             try:
                 self._commit(statement, values)
             except sqlite3.OperationalError:
-                if not self._room.exists():
+                if not self._reserve_file.exists():
                     raise
-                self._room.unlink()
+                self._reserve_file.unlink()
                 self._commit(statement, values)
 
     def _commit(self, statement: str, values: Sequence[Any]) -> None:
-        with self._begun():
+        with self._sql_transaction():
             self._db.execute(statement, values)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        with _readable(self.path), self._begun():
+        with _database_errors_named(self.path), self._sql_transaction():
             yield
 
     @contextlib.contextmanager
-    def _begun(self) -> Iterator[None]:
+    def _sql_transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -480,23 +479,23 @@ class Ledger(LedgerView):
         )
         self._booked = {}
         for role, *sums in rows:
-            purse = BUDGETS[role]
-            self._booked[purse] = self._booked.get(purse, BookedSpend()) + BookedSpend(*sums)
+            budget = BUDGETS[role]
+            self._booked[budget] = self._booked.get(budget, BookedSpend()) + BookedSpend(*sums)
 
     def _close_call(self, call: int, role: Role, freed: BookedSpend) -> None:
-        del self._open[call]
+        del self._in_flight[call]
         self._booked[BUDGETS[role]] = self._booked[BUDGETS[role]] - freed
 
 
-def _actual(result: CallResult, worst: BookedSpend) -> BookedSpend:
-    """What a finished call counts towards the caps."""
+def _actual_spend(result: CallResult, worst: BookedSpend) -> BookedSpend:
+    """Return what an ended call counts towards the caps."""
     calls = 1 if result.left else 0
     if result.usage:
         return BookedSpend(calls, result.usage.input_tokens + result.usage.output_tokens, result.usage.cost)
     return BookedSpend(calls, worst.tokens, worst.cost) if result.left and result.billable else BookedSpend(calls)
 
 
-def _result(row: sqlite3.Row) -> CallResult:
+def _to_result(row: sqlite3.Row) -> CallResult:
     usage = None if row["cost"] is None else Usage(row["input_tokens"], row["output_tokens"], row["cost"])
     return CallResult(row["state"], row["text"], row["finish_reason"], row["error"], row["raw"], usage)
 
@@ -511,12 +510,12 @@ def _export_row(request: dict[str, Any], calls: list[dict[str, Any]]) -> dict[st
         "request": json.loads(body),
         "bytes": len(body.encode()),
         "answer": current["text"],
-        "calls": [{k: v for k, v in call.items() if k not in ("id", "key")} for call in calls],
+        "calls": [{name: value for name, value in call.items() if name not in ("id", "key")} for call in calls],
     }
 
 
-def _exclusive(path: Path) -> IO[str]:
-    """Hold `path` for this process: the kernel lets go of it when the process ends, however it ends."""
+def _lock_file(path: Path) -> IO[str]:
+    """Lock `path` for this process; the kernel releases the lock when the process ends in any way."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("w")
@@ -528,17 +527,19 @@ def _exclusive(path: Path) -> IO[str]:
     return handle
 
 
-def _allocate(room: Path) -> None:
-    """Hold `ROOM` bytes of disk in a file that can be given up."""
+def _allocate_reserve(path: Path) -> None:
+    """Allocate `RESERVED_BYTES` of disk space in a file that can be deleted when the space is needed."""
     try:
-        with room.open("ab") as handle:
+        with path.open("ab") as handle:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, ROOM)
+                os.posix_fallocate(handle.fileno(), 0, RESERVED_BYTES)
             else:  # macOS
-                handle.write(bytes(max(0, ROOM - handle.tell())))
+                handle.write(bytes(max(0, RESERVED_BYTES - handle.tell())))
     except OSError as error:
-        room.unlink(missing_ok=True)
-        raise UserError(f"{room}: no room of {ROOM // 2**20} MiB for answers under way ({error.strerror}).") from None
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot reserve {RESERVED_BYTES // 2**20} MiB of disk space for answers ({error.strerror})."
+        ) from None
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -557,16 +558,16 @@ def _check_version(db: sqlite3.Connection, path: Path) -> None:
     if version != SCHEMA_VERSION:
         db.close()
         raise UserError(
-            f"{path}: is no ledger of version {SCHEMA_VERSION}, which this purld reads (it says {version})."
+            f"{path}: is not a ledger of version {SCHEMA_VERSION}, which this purld needs (found {version})."
         )
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns a damaged file or a full disk into one sentence."""
+def _database_errors_named(path: Path) -> Iterator[None]:
+    """Convert the errors of a damaged database or a full disk to a UserError of one sentence."""
     try:
         yield
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
-            raise UserError(_FULL.format(path)) from None
+            raise UserError(_DISK_FULL.format(path)) from None
         raise UserError(f"{path}: the ledger cannot be used ({error}).") from None

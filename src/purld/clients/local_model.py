@@ -1,8 +1,8 @@
-"""A transformers model on this machine in the place of an endpoint.
+"""A client for a transformers model on this machine.
 
-Its answers go through the ledger so that a kill costs one batch and not a night. Nothing leaves this machine,
-so nothing is ever `unknown`: what a kill interrupts is generated again. Answers are remembered by the model's
-name or directory: give retrained weights another.
+Its answers are stored in the ledger, so a kill costs one batch at most. Nothing is sent, so no call is ever `unknown`:
+interrupted answers are generated again. The ledger identifies the model by its name or directory; give retrained
+weights another one.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 from purld.clients.base import OnReply, Reply, ReplyCollector, reply_from_result
 from purld.clients.ledger import CallResult, Caps, Ledger, Request, Role, Usage
-from purld.config.schema import LocalModel
+from purld.config.clients import LocalModel
 from purld.records import Prompt
 
 if TYPE_CHECKING:
     from purld.clients.local_writer import LocalWriter, WrittenAnswer
 
-LOCAL = "local:"  # in the ledger, in the place of an endpoint's address
+LOCAL = "local:"  # stands for the endpoint's address in the ledger
 
 
 class LocalModelClient:
-    """Generates answers in batches; see `purld.clients.base.Client`. Weights load at the first question."""
+    """A client that generates answers in batches and loads the weights at the first question.
+
+    See `purld.clients.base.Client`.
+    """
 
     def __init__(self, config: LocalModel, ledger: Ledger, role: Role) -> None:
         self.config = config
@@ -32,34 +35,34 @@ class LocalModelClient:
         self._writer: LocalWriter | None = None
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
-        """See `Client.ask`."""
-        requests = [_request_of(self.config, prompt) for prompt in prompts]
-        delivery = ReplyCollector((request.key for request in requests), on_reply)
-        wanted: list[tuple[Request, Prompt]] = []
-        for key, place in delivery.questions():
-            known = self.ledger.find(key)
+        """Return the replies in the order of `prompts`; see `Client.ask`."""
+        requests = [_build_request(self.config, prompt) for prompt in prompts]
+        collector = ReplyCollector((request.key for request in requests), on_reply)
+        pending: list[tuple[Request, Prompt]] = []
+        for key, index in collector.distinct_keys():
+            known = self.ledger.find_result(key)
             if known and known.state == "answered":
-                delivery.deliver(key, reply_from_result(known))
+                collector.add_reply(key, reply_from_result(known))
             else:
-                wanted.append((requests[place], prompts[place]))
-        # Like lengths together: a batch is padded to its longest prompt.
-        wanted.sort(key=lambda pair: len(pair[0].body))
-        for start in range(0, len(wanted), self.config.batch_size):
-            self._answer(wanted[start : start + self.config.batch_size], delivery)
-        return delivery.in_order()
+                pending.append((requests[index], prompts[index]))
+        # A batch is padded to its longest prompt, so group prompts of similar length.
+        pending.sort(key=lambda pair: len(pair[0].body))
+        for start in range(0, len(pending), self.config.batch_size):
+            self._answer_batch(pending[start : start + self.config.batch_size], collector)
+        return collector.in_order()
 
-    def _answer(self, batch: Sequence[tuple[Request, Prompt]], delivery: ReplyCollector) -> None:
+    def _answer_batch(self, batch: Sequence[tuple[Request, Prompt]], collector: ReplyCollector) -> None:
         if self._writer is None:
-            self._writer = _load(self.config)
+            self._writer = _load_writer(self.config)
         calls = [self.ledger.reserve(request, self.role, 0, 0.0, Caps()) for request, _ in batch]
         answers = self._writer.write([prompt for _, prompt in batch], seed=int(batch[0][0].key[:8], 16))
         for call, (request, _), answer in zip(calls, batch, answers, strict=True):
-            result = _result(answer)
+            result = _call_result(answer)
             self.ledger.settle(call, result)
-            delivery.deliver(request.key, reply_from_result(result))
+            collector.add_reply(request.key, reply_from_result(result))
 
 
-def _load(config: LocalModel) -> LocalWriter:
+def _load_writer(config: LocalModel) -> LocalWriter:
     from purld.clients.local_writer import LocalWriter
     from purld.model.sample import Decoding
 
@@ -68,7 +71,7 @@ def _load(config: LocalModel) -> LocalWriter:
     )
 
 
-def _result(written: WrittenAnswer | None) -> CallResult:
+def _call_result(written: WrittenAnswer | None) -> CallResult:
     if written is None:
         return CallResult("failed", error="context_too_long", billable=False, left=False)
     usage = Usage(written.prompt_tokens, written.tokens, 0.0)
@@ -77,7 +80,7 @@ def _result(written: WrittenAnswer | None) -> CallResult:
     return CallResult("answered", written.text, "stop" if written.finished else "length", usage=usage, left=False)
 
 
-def _request_of(config: LocalModel, prompt: Prompt) -> Request:
+def _build_request(config: LocalModel, prompt: Prompt) -> Request:
     body: dict[str, Any] = {
         "model": config.model,
         "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],

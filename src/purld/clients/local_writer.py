@@ -1,4 +1,4 @@
-"""A model on this machine that writes answers to prompts, pictures included, as a teacher or a judge."""
+"""Generate a teacher's or judge's answers with a local transformers model, for prompts with or without images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from purld.model.sample import Completion, Decoding, generate_completions, seede
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
-# What a tokenizer without a chat template is shown: a model that was never tuned to chats goes on with the text.
+# For tokenizers without a chat template: a model that was not tuned on chats continues the text.
 _BARE_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 @dataclass(frozen=True)
 class WrittenAnswer:
-    """An answer with its length and its prompt's in tokens; `finished` is False if it met the length limit."""
+    """An answer with the token counts of its prompt and itself; `finished` is False if it was cut at the limit."""
 
     text: str
     prompt_tokens: int
@@ -36,11 +36,11 @@ class LocalWriter:
 
     Args:
         model: a directory or hub id.
-        decoding: how answers are drawn.
-        max_image_pixels: pictures with more are made smaller first; None leaves that to the model's processor.
+        decoding: the sampling settings.
+        max_image_pixels: larger images are scaled down to this; None leaves that to the model's processor.
 
     Raises:
-        UserError: there is no such model.
+        UserError: no language model can be loaded from `model`.
     """
 
     def __init__(self, model: str, decoding: Decoding, max_image_pixels: int | None = None) -> None:
@@ -57,23 +57,26 @@ class LocalWriter:
         self._model.to(device).eval()
         self._encoder = Encoder(processor, 0, max_image_pixels)
         self._decoding = decoding
-        self._room = context_length(model) or 2**31
+        self._context_length = context_length(model) or 2**31
 
     def write(self, prompts: Sequence[Prompt], seed: int) -> list[WrittenAnswer | None]:
-        """One answer per prompt, the same ones for the same seed; None where there is no room for one."""
-        # What a judge is shown was written by models: a mark of a picture in it is no picture.
-        heads = [self._encoder.prompt(self._encoder.harmless(prompt)) for prompt in prompts]
-        fits = [len(head) + self._decoding.max_new_tokens <= self._room for head in heads]
-        drawn = iter(self._draw([head for head, fit in zip(heads, fits) if fit], seed))
-        return [next(drawn) if fit else None for fit in fits]
+        """Write one answer per prompt, deterministic for a seed; None if it would exceed the context length."""
+        # A judge's prompt quotes texts by models, in which image marks must not count as images.
+        encoded_prompts = [self._encoder.encode_prompt(self._encoder.break_image_marks(prompt)) for prompt in prompts]
+        longest = self._context_length - self._decoding.max_new_tokens
+        answers = iter(self._generate([prompt for prompt in encoded_prompts if len(prompt) <= longest], seed))
+        return [next(answers) if len(prompt) <= longest else None for prompt in encoded_prompts]
 
-    def _draw(self, heads: Sequence[EncodedPrompt], seed: int) -> list[WrittenAnswer]:
-        if not heads:
+    def _generate(self, encoded_prompts: Sequence[EncodedPrompt], seed: int) -> list[WrittenAnswer]:
+        if not encoded_prompts:
             return []
         with seeded_torch(seed):
-            groups = generate_completions(self._model, self._encoder, heads, 1, self._decoding)
-        return [self._written(head, completion) for head, (completion,) in zip(heads, groups, strict=True)]
+            groups = generate_completions(self._model, self._encoder, encoded_prompts, 1, self._decoding)
+        return [
+            self._decode_answer(prompt, completion)
+            for prompt, (completion,) in zip(encoded_prompts, groups, strict=True)
+        ]
 
-    def _written(self, head: EncodedPrompt, completion: Completion) -> WrittenAnswer:
+    def _decode_answer(self, prompt: EncodedPrompt, completion: Completion) -> WrittenAnswer:
         tokens = len(completion.ids) - completion.finished
-        return WrittenAnswer(self._encoder.text(completion.ids), len(head), tokens, completion.finished)
+        return WrittenAnswer(self._encoder.decode_text(completion.ids), len(prompt), tokens, completion.finished)

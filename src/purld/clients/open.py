@@ -1,4 +1,4 @@
-"""The client that a configuration asks for: an endpoint, a model on this machine, or a file of answers."""
+"""Open the client that a configuration describes: an endpoint, a local model, or an answer file."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from purld.clients.base import Client
 from purld.clients.endpoint import EndpointClient
 from purld.clients.ledger import Ledger, Role
 from purld.clients.local_model import LocalModelClient
-from purld.config.schema import AnswerFile, LocalModel, OpenAIEndpoint
+from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint
 
 
 def open_client(
     config: OpenAIEndpoint | AnswerFile | LocalModel, ledger: Ledger, role: Role, resend_unknown: bool = False
 ) -> Client:
-    """The client that `config` describes, keeping its books in `ledger` under `role`.
+    """Return the client that `config` describes; it records its calls in `ledger` under `role`.
 
     Raises:
-        UserError: the key, the file or the model directory that `config` names is not there.
+        UserError: the API key or the answer file that `config` names is missing or cannot be used.
     """
     match config:
         case OpenAIEndpoint():

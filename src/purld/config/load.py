@@ -1,4 +1,4 @@
-"""TODO."""
+"""Load a configuration from YAML and overrides, and explain in one sentence what is wrong with it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
-from purld.config.schema import Config, _models_of, _tags_of
+from purld.config.base import section_tags, union_sections
+from purld.config.schema import Config
 from purld.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key.path=value` overrides, and validate.
+    """Read a YAML file, apply `key.path=value` overrides, and validate the result.
 
-    Paths in the file are relative to the folder that purld is started in, like every path on a command line.
+    Paths in the file are relative to the working directory, like every path on a command line.
 
     Raises:
-        UserError: the file is missing or not YAML, or a key or value is wrong; names which.
+        UserError: the file is missing or not YAML, or a key or value is wrong; the message names it.
     """
     path = Path(path)
     try:
@@ -45,10 +43,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Validate plain values.
+    """Validate plain values; `source` names them in messages.
 
     Raises:
-        UserError: names `source`, the key and what is wrong with it.
+        UserError: a key or value is wrong; the message names `source` and the key.
     """
     try:
         return Config.model_validate(values)
@@ -73,7 +71,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text; on a command line it is a number."""
+    """Return the number that a text spells: YAML 1.1 reads 1e-5 as text, on a command line it is a number."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -83,10 +81,10 @@ def _number(value: Any) -> Any:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first problem of a failed validation as one sentence."""
-    # A misspelt key is also a missing one; the spelling is what to mend.
+    """Put the first problem of a failed validation into one sentence."""
+    # A misspelt key is also a missing one; report the spelling.
     problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    # Pydantic puts the tag of a union into the path ("teacher.openai.model"): users never wrote it.
+    # Pydantic puts the tag of a union into the path ("teacher.openai.model"), which users never wrote.
     where, model = _locate(problem["loc"])
     key = ".".join(where)
     more = f" ({error.error_count() - 1} more problem(s) after this one)" if error.error_count() > 1 else ""
@@ -103,8 +101,8 @@ def _explain(error: ValidationError) -> str:
             return f"key {key}.{tag} is missing.{more}"
         case "union_tag_invalid":
             tag = problem["ctx"]["discriminator"].strip("'")
-            found, allowed = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
-            return f"{key}.{tag} is {found!r}; it can be {allowed}.{more}"
+            value, allowed = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+            return f"{key}.{tag} is {value!r}; it can be {allowed}.{more}"
         case _:
             message = problem["msg"].removeprefix("Value error, ")
             prefix = f"{key}: " if key else ""
@@ -115,7 +113,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:
-    """The path a user wrote, and the section that should have held its last key."""
+    """Return the path that the user wrote, and the section in which its last key was looked up."""
     written: list[str] = []
     model: type[BaseModel] | None = Config
     holder: type[BaseModel] | None = Config
@@ -127,7 +125,7 @@ def _locate(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]
         holder = model
         written.append(part)
         field = model.model_fields.get(part) if model else None
-        models = _models_of(field.annotation) if field else []
+        models = union_sections(field.annotation) if field else []
         model = models[0] if len(models) == 1 else None
-        choices = {tag: m for m in models for tag in _tags_of(m)} if len(models) > 1 else {}
+        choices = {tag: m for m in models for tag in section_tags(m)} if len(models) > 1 else {}
     return written, holder

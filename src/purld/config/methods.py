@@ -1,19 +1,19 @@
-"""TODO."""
+"""The sections of Stage II: one per method, built from what methods have in common.
+
+To add a method: write its section here, put it into `Align`, and add its row to `purld.methods.table`.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from purld.config.base import Count, Fraction, NonNegative, Positive, Section
 
 
 class StageTwoSettings(Section):
-    """What every method of Stage II has: so many updates on so many prompts each, and the optimiser's settings."""
+    """Settings of every method of Stage II: updates, prompts per update, and the optimiser."""
 
     prompts_per_step: Count = 8
     steps: Count = 200  # updates of the policy, whatever the method
@@ -21,27 +21,27 @@ class StageTwoSettings(Section):
     warmup_ratio: Fraction = 0.05
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     max_grad_norm: Positive = 1.0
-    micro_batch_size: Count = 8  # members of a group per backward pass; the gradient does not depend on it
+    micro_batch_size: Count = 8  # members of a group per backward pass; changes memory, not the gradient
     checkpoint_steps: Count = 50
 
     @property
     def drawn(self) -> int:
-        """Candidates drawn per prompt."""
+        """Return the number of candidates drawn per prompt."""
         return 0
 
     @property
     def updates(self) -> int:
-        """Updates made on the same candidates."""
+        """Return the number of updates on the same candidates."""
         return 1
 
     @property
     def candidates_in_all(self) -> int:
-        """Candidates that the whole stage draws."""
+        """Return the number of candidates that the whole stage draws."""
         return -(-self.steps // self.updates) * self.prompts_per_step * self.drawn
 
 
 class SamplingSettings(StageTwoSettings):
-    """A method that draws one candidate per prompt."""
+    """Settings of a method that draws one candidate per prompt."""
 
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -49,37 +49,40 @@ class SamplingSettings(StageTwoSettings):
 
     @property
     def drawn(self) -> int:
-        """Candidates drawn per prompt."""
+        """Return the number of candidates drawn per prompt."""
         return 1
 
 
 class GroupSettings(SamplingSettings):
-    """A method that compares the candidates of a group."""
+    """Settings of a method that compares the candidates of a group."""
 
     candidates: Annotated[int, Field(ge=2)] = 8  # K
 
     @property
     def drawn(self) -> int:
-        """Candidates drawn per prompt."""
+        """Return the number of candidates drawn per prompt."""
         return self.candidates
 
 
-class SelfScoringSettings(Section):
-    """A method whose candidates are scored by the frozen p_sft."""
+ScoreName = Literal["expected", "verbal"]
 
-    score: Literal["expected", "verbal"] = "expected"
+
+class SelfScoringSettings(Section):
+    """Settings of a method whose candidates are scored by the frozen p_sft."""
+
+    score: ScoreName = "expected"
     score_batch_size: Count = 16
 
 
 class ClippingSettings(StageTwoSettings):
-    """A policy-gradient method: it may make several updates on the same candidates, its steps kept small by a clip."""
+    """Settings of a policy-gradient method that may make several clipped updates on the same candidates."""
 
     updates_per_rollout: Count = 1
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
     @property
     def updates(self) -> int:
-        """Updates made on the same candidates."""
+        """Return the number of updates on the same candidates."""
         return self.updates_per_rollout
 
     @model_validator(mode="after")
@@ -101,7 +104,7 @@ class LdlGrpo(GroupSettings, SelfScoringSettings):
     q: Literal["ratio", "likelihood", "mean"] = "ratio"
     gamma: Positive = 5.0
     tau: Positive = 1.2
-    beta: NonNegative = 0.01  # of KL(p || p_sft), in every method that has one
+    beta: NonNegative = 0.01  # weight of KL(p || p_sft), as in every method that has one
 
 
 class AnchorRankDpo(GroupSettings, SelfScoringSettings):
@@ -109,19 +112,19 @@ class AnchorRankDpo(GroupSettings, SelfScoringSettings):
 
     method: Literal["anchorrank_dpo"]
     beta: Positive = 0.1
-    pairs: Literal["all", "extremes"] = "all"  # extremes: the best candidate against the worst
-    margin: NonNegative = 0.0  # the scores of a pair differ by more than this
+    pairs: Literal["all", "extremes"] = "all"  # extremes: only the best candidate against the worst
+    margin: NonNegative = 0.0  # a pair counts if its scores differ by more than this
 
 
 class AnchorGrpo(GroupSettings, SelfScoringSettings, ClippingSettings):
-    """Stage II by GRPO with the anchor-conditioned score as the reward."""
+    """Stage II by GRPO, with the anchor-conditioned score as the reward."""
 
     method: Literal["anchor_grpo"]
     beta: NonNegative = 0.0
 
 
 class TeacherJudgeGrpo(GroupSettings, ClippingSettings):
-    """Stage II by GRPO with the teacher's score of every candidate as the reward."""
+    """Stage II by GRPO, with the teacher's score of every candidate as the reward."""
 
     method: Literal["teacher_judge_grpo"]
     beta: NonNegative = 0.0
@@ -132,7 +135,7 @@ class SelfPpo(SamplingSettings, SelfScoringSettings, ClippingSettings):
     """Stage II by PPO on the student's score of one candidate, without an anchor."""
 
     method: Literal["self_ppo"]
-    beta: NonNegative = 0.05  # a cost per token of the reward
+    beta: NonNegative = 0.05  # subtracted from the reward at every token
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
     trace: Annotated[float, Field(ge=0, le=1)] = 0.95  # GAE's lambda
     value_clip: Positive = 0.2
@@ -140,20 +143,20 @@ class SelfPpo(SamplingSettings, SelfScoringSettings, ClippingSettings):
 
 
 class SinglePairDpo(SamplingSettings):
-    """Stage II by DPO, the anchor over one candidate."""
+    """Stage II by DPO, the anchor preferred over one candidate."""
 
     method: Literal["singlepair_dpo"]
     beta: Positive = 0.1
 
 
 class SftSft(StageTwoSettings):
-    """Stage II as more fine-tuning, on the anchors of its prompts."""
+    """Stage II by further fine-tuning on the anchors of its prompts."""
 
     method: Literal["sft_sft"]
 
 
 class SftOnly(Section):
-    """Stop after Stage I."""
+    """No Stage II: stop after Stage I."""
 
     method: Literal["sft"]
 

@@ -1,7 +1,6 @@
-"""Rows of the files that users bring: JSONL, parquet, or a folder saved by `datasets`.
+"""Read rows from the files that users bring: JSONL, parquet, or a folder saved by `datasets`.
 
-Every row arrives with the words that name its place ("pool.jsonl, line 7"). Nothing here knows what a row
-should hold.
+Every row carries its location in words ("pool.jsonl, line 7"). The columns of a row are not interpreted here.
 """
 
 from __future__ import annotations
@@ -16,37 +15,37 @@ from typing import Any, NoReturn
 from purld.errors import UserError
 from purld.records import IMAGE
 
-MAX_CHARACTERS = 1_000_000  # of one text: far above any context window, far below what hurts
+MAX_CHARACTERS = 1_000_000  # of one text; far above any context window
 
 
 class BadRowError(ValueError):
-    """A row that cannot be used; the message says where it is and why, without a full stop."""
+    """A row that cannot be used; the message names its location and the problem, without a full stop."""
 
 
 @dataclass(frozen=True)
 class FileRow:
-    """One row and its place in words. `values` is None when the row could not be read, and `problem` why."""
+    """One row and its location in words; if it could not be read, `values` is None and `problem` says why."""
 
-    place: str
+    location: str
     values: Mapping[str, Any] | None
     problem: str = ""
 
     def cells(self) -> Mapping[str, Any]:
-        """The row's values.
+        """Return the row's values.
 
         Raises:
             BadRowError: the row could not be read.
         """
         if self.values is None:
-            raise BadRowError(f"{self.place}: {self.problem}")
+            raise BadRowError(f"{self.location}: {self.problem}")
         return self.values
 
 
 def iter_rows(path: str | Path) -> Iterator[FileRow]:
-    """The rows of a `.jsonl` or `.parquet` file, or of a folder written by `datasets`' save_to_disk.
+    """Iterate over the rows of a `.jsonl` or `.parquet` file, or of a folder written by `datasets`' save_to_disk.
 
     Raises:
-        UserError: the file is missing, is of another kind, or cannot be read at all.
+        UserError: the file is missing, has another format, or cannot be read at all.
     """
     path = Path(path)
     if path.is_dir():
@@ -61,26 +60,28 @@ def iter_rows(path: str | Path) -> Iterator[FileRow]:
 
 
 def parse_json_file(path: str | Path) -> Any:
-    """The one JSON value that a file holds.
+    """Parse a file that holds one JSON value.
 
     Raises:
-        BadRowError: it is not JSON in UTF-8; the file is its place.
+        BadRowError: it is not JSON in UTF-8; the location is the file.
         UserError: the file cannot be read at all.
     """
     path = Path(path)
     with _reading(path):
         data = path.read_bytes()
     try:
-        return _parse_json(_without_mark(data, path))
+        return _parse_json(_without_byte_order_mark(data, path))
     except ValueError as problem:
         raise BadRowError(f"{path}: {problem}") from None
 
 
 def check_text(cell: object, name: str) -> str:
-    """`cell` if it is a text that a model can be shown; an IMAGE in it, as documents lose pictures, becomes a space.
+    """Return `cell` if it is a text that a model can be shown, with every IMAGE character replaced by a space.
+
+    Converted documents contain that character in place of their images.
 
     Raises:
-        ValueError: it is no text, blank, holds a NUL or a lone surrogate, or is enormous.
+        ValueError: it is not a text, is blank, holds a NUL or a lone surrogate, or is longer than MAX_CHARACTERS.
     """
     if not isinstance(cell, str):
         raise ValueError(f"{name} is {json_type_name(cell)}, not a text")
@@ -99,7 +100,7 @@ def check_text(cell: object, name: str) -> str:
 
 
 def json_type_name(value: object) -> str:
-    """What JSON calls a value, for a sentence about it."""
+    """Return the JSON name of a value's type, for use in a sentence."""
     match value:
         case None:
             return "missing or null"
@@ -121,31 +122,31 @@ def _json_rows(path: Path) -> Iterator[FileRow]:
     with _reading(path), path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             if number == 1:
-                line = _without_mark(line, path)
+                line = _without_byte_order_mark(line, path)
             if line.strip():
                 yield _json_row(line, f"{path}, line {number}")
 
 
-def _without_mark(line: bytes, path: Path) -> bytes:
+def _without_byte_order_mark(line: bytes, path: Path) -> bytes:
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{path}, line 1: the file is UTF-16; save it as UTF-8.")
     return line.removeprefix(b"\xef\xbb\xbf")
 
 
-def _json_row(line: bytes, place: str) -> FileRow:
+def _json_row(line: bytes, location: str) -> FileRow:
     try:
         values = _parse_json(line)
     except ValueError as problem:
-        return FileRow(place, None, str(problem))
+        return FileRow(location, None, str(problem))
     if not isinstance(values, dict):
-        return FileRow(place, None, f"is {json_type_name(values)}; a row is one JSON object on one line")
-    return FileRow(place, values)
+        return FileRow(location, None, f"is {json_type_name(values)}; a row is one JSON object on one line")
+    return FileRow(location, values)
 
 
 def _parse_json(data: bytes) -> Any:
-    """The JSON value in `data`; a ValueError says what is wrong, as the end of a sentence."""
+    """Parse JSON; the message of a ValueError is the end of a sentence."""
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 (byte 0x{data[error.start]:02x} at position {error.start + 1})") from None
     except RecursionError:
@@ -154,8 +155,8 @@ def _parse_json(data: bytes) -> Any:
         raise ValueError(f"is not valid JSON ({error})") from None
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _parquet_rows(path: Path) -> Iterator[FileRow]:
@@ -169,11 +170,11 @@ def _parquet_rows(path: Path) -> Iterator[FileRow]:
                 yield _arrow_row(batch.slice(index, 1), f"{path}, row {number}")
 
 
-def _arrow_row(batch: Any, place: str) -> FileRow:
+def _arrow_row(batch: Any, location: str) -> FileRow:
     try:
-        return FileRow(place, batch.to_pylist()[0])
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond Python's
-        return FileRow(place, None, f"cannot be read ({error})")
+        return FileRow(location, batch.to_pylist()[0])
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date outside Python's range
+        return FileRow(location, None, f"cannot be read ({error})")
 
 
 def _dataset_rows(path: Path) -> Iterator[FileRow]:
@@ -187,7 +188,7 @@ def _dataset_rows(path: Path) -> Iterator[FileRow]:
             splits = ", ".join(sorted(table))
             raise UserError(f"{path}: holds several splits ({splits}); name the folder of one of them.")
         number = 0
-        for batch in table.with_format("arrow").iter(batch_size=128):  # as stored: images stay as they were encoded
+        for batch in table.with_format("arrow").iter(batch_size=128):  # "arrow" leaves images encoded
             for index in range(batch.num_rows):
                 number += 1
                 yield _arrow_row(batch.slice(index, 1), f"{path}, row {number}")
@@ -195,9 +196,9 @@ def _dataset_rows(path: Path) -> Iterator[FileRow]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what a broken file raises while it is read into one sentence."""
+    """Convert the errors of reading a broken file to a UserError of one sentence."""
     try:
         yield
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own derive from these
+    except (OSError, ValueError, NotImplementedError) as error:  # base classes of pyarrow's errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read ({reason}).") from None

@@ -1,4 +1,7 @@
-"""Work on many things at once, results in order: for what runs outside of Python's lock, such as decoding images."""
+"""Map a function over items in threads, with results in order.
+
+Useful only for work that releases Python's global lock, such as decoding images.
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,29 @@ from typing import TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-_AHEAD = 4  # batches for each thread that are begun before they are wanted
+_AHEAD = 4  # batches per thread that are submitted before their results are requested
 
 
 def map_in_order(work: Callable[[T], R], items: Iterable[T], batch: int = 1) -> Iterator[R]:
-    """`work` of every item, on all cores, as the results are wanted and in the order of the items.
+    """Apply `work` to every item on all cores and yield the results lazily, in the order of the items.
 
-    What an item's work raises is raised in its place, and what stops the items themselves after all of theirs.
+    An error of `work` is raised at the position of its item; an error of iterating over `items`, after the results of
+    all earlier items.
 
     Args:
-        work: safe to run in several threads.
-        items: read in this thread.
-        batch: how many items a thread takes at a time; more where there is little to do for each.
+        work: a thread-safe function.
+        items: iterated over in the calling thread.
+        batch: number of items that a thread takes at a time; raise it if the work per item is small.
     """
     threads = min(8, os.cpu_count() or 1)
     pool = ThreadPoolExecutor(threads)
     pending = deque[Future[list[R]]]()
     try:
-        for taken in _batches(items, batch):
-            if isinstance(taken, Exception):
+        for next_batch in _batches(items, batch):
+            if isinstance(next_batch, Exception):
                 yield from _results(pending)
-                raise taken
-            pending.append(pool.submit(_all, work, taken))
+                raise next_batch
+            pending.append(pool.submit(_apply_to_batch, work, next_batch))
             if len(pending) > threads * _AHEAD:
                 yield from pending.popleft().result()
         yield from _results(pending)
@@ -41,7 +45,7 @@ def map_in_order(work: Callable[[T], R], items: Iterable[T], batch: int = 1) -> 
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T] | Exception]:
-    """The items in batches, and last what stopped them."""
+    """Yield the items in batches and, if iterating over them fails, the error as the last value."""
     batch: list[T] = []
     failure = None
     try:
@@ -58,7 +62,7 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T] | Exception]:
         yield failure
 
 
-def _all(work: Callable[[T], R], items: list[T]) -> list[R]:
+def _apply_to_batch(work: Callable[[T], R], items: list[T]) -> list[R]:
     return [work(item) for item in items]
 
 

@@ -1,7 +1,7 @@
-"""Prompts from a plain file: every row becomes a `Prompt`, or one sentence that says why it cannot.
+"""Load prompts from a user's file, and split them into training and held-out pools.
 
-Which file formats there are is `purld.data.files`' business; the published formats of named tasks are not read
-here.
+Every row becomes a `Prompt`, or one sentence that says why it cannot. File formats are read in `purld.data.files`,
+the published data sets of named tasks in `purld.tasks`.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 from purld.config.schema import Columns
-from purld.data.chat import images_in_column, parse_chat, place_images
+from purld.data.chat import images_in_column, insert_images, parse_chat
 from purld.data.files import BadRowError, FileRow, check_text, iter_rows
 from purld.data.images import read_image
 from purld.data.parallel import map_in_order
 from purld.errors import UserError
 from purld.records import Image, Prompt
 
-Parse = Callable[[FileRow], Prompt | None]
+RowParser = Callable[[FileRow], Prompt | None]
+"""Parses one row; None means that the row belongs to another task."""
 
 _BATCH = 16  # rows that one thread parses at a time
 
 
 @dataclass(frozen=True)
 class LoadedPrompts:
-    """The distinct prompts of a file, in its order, and what became of its other rows."""
+    """The distinct prompts of a file, in its order, and the counts of duplicate and skipped rows."""
 
     prompts: list[Prompt]
     rows: int
     duplicates: int = 0
     skipped: int = 0
-    first_skipped: str | None = None  # a sentence about the first row that was skipped
+    first_skipped: str | None = None  # one sentence on the first skipped row
 
 
 def load_prompts(
     path: str | Path, columns: Columns | None = None, bad_rows: Literal["fail", "skip"] = "fail"
 ) -> LoadedPrompts:
-    """Read `path` (JSONL, parquet or a saved `datasets` folder). A prompt met before is dropped and counted.
+    """Load the distinct prompts of `path` (JSONL, parquet or a saved `datasets` folder) and count the duplicates.
 
     Raises:
-        UserError: names the file and the row that cannot be used (with `bad_rows="fail"`), or says that no
-            prompt is left.
+        UserError: a row cannot be used (with `bad_rows="fail"`), or no prompt is left.
     """
     columns, path = columns or Columns(), Path(path)
     folder = path if path.is_dir() else path.parent
@@ -53,21 +53,20 @@ def load_prompts(
 
 def collect_prompts(
     rows: Iterable[FileRow],
-    parse: Parse,
+    parse: RowParser,
     source: str | Path,
     bad_rows: Literal["fail", "skip"] = "fail",
 ) -> LoadedPrompts:
-    """The distinct prompts that `parse` makes of `rows`; None is a row of another task and does not count.
+    """Parse rows into distinct prompts; rows for which `parse` returns None are not counted.
 
     Raises:
-        UserError: a row cannot be used (with `bad_rows="fail"`), or `source` gave no prompt.
+        UserError: a row cannot be used (with `bad_rows="fail"`), or `source` has no prompt.
     """
     prompts: dict[str, Prompt] = {}
-    images: dict[str, Image] = {}  # bytes that rows share are kept once
+    images: dict[str, Image] = {}  # so that rows with the same image share its bytes
     used, problems = 0, list[str]()
-    for prompt in map_in_order(
-        lambda row: _outcome(row, parse), rows, _BATCH
-    ):  # images decode outside of Python's lock
+    # Threads help because decoding images releases Python's lock.
+    for prompt in map_in_order(lambda row: _prompt_or_error(row, parse), rows, _BATCH):
         if isinstance(prompt, BadRowError):
             if bad_rows == "fail":
                 raise UserError(f"{prompt}.")
@@ -78,73 +77,75 @@ def collect_prompts(
                 shared = tuple(images.setdefault(image.digest, image) for image in prompt.images)
                 prompts[prompt.id] = replace(prompt, images=shared) if shared else prompt
     if not prompts:
-        found = f"none of its {len(problems)} rows can be used; {problems[0]}" if problems else "it has no rows."
-        raise UserError(f"{source}: there are no prompts: {found}")
+        reason = f"none of its {len(problems)} rows can be used; {problems[0]}" if problems else "it has no rows."
+        raise UserError(f"{source}: there are no prompts: {reason}")
     total = used + len(problems)
     return LoadedPrompts(list(prompts.values()), total, used - len(prompts), len(problems), next(iter(problems), None))
 
 
 def parse_prompt(row: FileRow, columns: Columns, folder: Path) -> Prompt:
-    """The prompt in one row; columns that are not mapped become its metadata.
+    """Parse one row into a prompt; columns that are not mapped become its metadata.
 
     Args:
         row: the row.
-        columns: which of its columns hold what.
-        folder: what the paths of its images are relative to.
+        columns: the names of the mapped columns.
+        folder: image paths are relative to this folder.
 
     Raises:
-        BadRowError: names the place, the column and what is wrong with it.
+        BadRowError: the row cannot be used; the message names its location, the column and the problem.
     """
     cells = row.cells()
     if columns.prompt not in cells:
-        held = ", ".join(repr(str(name)[:40]) for name in sorted(cells, key=str)[:8]) or "none"
-        raise BadRowError(f"{row.place}: there is no column {columns.prompt!r} (its columns: {held}; see data.columns)")
+        names = ", ".join(repr(str(name)[:40]) for name in sorted(cells, key=str)[:8]) or "none"
+        raise BadRowError(
+            f"{row.location}: there is no column {columns.prompt!r} (its columns: {names}; see data.columns)"
+        )
     column = columns.prompt
     try:
         chat = parse_chat(cells[column])
-        chat = place_images(chat, images_in_column(cells.get(columns.images)))
+        chat = insert_images(chat, images_in_column(cells.get(columns.images)))
         column = columns.reference
         reference = _parse_reference(cells.get(column))
         column = columns.images if cells.get(columns.images) else columns.prompt
         images = tuple(read_image(cell, folder, f"image {number}") for number, cell in enumerate(chat.images, 1))
     except ValueError as problem:
-        raise BadRowError(f"{row.place}: column {column!r} cannot be used: {problem}") from None
+        raise BadRowError(f"{row.location}: column {column!r} cannot be used: {problem}") from None
     mapped = {columns.prompt, columns.reference, columns.images}
-    metadata = {str(name): _plain(cell) for name, cell in cells.items() if name not in mapped}
-    return Prompt(chat.messages, images, reference, metadata, row.place)
+    metadata = {str(name): _to_json_value(cell) for name, cell in cells.items() if name not in mapped}
+    return Prompt(chat.messages, images, reference, metadata, row.location)
 
 
 def split_pool(prompts: Sequence[Prompt], fraction: float, seed: int | str = 0) -> tuple[list[Prompt], list[Prompt]]:
-    """Part `prompts` into a training pool and a held-out set of about `fraction`.
+    """Split prompts into a training pool and a held-out pool of about `fraction` of them.
 
-    A prompt's side depends on its content and `seed` alone: neither the order of the rows nor rows added later
-    can move it. Only when a side would stay empty is the prompt that is nearest to it moved there.
+    A prompt's side depends only on its content and `seed`: the order of the rows and rows added later do not change it.
+    If one side would be empty, the prompt nearest to the threshold is moved there.
     """
-    position = {prompt.id: _position(prompt.id, seed) for prompt in prompts}
+    draws = {prompt.id: _uniform_draw(prompt.id, seed) for prompt in prompts}
     threshold = fraction
-    if fraction > 0 and len(position) > 1:
-        lowest, *_, highest = sorted(position.values())
+    if fraction > 0 and len(draws) > 1:
+        lowest, *_, highest = sorted(draws.values())
         threshold = min(max(threshold, lowest + 2**-53), highest)
-    pool = [prompt for prompt in prompts if position[prompt.id] >= threshold]
-    held_out = [prompt for prompt in prompts if position[prompt.id] < threshold]
-    return pool, held_out
+    training = [prompt for prompt in prompts if draws[prompt.id] >= threshold]
+    held_out = [prompt for prompt in prompts if draws[prompt.id] < threshold]
+    return training, held_out
 
 
 def exclude_prompts(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> list[Prompt]:
-    """`prompts` less those that are also in `held_out`: what is evaluated on is never trained on."""
-    barred = {prompt.id for prompt in held_out}
-    return [prompt for prompt in prompts if prompt.id not in barred]
+    """Return the prompts that are not in `held_out`, so that no held-out prompt is trained on."""
+    held_out_ids = {prompt.id for prompt in held_out}
+    return [prompt for prompt in prompts if prompt.id not in held_out_ids]
 
 
-def _outcome(row: FileRow, parse: Parse) -> Prompt | BadRowError | None:
+def _prompt_or_error(row: FileRow, parse: RowParser) -> Prompt | BadRowError | None:
     try:
         return parse(row)
     except BadRowError as problem:
         return problem
 
 
-def _position(prompt_id: str, seed: int | str) -> float:
-    """A place in [0, 1) that is as good as random and always the same."""
+def _uniform_draw(prompt_id: str, seed: int | str) -> float:
+    """Return a pseudo-random number in [0, 1) that depends only on the prompt and the seed."""
     digest = hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:6]) / 2**48
 
@@ -153,14 +154,14 @@ def _parse_reference(cell: object) -> str | None:
     if cell is None:
         return None
     if isinstance(cell, int | float) and not isinstance(cell, bool):
-        # Tables with a gap hold whole numbers as 3.0; the gold answer is 3.
+        # A table column with missing cells stores whole numbers as floats; the gold answer is 3, not 3.0.
         whole = isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53
         return str(int(cell) if whole else cell)
     return check_text(cell, "it")
 
 
-def _plain(cell: Any) -> Any:
-    """`cell` as JSON can hold it: dates, decimals and bytes from a parquet file become text."""
+def _to_json_value(cell: Any) -> Any:
+    """Convert a cell to a JSON value; dates, decimals and bytes from a parquet file become text."""
     if cell is None or isinstance(cell, str | int | float):
         return cell
     if isinstance(cell, Mapping):

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: a headline per stage, a bar or plain lines, facts, warnings.
+"""Report the progress of a run: a headline per stage, facts, warnings, and a progress bar or plain lines.
 
-On a terminal the bar moves; in a log file a line appears every few seconds. Everything goes to stderr, so that
-a command's result alone is on stdout.
+A terminal gets a moving bar, a log file a line every few seconds. Everything goes to stderr, so that stdout holds only
+a command's result.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Reporter:
-    """Reports the stages of a run to a console."""
+    """A writer of the stages, facts and warnings of a run to a console."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
 
     def headline(self, text: str) -> None:
-        """A stage begins."""
+        """Print the headline of a stage."""
         self.console.print(f"[bold]{escape(text)}[/bold]")
 
     def say(self, text: str) -> None:
-        """A fact worth a line."""
+        """Print a fact."""
         self.console.print(f"  {escape(text)}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Something the user should know and may want to mend."""
+        """Print a warning that the user may want to act on."""
         self.console.print(f"  [yellow]Warning:[/yellow] {escape(text)}", soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
-        """A callable that is told (done, total, note)."""
+        """Yield a function that shows (done, total, note) under the title `what`."""
         if self.console.is_terminal:
             yield from self._bar(what)
         else:
@@ -67,15 +67,15 @@ class Reporter:
             nonlocal last, last_done
             now = time.monotonic()
             if done >= total or now - last >= _SECONDS_BETWEEN_LINES:
-                # By the speed since the line before: what an earlier run had done arrives at once.
-                left = (total - done) * (now - last) / max(1, done - last_done)
-                more = f"  about {_duration(left)} left" if left else ""
-                self.console.print(f"  {what} {done}/{total}  {note}{more}".rstrip(), markup=False, soft_wrap=True)
+                # Estimated from the speed since the last line: what an earlier run had done is reported all at once.
+                seconds_left = (total - done) * (now - last) / max(1, done - last_done)
+                remaining = f"  about {_format_duration(seconds_left)} left" if seconds_left else ""
+                self.console.print(f"  {what} {done}/{total}  {note}{remaining}".rstrip(), markup=False, soft_wrap=True)
                 last, last_done = now, done
 
         yield update
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes = math.ceil(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,4 +1,4 @@
-"""results.json as a person reads it on a terminal."""
+"""Print results.json on a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from purld.runs.run_dir import RunDir
 
 
 def print_results(run: RunDir, console: Console | None = None) -> None:
-    """Print a run's results: metrics against models with 95% intervals, what the teacher cost, where to look."""
+    """Print a run's metrics by model with 95% intervals, the differences, the teacher's cost and the report's path."""
     results = read_json(run.results)
     console = console or Console(highlight=False)
     models = results["models"]
@@ -32,16 +32,16 @@ def print_results(run: RunDir, console: Console | None = None) -> None:
         f"On {n} held-out prompts, with 95% intervals.",
         *_differences(results),
         *_unjudged(models),
-        *_scores(results),
+        *_score_quality(results),
     ]
-    for line in [*lines, _teacher(results["teacher"]), f"Report: {run.report}"]:
+    for line in [*lines, _teacher_spend(results["teacher"]), f"Report: {run.report}"]:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def signed_difference(found: Mapping[str, Any], key: str) -> str:
-    """A difference of two models with its interval, both with their signs."""
-    low, high = found[f"{key}_ci"]
-    return f"{found[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
+def format_signed_difference(difference: Mapping[str, Any], key: str) -> str:
+    """Return one metric of a difference with its interval, all numbers with their sign."""
+    low, high = difference[f"{key}_ci"]
+    return f"{difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _cell(metrics: dict[str, Any], key: str) -> str:
@@ -53,9 +53,13 @@ def _cell(metrics: dict[str, Any], key: str) -> str:
 
 def _differences(results: dict[str, Any]) -> list[str]:
     lines = []
-    for pair, found in results.get("difference", {}).items():
+    for pair, difference in results.get("difference", {}).items():
         ours, theirs = (model_title(name) for name in pair.split(" - "))
-        parts = [f"{label} {signed_difference(found, key)}" for key, label in METRIC_TITLES.items() if key in found]
+        parts = [
+            f"{label} {format_signed_difference(difference, key)}"
+            for key, label in METRIC_TITLES.items()
+            if key in difference
+        ]
         lines.append(f"{ours} minus {theirs}: {', '.join(parts)}.")
     return lines
 
@@ -64,18 +68,22 @@ def _unjudged(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     counts = [
         f"{model_title(name)} {metrics['unjudged']}" for name, metrics in models.items() if metrics.get("unjudged")
     ]
-    return [f"Verdicts that were none, left out and kept with their words: {', '.join(counts)}."] if counts else []
+    return (
+        [f"Judge replies that were no verdict (left out of the rates, text kept): {', '.join(counts)}."]
+        if counts
+        else []
+    )
 
 
-def _scores(results: dict[str, Any]) -> list[str]:
-    found = results.get("score_quality", {})
-    if "auc_within" not in found:
+def _score_quality(results: dict[str, Any]) -> list[str]:
+    quality = results.get("score_quality", {})
+    if "auc_within" not in quality:
         return []
-    low, high = found["auc_within_ci"]
-    return [f"Self-evaluation against gold: AUC within prompts {found['auc_within']:.3f} [{low:.2f}, {high:.2f}]."]
+    low, high = quality["auc_within_ci"]
+    return [f"Self-evaluation against gold: AUC within prompts {quality['auc_within']:.3f} [{low:.2f}, {high:.2f}]."]
 
 
-def _teacher(teacher: dict[str, Any]) -> str:
+def _teacher_spend(teacher: dict[str, Any]) -> str:
     spent = f", cost {teacher['cost']:.4f}" if teacher.get("cost") else ""
     tokens = teacher["input_tokens"] + teacher["output_tokens"]
     return (

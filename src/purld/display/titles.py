@@ -1,8 +1,8 @@
-"""How people are told of models and metrics: on the terminal and on the page the same."""
+"""Name models and metrics for people, the same on the terminal and on the page."""
 
 from __future__ import annotations
 
-MODELS = {
+MODEL_TITLES = {
     "base": "Base",
     "sft": "SFT",
     "sft_sft": "SFT→SFT",
@@ -21,9 +21,9 @@ METRIC_TITLES = {
     "win_rate": "win rate",
     "lc_win_rate": "LC win rate",
 }
-"""The metrics of results.json that models are compared by, in the order in which they are shown."""
+"""The metrics of results.json that models are compared by, in display order."""
 
 
 def model_title(model: str) -> str:
-    """How the name of a model is written."""
-    return MODELS.get(model, model)
+    """Return the title of a model, or its name if it has none."""
+    return MODEL_TITLES.get(model, model)

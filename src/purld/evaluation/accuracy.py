@@ -1,7 +1,6 @@
-"""Accuracy against gold: a rate with its interval, and the difference of two models on the same prompts.
+"""Compute accuracy with its interval, and the paired difference of two models on the same prompts.
 
-Pure numpy but for `exact_match`, which compares texts. How answers were drawn, and which task-specific check
-decides that one is right, is the business of the caller.
+Pure numpy on arrays of right and wrong. Drawing answers and checking them is left to the caller.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from purld.evaluation.intervals import Array, Interval, mean_interval, wilson_in
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """One model minus another on the same prompts.
+    """The difference of two models on the same prompts.
 
-    `p_value` is McNemar's exact two-sided one; None where it does not apply, which is with several samples per
-    prompt or with anything but right and wrong.
+    `p_value` is that of McNemar's exact two-sided test; None where the test does not apply: with several samples per
+    prompt, or with values other than right and wrong.
     """
 
     mean: float
@@ -28,12 +27,12 @@ class PairedDifference:
 
 
 def accuracy_with_interval(correct: ArrayLike) -> tuple[float, Interval]:
-    """The share of right answers and its 95% interval, clustered by prompt.
+    """Return the share of right answers and its 95% interval, clustered by prompt.
 
-    Samples of one prompt are not independent, so Wilson's interval is taken at the effective number of trials:
-    the one at which independent answers would spread as much as the prompts' means do (Korn and Graubard
-    1998). With one sample per prompt that is the number of prompts, and the interval is plain Wilson, which
-    unlike mean ± 1.96 standard errors keeps its coverage, and its width, near 0 and 1.
+    Samples of one prompt are not independent, so Wilson's interval is computed for the effective number of trials:
+    the number of independent answers whose mean would vary as much as the mean over prompts does (Korn and Graubard
+    1998). With one sample per prompt that is the number of prompts, and the interval is plain Wilson. Unlike
+    mean ± 1.96 standard errors, it keeps its coverage and its width near 0 and 1.
 
     Args:
         correct: (prompts,) or (prompts, samples), right or wrong.
@@ -41,28 +40,28 @@ def accuracy_with_interval(correct: ArrayLike) -> tuple[float, Interval]:
     Raises:
         ValueError: there are no answers, or an entry is neither 0 nor 1.
     """
-    right = _shares(correct, "correct")
+    right = _as_shares(correct, "correct")
     if not np.isin(right, (0.0, 1.0)).all():
         raise ValueError("correct must hold only right (1) and wrong (0)")
     prompts, samples = right.shape
     share = float(right.mean())
-    spread, between = share * (1 - share), float(right.mean(axis=1).var())
-    trials = min(prompts * spread / between, prompts * samples) if between > 0 else prompts
+    within, between = share * (1 - share), float(right.mean(axis=1).var())
+    trials = min(prompts * within / between, prompts * samples) if between > 0 else prompts
     return share, wilson_interval(share, trials)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> PairedDifference:
-    """How much better `a` does than `b` on the same prompts, with a 95% interval by a bootstrap over prompts.
+    """Return the mean of `a` minus that of `b` on the same prompts, with a 95% interval by a bootstrap over prompts.
 
     Args:
-        a, b: (prompts,) or (prompts, samples), right or wrong, or each prompt's probability of winning; row by
-            row the same prompts. The numbers of samples may differ.
-        seed: of the bootstrap.
+        a, b: (prompts,) or (prompts, samples), right or wrong, or each prompt's probability of winning. Row i of both
+            belongs to the same prompt. The numbers of samples may differ.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: the prompts do not match, there are no answers, or an entry is not within [0, 1].
     """
-    ours, theirs = _shares(a, "a"), _shares(b, "b")
+    ours, theirs = _as_shares(a, "a"), _as_shares(b, "b")
     if len(ours) != len(theirs):
         raise ValueError(f"a and b must hold the same prompts; they hold {len(ours)} and {len(theirs)}")
     values = ours.mean(axis=1) - theirs.mean(axis=1)
@@ -72,21 +71,25 @@ def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> PairedDiffer
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
-    """The exact two-sided p of McNemar's test, from the prompts that only one of two models got right."""
+    """Return the exact two-sided p-value of McNemar's test.
+
+    Args:
+        only_a, only_b: numbers of prompts that only this one of the two models answered right.
+    """
     n = only_a + only_b
-    tail = term = 1  # of the binomial coefficients up to min(only_a, only_b), each from the one before it
+    tail = term = 1  # sum of the binomial coefficients up to min(only_a, only_b), and the latest of them
     for k in range(min(only_a, only_b)):
         term = term * (n - k) // (k + 1)
         tail += term
     return min(1.0, float(2 * tail / 2**n))
 
 
-def _shares(values: ArrayLike, name: str) -> Array:
-    """Values in [0, 1] as (prompts, samples)."""
+def _as_shares(values: ArrayLike, name: str) -> Array:
+    """Return values in [0, 1] as an array (prompts, samples)."""
     shares = np.asarray(values, dtype=np.float64)
     shares = shares[:, None] if shares.ndim == 1 else shares
     if shares.ndim != 2 or shares.size == 0:
-        raise ValueError(f"{name} must hold (prompts, samples) answers and at least one; it is {shares.shape}")
+        raise ValueError(f"{name} must be a non-empty array (prompts, samples); its shape is {shares.shape}")
     if not np.all((shares >= 0) & (shares <= 1)):
         raise ValueError(f"{name} must hold values from 0 to 1")
     return shares

@@ -1,7 +1,7 @@
-"""How different a model's answers are from each other: an alignment that collapses shows here first.
+"""Measure how diverse a model's answers are, and how far Stage II moved the policy towards its labels.
 
-Pure functions of texts. Both numbers depend on how many answers there are and how long they are, so they
-compare models on the same prompts, samples and length limit, and nothing else.
+Low diversity is the first sign of an alignment that collapses. Both diversity measures depend on the number and the
+length of the answers, so compare models only on the same prompts, samples and length limit.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from typing import Any
 
 
 def distinct_2(texts: Sequence[str]) -> float | None:
-    """The share of different pairs of neighbouring words among all such pairs (Li et al. 2016); None without any.
+    """Return the share of distinct word bigrams among all bigrams (Li et al. 2016); None if there is no bigram.
 
-    Words are what white space separates, in lower case. Pairs do not cross from one text into the next.
+    Words are separated by white space and lower-cased. Bigrams do not cross from one text into the next.
     """
     pairs = [pair for text in texts for pair in pairwise(text.lower().split())]
     return len(set(pairs)) / len(pairs) if pairs else None
 
 
 def unique_answer_rate(answers: Sequence[Sequence[str]]) -> float | None:
-    """How much of the way from one repeated answer (0) to all different ones (1) a prompt's samples are, on average.
+    """Return how distinct the samples of a prompt are on average: 0 if all are the same, 1 if all differ.
 
     Args:
-        answers: for each prompt its samples. Prompts with a single one say nothing and are left out.
+        answers: the samples of each prompt. Prompts with a single sample are left out.
 
     Returns:
-        The mean of (different answers - 1) / (samples - 1); None if no prompt has two samples.
+        The mean of (distinct answers - 1) / (samples - 1); None if no prompt has two samples.
     """
     shares = [(len(set(samples)) - 1) / (len(samples) - 1) for samples in answers if len(samples) > 1]
     return sum(shares) / len(shares) if shares else None
@@ -36,20 +36,23 @@ def unique_answer_rate(answers: Sequence[Sequence[str]]) -> float | None:
 def mean_label_divergence(
     groups: Iterable[Mapping[str, Any]], revisited: Iterable[Mapping[str, Any]]
 ) -> dict[str, float | int]:
-    """The mean of KL(D || q) in nats under the policy that drew a group, and under the final one.
+    """Return the mean of KL(D || q) in nats under the policy that drew a group and under the final policy.
 
     Args:
         groups: rows of generations/groups.jsonl.
-        revisited: rows of generations/revisited.jsonl, each of one of the groups.
+        revisited: rows of generations/revisited.jsonl: some of the groups, measured under the final policy.
 
     Returns:
-        `groups` that were measured twice, the means `before` and `after`, and how many came `closer`; empty without
-        such groups, as in a method without q.
+        The number of `groups` measured twice, the means `before` and `after`, and the number of groups in which q came
+        `closer` to D. Empty if no group was measured twice, as in a method without q.
     """
-    drawn = {(row["step"], row["prompt_id"]): row for row in groups}
-    pairs = [(drawn[row["step"], row["prompt_id"]]["label_divergence"], row["label_divergence"]) for row in revisited]
+    first_measured = {(row["step"], row["prompt_id"]): row for row in groups}
+    pairs = [
+        (first_measured[row["step"], row["prompt_id"]]["label_divergence"], row["label_divergence"])
+        for row in revisited
+    ]
     if not pairs:
         return {}
     before, after = (sum(column) / len(pairs) for column in zip(*pairs))
-    closer = sum(now < then for then, now in pairs)
+    closer = sum(last < first for first, last in pairs)
     return {"groups": len(pairs), "before": round(before, 6), "after": round(after, 6), "closer": closer}

@@ -1,13 +1,13 @@
-"""Bootstrap intervals over prompts: the one place that resamples.
+"""Compute confidence intervals over prompts: bootstrap, Wilson and exact.
 
-The unit that is resampled is the prompt, because several samples of one prompt are not independent. Intervals
-are BCa (Efron 1987), which keep their coverage for the skewed values that win rates of weak models are made
-of, where plain percentiles fall short. Pure numpy: no models, no I/O.
+All resampling in purld happens here. Prompts are the units that are resampled, because several samples of one prompt
+are not independent. Bootstrap intervals are BCa (Efron 1987), which keep their coverage for skewed values such as the
+win rates of weak models, where plain percentile intervals are too short. Pure numpy: no models, no I/O.
 
-A bootstrap knows only what it saw. Where three prompts of 200 differ, all in favour of one model, its interval
-excludes zero, though chance alone does that one time in four. So a mean is resampled with two imagined prompts
-among the real ones, one at either bound (for matched pairs Agresti and Min 2005 add as much in all): they cost
-next to nothing where many prompts differ and hold the error rate where few do.
+A bootstrap sees only the values it was given. If 3 prompts of 200 differ, all in favour of one model, its interval
+excludes zero, although chance alone does that one time in four. A mean is therefore resampled with two pseudo-prompts
+added, one at either bound (for matched pairs Agresti and Min 2005 add the same total). They change little where many
+prompts differ, and keep the error rate where few do.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ RESAMPLES = 2000
 LEVEL = 0.95
 Z = NormalDist().inv_cdf(0.5 + LEVEL / 2)
 
-_CELLS = 1 << 20  # resampled values held at once: bounds memory for large n
+_MAX_VALUES = 1 << 20  # resampled values held at once: bounds memory for large n
 
 
 def bootstrap_values(statistic: Callable[[NDArray[np.intp]], Array], n: int, seed: int) -> Array:
-    """`RESAMPLES` values of a statistic, each on n prompts drawn with replacement.
+    """Return `RESAMPLES` values of a statistic, each on n prompts drawn with replacement.
 
     Args:
-        statistic: from drawn indices of shape (resamples, n) to values of shape (resamples,).
-        n: how many prompts there are.
-        seed: fixes the draws; equal seeds and n give equal draws, so two statistics can share them.
+        statistic: maps drawn indices (resamples, n) to values (resamples,).
+        n: number of prompts.
+        seed: seed of the draws. Equal seeds and n give equal draws, so two statistics can share them.
     """
     rng = np.random.default_rng(seed)
-    rows = max(1, _CELLS // n)
-    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
+    chunk = max(1, _MAX_VALUES // n)
+    sizes = [min(chunk, RESAMPLES - start) for start in range(0, RESAMPLES, chunk)]
     return np.concatenate([statistic(rng.integers(n, size=(size, n))) for size in sizes])
 
 
 def bca_interval(estimate: float, resampled: Array, influence: Array) -> Interval:
-    """The bias-corrected and accelerated bootstrap interval.
+    """Return the bias-corrected and accelerated (BCa) bootstrap interval.
 
     Args:
         estimate: the statistic on all prompts.
         resampled: its values on the resamples, (resamples,).
-        influence: how much each prompt moves the statistic, up to a common factor, (n,).
+        influence: (n,) effect of each prompt on the statistic, up to a common factor.
     """
     below = np.mean(resampled < estimate) + np.mean(resampled == estimate) / 2
     normal = NormalDist()
@@ -67,25 +67,25 @@ def bca_interval(estimate: float, resampled: Array, influence: Array) -> Interva
 
 
 def mean_interval(values: Array, seed: int, bounds: Interval = (0.0, 1.0)) -> Interval:
-    """The interval of a mean of one value per prompt, (n,), each within `bounds`."""
+    """Return the interval of the mean of one value per prompt, (n,), each within `bounds`."""
     if np.ptp(values) == 0:
         return constant_interval(float(values[0]), len(values), bounds)
-    imagined = np.append(values, bounds)
-    resampled = bootstrap_values(lambda index: imagined[index].mean(axis=1), len(imagined), seed)
-    return widen_to_include(float(values.mean()), bca_interval(float(imagined.mean()), resampled, imagined))
+    padded = np.append(values, bounds)  # the two pseudo-prompts
+    resampled = bootstrap_values(lambda index: padded[index].mean(axis=1), len(padded), seed)
+    return widen_to_include(float(values.mean()), bca_interval(float(padded.mean()), resampled, padded))
 
 
 def widen_to_include(estimate: float, interval: Interval) -> Interval:
-    """The interval, widened to the estimate where that lies outside."""
+    """Return the interval, widened to include the estimate."""
     return min(interval[0], estimate), max(interval[1], estimate)
 
 
 def constant_interval(value: float, n: int, bounds: Interval) -> Interval:
-    """The exact interval of a mean when all n prompts gave the same value.
+    """Return the exact interval of a mean when all n prompts gave the same value.
 
-    A bootstrap sees no uncertainty here and would claim none. If a share s of all prompts gives this value,
-    n out of n happens with probability s^n: a share below 0.025^(1/n) is ruled out at 97.5%, and the rest of
-    the prompts may lie anywhere within `bounds` (Clopper and Pearson 1934, for the case n of n).
+    A bootstrap would give an interval of width zero. If a share s of all prompts gives this value, n out of n happens
+    with probability s^n. So a share below 0.025^(1/n) is ruled out at 97.5%, and the other prompts may lie anywhere
+    within `bounds` (Clopper and Pearson 1934, for the case n of n).
     """
     share = ((1 - LEVEL) / 2) ** (1 / n)
     low, high = (share * value + (1 - share) * bound for bound in bounds)
@@ -93,7 +93,7 @@ def constant_interval(value: float, n: int, bounds: Interval) -> Interval:
 
 
 def wilson_interval(share: float, n: float) -> Interval:
-    """Wilson's (1927) score interval for a share among n independent trials; n need not be whole."""
+    """Return Wilson's (1927) score interval of a share among n independent trials; n need not be an integer."""
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * float(np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)))
     return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,12 +1,11 @@
-"""How well the self-evaluation's scores agree with gold: the signal that everything in Stage II rests on.
+"""Measure how well self-evaluation scores agree with gold.
 
-Groups are checked once, after training, which never sees gold; how many candidates are right at each step comes
-from the same checks.
+Stage II learns from these scores alone. Its groups are checked against gold once, after training, which never sees
+gold; the accuracy at each step comes from the same checks. No model is called.
 
-The AUC within prompts is the number to look at, because the label distribution compares candidates of one
-prompt only; the overall AUC also profits from knowing which prompts are hard. Calibration says whether a score
-may be read as a probability, which the method does not need but a person might. Pure numpy: scores and rights
-come from Stage II's groups, at no further model call.
+The AUC within prompts is the number to look at, because the label distribution compares candidates of one prompt only.
+The overall AUC also rewards knowing which prompts are hard. Calibration tells whether a score can be read as a
+probability; the method does not need that, but a reader might.
 """
 
 from __future__ import annotations
@@ -27,7 +26,10 @@ BINS = 10
 
 @dataclass(frozen=True)
 class CheckedGroup:
-    """The candidates of one prompt at one step: their scores, None where unscored, and whether each is right, (k,)."""
+    """One prompt's candidates at one step, checked against gold.
+
+    `scores` and `right` have one entry per candidate; the score of an unscored candidate is None.
+    """
 
     prompt_id: str
     step: int
@@ -37,7 +39,7 @@ class CheckedGroup:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """The candidates whose score lies in one tenth of [0, 1]: their mean score and the share that is right."""
+    """The candidates whose score lies in one tenth of [0, 1]: their number, mean score and share right."""
 
     n: int
     score: float
@@ -46,17 +48,17 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class ScoreQuality:
-    """How scores and gold go together.
+    """The agreement of scores with gold.
 
     Attributes:
-        n: scored candidates.
-        prompts: prompts that they belong to.
-        right: the share of candidates that is right.
-        auc: the probability that a right candidate outscores a wrong one, over all pairs; None if there is none.
-        auc_within: the same over pairs of one group, each pair counting the same; None if there is none.
-        auc_within_ci: its 95% interval, by a bootstrap over prompts.
-        ece: expected calibration error: the mean distance of score and share right over the bins, weighted by n.
-        bins: those that hold a candidate, from low scores to high.
+        n: number of scored candidates.
+        prompts: number of prompts with a scored candidate.
+        right: share of right candidates.
+        auc: probability that a right candidate outscores a wrong one, over all pairs; None if there is no such pair.
+        auc_within: the same over pairs within one group, each pair with equal weight; None if there is no such pair.
+        auc_within_ci: 95% interval of `auc_within`, by a bootstrap over prompts.
+        ece: expected calibration error: |mean score - share right|, averaged over the bins with weight n.
+        bins: the non-empty bins, from low scores to high.
     """
 
     n: int
@@ -70,22 +72,22 @@ class ScoreQuality:
 
 
 def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality:
-    """Measure scores against gold.
+    """Compare scores with gold.
 
     Args:
         groups: Stage II's groups; a prompt may have several.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
         ValueError: there is no scored candidate, or a score is not within [0, 1].
     """
-    groups = [_scored(group) for group in groups]
+    groups = [_without_unscored(group) for group in groups]
     scores = np.array([s for group in groups for s in group.scores], dtype=np.float64)
     right = np.array([r for group in groups for r in group.right], dtype=bool)
     if not len(scores) or not np.all((scores >= 0) & (scores <= 1)):
         raise ValueError("score quality needs at least one scored candidate, and scores from 0 to 1")
-    bins = _bins(scores, right)
-    within, interval = _within(groups, seed)
+    bins = _calibration_bins(scores, right)
+    within, interval = _auc_within_groups(groups, seed)
     return ScoreQuality(
         n=len(scores),
         prompts=len({group.prompt_id for group in groups if group.scores}),
@@ -99,12 +101,12 @@ def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality
 
 
 def pairwise_auc(scores: ArrayLike, positive: ArrayLike) -> float:
-    """The probability that a right answer's score exceeds a wrong one's, ties half (Mann and Whitney 1947).
+    """Return the probability that a right answer outscores a wrong one, ties counting half (Mann and Whitney 1947).
 
-    0.5 is a score that knows nothing; this is the ceiling of everything that Stage II can learn from it.
+    A score without information has 0.5.
 
     Args:
-        scores: (n,) the self-evaluation's scores; leave out candidates that were not scored.
+        scores: (n,) scores, without unscored candidates.
         positive: (n,) whether each candidate is right.
 
     Raises:
@@ -112,9 +114,9 @@ def pairwise_auc(scores: ArrayLike, positive: ArrayLike) -> float:
     """
     values, right = np.asarray(scores, dtype=np.float64), np.asarray(positive, dtype=bool)
     if values.ndim != 1 or values.shape != right.shape:
-        raise ValueError(f"scores {values.shape} and positive {right.shape} must be of one length")
+        raise ValueError(f"scores {values.shape} and positive {right.shape} must have the same length")
     if np.isnan(values).any():
-        raise ValueError("scores must not hold NaN: leave out candidates that were not scored")
+        raise ValueError("scores must not hold NaN: leave out unscored candidates")
     if right.all() or not right.any():
         raise ValueError("the AUC needs at least one right and one wrong candidate")
     wrong = np.sort(values[~right])
@@ -124,7 +126,7 @@ def pairwise_auc(scores: ArrayLike, positive: ArrayLike) -> float:
 
 
 def accuracy_by_step(groups: Iterable[CheckedGroup]) -> list[dict[str, Any]]:
-    """The share of candidates that is right, scored or not, at each step in order: rows of step, n and right."""
+    """Return the share of right candidates, scored or not, at each step: rows of `step`, `n` and `right`, by step."""
     right: dict[int, list[bool]] = defaultdict(list)
     for group in groups:
         right[group.step] += group.right
@@ -134,25 +136,25 @@ def accuracy_by_step(groups: Iterable[CheckedGroup]) -> list[dict[str, Any]]:
 def check_groups(
     rows: Iterable[Mapping[str, Any]], prompts: Iterable[Prompt], check: Callable[[Prompt, str], bool]
 ) -> list[CheckedGroup]:
-    """Stage II's groups as it logged them, checked against gold; prompts without gold are left out.
+    """Check the candidates of Stage II's logged groups against gold. Prompts without gold are left out.
 
     Args:
-        rows: of generations/groups.jsonl.
+        rows: rows of generations/groups.jsonl.
         prompts: the training prompts.
-        check: says whether an answer is right.
+        check: returns whether an answer is right.
     """
     by_id = {p.id: p for p in prompts if p.reference is not None}
-    found = []
+    checked = []
     for row in rows:
         if prompt := by_id.get(row["prompt_id"]):
             texts = row["candidates"]
             right = [check(prompt, text) for text in texts]
-            found.append(CheckedGroup(prompt.id, row["step"], row["scores"] or [None] * len(texts), right))
-    return found
+            checked.append(CheckedGroup(prompt.id, row["step"], row["scores"] or [None] * len(texts), right))
+    return checked
 
 
 def quality_as_results(quality: ScoreQuality) -> dict[str, Any]:
-    """The measures as results.json has them: rounded, and absent where there is none."""
+    """Return the measures as results.json holds them: rounded, and without those that are None."""
     rounded = {key: _rounded(value) for key, value in asdict(quality).items() if value is not None}
     return rounded | {"bins": [{key: _rounded(v) for key, v in asdict(b).items()} for b in quality.bins]}
 
@@ -163,22 +165,24 @@ def _rounded(value: Any) -> Any:
     return round(value, 6) if isinstance(value, float) else value
 
 
-def _scored(group: CheckedGroup) -> CheckedGroup:
-    """The group without its unscored candidates."""
+def _without_unscored(group: CheckedGroup) -> CheckedGroup:
+    """Return the group without its unscored candidates."""
     kept = [(score, right) for score, right in zip(group.scores, group.right) if score is not None]
     return replace(group, scores=[score for score, _ in kept], right=[right for _, right in kept])
 
 
-def _bins(scores: Array, right: NDArray[np.bool_]) -> tuple[CalibrationBin, ...]:
-    place = np.minimum((scores * BINS).astype(int), BINS - 1)
-    inside = [place == b for b in range(BINS)]
+def _calibration_bins(scores: Array, right: NDArray[np.bool_]) -> tuple[CalibrationBin, ...]:
+    bin_of = np.minimum((scores * BINS).astype(int), BINS - 1)
+    masks = [bin_of == b for b in range(BINS)]
     return tuple(
-        CalibrationBin(int(i.sum()), float(scores[i].mean()), float(right[i].mean())) for i in inside if i.any()
+        CalibrationBin(int(mask.sum()), float(scores[mask].mean()), float(right[mask].mean()))
+        for mask in masks
+        if mask.any()
     )
 
 
-def _within(groups: Sequence[CheckedGroup], seed: int) -> tuple[float | None, Interval | None]:
-    """Pairs won over pairs, summed by prompt: a ratio of sums, resampled by prompt."""
+def _auc_within_groups(groups: Sequence[CheckedGroup], seed: int) -> tuple[float | None, Interval | None]:
+    """Return the AUC within groups and its interval: pairs won over pairs, a ratio of sums resampled by prompt."""
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for group in groups:
         right = np.asarray(group.right, dtype=bool)

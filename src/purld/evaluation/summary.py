@@ -1,4 +1,4 @@
-"""From answers and verdicts to the numbers of results.json. A metric that was not measured is absent."""
+"""Turn answers and verdicts into the metrics of results.json. A metric that was not measured is absent."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from purld.records import Generation, Verdict
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """One model's answers to the held-out prompts and what is known of them.
+    """One model's answers to the held-out prompts, with checks and verdicts.
 
     Attributes:
-        generations: prompt by prompt, sample by sample.
-        correct: (prompts, samples) whether each is right; None without a check.
+        generations: the answers, prompt by prompt, sample by sample.
+        correct: (prompts, samples) whether each answer is right; None without a check.
         greedy_correct: (prompts, 1) the same for greedy answers.
-        verdicts: the judge's, on the first sample of each prompt.
+        verdicts: the judge's verdicts on the first sample of each prompt.
     """
 
     generations: Sequence[Generation]
@@ -36,7 +36,13 @@ class EvaluatedModel:
 
 
 def model_metrics(model: EvaluatedModel, opponents: Mapping[str, str], seed: int) -> dict[str, Any]:
-    """The row of one model in results.json."""
+    """Return the metrics of one model, named as in results.json.
+
+    Args:
+        model: the model's answers.
+        opponents: the opponent's answers by prompt id.
+        seed: seed of the bootstrap.
+    """
     metrics: dict[str, Any] = {
         "n": len({g.prompt_id for g in model.generations}),
         "mean_tokens": round(float(np.mean([g.tokens for g in model.generations])), 2),
@@ -54,17 +60,17 @@ def model_metrics(model: EvaluatedModel, opponents: Mapping[str, str], seed: int
 def model_difference(
     ours: EvaluatedModel, theirs: EvaluatedModel, opponents: Mapping[str, str], seed: int
 ) -> dict[str, Any]:
-    """How much better one model is than another on the same prompts, with paired intervals.
+    """Return one model's metrics minus another's on the same prompts, with paired intervals.
 
-    `accuracy_p` is McNemar's, where there is one answer per prompt. Win rates are compared on the prompts that
-    were judged on both sides, `judged_both` of them.
+    `accuracy_p` is the p-value of McNemar's test, present with one answer per prompt. Win rates are compared on the
+    `judged_both` prompts that were judged for both models.
 
     Args:
-        ours, theirs: two models' answers to the same prompts in the same order.
-        opponents: the answers that both were judged against, by prompt id.
-        seed: of the bootstrap.
+        ours, theirs: the answers of the two models to the same prompts in the same order.
+        opponents: the opponent's answers that both were judged against, by prompt id.
+        seed: seed of the bootstrap.
     """
-    found: dict[str, Any] = {}
+    difference: dict[str, Any] = {}
     pairs = {
         "accuracy": (ours.correct, theirs.correct),
         "greedy_accuracy": (ours.greedy_correct, theirs.greedy_correct),
@@ -72,14 +78,14 @@ def model_difference(
     for name, (a, b) in pairs.items():
         if a is not None and b is not None:
             paired = paired_difference(a, b, seed)
-            found |= with_interval(name, paired.mean, paired.interval)
+            difference |= with_interval(name, paired.mean, paired.interval)
             if paired.p_value is not None:
-                found[f"{name}_p"] = float(f"{paired.p_value:.4g}")
-    return found | _win_rate_difference(ours, theirs, opponents, seed)
+                difference[f"{name}_p"] = float(f"{paired.p_value:.4g}")
+    return difference | _win_rate_difference(ours, theirs, opponents, seed)
 
 
 def with_interval(name: str, value: float, interval: Interval) -> dict[str, Any]:
-    """A number and its interval under the names that results.json gives them."""
+    """Return a value and its interval, rounded, under their names in results.json."""
     return {name: round(value, 6), f"{name}_ci": [round(bound, 6) for bound in interval]}
 
 
@@ -87,35 +93,35 @@ def _diversity(generations: Sequence[Generation]) -> dict[str, float]:
     samples: dict[str, list[str]] = defaultdict(list)
     for generation in generations:
         samples[generation.prompt_id].append(generation.text)
-    found = {
+    diversity = {
         "distinct_2": distinct_2([g.text for g in generations]),
         "unique_answers": unique_answer_rate(list(samples.values())),
     }
-    return {name: round(value, 4) for name, value in found.items() if value is not None}
+    return {name: round(value, 4) for name, value in diversity.items() if value is not None}
 
 
 def _win_rates(model: EvaluatedModel, opponents: Mapping[str, str], seed: int) -> dict[str, Any]:
-    said = average_preferences(model.verdicts)
-    found: dict[str, Any] = {
-        "judged": sum(w is not None for w in said.wins.values()),
-        "unjudged": said.unjudged,
-        "asked_again": said.asked_again,
+    preferences = average_preferences(model.verdicts)
+    metrics: dict[str, Any] = {
+        "judged": sum(w is not None for w in preferences.wins.values()),
+        "unjudged": preferences.unjudged,
+        "asked_again": preferences.asked_again,
     }
-    if said.flip_rate is not None:
-        found["flip_rate"] = round(said.flip_rate, 4)
-    if not found["judged"]:
-        return found
-    wins = {prompt_id: won for prompt_id, won in said.wins.items() if won is not None}
-    lengths = _lengths(model)
+    if preferences.flip_rate is not None:
+        metrics["flip_rate"] = round(preferences.flip_rate, 4)
+    if not metrics["judged"]:
+        return metrics
+    wins = {prompt_id: won for prompt_id, won in preferences.wins.items() if won is not None}
+    lengths = _judged_lengths(model)
     rates = summarize(list(wins.values()), [len(opponents[i]) for i in wins], [lengths[i] for i in wins], seed=seed)
-    found |= with_interval("win_rate", rates.win_rate, rates.win_rate_ci)
-    found |= with_interval("lc_win_rate", rates.lc_win_rate, rates.lc_win_rate_ci)
+    metrics |= with_interval("win_rate", rates.win_rate, rates.win_rate_ci)
+    metrics |= with_interval("lc_win_rate", rates.lc_win_rate, rates.lc_win_rate_ci)
     if rates.matched is not None:
-        found["matched"] = rates.matched.n
-        found |= with_interval("matched_win_rate", rates.matched.win_rate, rates.matched.win_rate_ci)
+        metrics["matched"] = rates.matched.n
+        metrics |= with_interval("matched_win_rate", rates.matched.win_rate, rates.matched.win_rate_ci)
     if rates.length_ratio is not None:
-        found["length_ratio"] = round(rates.length_ratio, 4)
-    return found | {"overlap": round(rates.overlap, 4)}
+        metrics["length_ratio"] = round(rates.length_ratio, 4)
+    return metrics | {"overlap": round(rates.overlap, 4)}
 
 
 def _win_rate_difference(
@@ -127,7 +133,7 @@ def _win_rate_difference(
         return {}
     our_wins, their_wins = np.array([a[i] for i in both], float), np.array([b[i] for i in both], float)
     paired = paired_difference(our_wins, their_wins, seed)
-    our_lengths, their_lengths = _lengths(ours), _lengths(theirs)
+    our_lengths, their_lengths = _judged_lengths(ours), _judged_lengths(theirs)
     controlled = length_controlled_difference(
         our_wins,
         their_wins,
@@ -143,6 +149,6 @@ def _win_rate_difference(
     }
 
 
-def _lengths(model: EvaluatedModel) -> dict[str, int]:
-    """By prompt id, the characters of the answer that was judged."""
+def _judged_lengths(model: EvaluatedModel) -> dict[str, int]:
+    """Return by prompt id the length in characters of the answer that was judged."""
     return {g.prompt_id: len(g.text) for g in model.generations if g.sample == 0}

@@ -1,8 +1,8 @@
-"""A judge's verdicts on several models, from wherever the judge is: an endpoint, this machine, or a file.
+"""Collect a judge's verdicts on several models. The judge is an endpoint, a local model or a file.
 
-A file of verdicts is an answer file whose rows answer the judge's questions with A, B or T: by people, or by a
-model that this machine cannot reach. Which questions those are is known once the models have answered, so what
-the file lacks is written out for whoever fills it.
+A file of verdicts is an answer file whose rows answer the judge's questions with A, B or T. People write it, or a model
+that this machine cannot reach. The questions are known only after the models have answered, so the ones that the file
+does not answer are written to `to_judge.jsonl`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 
 from purld.clients.ledger import Ledger
 from purld.clients.open import open_client
-from purld.config.schema import AnswerFile, Evaluate, FileColumns
+from purld.config.clients import AnswerFile, FileColumns
+from purld.config.schema import Evaluate
 from purld.data.chat import readable_text
 from purld.errors import UserError
 from purld.evaluation.judge import Progress, judge_answers, judge_questions
 from purld.records import Generation, Prompt, Verdict
 from purld.runs.files import write_rows
 
-Watch = Callable[[str], AbstractContextManager[Progress]]
+WatchProgress = Callable[[str], AbstractContextManager[Progress]]
 """Opens a progress display under a title."""
 
 
@@ -32,33 +33,37 @@ def collect_verdicts(
     opponents: Mapping[str, str],
     ledger: Ledger,
     to_judge: Path,
-    watch: Watch,
+    watch: WatchProgress,
     resend_unknown: bool = False,
 ) -> dict[str, list[Verdict]]:
-    """The verdicts on every model's answers against the opponent's, by model.
+    """Return the verdicts on every model's answers against the opponent's, by model.
 
     Args:
-        settings: `evaluate` of the configuration, with a judge.
+        settings: the section `evaluate` of the configuration, with a judge.
         prompts: the held-out prompts.
-        answers: by model, the answers to judge.
+        answers: the answers to judge, by model.
         opponents: the opponent's answers by prompt id.
-        ledger: where the judge's calls are booked.
-        to_judge: where to write the questions that a file of verdicts lacks.
-        watch: shows progress.
-        resend_unknown: ask again what may have been billed without an answer arriving.
+        ledger: the ledger that books the judge's calls.
+        to_judge: where to write the questions that a file of verdicts does not answer.
+        watch: opens a progress display.
+        resend_unknown: send again requests that may have been billed although no answer arrived.
 
     Raises:
-        UserError: the judge cannot be asked, or a file of verdicts does not cover all questions.
+        UserError: the judge cannot be asked, or the file of verdicts does not answer all questions.
         ValueError: the settings name no judge.
     """
     judge = settings.judge
     if judge is None:
-        raise ValueError("there is no judge to ask")
+        raise ValueError("the settings name no judge")
     retries = settings.judge_retries
     if isinstance(judge, AnswerFile):
-        asked = [q for a in answers.values() for q in judge_questions(prompts, a, opponents, settings.both_orders)]
-        _check_coverage(judge, asked, ledger, to_judge)
-        retries = 0  # a file says the same however often it is asked
+        questions = [
+            question
+            for generations in answers.values()
+            for question in judge_questions(prompts, generations, opponents, settings.both_orders)
+        ]
+        _check_coverage(judge, questions, ledger, to_judge)
+        retries = 0  # a file gives the same reply every time
     client = open_client(judge, ledger, "judge", resend_unknown)
     verdicts = {}
     for model, generations in answers.items():
@@ -70,7 +75,7 @@ def collect_verdicts(
 
 
 def _check_coverage(judge: AnswerFile, questions: Sequence[Prompt], ledger: Ledger, to_judge: Path) -> None:
-    """Write out the questions without a row in the file, and refuse to go on without them."""
+    """Raise a UserError if the file does not answer all questions, after writing those it lacks to `to_judge`."""
     distinct = list(dict.fromkeys(questions))
     missing = distinct
     if Path(judge.path).exists():
@@ -80,15 +85,15 @@ def _check_coverage(judge: AnswerFile, questions: Sequence[Prompt], ledger: Ledg
         to_judge.unlink(missing_ok=True)
         return
     columns = judge.columns
-    write_rows(to_judge, [_to_judge(question, columns) for question in missing])
+    write_rows(to_judge, [_question_row(question, columns) for question in missing])
     raise UserError(
         f"{judge.path}: has no verdict on {len(missing)} of {len(distinct)} pairs; they are in {to_judge}: put A, B or "
         f"T into {columns.answer!r} of each row, add the rows to {judge.path}, and run the same command again."
     )
 
 
-def _to_judge(question: Prompt, columns: FileColumns) -> dict[str, Any]:
-    """The row that asks for a verdict; it is found again by its id."""
+def _question_row(question: Prompt, columns: FileColumns) -> dict[str, Any]:
+    """Return the row that asks for a verdict; the answered row is matched by its id."""
     row: dict[str, Any] = {columns.id: question.id, "question": readable_text(question.question), columns.answer: None}
     if question.images:
         row["images"] = [image.path or image.digest for image in question.images]

@@ -1,9 +1,9 @@
-"""Win rates with intervals: raw, length-controlled and on pairs of matched length.
+"""Compute win rates with intervals: raw, length-controlled and on pairs of matched length.
 
-The length model is AlpacaEval 2's (Dubois et al. 2024) without its fitted difficulty of each instruction,
-which needs a file of other models' results: logit P(model wins) = θ + φ·tanh((len_ref − len_model) / std),
-where φ carries a weak ridge and the length-controlled rate is P at equal lengths. Works offline, on numbers
-alone: no models, no I/O, and no averaging over samples or orders of one prompt, which the caller does first.
+The length model is that of AlpacaEval 2 (Dubois et al. 2024) without the fitted difficulty of each instruction, which
+needs other models' results: logit P(model wins) = θ + φ·tanh((len_ref − len_model) / std), with a weak ridge on φ. The
+length-controlled rate is P at equal lengths. Works on numbers alone: no models, no I/O. The caller averages over the
+samples and orders of a prompt first.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from purld.evaluation.intervals import (
     widen_to_include,
 )
 
-# The ridge adds RIDGE·φ² to the *mean* cross-entropy, so that it means the same at every n: doubling the data
-# leaves the estimate where it was. Without it φ also absorbs that prompts with short reference answers are
-# easier, and a weak model's controlled rate comes out far too high. docs/decisions.md has the numbers.
+# RIDGE·φ² is added to the *mean* cross-entropy, so the estimate does not depend on n. Without the ridge, φ also
+# absorbs that prompts with short reference answers are easier, and the controlled rate of a weak model comes out far
+# too high. docs/decisions.md has the numbers.
 RIDGE = 0.01
 
-LENGTH_BAND = 1.25  # "comparable" lengths (section 4.1): neither answer longer than this times the other
+LENGTH_BAND = 1.25  # largest ratio of "comparable" lengths (section 4.1)
 
 _MAX_NEWTON_STEPS = 50
 _MAX_HALVINGS = 30
@@ -37,7 +37,7 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class MatchedRate:
-    """The raw win rate on the pairs whose lengths are within `LENGTH_BAND`."""
+    """The raw win rate on the n pairs of comparable length (`LENGTH_BAND`)."""
 
     n: int
     win_rate: float
@@ -46,17 +46,17 @@ class MatchedRate:
 
 @dataclass(frozen=True)
 class WinRates:
-    """A model against one opponent; rates in [0, 1], intervals of 95%.
+    """The win rates of a model against one opponent: rates in [0, 1] with 95% intervals.
 
     Attributes:
-        n: prompts that were judged.
-        unjudged: prompts that were not; they enter no other number here.
-        win_rate: the mean probability of winning.
+        n: number of judged prompts.
+        unjudged: number of unjudged prompts; they enter no other number.
+        win_rate: mean probability of winning.
         lc_win_rate: the same at equal lengths, by the length model.
         length_ratio: mean model length / mean reference length; None if every reference is empty.
-        overlap: how well the pairs surround equal length, where `lc_win_rate` is read off: twice the share of
-            the rarer side (model shorter, model longer; equal counts half on each). 1 is balanced; at 0 every
-            pair lies on one side and `lc_win_rate` is an extrapolation.
+        overlap: balance of the pairs around equal length, where `lc_win_rate` is evaluated: twice the share of the
+            rarer side (model shorter or model longer; equal lengths count half on each). 1 is balanced; at 0 all pairs
+            lie on one side, and `lc_win_rate` is an extrapolation.
         matched: the rate on pairs of comparable length; None if there is no such pair.
     """
 
@@ -77,18 +77,18 @@ def summarize(
     model_lengths: ArrayLike,
     seed: int = 0,
 ) -> WinRates:
-    """Win rates of a model against a reference, one entry per prompt.
+    """Return the win rates of a model against a reference, from one entry per prompt.
 
     Args:
-        p_model_wins: (n,) probability that the model's answer wins; a tie is 0.5, NaN was not judged.
+        p_model_wins: (n,) probability that the model's answer wins; 0.5 for a tie, NaN where unjudged.
         reference_lengths: (n,) lengths of the opponent's answers, in any unit.
         model_lengths: (n,) lengths of the model's answers, in the same unit.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: nothing was judged, the arrays do not belong together, or a value is out of its range.
+        ValueError: nothing was judged, the shapes differ, or a value is out of range.
     """
-    wins, reference, model = _checked(p_model_wins, reference_lengths, model_lengths)
+    wins, reference, model = _checked_arrays(p_model_wins, reference_lengths, model_lengths)
     judged = ~np.isnan(wins)
     unjudged = int(np.sum(~judged))
     wins, reference, model = wins[judged], reference[judged], model[judged]
@@ -102,14 +102,14 @@ def summarize(
         lc_win_rate=lc_win_rate,
         lc_win_rate_ci=lc_interval,
         length_ratio=float(model.mean() / reference.mean()) if reference.any() else None,
-        overlap=_overlap(delta),
-        matched=_matched(wins, reference, model, seed),
+        overlap=_length_overlap(delta),
+        matched=_matched_rate(wins, reference, model, seed),
     )
 
 
 def length_controlled_rate(p_model_wins: ArrayLike, reference_lengths: ArrayLike, model_lengths: ArrayLike) -> float:
-    """`WinRates.lc_win_rate` alone, without the bootstrap of its interval; arguments and errors as of `summarize`."""
-    wins, reference, model = _checked(p_model_wins, reference_lengths, model_lengths)
+    """Return `WinRates.lc_win_rate` without its interval; arguments and errors as in `summarize`."""
+    wins, reference, model = _checked_arrays(p_model_wins, reference_lengths, model_lengths)
     judged = ~np.isnan(wins)
     return _controlled_rate(wins[judged], (reference - model)[judged])
 
@@ -122,28 +122,28 @@ def length_controlled_difference(
     their_lengths: ArrayLike,
     seed: int = 0,
 ) -> tuple[float, Interval]:
-    """One model's length-controlled win rate minus another's against the same reference, and its 95% interval.
+    """Return one model's length-controlled win rate minus another's against the same reference, with its 95% interval.
 
-    Both length models are refitted on the same resampled prompts, so what is common to the two cancels.
+    Both length models are refitted on the same resampled prompts, so effects common to both models cancel.
 
     Args:
-        p_ours_wins, p_theirs_wins: (n,) probability that each model's answer wins, none of them NaN.
+        p_ours_wins, p_theirs_wins: (n,) probabilities that each model's answer wins, without NaN.
         reference_lengths: (n,) lengths of the opponent's answers.
         our_lengths, their_lengths: (n,) lengths of the two models' answers.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: as `summarize`, or a pair was not judged on either side.
+        ValueError: as in `summarize`, or a pair was unjudged for one of the models.
     """
-    ours, reference, our_model = _checked(p_ours_wins, reference_lengths, our_lengths)
-    theirs, _, their_model = _checked(p_theirs_wins, reference_lengths, their_lengths)
+    ours, reference, our_model = _checked_arrays(p_ours_wins, reference_lengths, our_lengths)
+    theirs, _, their_model = _checked_arrays(p_theirs_wins, reference_lengths, their_lengths)
     if np.isnan(ours).any() or np.isnan(theirs).any():
-        raise ValueError("a paired difference needs prompts that were judged on both sides")
+        raise ValueError("a paired difference needs prompts that were judged on both sides; leave the others out")
     deltas = reference - our_model, reference - their_model
     difference = _controlled_rate(ours, deltas[0]) - _controlled_rate(theirs, deltas[1])
     if np.ptp(ours) == 0 and np.ptp(theirs) == 0:
         return difference, constant_interval(difference, len(ours), (-1.0, 1.0))
-    # Two imagined prompts with answers of equal length, one won by either side alone: see `intervals`.
+    # Two pseudo-prompts with answers of equal length, one won by either side alone: see `intervals`.
     a, b = (np.append(ours, [1.0, 0.0]), np.append(theirs, [0.0, 1.0]))
     delta_a, delta_b = (np.append(delta, [0.0, 0.0]) for delta in deltas)
     resampled = bootstrap_values(
@@ -151,12 +151,12 @@ def length_controlled_difference(
         len(a),
         seed,
     )
-    imagined = _controlled_rate(a, delta_a) - _controlled_rate(b, delta_b)
+    padded_difference = _controlled_rate(a, delta_a) - _controlled_rate(b, delta_b)
     influence = _influence(a, delta_a) - _influence(b, delta_b)
-    return difference, widen_to_include(difference, bca_interval(imagined, resampled, influence))
+    return difference, widen_to_include(difference, bca_interval(padded_difference, resampled, influence))
 
 
-def _checked(p_model_wins: ArrayLike, reference: ArrayLike, model: ArrayLike) -> tuple[Array, Array, Array]:
+def _checked_arrays(p_model_wins: ArrayLike, reference: ArrayLike, model: ArrayLike) -> tuple[Array, Array, Array]:
     names = ("p_model_wins", "reference_lengths", "model_lengths")
     wins, *lengths = [np.asarray(a, dtype=np.float64) for a in (p_model_wins, reference, model)]
     if wins.ndim != 1 or any(array.shape != wins.shape for array in lengths):
@@ -173,12 +173,12 @@ def _checked(p_model_wins: ArrayLike, reference: ArrayLike, model: ArrayLike) ->
     return wins, lengths[0], lengths[1]
 
 
-def _overlap(delta: Array) -> float:
-    equal = np.mean(delta == 0) / 2
-    return float(2 * min(np.mean(delta > 0) + equal, np.mean(delta < 0) + equal))
+def _length_overlap(delta: Array) -> float:
+    half_of_equal = np.mean(delta == 0) / 2
+    return float(2 * min(np.mean(delta > 0) + half_of_equal, np.mean(delta < 0) + half_of_equal))
 
 
-def _matched(wins: Array, reference: Array, model: Array, seed: int) -> MatchedRate | None:
+def _matched_rate(wins: Array, reference: Array, model: Array, seed: int) -> MatchedRate | None:
     close = np.maximum(reference, model) <= LENGTH_BAND * np.minimum(reference, model)
     kept = wins[close]
     if not len(kept):
@@ -187,58 +187,58 @@ def _matched(wins: Array, reference: Array, model: Array, seed: int) -> MatchedR
 
 
 def _length_controlled(wins: Array, delta: Array, seed: int) -> tuple[float, Interval]:
-    """P(model wins) at equal lengths and its interval, the length model refitted on every resample."""
+    """Return P(model wins) at equal lengths and its interval, refitting the length model on every resample."""
     rate = _controlled_rate(wins, delta)
-    if np.ptp(wins) == 0:  # every pair ended alike
+    if np.ptp(wins) == 0:  # all pairs have the same outcome
         return rate, constant_interval(rate, len(wins), (0.0, 1.0))
     resampled = bootstrap_values(lambda index: _controlled_rates(wins[index], delta[index]), len(wins), seed)
     return rate, bca_interval(rate, resampled, _influence(wins, delta))
 
 
 def _controlled_rate(wins: Array, delta: Array) -> float:
-    """P(model wins) at equal lengths, from pairs (n,)."""
+    """Return P(model wins) at equal lengths, from pairs (n,)."""
     if np.ptp(wins) == 0:  # φ = 0 fits perfectly
         return float(wins[0])
     return float(_controlled_rates(wins[None], delta[None])[0])
 
 
 def _controlled_rates(wins: Array, delta: Array) -> Array:
-    """P(model wins) at equal lengths of many data sets at once, from (sets, n) to (sets,)."""
+    """Return P(model wins) at equal lengths for many data sets at once, from (sets, n) to (sets,)."""
     return _sigmoid(_fit(wins, delta)[0])
 
 
 def _influence(wins: Array, delta: Array) -> Array:
-    """How much each pair moves the length-controlled rate, (n,): dP/dθ times the first row of H⁻¹ times its score."""
+    """Return the influence of each pair on the length-controlled rate, (n,): dP/dθ · (first row of H⁻¹) · score."""
     if np.ptp(wins) == 0:
         return np.zeros_like(wins)
     theta, phi, terms = (part[0] for part in _fit(wins[None], delta[None]))
     p, rate, ridge = _sigmoid(theta + phi * terms), _sigmoid(theta), 2 * RIDGE
     weight, error = p * (1 - p), wins - p
     theta_theta, theta_phi, phi_phi = weight.mean(), np.mean(weight * terms), np.mean(weight * terms**2) + ridge
-    moved: Array = phi_phi * error - theta_phi * (error * terms - ridge * phi)
-    influence: Array = moved * rate * (1 - rate) / (theta_theta * phi_phi - theta_phi**2)
+    theta_change: Array = phi_phi * error - theta_phi * (error * terms - ridge * phi)
+    influence: Array = theta_change * rate * (1 - rate) / (theta_theta * phi_phi - theta_phi**2)
     return influence
 
 
 def _fit(wins: Array, delta: Array) -> tuple[Array, Array, Array]:
     """Minimise mean cross-entropy + RIDGE·φ² for many data sets at once, by Newton's method.
 
-    The objective is strictly convex, and halving a step until it does not rise makes Newton's method safe
-    from any start. A data set that was won or lost throughout has its minimum at θ = ±∞ and gets that.
+    The objective is strictly convex, and halving a step until the loss does not rise makes Newton's method converge
+    from any start. A data set with only wins or only losses has its minimum at θ = ±∞, and that is returned.
 
     Args:
         wins: (sets, n) targets in [0, 1].
         delta: (sets, n) reference length − model length.
 
     Returns:
-        θ (sets,), φ (sets,) and the length terms tanh(delta / std), (sets, n).
+        θ (sets,), φ (sets,) and the length terms tanh(delta / std) (sets, n).
     """
     std = delta.std(axis=1, keepdims=True)
     terms = np.tanh(np.divide(delta, std, out=np.zeros_like(delta), where=std > 0))
     mean = wins.mean(axis=1)
     decided = (mean <= 0) | (mean >= 1)
-    inner = np.where(decided, 0.5, mean)
-    theta, phi = np.log(inner / (1 - inner)), np.zeros_like(inner)
+    start = np.where(decided, 0.5, mean)
+    theta, phi = np.log(start / (1 - start)), np.zeros_like(start)
     for _ in range(_MAX_NEWTON_STEPS):
         step_theta, step_phi = _newton_step(theta, phi, wins, terms)
         scale = np.where(decided, 0.0, _step_scale(theta, phi, step_theta, step_phi, wins, terms))
@@ -249,7 +249,7 @@ def _fit(wins: Array, delta: Array) -> tuple[Array, Array, Array]:
 
 
 def _step_scale(theta: Array, phi: Array, step_theta: Array, step_phi: Array, wins: Array, terms: Array) -> Array:
-    """The largest of 1, 1/2, 1/4, … with which a data set's step does not raise its loss, (sets,)."""
+    """Return the largest of 1, 1/2, 1/4, … that does not raise the loss of each data set, (sets,)."""
     start = _loss(theta, phi, wins, terms)
     scale = np.ones_like(theta)
     for _ in range(_MAX_HALVINGS):

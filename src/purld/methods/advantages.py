@@ -1,6 +1,6 @@
-"""From scores to the signals of the other methods: advantages, pairs, and PPO's credit token by token.
+"""Turn scores into what the objectives learn from: advantages, ranked pairs, and PPO's credit per token.
 
-A score belongs to a whole answer. What an objective wants to be told is made of it here, without a model.
+A score belongs to a whole answer. Everything here is a pure function of tensors; no model is involved.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SMALL = 1e-4  # TRL's; keeps a group of equal scores finite
 
 
 def group_advantages(scores: Tensor) -> Tensor:
-    """(s_k - mean) / (std + 1e-4) over one group, shape (K,): Shao et al., 2024, section 4.1.2.
+    """Standardise scores over one group: (s_k - mean) / (std + 1e-4), shape (K,) (Shao et al., 2024, section 4.1.2).
 
     Args:
         scores: (K,) scores, K >= 2; the standard deviation is the unbiased one.
@@ -26,7 +26,7 @@ def group_advantages(scores: Tensor) -> Tensor:
 
 
 def ranked_pairs(scores: Tensor, margin: float, pairing: Pairing) -> Tensor:
-    """Pairs of one group that its ranking implies, (P, 2) indices, the better one first; P may be 0.
+    """List the pairs that a group's ranking implies: (P, 2) indices, the better one first; P may be 0.
 
     Args:
         scores: (K,) scores.
@@ -41,18 +41,18 @@ def ranked_pairs(scores: Tensor, margin: float, pairing: Pairing) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenCredit:
-    """What PPO learns from: (K, C) advantages for the policy and (K, C) returns for the critic."""
+    """PPO's credit per token: (K, C) advantages for the policy and (K, C) returns for the critic."""
 
     advantages: Tensor
     returns: Tensor
 
 
 def token_rewards(scores: Tensor, old: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """(K, C): -beta (log p_old - log p_sft) at every token, and the score at the last one.
+    """Spread scores over tokens: -beta (log p_old - log p_sft) at every token, plus the score at the last; (K, C).
 
     Args:
         scores: (K,) scores of whole answers.
-        old: (K, C) log-probabilities under the policy that drew them.
+        old: (K, C) log-probs under the policy that drew them, in nats.
         reference: (K, C) the same under p_sft.
         mask: (K, C), 1 on an answer's tokens; every answer has one.
         beta: weight of the KL from p_sft.
@@ -63,7 +63,7 @@ def token_rewards(scores: Tensor, old: Tensor, reference: Tensor, mask: Tensor, 
 
 
 def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, trace: float) -> TokenCredit:
-    """Generalised advantage estimation (Schulman et al., 2016, Eq. 16), backwards from each answer's end.
+    """Estimate generalised advantages (Schulman et al., 2016, Eq. 16), backwards from each answer's end.
 
     A_t = delta_t + discount * trace * A_{t+1} with delta_t = r_t + discount * V_{t+1} - V_t; after the last token
     there is no value. Returns are A_t + V_t.
@@ -88,7 +88,7 @@ def generalised_advantages(rewards: Tensor, values: Tensor, mask: Tensor, discou
 
 
 def whiten_advantages(credits: Sequence[TokenCredit], masks: Sequence[Tensor]) -> list[TokenCredit]:
-    """The same credits with advantages of mean 0 and standard deviation 1 over all tokens of a batch of prompts.
+    """Standardise the advantages of a step: mean 0 and standard deviation 1 over all tokens of its prompts.
 
     Args:
         credits: one per prompt.

@@ -1,8 +1,7 @@
-"""From scores to the positive-unlabeled label distribution of a group (section 3.3, Eq. 2).
+"""Turn scores into the positive-unlabeled label distribution of a group (section 3.3, Eq. 2).
 
-Everything is computed in log space, in the dtype of the scores, so that extreme margins, sharp gammas and low
-temperatures neither overflow nor round a candidate's label to zero before its time. Sampling and scoring
-happen elsewhere.
+Everything is computed in log space, in the dtype of the scores, so that extreme margins, large gammas and low
+temperatures neither overflow nor round a label to zero early. Sampling and scoring happen elsewhere.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class PuLabels:
-    """What a group is taught by LDL-GRPO: log D_x of Eq. 2 and the confidences u_k in it, each (K,)."""
+    """The labels of one group: log D_x of Eq. 2 and the confidences u_k in it, each (K,)."""
 
     log_distribution: Tensor
     confidences: Tensor
 
 
 def pu_labels(scores: Tensor, anchor_score: float, gamma: float, tau: float) -> PuLabels:
-    """Eq. 2 from (K,) scores s_k and the anchor's own score s*; see `log_label_distribution`."""
+    """Make the labels of Eq. 2 from (K,) scores s_k and the anchor's score s*; see `log_label_distribution`."""
     margin = anchor_margins(scores, anchor_score)
     return PuLabels(log_label_distribution(margin, gamma, tau), positive_confidences(margin, gamma))
 
 
 def anchor_margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:
-    """Anchor-referenced margins r_k = s_k - s* of a group.
+    """Return the anchor-referenced margins r_k = s_k - s* of a group, shape (K,).
 
     Args:
         scores: (K,) scores s_k of the candidates.
@@ -39,17 +38,17 @@ def anchor_margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:
 
 
 def positive_confidences(margin: Tensor, gamma: float) -> Tensor:
-    """Soft positivity u_k = sigmoid(gamma r_k) of the candidates, shape (K,)."""
+    """Return the soft positivity u_k = sigmoid(gamma r_k) of the candidates, shape (K,)."""
     return torch.sigmoid(gamma * margin)
 
 
 def log_label_distribution(margin: Tensor, gamma: float, tau: float) -> Tensor:
-    """The logarithm of Eq. 2's D_x, shape (K,): log-softmax of log sigmoid(gamma r_k) + r_k / tau.
+    """Return log D_x of Eq. 2, shape (K,): the log-softmax of log sigmoid(gamma r_k) + r_k / tau.
 
     Args:
         margin: (K,) margins r_k, all finite.
-        gamma: sharpness of the PU confidence, > 0.
-        tau: temperature, > 0.
+        gamma: the sharpness of the PU confidence, > 0.
+        tau: the temperature, > 0.
 
     Raises:
         ValueError: the group is empty, a margin is not finite, or gamma or tau is not positive.
@@ -63,11 +62,6 @@ def log_label_distribution(margin: Tensor, gamma: float, tau: float) -> Tensor:
     return torch.log_softmax(logsigmoid(gamma * margin) + margin / tau, dim=0)
 
 
-def label_distribution(margin: Tensor, gamma: float, tau: float) -> Tensor:
-    """Eq. 2's D_x over the candidates of one group, shape (K,); see `log_label_distribution`."""
-    return log_label_distribution(margin, gamma, tau).exp()
-
-
 def distribution_entropy(log_distribution: Tensor) -> Tensor:
-    """Shannon entropy in nats of a distribution given by its logarithm, shape () from (K,)."""
+    """Return the Shannon entropy in nats of a (K,) distribution given by its logarithm, shape ()."""
     return -(log_distribution.exp() * log_distribution.clamp(min=torch.finfo(log_distribution.dtype).min)).sum()

@@ -1,10 +1,10 @@
-"""The objectives of Stage II, each a pure function of one group's per-token log-probabilities.
+"""The objectives of Stage II, each a pure function of one group's per-token log-probs.
 
-Every objective takes `GroupTokens` and its signal and returns a `GroupLoss`. It sees the model through (K, C)
-log-probabilities alone (PPO's also through (K, C) values), so its gradient in the parameters is
-sum_kt c_kt * grad log p(y_kt|x, y_k<t) with one number c_kt per token. `loss_coefficients` gives these numbers from
-log-probabilities computed without a graph; the trainer then sends members backward in micro-batches of any size, and the sum is the exact gradient, whatever the
-objective. How signals are made of scores is in `labels` and `credit`; sampling and scoring happen elsewhere.
+Every objective takes `GroupTokens` and its signal and returns a `GroupLoss`. It sees the model only through (K, C)
+log-probs (PPO's also through (K, C) values), so its gradient in the parameters is sum_kt c_kt grad log p(y_kt|x, y_k<t)
+with one number c_kt per token. `loss_coefficients` computes these numbers from log-probs without a graph. The trainer
+then sends members backward in micro-batches, and the sum is the exact gradient for every objective and batch size.
+`labels` and `advantages` make the signals; sampling and scoring happen elsewhere.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ QForm = Literal["ratio", "likelihood", "mean"]
 
 @dataclass(frozen=True)
 class GroupTokens:
-    """The members of one group as an objective sees them; every tensor is (K, C), float32, padded after the end.
+    """The members of one group as an objective sees them; every tensor is (K, C), float32, padded on the right.
 
     Attributes:
-        policy: log p_theta of each token, in nats; what gradients are taken in.
+        policy: log p_theta of each token, in nats; the objective is differentiated in it.
         reference: the same under the frozen p_sft.
-        old: the same under the policy that the members were drawn from.
-        mask: 1 on a member's tokens, 0 after them.
-        values: the critic's value before each token; what gradients are taken in, too. None without a critic.
-        old_values: the same as the critic was when the members were drawn.
+        old: the same under the policy that drew the members.
+        mask: 1 on a member's tokens, 0 on padding.
+        values: the critic's value before each token; differentiated too. None without a critic.
+        old_values: the critic's values when the members were drawn.
     """
 
     policy: Tensor
@@ -45,22 +45,22 @@ class GroupTokens:
 
     @property
     def lengths(self) -> Tensor:
-        """(K,) number of tokens, as floats."""
+        """Return the (K,) numbers of tokens, as floats."""
         return self.mask.sum(dim=1)
 
     def sequences(self, log_probs: Tensor) -> Tensor:
-        """(K,) sums over tokens of (K, C) log-probabilities."""
+        """Sum (K, C) log-probs over each member's tokens, (K,)."""
         return (log_probs * self.mask).sum(dim=1)
 
 
 @dataclass(frozen=True)
 class GroupLoss:
-    """An objective's value on one group and what is worth logging of it.
+    """An objective's value on one group, with what to log.
 
     Attributes:
         value: shape (); its gradient is the objective's, or an unbiased estimate of it.
-        metrics: () tensors by name.
-        members: (K,) tensors by name, for the record of the group.
+        metrics: () tensors by name; the trainer logs their means.
+        members: (K,) tensors by name, kept in the record of the group.
     """
 
     value: Tensor
@@ -71,7 +71,7 @@ class GroupLoss:
 def loss_coefficients(
     objective: Callable[[GroupTokens], GroupLoss], tokens: GroupTokens
 ) -> tuple[GroupLoss, Tensor, Tensor | None]:
-    """The objective and its (K, C) gradients in `tokens.policy` and `tokens.values`; no graph is needed or kept."""
+    """Return the objective and its (K, C) gradients in `tokens.policy` and `tokens.values`, without keeping a graph."""
     policy = tokens.policy.detach().requires_grad_()
     values = None if tokens.values is None else tokens.values.detach().requires_grad_()
     with torch.enable_grad():
@@ -91,12 +91,12 @@ def loss_coefficients(
 
 
 def ldl_loss(tokens: GroupTokens, log_labels: Tensor, *, form: QForm, beta: float) -> GroupLoss:
-    """KL(D || q_theta) + beta KL(p_theta || p_sft) of one group (Eq. 4).
+    """Compute KL(D || q_theta) + beta KL(p_theta || p_sft) of one group (Eq. 4).
 
     Args:
         tokens: K candidates drawn from the policy.
         log_labels: (K,) log D_x.
-        form: how the policy is mapped onto the group, see `log_policy_distribution`.
+        form: how q is made of the policy, see `log_policy_distribution`.
         beta: weight of the KL from p_sft.
     """
     log_probs, reference = tokens.sequences(tokens.policy), tokens.sequences(tokens.reference)
@@ -117,7 +117,7 @@ def ldl_loss(tokens: GroupTokens, log_labels: Tensor, *, form: QForm, beta: floa
 
 
 def log_policy_distribution(log_probs: Tensor, reference_log_probs: Tensor, lengths: Tensor, form: QForm) -> Tensor:
-    """log q_theta over one group, shape (K,): the log-softmax of one number per candidate.
+    """Return log q_theta over one group, shape (K,): the log-softmax of one number per candidate.
 
     `likelihood` is Eq. 3, log p_theta(y_k|x). `mean` divides it by the number of tokens. `ratio` is
     log p_theta(y_k|x) - log p_sft(y_k|x): candidates are drawn from the policy already, so Eq. 3 weighs them
@@ -127,7 +127,7 @@ def log_policy_distribution(log_probs: Tensor, reference_log_probs: Tensor, leng
         log_probs: (K,) sequence log-likelihoods under the policy, in nats.
         reference_log_probs: (K,) the same under p_sft.
         lengths: (K,) number of completion tokens.
-        form: which of the three.
+        form: one of the three.
     """
     if form == "likelihood":
         logits = log_probs
@@ -139,14 +139,14 @@ def log_policy_distribution(log_probs: Tensor, reference_log_probs: Tensor, leng
 
 
 def labels_kl(log_labels: Tensor, log_q: Tensor) -> Tensor:
-    """KL(D || q) of one group in nats, shape () from two (K,) log-distributions (Eq. 4, first term)."""
+    """Return KL(D || q) of one group in nats, shape (), from two (K,) log-distributions (Eq. 4, first term)."""
     labels = log_labels.exp()
     # 0 * (-inf - x) would be nan: a label that underflowed contributes nothing.
     return torch.where(labels > 0, labels * (log_labels - log_q), torch.zeros_like(labels)).sum()
 
 
 def kl_coefficients(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """Coefficients (K,) of grad log p_theta(y_k|x) that estimate the gradient of KL(p_theta || p_sft).
+    """Return (K,) coefficients of grad log p_theta(y_k|x) that estimate the gradient of KL(p_theta || p_sft).
 
     With y ~ p_theta the gradient is E[(log p_theta(y) - log p_sft(y)) grad log p_theta(y)]; the mean of the
     other candidates' log-ratios is subtracted, which leaves the expectation as it is because it does not
@@ -162,7 +162,7 @@ def kl_coefficients(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 
 def kl_from_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
-    """An estimate of KL(p_theta || p_sft) in nats per sequence, shape (), from (K,) log-likelihoods of draws.
+    """Estimate KL(p_theta || p_sft) in nats per sequence, shape (), from (K,) log-likelihoods of draws.
 
     Its value is the mean log-ratio; its gradient is that of `kl_coefficients`, which the mean's own gradient is not.
     """
@@ -172,7 +172,7 @@ def kl_from_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor | None:
-    """Pearson's correlation of two (K,) tensors, shape (); None where one of them is constant."""
+    """Return Pearson's correlation of two (K,) tensors, shape (); None where one is constant."""
     if x.numel() < 2 or x.std() < 1e-8 or y.std() < 1e-8:
         return None
     return torch.corrcoef(torch.stack([x, y]))[0, 1]
@@ -182,7 +182,7 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor | None:
 
 
 def dpo_loss(tokens: GroupTokens, pairs: Tensor, *, beta: float) -> GroupLoss:
-    """-log sigmoid(beta (log-ratio of the chosen - log-ratio of the rejected)), the mean over pairs of one group.
+    """Compute -log sigmoid(beta (log-ratio of the chosen - that of the rejected)), the mean over a group's pairs.
 
     Rafailov et al., 2023, Eq. 7; log-ratios are log p_theta - log p_sft of whole sequences. A member may be in
     several pairs.
@@ -202,7 +202,7 @@ def dpo_loss(tokens: GroupTokens, pairs: Tensor, *, beta: float) -> GroupLoss:
 
 
 def grpo_loss(tokens: GroupTokens, advantages: Tensor, *, clip: float, beta: float) -> GroupLoss:
-    """The clipped surrogate with one advantage per member, plus beta KL(p_theta || p_sft) (Shao et al., 2024, Eq. 3).
+    """Compute the clipped surrogate of GRPO plus beta KL(p_theta || p_sft) (Shao et al., 2024, Eq. 3).
 
     The mean over a member's tokens, then over members. The KL is the k3 estimate times the importance ratio: so the
     expectation over draws, and hence the gradient, is KL(p_theta || p_sft)'s; k3's alone is KL(p_sft || p_theta)'s.
@@ -222,13 +222,13 @@ def grpo_loss(tokens: GroupTokens, advantages: Tensor, *, clip: float, beta: flo
 
 
 def ppo_loss(tokens: GroupTokens, credit: TokenCredit, *, clip: float, value_clip: float) -> GroupLoss:
-    """The clipped surrogate with an advantage per token, plus half the clipped squared error of the critic.
+    """Compute PPO's clipped surrogate plus half the clipped squared error of the critic.
 
     Schulman et al., 2017, Eq. 7 and 9, the value clipped as in its published implementation. The critic's part has no
     weight because policy and critic share no parameters. The mean over a member's tokens, then over members.
 
     Args:
-        tokens: members drawn from the policy `tokens.old`, with the critic's values now and then.
+        tokens: members drawn from the policy `tokens.old`, with the critic's current and old values.
         credit: advantages and returns.
         clip: the ratio to the old policy is clipped to [1 - clip, 1 + clip].
         value_clip: values are clipped to within this of the old ones.
@@ -245,7 +245,7 @@ def ppo_loss(tokens: GroupTokens, credit: TokenCredit, *, clip: float, value_cli
 
 
 def _clipped_surrogate(tokens: GroupTokens, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """-min(ratio A, clipped ratio A) per token, (K, C), and the share of tokens whose gradient the clip cut, ()."""
+    """Return -min(ratio A, clipped ratio A) per token, (K, C), and the share of tokens that are clipped, ()."""
     ratios = _ratios(tokens)
     free, bound = ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages
     cut = (bound < free).float() * tokens.mask
@@ -253,7 +253,7 @@ def _clipped_surrogate(tokens: GroupTokens, advantages: Tensor, clip: float) -> 
 
 
 def _ratios(tokens: GroupTokens) -> Tensor:
-    """(K, C) p_theta / p_old of each token."""
+    """Return p_theta / p_old of each token, (K, C)."""
     return (tokens.policy - tokens.old).exp()
 
 
@@ -261,10 +261,10 @@ def _ratios(tokens: GroupTokens) -> Tensor:
 
 
 def nll_loss(tokens: GroupTokens) -> GroupLoss:
-    """-log p_theta(y|x) per token (Eq. 1): the mean over a member's tokens, then over members."""
+    """Compute -log p_theta(y|x) per token (Eq. 1): the mean over a member's tokens, then over members."""
     return GroupLoss(-mean_over_tokens(tokens.policy, tokens.mask).mean())
 
 
 def mean_over_tokens(x: Tensor, mask: Tensor) -> Tensor:
-    """(K,) means of (K, C) over each member's own tokens."""
+    """Average (K, C) over each member's tokens, (K,)."""
     return (x * mask).sum(dim=1) / mask.sum(dim=1)

@@ -1,7 +1,8 @@
-"""The methods by name: what each learns from and how it moves the policy.
+"""The table of methods.
 
-A method is a row: who scores, how scores become a signal, and which objective the signal goes into. Sampler, scorer
-and trainer are the same for all of them and read these rows; none of them asks for a method by its name.
+A method is a row: who scores, how scores become a signal, and which objective learns from the signal. Sampler, scorer
+and trainer are shared by all methods and read these rows; none of them asks for a method by its name. To add a method:
+write its row here and its section in `purld.config.methods`.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from purld.methods.labels import PuLabels, pu_labels
 from purld.methods.losses import GroupLoss, GroupTokens, dpo_loss, grpo_loss, ldl_loss, nll_loss, ppo_loss
 
 Signal = TypeVar("Signal")
-Scorer = Literal["anchored", "alone", "teacher"]
+ScoreSource = Literal["anchored", "alone", "teacher"]
 
 
 @dataclass(frozen=True)
 class GroupEvidence:
-    """What is known of one group before its update.
+    """What a method may make its signal of, for one group.
 
     Attributes:
-        scores: (K,) scores of the members that have one; (0,) where nobody scores.
-        anchor_score: s*, if the anchor was scored.
-        tokens: the members at the time they were drawn; only for a method with a critic.
+        scores: (K,) scores of the candidates that have one; (0,) for a method without a scorer.
+        anchor_score: the anchor's own score s*; None if it was not scored.
+        tokens: the members when they were drawn; only for a method with a critic.
     """
 
     scores: Tensor
@@ -45,20 +46,20 @@ class GroupEvidence:
 
 @dataclass(frozen=True)
 class StageTwoMethod(Generic[Signal]):
-    """How a method learns in Stage II. `settings` is its section of the configuration.
+    """How a method learns in Stage II; `settings` is its section of the configuration.
 
     Attributes:
-        signal: (evidence, settings) -> what the objective is told of one group; None leaves the group out.
+        signal: (evidence, settings) -> what the objective learns from; None leaves the group out.
         loss: (tokens, signal, settings) -> the objective on one group.
-        scorer: `anchored` self-evaluation, self-evaluation `alone`, the `teacher`, or nobody.
+        scorer: `anchored` self-evaluation, self-evaluation `alone` (without the anchor), the `teacher`, or None.
         anchor_member: whether the anchor is the group's first member, before the candidates.
-        critic: whether values are learned beside the policy.
-        across: (signals, masks) -> the signals after what the prompts of a step do to each other.
+        critic: whether a value head is learned with the policy.
+        across: (signals, masks) -> the signals of a step's prompts, normalised over all of them.
     """
 
     signal: Callable[[GroupEvidence, Any], Signal | None]
     loss: Callable[[GroupTokens, Signal, Any], GroupLoss]
-    scorer: Scorer | None = None
+    scorer: ScoreSource | None = None
     anchor_member: bool = False
     critic: bool = False
     across: Callable[[list[Signal], list[Tensor]], list[Signal]] | None = None
@@ -66,7 +67,7 @@ class StageTwoMethod(Generic[Signal]):
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table; the first four columns are what `purld methods` prints."""
+    """One row of the table; `purld methods` prints the first four columns."""
 
     name: str
     signal: str
@@ -122,7 +123,7 @@ def _ppo_loss(tokens: GroupTokens, credit: TokenCredit, settings: Any) -> GroupL
 
 
 def _imitate(evidence: GroupEvidence, settings: Any) -> bool:
-    return True  # the members are all there is to know
+    return True  # the objective needs nothing but the members
 
 
 def _nll_loss(tokens: GroupTokens, signal: bool, settings: Any) -> GroupLoss:
@@ -182,3 +183,4 @@ _ROWS = (
     Method("sft", signal="the teacher's answers (Eq. 1)", objective="maximum likelihood", teacher_calls="N"),
 )
 METHODS = {row.name: row for row in _ROWS}
+"""Every method by its name in `align.method`."""

@@ -1,8 +1,9 @@
-"""A causal language model in two halves: the body yields hidden states, the head turns them into logits.
+"""A causal language model in two parts: the body returns hidden states, the LM head turns them into logits.
 
-Logits are as wide as the vocabulary, so they are made for the tokens that need them and for a few tokens at a
-time, and made again on the way back instead of being kept. Whatever an architecture does to its logits (a scale,
-a soft cap) is done by its own `forward`, run on hidden states that are already there.
+Logits are as wide as the vocabulary, so they are computed only for the tokens that need them, in chunks, and
+recomputed in the backward pass instead of being kept. They are computed by the model's own `forward`, with the body
+replaced by a stand-in that returns the given hidden states: whatever an architecture does to its logits (a scale, a
+soft cap) is kept, and so are the hooks on the model. Hooks on the body run once per pass through the body.
 """
 
 from __future__ import annotations
@@ -13,84 +14,125 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Tokens whose logits are in memory together: enough to keep a GPU's matrix units busy, and at a vocabulary of
+from purld.model.causal_lm import BodyOutput, CausalLM, unwrap_adapters
+
+# Tokens whose logits are in memory at once: enough to keep a GPU's matrix units busy, and with a vocabulary of
 # 150,000 still only 150 MB in float32.
 _CHUNK = 256
-# Models that give pictures positions in three dimensions keep this of the last head they ran, as a state of theirs.
-_SHIFT = "rope_deltas"
-
-
-def unwrap_adapters(model: Any) -> Any:
-    """The model under its adapters, if it has any."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+# Models that give images positions in three dimensions keep the position shift of their last input here.
+_POSITION_SHIFT = "rope_deltas"
 
 
 class BodyAndHead:
-    """The two halves of a model, with adapters as they are switched when a half is used.
+    """The body and the LM head of a model, each run with the adapters as they are switched at that moment.
 
     Args:
         model: a causal language model, bare or under adapters.
+
+    Raises:
+        TypeError: the body is not a module of its own inside the model.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.causal = unwrap_adapters(model)
-        self.body = self.causal.base_model
-        if self.body is self.causal:
-            raise TypeError(f"{type(self.causal).__name__} does not keep its body apart from its head")
+    def __init__(self, model: CausalLM) -> None:
+        causal = unwrap_adapters(model)
+        self._causal: CausalLM = getattr(causal, "_orig_mod", causal)  # what `torch.compile` wraps
+        self._body = self._causal.base_model
+        self._owner, self._name = _find_owner(self._causal, self._body)
 
     def hidden_states(
-        self, ids: Tensor, cache: Any | None = None, shift: Tensor | None = None, beside: Mapping[str, Any] = {}
-    ) -> Any:
-        """The body's output for (B, L) token ids, on top of `cache` if there is one; with a new cache if not.
+        self,
+        ids: Tensor,
+        cache: Any | None = None,
+        position_shift: Tensor | None = None,
+        extra_inputs: Mapping[str, Any] = {},
+    ) -> BodyOutput:
+        """Return the body's output for (B, L) token ids.
 
         Args:
             ids: token ids.
-            cache: keys and values of what comes before.
-            shift: what `shift` said after that had been run.
-            beside: what the body takes beside token ids.
+            cache: keys and values of the tokens before; a new cache if there is none.
+            position_shift: the value of `position_shift` after those tokens were run.
+            extra_inputs: further arguments of the body, such as pixels.
         """
-        if hasattr(self.body, _SHIFT):
-            setattr(self.body, _SHIFT, shift)
-        return self.body(input_ids=ids, past_key_values=cache, use_cache=True, **beside)
+        if hasattr(self._body, _POSITION_SHIFT):
+            setattr(self._body, _POSITION_SHIFT, position_shift)
+        output: BodyOutput = self._body(input_ids=ids, past_key_values=cache, use_cache=True, **extra_inputs)
+        return output
 
     @property
-    def shift(self) -> Tensor | None:
-        """By how much positions go on from another number than that of the tokens, after a head with pictures."""
-        shift: Tensor | None = getattr(self.body, _SHIFT, None)
+    def position_shift(self) -> Tensor | None:
+        """By how much the positions of the last input differ from the number of its tokens, if it had images."""
+        shift: Tensor | None = getattr(self._body, _POSITION_SHIFT, None)
         return shift
 
-    def logits(self, output: Any, hidden: Tensor) -> Tensor:
-        """(N, V) logits in float32 of (N, H) hidden states that come from the body's `output`."""
+    def logits(self, output: BodyOutput, hidden: Tensor) -> Tensor:
+        """Return (N, V) float32 logits of (N, H) hidden states.
+
+        Args:
+            output: the body's output that the hidden states were taken from.
+            hidden: hidden states.
+
+        Raises:
+            TypeError: the model's `forward` does not call its body.
+        """
         given = copy.copy(output)
         given.last_hidden_state = hidden.unsqueeze(0)
         placeholder = torch.zeros((1, hidden.shape[0]), dtype=torch.long, device=hidden.device)
-        with _instead_of(self.body, given):
-            logits: Tensor = self.causal(input_ids=placeholder).logits
+        # Compiled code would be compiled again for every stand-in.
+        with self._replaced_body(given) as stand_in, torch.compiler.set_stance("force_eager"):
+            logits = self._causal(input_ids=placeholder).logits
+        if not stand_in.was_called:
+            raise TypeError(f"the forward of {type(self._causal).__name__} does not call its body")
         return logits.squeeze(0).float()
 
-    def log_probs(self, output: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-        """(N,) log-probabilities in float32 of N target tokens at (N, H) hidden states."""
+    def log_probs(self, output: BodyOutput, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return (N,) float32 log-probs of N target tokens at (N, H) hidden states; for `output` see `logits`."""
 
-        def of_chunk(states: Tensor, chosen: Tensor) -> Tensor:
+        def chunk_log_probs(states: Tensor, chosen: Tensor) -> Tensor:
             logits = self.logits(output, states)
             return logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
-        chunks = zip(hidden.split(_CHUNK), targets.split(_CHUNK))
-        return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks])
+        chunks = zip(torch.split(hidden, _CHUNK), torch.split(targets, _CHUNK))
+        return torch.cat(
+            [checkpoint(chunk_log_probs, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
+        )
+
+    @contextlib.contextmanager
+    def _replaced_body(self, output: BodyOutput) -> Iterator[_StandIn]:
+        """Replace the body inside the model by a stand-in that returns `output`."""
+        stand_in = _StandIn(self._body, output)
+        self._owner._modules[self._name] = stand_in
+        try:
+            yield stand_in
+        finally:
+            self._owner._modules[self._name] = self._body
 
 
-@contextlib.contextmanager
-def _instead_of(body: Any, output: Any) -> Iterator[None]:
-    """While it lasts, calling `body` returns `output`."""
-    own = vars(body).get("forward")  # usually none: `forward` is the class's
-    body.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del body.forward
-        else:
-            body.forward = own
+class _StandIn(nn.Module):
+    """A module that returns an output computed before, and otherwise has the attributes of the body it replaces."""
+
+    def __init__(self, body: nn.Module, output: BodyOutput) -> None:
+        super().__init__()
+        self.__dict__.update(_body=body, _output=output)  # not as a submodule
+        self.was_called = False
+
+    def forward(self, *_: Any, **__: Any) -> BodyOutput:
+        """Return the output, whatever the inputs."""
+        self.was_called = True
+        output: BodyOutput = self._output
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_body"], name)
+
+
+def _find_owner(causal: CausalLM, body: nn.Module) -> tuple[nn.Module, str]:
+    """Return the module that has the body as a child, and the child's name."""
+    for owner in causal.modules():
+        for name, child in owner.named_children():
+            if child is body:
+                return owner, name
+    raise TypeError(f"{type(causal).__name__} does not keep its body apart from its head")

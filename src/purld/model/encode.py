@@ -1,9 +1,9 @@
-"""The only place that turns text into tokens, pads them, and knows where a completion begins.
+"""The encoding of prompts, answers and self-evaluation prompts as token ids, and their padding.
 
-A prompt is rendered by the model's own chat template, its pictures where their marks are, each as many placeholder
-tokens as the model's processor says. Text that somebody else wrote into a template of ours (questions, anchors,
-candidates) is encoded with special tokens taken literally, so that an answer that contains "<|im_end|>" cannot close
-its own turn, nor one that contains "<image>" pass for a picture.
+No other module turns text into tokens. A prompt is rendered by the model's own chat template; each image mark in it
+becomes as many placeholder tokens as the model's processor says. Text written by others into a template of purld
+(questions, anchors, candidates) is encoded with special tokens taken literally, so that an answer that contains
+"<|im_end|>" cannot close its own turn and one that contains "<image>" cannot pass for an image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from purld.model.vision import EncodedPrompt, ImagePreparer, pixel_inputs
 from purld.records import IMAGE, Message, Prompt
 from purld.templates import RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 
-# Stands for a slot while the chat template is rendered around it; no tokeniser ever sees it.
+# Stands for a slot while the chat template is rendered around it; no tokenizer ever sees it.
 _SLOT = "\ue000slot\ue000"
 
 
@@ -36,22 +36,27 @@ class EncodedAnswer:
 
 @dataclass(frozen=True)
 class EvaluationFrame:
-    """What is around a candidate in the self-evaluation prompt: `head` is shared by a whole group."""
+    """A self-evaluation prompt without its candidate: what comes before it, the same for a group, and after it."""
 
-    head: EncodedPrompt
-    tail: list[int]
+    prefix: EncodedPrompt
+    suffix: list[int]
 
 
 class Encoder:
     """A tokenizer, or a processor with one, and the conventions of a run.
 
     Args:
-        processor: a tokenizer, or the processor of a model that reads pictures; with a chat template.
+        processor: a tokenizer, or the processor of a model that reads images; with a chat template.
         max_anchor_tokens: anchors are cut to this many tokens.
-        max_image_pixels: pictures with more are made smaller first; None leaves that to the processor.
+        max_image_pixels: larger images are scaled down first; None leaves that to the processor.
+
+    Attributes:
+        end: the end-of-turn token.
+        pad: the token to pad with.
+        placeholders: tokens that stand for an image; no completion may contain one.
 
     Raises:
-        UserError: there is no chat template or no end-of-turn token, or a processor does not show pictures the way
+        UserError: there is no chat template or no end-of-turn token, or the processor does not handle images the way
             those of transformers do.
     """
 
@@ -61,80 +66,83 @@ class Encoder:
         max_anchor_tokens: int,
         max_image_pixels: int | None = None,
     ) -> None:
-        reads_pictures = isinstance(processor, ProcessorMixin)
-        self.tokenizer: PreTrainedTokenizerBase = processor.tokenizer if reads_pictures else processor
+        self.processor = processor
+        self.max_anchor_tokens = max_anchor_tokens
+        self.tokenizer = tokenizer_of(processor)
         name = self.tokenizer.name_or_path
         if not processor.chat_template:
             raise UserError(f"{name}: the tokenizer has no chat template; purld aligns instruct models.")
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"{name}: the tokenizer names no end-of-turn token (eos_token).")
-        self.processor = processor
-        self.max_anchor_tokens = max_anchor_tokens
         self.end: int = self.tokenizer.eos_token_id
         self.pad: int = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        self._preparer = ImagePreparer(processor, max_image_pixels) if reads_pictures else None
-        if self._preparer is not None:
+        self.placeholders: list[int] = []
+        self._preparer: ImagePreparer | None = None
+        self._opening: list[int] = []
+        if isinstance(processor, ProcessorMixin):
+            self._preparer = ImagePreparer(processor, max_image_pixels)
             self._check_template(self._preparer.placeholder)
-        self._opening = _opening(self.tokenizer) if reads_pictures else []
-        # Tokens that stand for a picture in the model's eyes: no completion may hold one.
-        self.placeholders: list[int] = _placeholders(processor) if reads_pictures else []
+            self._opening = _opening_token(self.tokenizer)
+            self.placeholders = _placeholder_ids(processor)
 
-    def prompt(self, prompt: Prompt) -> EncodedPrompt:
-        """A prompt up to where the assistant's answer begins.
+    def encode_prompt(self, prompt: Prompt) -> EncodedPrompt:
+        """Encode a prompt up to where the assistant's answer begins.
 
         Raises:
-            UserError: it has pictures and the model reads none, or its text holds the model's own mark of a picture.
+            UserError: it has images and the model reads none, or its text contains the model's own image mark.
         """
-        return self._head([self._chat(prompt.messages)], [], prompt)
+        return self._encode([self._chat(prompt.messages)], [], prompt)
 
-    def harmless(self, prompt: Prompt) -> Prompt:
-        """The prompt with the model's own marks of a picture broken up where a text spells one."""
+    def break_image_marks(self, prompt: Prompt) -> Prompt:
+        """Return the prompt with a space put into every image mark of the model that its text contains."""
         marks = sorted(self._preparer.marks) if self._preparer else []
-        turns = [Message(m.role, functools.reduce(_broken, marks, m.content)) for m in prompt.messages]
+        turns = [Message(m.role, functools.reduce(_break_mark, marks, m.content)) for m in prompt.messages]
         return replace(prompt, messages=tuple(turns))
 
-    def answer(self, text: str) -> EncodedAnswer:
-        """An anchor as a training target of at most `max_anchor_tokens` tokens."""
-        ids = self.literal(text)
+    def encode_answer(self, text: str) -> EncodedAnswer:
+        """Encode an anchor as a training target of at most `max_anchor_tokens` tokens."""
+        ids = self.encode_literal(text)
         if len(ids) + 1 > self.max_anchor_tokens:
             return EncodedAnswer(ids[: self.max_anchor_tokens], cut=True)
         return EncodedAnswer([*ids, self.end], cut=False)
 
     def evaluation_frame(self, prompt: Prompt, anchor: str | None) -> EvaluationFrame:
-        """The self-evaluation prompt (appendix C.4) around a slot for the candidate; without an anchor, a bare rating.
+        """Encode the self-evaluation prompt (appendix C.4) around the candidate; without an anchor, a bare rating.
 
-        The prompt's pictures stand where the question has them. The anchor is cut like a training target, so that the
-        frame fits wherever the anchor did.
+        Images are where the question has them. The anchor is cut like a training target, so that the frame fits
+        wherever the anchor did.
         """
         pieces = prompt.question.split(IMAGE)
-        literals = [self.literal(piece) for piece in pieces]
+        literals = [self.encode_literal(piece) for piece in pieces]
         template, fields = RATING_HEAD, {"question": IMAGE.join([_SLOT] * len(pieces))}
         if anchor is not None:
             template = SELF_EVALUATION_HEAD
             fields["anchor"] = _SLOT
-            literals.append(self.literal(anchor)[: self.max_anchor_tokens])
+            literals.append(self.encode_literal(anchor)[: self.max_anchor_tokens])
         turn = Message("user", template.format(**fields) + _SLOT + SELF_EVALUATION_TAIL)
-        *around, closing = self._chat([turn]).split(_SLOT)
-        return EvaluationFrame(self._head(around, literals, prompt), self._rendered(closing))
+        *before, after = self._chat([turn]).split(_SLOT)
+        return EvaluationFrame(self._encode(before, literals, prompt), self._encode_rendered(after))
 
-    def literal(self, text: str) -> list[int]:
-        """Token ids of somebody's text, special tokens in it spelled out."""
+    def encode_literal(self, text: str) -> list[int]:
+        """Encode text written by others, with special tokens in it spelled out."""
         clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8 form
         ids = self.tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=True)
-        return [i for i in ids if i not in self.placeholders]  # some vocabularies do not call them special
+        return [i for i in ids if i not in self.placeholders]  # some vocabularies do not mark them as special
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The text of a completion, without special tokens."""
+    def decode_text(self, ids: Sequence[int]) -> str:
+        """Decode a completion, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _chat(self, messages: Sequence[Message]) -> str:
-        turns = [{"role": m.role, "content": self._content(m.content)} for m in messages]
-        return str(self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        """Render messages by the chat template, up to where the assistant's answer begins."""
+        turns: list[dict[str, Any]] = [{"role": m.role, "content": self._content(m.content)} for m in messages]
+        rendered = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return str(rendered)
 
     def _check_template(self, placeholder: str) -> None:
         try:
             shown = self._chat([Message("user", f"{IMAGE}What is this?")]).count(placeholder)
-        except Exception:  # whatever a template written for texts makes of the parts of a message
+        except Exception:  # a template written for texts may do anything with the parts of a message
             shown = 0
         if shown != 1:
             raise UserError(
@@ -143,34 +151,42 @@ class Encoder:
             )
 
     def _content(self, content: str) -> str | list[dict[str, str]]:
-        """A message's content as chat templates take it: a text, or parts where the model reads pictures."""
-        return content if self._preparer is None else list(_parts(content))
+        """Return a message's content as chat templates take it: a text, or parts if the model reads images."""
+        return content if self._preparer is None else list(_content_parts(content))
 
-    def _head(self, rendered: Sequence[str], literals: Sequence[list[int]], prompt: Prompt) -> EncodedPrompt:
-        """Rendered texts with `literals` between them; placeholders in the texts become the prompt's pictures."""
+    def _encode(self, rendered: Sequence[str], literals: Sequence[list[int]], prompt: Prompt) -> EncodedPrompt:
+        """Encode rendered texts, with `literals` between them and the prompt's images for their placeholders."""
         if self._preparer is None:
             if prompt.images:
                 name = self.tokenizer.name_or_path
-                raise UserError(f"{prompt.place or prompt.id}: the prompt has images, and {name} reads none.")
+                raise UserError(f"{prompt.location or prompt.id}: the prompt has images, and {name} reads none.")
             expanded = list(rendered)
         else:
-            expanded = _expanded(rendered, prompt, self._preparer)
-        ids = self._rendered(expanded[0])
+            expanded = _expand_placeholders(rendered, prompt, self._preparer)
+        ids = self._encode_rendered(expanded[0])
         if ids[: len(self._opening)] != self._opening:
             ids = self._opening + ids
         for literal, text in zip(literals, expanded[1:], strict=True):
-            ids += literal + self._rendered(text)
+            ids += literal + self._encode_rendered(text)
         return EncodedPrompt(ids, prompt.images, self._preparer)
 
-    def _rendered(self, text: str) -> list[int]:
+    def _encode_rendered(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
 
-def _broken(text: str, mark: str) -> str:
+def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """Return a processor's tokenizer, or the tokenizer itself."""
+    if isinstance(processor, ProcessorMixin):
+        tokenizer: PreTrainedTokenizerBase = processor.tokenizer
+        return tokenizer
+    return processor
+
+
+def _break_mark(text: str, mark: str) -> str:
     return text.replace(mark, f"{mark[:1]} {mark[1:]}")
 
 
-def _parts(content: str) -> Iterator[dict[str, str]]:
+def _content_parts(content: str) -> Iterator[dict[str, str]]:
     for number, text in enumerate(content.split(IMAGE)):
         if number:
             yield {"type": "image"}
@@ -178,58 +194,64 @@ def _parts(content: str) -> Iterator[dict[str, str]]:
             yield {"type": "text", "text": text}
 
 
-def _expanded(rendered: Sequence[str], prompt: Prompt, preparer: ImagePreparer) -> list[str]:
-    """Rendered texts in which each placeholder is as long as the model wants the picture it stands for."""
+def _expand_placeholders(rendered: Sequence[str], prompt: Prompt, preparer: ImagePreparer) -> list[str]:
+    """Repeat each placeholder in rendered texts as often as the model wants for the image it stands for."""
     for mark in sorted(preparer.marks):
-        found = sum(text.count(mark) for text in rendered)
-        if found != (len(prompt.images) if mark == preparer.placeholder else 0):
+        count = sum(text.count(mark) for text in rendered)
+        if count != (len(prompt.images) if mark == preparer.placeholder else 0):
             raise UserError(
-                f"{prompt.place or prompt.id}: the prompt has {len(prompt.images)} images, and {found} times the text "
-                f"{mark} that stands for one; that text cannot be part of a question to this model."
+                f"{prompt.location or prompt.id}: the prompt has {len(prompt.images)} images, and {count} times the "
+                f"text {mark} that stands for one; that text cannot be part of a question to this model."
             )
     if not prompt.images:
         return list(rendered)
-    expansions = iter(preparer.expansions(prompt.images))
-    return ["".join(_with_pictures(text.split(preparer.placeholder), expansions)) for text in rendered]
+    image_texts = iter(preparer.image_texts(prompt.images))
+    return ["".join(_insert_images(text.split(preparer.placeholder), image_texts)) for text in rendered]
 
 
-def _with_pictures(around: Sequence[str], expansions: Iterator[str]) -> Iterator[str]:
-    yield around[0]
-    for text in around[1:]:
-        yield next(expansions)
-        yield text
+def _insert_images(pieces: Sequence[str], image_texts: Iterator[str]) -> Iterator[str]:
+    """Yield the pieces of a text, with the next image's text before each but the first."""
+    yield pieces[0]
+    for piece in pieces[1:]:
+        yield next(image_texts)
+        yield piece
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that processors, unlike tokenizers, put before a rendered chat that does not begin with it, if any."""
+def _opening_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that processors put before a rendered chat that does not begin with it, if there is one.
+
+    Tokenizers do not do this.
+    """
     first = tokenizer.encode("a", add_special_tokens=True)[:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _placeholders(processor: ProcessorMixin) -> list[int]:
-    found = [*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids]
-    return sorted({token for token in found if token is not None})
+def _placeholder_ids(processor: ProcessorMixin) -> list[int]:
+    ids = [*processor.image_token_ids, *processor.video_token_ids, *processor.audio_token_ids]
+    return sorted({token for token in ids if token is not None})
 
 
-def training_batch(rows: Sequence[tuple[EncodedPrompt, Sequence[int]]], pad: int) -> dict[str, Any]:
-    """Heads and the answers to learn as one batch on the CPU, padded on the right, as a model's `forward` takes it.
+def training_batch(rows: Sequence[tuple[EncodedPrompt, Sequence[int]]], pad: int) -> dict[str, Tensor]:
+    """Return prompts and their answers as one right-padded batch on the CPU, as a model's `forward` takes it.
 
-    Labels are (B, L), -100 on heads and padding; the model shifts them.
+    Labels are (B, L), -100 on prompts and padding; the model shifts them.
     """
-    ids, mask = pad_right([[*head.ids, *answer] for head, answer in rows], pad, torch.device("cpu"))
+    prompts = [prompt for prompt, _ in rows]
+    ids, mask = pad_right([[*prompt.ids, *answer] for prompt, answer in rows], pad, torch.device("cpu"))
     labels = torch.full_like(ids, -100)
-    for row, (head, answer) in enumerate(rows):
-        labels[row, len(head) : len(head) + len(answer)] = ids[row, len(head) : len(head) + len(answer)]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels} | pixel_inputs([head for head, _ in rows], ids)
+    for row, (prompt, answer) in enumerate(rows):
+        answered = slice(len(prompt), len(prompt) + len(answer))
+        labels[row, answered] = ids[row, answered]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels} | pixel_inputs(prompts, ids)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one (B, L) tensor, padded after their end, and its (B, L) mask of ones."""
+    """Return rows of token ids as one (B, L) tensor, padded at the end, and its (B, L) attention mask."""
     return _pad(rows, pad, device, left=False)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one (B, L) tensor, padded before their start, and its (B, L) mask of ones."""
+    """Return rows of token ids as one (B, L) tensor, padded at the start, and its (B, L) attention mask."""
     return _pad(rows, pad, device, left=True)
 
 
@@ -238,7 +260,7 @@ def _pad(rows: Sequence[Sequence[int]], pad: int, device: torch.device, left: bo
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, where] = torch.tensor(list(row), dtype=torch.long)
-        mask[i, where] = 1
+        columns = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, columns] = torch.tensor(list(row), dtype=torch.long)
+        mask[i, columns] = 1
     return ids.to(device), mask.to(device)

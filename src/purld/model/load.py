@@ -1,9 +1,9 @@
-"""Weights, adapters, and the roles they play.
+"""Loading and saving of models and adapters, and their roles in Stage II.
 
-In Stage II one model is policy, sampler, evaluator and reference. With LoRA that is literally one copy of the
-weights: Stage I's adapter is merged into them when they are loaded, so that switching Stage II's adapter off
-gives p_sft (and not p_base). Without LoRA all weights move, and p_sft is a second, frozen copy. What a model sees
-pictures with may stay as it is while the rest moves; then all roles share it.
+In Stage II one model is policy, sampler, evaluator and reference. With LoRA there is one copy of the weights: Stage
+I's adapter is merged into them when they are loaded, so that switching Stage II's adapter off gives p_sft (and not
+p_base). Without LoRA all weights are trained, and p_sft is a second, frozen copy. Vision modules may stay frozen while
+the rest is trained; then all roles share them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from purld.config.schema import Student
 from purld.errors import UserError
+from purld.model.causal_lm import AdaptedCausalLM, CausalLM
 from purld.model.encode import Encoder
 from purld.model.processor import auto_model_class, read_processor, reads_images, save_processor
 from purld.model.vision import vision_modules
@@ -31,81 +32,84 @@ _ADAPTER = "adapter_config.json"
 
 
 class Roles:
-    """The policy that moves and the p_sft that does not.
+    """The policy, which is trained, and p_sft, which is frozen.
 
-    Attributes:
+    Args:
         policy: the model to sample from and to update.
+        frozen_copy: p_sft, or None if it is the policy with its adapter switched off.
     """
 
-    def __init__(self, policy: Any, frozen_copy: Any | None) -> None:
+    def __init__(self, policy: CausalLM, frozen_copy: CausalLM | None) -> None:
         self.policy = policy
         self._frozen_copy = frozen_copy
 
     @contextlib.contextmanager
-    def frozen(self) -> Iterator[Any]:
-        """p_sft, the evaluator and reference, without gradients."""
+    def frozen(self) -> Iterator[CausalLM]:
+        """Yield p_sft, the evaluator and reference policy, with gradients disabled."""
         with torch.no_grad():
             if self._frozen_copy is not None:
                 yield self._frozen_copy
             else:
-                with self.policy.disable_adapter():
+                with cast(AdaptedCausalLM, self.policy).disable_adapter():
                     yield self.policy
 
 
 def load_encoder(student: Student) -> Encoder:
-    """The student's tokenizer, or its processor if it reads pictures, with the conventions of a run.
+    """Load the student's tokenizer, or its processor if it reads images, with the conventions of a run.
 
     Raises:
-        UserError: there is none, or none for chats.
+        UserError: there is none, or it has no chat template.
     """
     check_model_directory(student.model)
     try:
         processor = read_processor(student.model)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _not_loadable(student.model, error) from None
+        raise _load_error(student.model, error) from None
     return Encoder(processor, student.max_anchor_tokens, student.max_image_pixels)
 
 
-def load_model(student: Student, path: str | Path) -> Any:
-    """The model saved at `path`: full weights, or an adapter merged into the student's.
+def load_model(student: Student, path: str | Path) -> CausalLM:
+    """Load the model saved at `path`: full weights, or an adapter merged into the student's.
 
     Args:
-        student: says where the base weights are and in which dtype they are held.
+        student: says where the base weights are and which dtype they get.
         path: the student's own directory or hub id, or a stage's directory in a run.
 
     Raises:
-        UserError: it cannot be loaded as a model that writes text.
+        UserError: it cannot be loaded as a model that generates text.
     """
     adapter = (Path(path) / _ADAPTER).exists()
     base = student.model if adapter else str(path)
     check_model_directory(base)
     try:
-        model = _weights(student, base)
+        model = _load_weights(student, base)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _not_loadable(base, error) from None
+        raise _load_error(base, error) from None
     if adapter:
         model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     model.to(default_device())
-    return model.eval()
+    loaded: CausalLM = model.eval()
+    return loaded
 
 
-def make_trainable(student: Student, model: Any) -> Any:
-    """The model with what is to be trained switched on: an adapter, or all weights; its vision only if so configured.
+def make_trainable(student: Student, model: CausalLM) -> CausalLM:
+    """Return the model prepared for training: with a new adapter, or all weights; its vision only if so configured.
 
     Args:
         student: says what is trained.
         model: as loaded.
 
     Raises:
-        UserError: the vision is to stay as it is, and it cannot be told which part of the model that is.
+        UserError: the vision modules should stay frozen, and they cannot be identified.
     """
     if not student.trains_vision and reads_images(model.config) and not vision_modules(model):
         raise UserError(
-            f"student.model: it cannot be told which part of a {type(model).__name__} sees pictures, so it cannot be "
-            "left alone; set student.train_vision to true."
+            f"student.model: the vision modules of a {type(model).__name__} cannot be identified, so they cannot be "
+            "left out of training; set student.train_vision to true."
         )
     if student.lora is not None:
-        return get_peft_model(model, make_lora_config(student, model))
+        adapted = get_peft_model(cast(PreTrainedModel, model), make_lora_config(student, model))
+        return cast(AdaptedCausalLM, adapted)
     if not student.trains_vision:
         for module in vision_modules(model).values():
             module.requires_grad_(False)
@@ -113,7 +117,7 @@ def make_trainable(student: Student, model: Any) -> Any:
 
 
 def load_roles(student: Student, sft: Path) -> Roles:
-    """The roles of Stage II, everyone starting from the p_sft saved at `sft`."""
+    """Load the roles of Stage II, which all start from the p_sft saved at `sft`."""
     policy = make_trainable(student, load_model(student, sft))
     if student.lora is not None:
         return Roles(policy, None)
@@ -125,32 +129,37 @@ def load_roles(student: Student, sft: Path) -> Roles:
     return Roles(policy, frozen)
 
 
-def make_lora_config(student: Student, model: Any) -> LoraConfig:
-    """The student's adapter settings as peft takes them for `model`; alpha is 2 r unless set."""
+def make_lora_config(student: Student, model: CausalLM) -> LoraConfig:
+    """Return the student's adapter settings as peft takes them for `model`; alpha is 2 r unless set.
+
+    Raises:
+        ValueError: the student has no adapter settings.
+    """
     if student.lora is None:
-        raise ValueError("this student has no adapter")
-    spared = [] if student.trains_vision else vision_modules(model)
+        raise ValueError("this student has no adapter settings (student.lora)")
+    excluded = [] if student.trains_vision else list(vision_modules(model))
+    alpha = student.lora.alpha or 2 * student.lora.r
     return LoraConfig(
         r=student.lora.r,
-        lora_alpha=student.lora.alpha or 2 * student.lora.r,
+        lora_alpha=cast(int, alpha),  # peft takes any number
         lora_dropout=student.lora.dropout,
         target_modules=student.lora.target_modules,
-        exclude_modules=rf".*\b({'|'.join(spared)})\..*" if spared else None,
+        exclude_modules=rf".*\b({'|'.join(excluded)})\..*" if excluded else None,
         task_type="CAUSAL_LM",
     )
 
 
-def save_model(student: Student, model: Any, encoder: Encoder, path: Path) -> None:
+def save_model(student: Student, model: CausalLM, encoder: Encoder, path: Path) -> None:
     """Save weights, or an adapter, with the student's tokenizer or processor, as an ordinary Hugging Face directory."""
     path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path)
+    model.save_pretrained(str(path))
     save_processor(encoder.processor, student.model, path)
 
 
 def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path) -> None:
     """Save the policy so that it loads on the base weights.
 
-    Stage II's adapter was trained on top of Stage I's, so the two are concatenated into one of their summed
+    Stage II's adapter was trained on top of Stage I's, so the two are concatenated into one adapter of their summed
     rank, which is exact.
     """
     if student.lora is None:
@@ -158,8 +167,8 @@ def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, pat
         return
     with tempfile.TemporaryDirectory() as folder:
         stage_two = Path(folder) / "stage_two"
-        roles.policy.save_pretrained(stage_two)
-        base = _weights(student, student.model)
+        roles.policy.save_pretrained(str(stage_two))
+        base = _load_weights(student, student.model)
         both = PeftModel.from_pretrained(base, str(sft), adapter_name="stage_one")
         both.load_adapter(str(stage_two), adapter_name="stage_two")
         both.add_weighted_adapter(["stage_one", "stage_two"], [1.0, 1.0], "policy", combination_type="cat")
@@ -171,10 +180,11 @@ def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, pat
 
 
 def check_model_directory(model: str) -> None:
-    """Refuse a path that is no model directory; hub ids pass.
+    """Raise an error for a path that is not a model directory; hub ids pass.
 
     Raises:
-        UserError: `model` is a folder without config.json, or looks like a path and is not there.
+        UserError: `model` is a folder without a readable config.json, is a file, or looks like a path that does not
+            exist.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -191,33 +201,34 @@ def check_model_directory(model: str) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of parameters held, each tensor once."""
+    """Return the number of parameters, each shared tensor counted once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def context_length(model: str) -> int | None:
-    """How many tokens the positions of a model directory or hub id reach, if its configuration says."""
+    """Return the maximum number of positions of a model directory or hub id, if its configuration states it."""
     config = AutoConfig.from_pretrained(model)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
-def _weights(student: Student, path: str) -> Any:
+def _load_weights(student: Student, path: str) -> Any:
     return auto_model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=_dtype(student))
 
 
 def _dtype(student: Student) -> torch.dtype | str:
     if student.dtype == "auto":
-        # Weights that are trained themselves need float32: small updates vanish in bfloat16.
+        # Weights that are trained need float32: small updates vanish in bfloat16.
         frozen_base = student.lora is not None and torch.cuda.is_available()
         return "auto" if frozen_base else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[student.dtype]
 
 
 def default_device() -> torch.device:
-    """Where models are put."""
+    """Return the device that models are put on."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _not_loadable(model: str, error: Exception) -> UserError:
+def _load_error(model: str, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"student.model: {model} cannot be loaded: {reason}")

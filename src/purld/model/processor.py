@@ -1,9 +1,9 @@
-"""The tokenizer of a model directory, or the processor of one that reads pictures: loaded, and saved beside weights.
+"""The tokenizer of a model directory, or the processor of a model that reads images: loading and saving.
 
-transformers' processors of models that could also take videos want torchvision for their video part. purld takes no
-videos: without torchvision such a processor is put together of its tokenizer and its image processor (which falls
-back to PIL by itself). Saving copies the files that the processor was loaded from, so that whoever loads the result,
-with torchvision or without, gets the class that the base model has.
+transformers' processors of models that also take videos need torchvision for their video part. purld takes no videos:
+without torchvision such a processor is built from its tokenizer and its image processor (which falls back to PIL by
+itself). Saving copies the files that the processor was loaded from, so that the result loads as the class that the
+base model has, with torchvision or without.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
 
-# What a processor's directory may hold beside its tokenizer's files.
+# What a processor's directory may contain besides its tokenizer's files.
 _FILES = (
     "processor_config.json",
     "preprocessor_config.json",
@@ -39,17 +39,17 @@ _FILES = (
 
 
 def reads_images(config: PreTrainedConfig) -> bool:
-    """Whether a model of this configuration takes images and text and gives text."""
+    """Return whether a model of this configuration takes images and text and generates text."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "vision_config")
 
 
 def auto_model_class(config: PreTrainedConfig) -> Any:
-    """The auto class that builds the whole model of a configuration."""
+    """Return the auto class that builds the whole model of a configuration."""
     return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
 def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
-    """The tokenizer, or the processor, of a model directory or hub id.
+    """Load the tokenizer, or the processor, of a model directory or hub id.
 
     Raises:
         OSError, ValueError, KeyError, ImportError: there is none that can be loaded.
@@ -57,10 +57,10 @@ def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
     config = AutoConfig.from_pretrained(model)
     if not reads_images(config):
         return AutoTokenizer.from_pretrained(model)
-    if is_torchvision_available() or "video_processor" not in _class_of(config).get_attributes():
+    if is_torchvision_available() or "video_processor" not in _processor_class(config).get_attributes():
         processor = AutoProcessor.from_pretrained(model)
     else:
-        processor = _without_videos(model, _class_of(config))
+        processor = _read_without_video(model, _processor_class(config))
     if not isinstance(processor, ProcessorMixin):
         raise ValueError("its directory holds no processor for images (processor_config.json)")
     if processor.chat_template is None:
@@ -69,32 +69,32 @@ def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
 
 
 def save_processor(processor: PreTrainedTokenizerBase | ProcessorMixin, source: str, path: Path) -> None:
-    """Save what `read_processor(source)` gave, so that it loads from `path` as it did from `source`."""
+    """Save what `read_processor(source)` returned, so that it loads from `path` as it did from `source`."""
     if not isinstance(processor, ProcessorMixin):
         processor.save_pretrained(path)
         return
     processor.tokenizer.save_pretrained(path)
     for name in _FILES:
-        # It was loaded from there, so what it has is on this machine.
+        # The processor was loaded from these files, so those that exist are on this machine.
         file = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             shutil.copyfile(file, path / name)
 
 
-def processor_without_video(full: Any) -> Any:
-    """A class of processors without its part for videos, which is given as None."""
-    return type(full.__name__, (_ImagesAlone, full), {})
+def processor_without_video(full: type) -> Any:
+    """Return a subclass of a processor class whose video part may be None."""
+    return type(full.__name__, (_WithoutVideo, full), {})
 
 
-def _class_of(config: PreTrainedConfig) -> Any:
+def _processor_class(config: PreTrainedConfig) -> Any:
     return PROCESSOR_MAPPING[type(config)]
 
 
-class _ImagesAlone:
-    """Lets a processor do without the part for videos."""
+class _WithoutVideo:
+    """A mixin for processors whose video part is None."""
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """See `ProcessorMixin`, whose own asks for no part for videos."""
+        """Render as `ProcessorMixin` does, which needs no video part where a subclass may."""
         return ProcessorMixin.apply_chat_template(self, *args, **kwargs)  # type: ignore[arg-type]
 
     def check_argument_for_proper_class(self, name: str, part: Any) -> Any:
@@ -102,7 +102,7 @@ class _ImagesAlone:
         return type(None) if part is None else super().check_argument_for_proper_class(name, part)  # type: ignore[misc]
 
 
-def _without_videos(model: str, full: Any) -> Any:
+def _read_without_video(model: str, full: Any) -> Any:
     parts = {
         "tokenizer": AutoTokenizer.from_pretrained(model),
         "image_processor": AutoImageProcessor.from_pretrained(model),

@@ -1,8 +1,8 @@
-"""Candidates and answers drawn from the student.
+"""Sampling of candidates and answers from the student.
 
-The decoding is what a run's configuration says and nothing else: a model directory's own generation defaults
-(a repetition penalty, a top-k) are set aside, because Stage II's estimators take candidates to be draws from
-the policy. Another engine can take this one's place behind `Sampler`.
+Decoding follows the run's configuration and nothing else: a model directory's own generation defaults (a repetition
+penalty, a top-k) are ignored, because Stage II's estimators assume that candidates are drawn from the policy. Another
+engine can replace transformers' `generate` behind `Sampler`.
 
 What sequences have in common is computed once and its cache repeated; then all of them decode together.
 """
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from purld.model.body_and_head import unwrap_adapters
 from purld.model.cache import repeat_with_capacity
+from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import Encoder, pad_left
-from purld.model.self_check import can_share_prefix, exceeded_windows
+from purld.model.self_check import can_share_prefix, count_exceeded_windows
 from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
 
 EMPTY_PROMPT = EncodedPrompt([])
-_STAND_IN_TOKENS = 32
+_TRIAL_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How completions are drawn; temperature 0 is greedy."""
+    """The settings of sampling; temperature 0 is greedy."""
 
     temperature: float
     max_new_tokens: int
@@ -40,14 +40,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Completion:
-    """Token ids of one completion, its end-of-turn token included if it came before the limit."""
+    """The token ids of one completion, with its end-of-turn token if it finished before the limit."""
 
     ids: list[int]
     finished: bool
 
 
 class Sampler(Protocol):
-    """Draws `count` completions for each prompt, the same ones for the same seed."""
+    """A function that draws `count` completions for each prompt, the same ones for the same seed."""
 
     def __call__(
         self, model: Any, prompts: Sequence[EncodedPrompt], count: int, seed: int
@@ -55,100 +55,119 @@ class Sampler(Protocol):
 
 
 class GenerateSampler:
-    """The sampler on transformers' `generate_completions`."""
+    """The sampler that uses transformers' `generate`."""
 
     def __init__(self, encoder: Encoder, decoding: Decoding) -> None:
         self._encoder = encoder
         self._decoding = decoding
 
-    def __call__(self, model: Any, prompts: Sequence[EncodedPrompt], count: int, seed: int) -> list[list[Completion]]:
-        """`count` completions for each of the prompts."""
+    def __call__(
+        self, model: CausalLM, prompts: Sequence[EncodedPrompt], count: int, seed: int
+    ) -> list[list[Completion]]:
+        """Draw `count` completions for each prompt."""
         with seeded_torch(seed):
             return generate_completions(model, self._encoder, prompts, count, self._decoding)
 
 
 @torch.no_grad()
 def generate_completions(
-    model: Any,
+    model: CausalLM,
     encoder: Encoder,
     prompts: Sequence[EncodedPrompt],
     count: int,
     decoding: Decoding,
-    head: EncodedPrompt = EMPTY_PROMPT,
+    prefix: EncodedPrompt = EMPTY_PROMPT,
 ) -> list[list[Completion]]:
-    """`count` completions for each of the prompts, from torch's global random state.
+    """Draw `count` completions for each prompt, from torch's global random state.
 
     Args:
         model: a causal language model.
         encoder: the run's encoder.
-        prompts: what is completed; without pictures where there is a head.
-        count: completions per prompt; 1 where there is a head.
-        decoding: how they are drawn.
-        head: what comes before each of the prompts.
+        prompts: what to complete; without images if there is a prefix.
+        count: completions per prompt; 1 if there is a prefix.
+        decoding: the settings of sampling.
+        prefix: what comes before each prompt.
     """
-    # Padding goes between the head and a shorter prompt. No position counts it, but a sliding window would.
-    width = len(head) + max(map(len, prompts)) + decoding.max_new_tokens
-    if head and (
-        exceeded_windows(model, width) or not can_share_prefix(model, head, [p.ids for p in prompts], encoder.pad)
-    ):
-        prompts, head = [head.followed_by(prompt.ids) for prompt in prompts], EMPTY_PROMPT
-    ids, mask = pad_left([p.ids for p in prompts], encoder.pad, next(model.parameters()).device)
-    ids, mask = _before(ids, head.ids), _before(mask, [1] * len(head))
-    if head:
-        ready = _prefilled(model, encoder, [head], ids[:1, : len(head)], mask[:1, : len(head)], len(ids), width)
-    elif count > 1 and can_share_prefix(model, *_stand_in(prompts, encoder), encoder.pad):
-        # All but the last token, which `generate_completions` wants to see for itself.
-        ready = _prefilled(model, encoder, prompts, ids[:, :-1], mask[:, :-1], count, width)
+    # Padding is put between the prefix and a shorter prompt. No position counts it, but a sliding window would.
+    width = len(prefix) + max(map(len, prompts)) + decoding.max_new_tokens
+    if prefix and not _can_prefill(model, encoder, prefix, prompts, width):
+        prompts, prefix = [prefix.followed_by(prompt.ids) for prompt in prompts], EMPTY_PROMPT
+    ids, mask = pad_left([p.ids for p in prompts], encoder.pad, model_device(model))
+    ids, mask = _prepend(ids, prefix.ids), _prepend(mask, [1] * len(prefix))
+    if prefix:
+        shared = slice(None, 1), slice(None, len(prefix))
+        inputs = _prefill_cache(model, encoder, [prefix], ids[shared], mask[shared], len(ids), width)
+    elif count > 1 and can_share_prefix(model, *_trial_group(prompts, encoder), encoder.pad):
+        # All but the last token, which `generate` needs to process itself.
+        inputs = _prefill_cache(model, encoder, prompts, ids[:, :-1], mask[:, :-1], count, width)
     else:
-        # Repeated here, because with some models `generate` mixes up the pictures of a prompt that has several.
+        # Rows are repeated here, because with some models `generate` mixes up the images of a prompt that has several.
         ids, mask = ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
-        ready = pixel_inputs([prompt for prompt in prompts for _ in range(count)], ids)
-    with _plain_generation_config(model, encoder, decoding) as (inner, ends):
-        inner.generation_config.num_return_sequences = len(prompts) * count // len(ids)
-        output = model.generate(input_ids=ids, attention_mask=mask, **ready)
-    rows = [_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+        inputs = pixel_inputs([prompt for prompt in prompts for _ in range(count)], ids)
+    with _plain_generation_config(model, encoder, decoding) as (config, ends):
+        config.num_return_sequences = len(prompts) * count // len(ids)
+        output = model.generate(input_ids=ids, attention_mask=mask, **inputs)
+    rows = [_cut_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
     return [rows[i : i + count] for i in range(0, len(rows), count)]
 
 
-def _before(rows: Tensor, head: Sequence[int]) -> Tensor:
-    """(B, P + L): the same P numbers put before each of B rows."""
-    return torch.cat(
-        [torch.tensor([list(head)], dtype=rows.dtype, device=rows.device).expand(len(rows), -1), rows], dim=1
-    )
+def _can_prefill(
+    model: CausalLM, encoder: Encoder, prefix: EncodedPrompt, prompts: Sequence[EncodedPrompt], width: int
+) -> bool:
+    """Return whether the prefix of all prompts can be run once, for sequences of up to `width` tokens."""
+    if count_exceeded_windows(model, width):
+        return False
+    return can_share_prefix(model, prefix, [prompt.ids for prompt in prompts], encoder.pad)
 
 
-def _prefilled(
-    model: Any, encoder: Encoder, heads: Sequence[EncodedPrompt], ids: Tensor, mask: Tensor, copies: int, width: int
+def _prepend(rows: Tensor, values: Sequence[int]) -> Tensor:
+    """Put the same P values before each of B rows: (B, P + L)."""
+    prefix = torch.tensor([list(values)], dtype=rows.dtype, device=rows.device)
+    return torch.cat([prefix.expand(len(rows), -1), rows], dim=1)
+
+
+def _prefill_cache(
+    model: CausalLM,
+    encoder: Encoder,
+    prompts: Sequence[EncodedPrompt],
+    ids: Tensor,
+    mask: Tensor,
+    copies: int,
+    width: int,
 ) -> dict[str, Any]:
-    """The cache of left-padded rows, as an argument of `generate`: each row's repeated, room for `width` tokens."""
-    beside = vision_features(model, heads, ids)
+    """Run left-padded rows and return their cache as an argument of `generate`.
+
+    Each row is repeated `copies` times, with capacity for `width` tokens.
+    """
+    extra_inputs = vision_features(model, prompts, ids)
     with _plain_generation_config(model, encoder, Decoding(temperature=0.0, max_new_tokens=1)):
-        output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **beside)
+        output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **extra_inputs)
     return {"past_key_values": repeat_with_capacity(output.past_key_values, copies, width - ids.shape[1])}
 
 
-def _stand_in(prompts: Sequence[EncodedPrompt], encoder: Encoder) -> tuple[EncodedPrompt, list[list[int]]]:
-    """A head and continuations to try sharing on before there are any completions."""
+def _trial_group(prompts: Sequence[EncodedPrompt], encoder: Encoder) -> tuple[EncodedPrompt, list[list[int]]]:
+    """Return a prefix and continuations to check sharing with before there are any completions."""
     longest = max([prompt for prompt in prompts if prompt.images] or prompts, key=len)
     words = [token for token in longest.ids if token not in encoder.placeholders]
-    return longest, [words[:1], words[:_STAND_IN_TOKENS]]
+    return longest, [words[:1], words[:_TRIAL_TOKENS]]
 
 
 def seed_from_content(*parts: object) -> int:
-    """A seed from content: the same parts give the same draws, in whatever order work is done or resumed."""
+    """Return a seed that depends on content alone, not on the order in which work is done or resumed."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
-def _completion(row: list[int], ends: set[int]) -> Completion:
-    for position, token in enumerate(row):
+def _cut_completion(row: list[int], ends: set[int]) -> Completion:
+    """Cut a row of generated token ids after its first end-of-turn token."""
+    for index, token in enumerate(row):
         if token in ends:
-            return Completion(row[: position + 1], finished=True)
+            return Completion(row[: index + 1], finished=True)
     return Completion(row, finished=False)
 
 
 @contextlib.contextmanager
 def seeded_torch(seed: int) -> Iterator[None]:
-    """torch draws from `seed` here, and goes on afterwards as if nothing had been drawn."""
+    """Seed torch's random state for the duration of the context, and restore it afterwards."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -156,20 +175,22 @@ def seeded_torch(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_generation_config(model: Any, encoder: Encoder, decoding: Decoding) -> Iterator[tuple[Any, set[int]]]:
-    """The model with nothing but `decoding` in force, and the tokens that end a turn.
+def _plain_generation_config(
+    model: CausalLM, encoder: Encoder, decoding: Decoding
+) -> Iterator[tuple[GenerationConfig, set[int]]]:
+    """Give the model a generation configuration with `decoding` alone, and yield it with the end-of-turn tokens.
 
-    `generate_completions` fills whatever a configuration leaves open from the model's own, so that one is set aside.
+    `generate` fills what a configuration passed to it leaves open from the model's own, so that one is replaced.
     """
     inner = unwrap_adapters(model)
-    own = inner.generation_config
-    listed = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    original = inner.generation_config
+    listed = original.eos_token_id if isinstance(original.eos_token_id, list) else [original.eos_token_id]
     ends = {encoder.end, *(token for token in listed if token is not None)}
-    draws: dict[str, Any] = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
-        draws = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     inner.generation_config = GenerationConfig(
-        **draws,
+        **sampling,
         max_new_tokens=decoding.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=encoder.pad,
@@ -178,7 +199,7 @@ def _plain_generation_config(model: Any, encoder: Encoder, decoding: Decoding) -
     was_training = model.training
     model.eval()
     try:
-        yield inner, ends
+        yield inner.generation_config, ends
     finally:
-        inner.generation_config = own
+        inner.generation_config = original
         model.train(was_training)

@@ -1,11 +1,13 @@
 """Anchor-conditioned self-evaluation: s = g(x, a, y), the frozen p_sft's score of a candidate (section 3.3).
 
-Without an anchor it is the bare self-reward of Self-PPO.
-Two kinds. `verbal` lets the evaluator write the number and reads it; a reply without a number leaves the
-candidate unscored, never zero. `expected` reads the number off the evaluator's own distribution in one forward
-pass: with "0." appended to the prompt, the logits before "0" weigh 0 against 1 and the logits after "0." weigh
-the digits that follow, so the score is the mean of what the evaluator would have said to one decimal group.
-No decoding, no parse failures, no ties.
+Without an anchor it is the bare self-reward of Self-PPO. There are two kinds:
+
+- `verbal`: the evaluator writes a number, which is parsed. A reply without a number leaves the candidate unscored,
+  never zero.
+- `expected`: the score is read off the evaluator's own distribution in one forward pass. With "0." appended to the
+  prompt, the logits before "0" weigh 0 against 1 and the logits after "0." weigh the digits that follow, so the score
+  is the mean of what the evaluator would have said, to one group of digits. There is nothing to decode or to parse,
+  and there are no ties.
 """
 
 from __future__ import annotations
@@ -13,12 +15,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from purld.errors import UserError
+from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
 from purld.model.log_probs import make_prefix, micro_batches
 from purld.model.sample import Decoding, generate_completions
@@ -31,14 +34,14 @@ _VERBAL_TOKENS = 8
 
 @dataclass(frozen=True)
 class GroupScores:
-    """The anchor's own score s* and the K candidates' scores; None where there is none."""
+    """The scores of a group: the anchor's own s* and those of the K candidates; None where there is none."""
 
     anchor: float | None
     candidates: list[float | None]
 
 
 class SelfEvaluator:
-    """Scores groups with whatever weights it is handed; `model` is p_sft at the time of the call.
+    """A scorer of groups by the model that each call is given: p_sft at the time of the call.
 
     Args:
         encoder: the run's encoder.
@@ -56,56 +59,55 @@ class SelfEvaluator:
         self._reader = _ScoreReader(encoder) if kind == "expected" else None
 
     @torch.no_grad()
-    def score(self, model: Any, prompt: Prompt, anchor: str | None, candidates: Sequence[str]) -> GroupScores:
+    def score(self, model: CausalLM, prompt: Prompt, anchor: str | None, candidates: Sequence[str]) -> GroupScores:
         """Score the anchor against itself, then every candidate, in [0, 1] (appendix C.4).
 
         Without an anchor, candidates are rated on their own.
         """
         frame = self._encoder.evaluation_frame(prompt, anchor)
         texts = candidates if anchor is None else (anchor, *candidates)
-        tails = [self._encoder.literal(text) + frame.tail for text in texts]
+        suffixes = [self._encoder.encode_literal(text) + frame.suffix for text in texts]
         if self._reader is not None:
-            scores = self._expected(model, frame.head, tails, self._reader)
+            scores = self._expected(model, frame.prefix, suffixes, self._reader)
         else:
-            scores = self._verbal(model, frame.head, tails)
+            scores = self._verbal(model, frame.prefix, suffixes)
         return GroupScores(None, scores) if anchor is None else GroupScores(scores[0], scores[1:])
 
     def _expected(
-        self, model: Any, head: EncodedPrompt, tails: list[list[int]], reader: _ScoreReader
+        self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]], reader: _ScoreReader
     ) -> list[float | None]:
         scores: list[float | None] = []
-        tails = [tail + reader.opening for tail in tails]
-        prefix = make_prefix(model, head, tails, self._encoder.pad)
-        for rows in micro_batches(len(tails), self._batch_size):
-            scores += reader.expectation(prefix.closing_logits(tails[rows], 3)).tolist()
+        suffixes = [suffix + reader.opening for suffix in suffixes]
+        prefix = make_prefix(model, shared, suffixes, self._encoder.pad)
+        for rows in micro_batches(len(suffixes), self._batch_size):
+            scores += reader.expected_scores(prefix.closing_logits(suffixes[rows], 3)).tolist()
         return scores
 
-    def _verbal(self, model: Any, head: EncodedPrompt, tails: list[list[int]]) -> list[float | None]:
+    def _verbal(self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]]) -> list[float | None]:
         scores: list[float | None] = []
         greedy = Decoding(temperature=0.0, max_new_tokens=_VERBAL_TOKENS)
-        for rows in micro_batches(len(tails), self._batch_size):
-            replies = generate_completions(
-                model, self._encoder, [EncodedPrompt(tail) for tail in tails[rows]], 1, greedy, head
-            )
-            scores += [parse_score(self._encoder.text(reply.ids)) for (reply,) in replies]
+        for rows in micro_batches(len(suffixes), self._batch_size):
+            prompts = [EncodedPrompt(suffix) for suffix in suffixes[rows]]
+            replies = generate_completions(model, self._encoder, prompts, 1, greedy, shared)
+            scores += [parse_score(self._encoder.decode_text(reply.ids)) for (reply,) in replies]
         return scores
 
 
 def parse_score(reply: str) -> float | None:
-    """The score that a reply opens with, or None if it does not open with a number in [0, 1]."""
+    """Return the score that a reply begins with, or None if it does not begin with a number in [0, 1]."""
     match = _NUMBER.match(reply)
     return float(match.group(1)) if match else None
 
 
 class _ScoreReader:
-    """Turns logits at the score's position into its expectation."""
+    """The token ids of digits, to turn logits at the score's positions into an expected score."""
 
     def __init__(self, encoder: Encoder) -> None:
-        zero, one = encoder.literal("0"), encoder.literal("1")
-        self.opening = encoder.literal("0.")
-        # Some tokenizers open every text with a token of its own, which then comes before either digit.
-        alike = len(zero) == len(one) and zero[:-1] == one[:-1]
-        if not zero or not alike or self.opening[:-1] != zero:
+        zero, one = encoder.encode_literal("0"), encoder.encode_literal("1")
+        self.opening = encoder.encode_literal("0.")
+        # Some tokenizers begin every text with a special token, which then comes before either digit.
+        same_beginning = len(zero) == len(one) and zero[:-1] == one[:-1]
+        if not zero or not same_beginning or self.opening[:-1] != zero:
             raise UserError(
                 f"{encoder.tokenizer.name_or_path}: the tokenizer does not spell '0.' as the tokens "
                 "'0' and '.'; use align.score=verbal with this model."
@@ -117,8 +119,8 @@ class _ScoreReader:
         self._digits = torch.tensor([i for i, _ in digits])
         self._values = torch.tensor([float(f"0.{t}") for _, t in digits])
 
-    def expectation(self, logits: Tensor) -> Tensor:
-        """(B,) expected scores from (B, 3, V) logits: before "0", before ".", after "0."."""
+    def expected_scores(self, logits: Tensor) -> Tensor:
+        """Return (B,) expected scores of (B, 3, V) logits: before "0", before ".", after "0."."""
         device = logits.device
         leading = logits[:, 0, [self._zero, self._one]].softmax(dim=-1)  # (B, 2)
         following = logits[:, 2, :][:, self._digits.to(device)].softmax(dim=-1)  # (B, digits)

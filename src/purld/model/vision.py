@@ -1,8 +1,8 @@
-"""What a model is shown beside token ids: pictures as its processor prepares them, and what its vision makes of them.
+"""The inputs of a model besides token ids: images as its processor prepares them, and their vision features.
 
-A head carries its pictures unprepared; they become pixels when a forward pass needs them. Where the vision of a model
-is frozen, its features of a picture are kept, so that sampler, reference, evaluator and policy look at it once
-between them; where it is trained, every pass looks anew.
+An encoded prompt carries its images unprepared; they become pixels when a forward pass needs them. While a model's
+vision modules are frozen, their features of an image are cached, so that sampler, reference, evaluator and policy
+compute them once between them. While they are trained, every forward pass computes them again.
 """
 
 from __future__ import annotations
@@ -16,30 +16,34 @@ from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image as Pil
-from torch import Tensor
+from torch import Tensor, nn
 
 from purld.data.images import open_image
 from purld.errors import UserError, reason_of
-from purld.model.body_and_head import unwrap_adapters
+from purld.model.causal_lm import CausalLM, unwrap_adapters
 from purld.model.tensor_lru import TensorLRU
 from purld.records import Image
 
 PIXELS = "pixel_values"
-_ON_THE_WAY = ("last_hidden_state", "hidden_states", "attentions")
-# The pixels of a hundred photographs, and a hundred times what a 7B model makes of one: more than most steps have.
-_PIXEL_ROOM, _FEATURE_ROOM = 2 * 2**30, 2**30
-_SAMPLE = (64, 64)  # of the picture that a processor is tried on
+_INTERMEDIATE = ("last_hidden_state", "hidden_states", "attentions")
+# The pixels of a hundred photographs, and a hundred times a 7B model's features of one: more than most steps have.
+_PIXEL_CACHE_BYTES, _FEATURE_CACHE_BYTES = 2 * 2**30, 2**30
+_SAMPLE_SIZE = (64, 64)  # of the image that a processor is tried on
 
 
 class ImagePreparer:
-    """A processor's way with pictures: what its own call makes of a chat's pictures, apart from the text around them.
+    """The image part of a processor: what its own call returns for a chat's images, apart from the text around them.
 
-    It is tried on a picture first. A processor that turns a picture into something else than tokens in the text and
-    tensors beside it would give a model prompts that it does not know.
+    The processor is tried on one image first. If it turned an image into anything but placeholder tokens and tensors,
+    the model would be given prompts that it was not trained on.
 
     Args:
         processor: a processor of transformers, with an image processor and an image token.
-        max_pixels: pictures with more are made smaller first; None leaves that to the image processor.
+        max_pixels: larger images are scaled down first; None leaves that to the image processor.
+
+    Attributes:
+        placeholder: the text that stands for an image before it is expanded.
+        marks: all texts that the model reads as part of an image.
 
     Raises:
         UserError: the processor is not one of that kind.
@@ -49,80 +53,87 @@ class ImagePreparer:
         self._processor = processor
         self._max_pixels = max_pixels
         try:
-            self.placeholder: str = processor.image_token
-            self._types = self._tried()
-            tokens = [token for token in processor.image_token_ids if token is not None]
-            self.marks = {self.placeholder, *processor.tokenizer.convert_ids_to_tokens(tokens)}
-        except Exception as error:  # whatever an unknown processor may raise
+            self.placeholder: str = self._processor.image_token
+            self._types_name = self._try_processor()
+            tokens = [token for token in self._processor.image_token_ids if token is not None]
+            self.marks = {self.placeholder, *self._processor.tokenizer.convert_ids_to_tokens(tokens)}
+        except Exception as error:  # an unknown processor may raise anything
             raise UserError(
-                f"{processor.tokenizer.name_or_path}: {type(processor).__name__} does not take pictures the way "
+                f"{self._processor.tokenizer.name_or_path}: {type(processor).__name__} does not handle images the way "
                 f"processors of transformers commonly do, so that purld cannot train this model ({reason_of(error)})."
             ) from None
         self._tokens = torch.tensor(tokens)
-        self._text = {*processor.tokenizer.model_input_names, self._types}
-        self._expansions: dict[tuple[tuple[int, int], ...], list[str]] = {}
-        self._prepared = TensorLRU[dict[str, Tensor]](_PIXEL_ROOM)
+        self._text_inputs = {*self._processor.tokenizer.model_input_names, self._types_name}
+        self._image_texts: dict[tuple[tuple[int, int], ...], list[str]] = {}
+        self._prepared = TensorLRU[dict[str, Tensor]](_PIXEL_CACHE_BYTES)
 
-    def expansions(self, images: tuple[Image, ...]) -> list[str]:
-        """The texts that stand for the pictures of a prompt: placeholders as many as the model takes tokens, and more.
+    def image_texts(self, images: tuple[Image, ...]) -> list[str]:
+        """Return the text that stands for each image of a prompt: as many placeholders as the model takes tokens.
 
-        They follow from the pictures' sizes alone, so for many pictures of a size one is opened.
+        It depends only on the sizes of the prompt's images, so of many images of one size only one is opened.
         """
         sizes = tuple(image.size for image in images)
-        if sizes not in self._expansions:
-            self._expansions[sizes] = self._shown(map(self._open, images))[0]
-        return self._expansions[sizes]
+        if sizes not in self._image_texts:
+            self._image_texts[sizes] = self._process(map(self._open, images))[0]
+        return self._image_texts[sizes]
 
     def pixels(self, images: tuple[Image, ...]) -> dict[str, Tensor]:
-        """The tensors that the model's own `forward` takes for these pictures of a prompt, on the CPU."""
+        """Return the tensors that the model's `forward` takes for the images of a prompt, on the CPU."""
         return self._prepared.get(tuple(image.digest for image in images), lambda: self._prepare(images))
 
-    def types(self, ids: Tensor) -> dict[str, Tensor]:
-        """1 where a token of `ids` is a picture's, for models that want to be told."""
-        if self._types is None:
+    def token_types(self, ids: Tensor) -> dict[str, Tensor]:
+        """Return 1 where a token of `ids` belongs to an image, for models with such an input; else nothing."""
+        if self._types_name is None:
             return {}
-        return {self._types: torch.isin(ids, self._tokens.to(ids.device)).long()}
+        return {self._types_name: torch.isin(ids, self._tokens.to(ids.device)).long()}
 
-    def _tried(self) -> str | None:
-        """By which name the model is told which tokens are a picture's, if it is."""
-        expansions, given = self._shown([Pil.new("RGB", _SAMPLE)])
-        expected = self._processor.tokenizer.encode("".join(expansions), add_special_tokens=False)
-        if given["input_ids"].tolist() != [expected]:
-            raise ValueError("it puts more into the text than what stands for pictures")
-        return next((name for name, value in given.items() if name.endswith("token_type_ids") and value.any()), None)
+    def _try_processor(self) -> str | None:
+        """Return the name of the model's input that says which tokens belong to an image, if it has one.
+
+        Raises:
+            ValueError: the processor puts more than image texts into a text.
+        """
+        image_texts, inputs = self._process([Pil.new("RGB", _SAMPLE_SIZE)])
+        expected = self._processor.tokenizer.encode("".join(image_texts), add_special_tokens=False)
+        if inputs["input_ids"].tolist() != [expected]:
+            raise ValueError("it puts more into the text than what stands for images")
+        return next((name for name, value in inputs.items() if name.endswith("token_type_ids") and value.any()), None)
 
     def _prepare(self, images: tuple[Image, ...]) -> dict[str, Tensor]:
-        _, given = self._shown(map(self._open, images))
-        return {name: value for name, value in given.items() if name not in self._text}
+        _, inputs = self._process(map(self._open, images))
+        return {name: value for name, value in inputs.items() if name not in self._text_inputs}
 
-    def _shown(self, pictures: Iterable[Pil.Image]) -> tuple[list[str], Any]:
-        """The text that stands for each of a prompt's pictures, and all that the processor gives the model for them."""
-        shown = list(pictures)
-        given = self._processor(
-            text=[self.placeholder * len(shown)],
-            images=[shown],
+    def _process(self, opened: Iterable[Pil.Image]) -> tuple[list[str], Any]:
+        """Return the text that stands for each of a prompt's images, and all inputs that the processor makes."""
+        images = list(opened)
+        inputs = self._processor(
+            text=[self.placeholder * len(images)],
+            images=[images],
             add_special_tokens=False,
             return_tensors="pt",
             return_text_replacement_offsets=True,
         )
-        (replaced,) = given.pop("text_replacement_offsets")
-        return [piece["replacement"] for piece in replaced], given
+        (replaced,) = inputs.pop("text_replacement_offsets")
+        return [piece["replacement"] for piece in replaced], inputs
 
     def _open(self, image: Image) -> Pil.Image:
-        picture = open_image(image)
-        pixels = picture.width * picture.height
+        opened = open_image(image)
+        pixels = opened.width * opened.height
         if self._max_pixels is None or pixels <= self._max_pixels:
-            return picture
+            return opened
         scale = (self._max_pixels / pixels) ** 0.5
-        smaller = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
-        return picture.resize(smaller, Pil.Resampling.LANCZOS)
+        smaller = (max(1, int(opened.width * scale)), max(1, int(opened.height * scale)))
+        return opened.resize(smaller, Pil.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt, or all of a self-evaluation prompt before the candidate.
+    """A prompt, or a self-evaluation prompt up to the candidate.
 
-    `ids` are its tokens, those of its pictures among them; `images` are the pictures, in their order.
+    Attributes:
+        ids: its token ids, those of its images included.
+        images: its images, in the order of their tokens.
+        preparer: prepares the images; None if there are none.
     """
 
     ids: list[int]
@@ -133,117 +144,125 @@ class EncodedPrompt:
         return len(self.ids)
 
     def followed_by(self, ids: Sequence[int]) -> EncodedPrompt:
-        """The head with more tokens, none of them a picture's."""
+        """Return the prompt with more tokens at its end, none of which belongs to an image."""
         return EncodedPrompt([*self.ids, *ids], self.images, self.preparer)
 
 
-def pixel_inputs(heads: Iterable[EncodedPrompt], ids: Tensor) -> dict[str, Any]:
-    """What a forward pass over rows `ids` (B, L) takes beside them, as the model's own `forward` is called.
+def pixel_inputs(prompts: Iterable[EncodedPrompt], ids: Tensor) -> dict[str, Any]:
+    """Return what a model's `forward` takes besides token ids, with images as pixels.
 
     Args:
-        heads: what the rows begin with, in their order.
-        ids: token ids.
+        prompts: what the rows of `ids` begin with, in their order.
+        ids: (B, L) token ids.
     """
-    seen = [head for head in heads if head.images]
-    if not seen:
+    with_images = [prompt for prompt in prompts if prompt.images]
+    if not with_images:
         return {}
-    prepared = _merged([_preparer([head]).pixels(head.images) for head in seen])
-    return {name: value.to(ids.device) for name, value in prepared.items()} | _preparer(seen).types(ids)
+    prepared = _merge_inputs([_preparer_of(prompt).pixels(prompt.images) for prompt in with_images])
+    moved = {name: value.to(ids.device) for name, value in prepared.items()}
+    return moved | _preparer_of(with_images[0]).token_types(ids)
 
 
-def vision_features(model: Any, heads: Iterable[EncodedPrompt], ids: Tensor) -> dict[str, Any]:
-    """The same with each head's pictures already looked at, once while the model's vision is frozen.
+def vision_features(model: CausalLM, prompts: Iterable[EncodedPrompt], ids: Tensor) -> dict[str, Any]:
+    """Return the same with images as vision features, which are cached while the vision modules are frozen.
+
+    Falls back to `pixel_inputs` for models whose `forward` takes no features.
 
     Args:
         model: a model, bare or under adapters.
-        heads: what the rows begin with, in their order.
+        prompts: what the rows of `ids` begin with, in their order.
         ids: (B, L) token ids.
     """
-    seen = [head for head in heads if head.images]
+    with_images = [prompt for prompt in prompts if prompt.images]
     body = unwrap_adapters(model).base_model
-    if not seen or not _takes_features(body):
-        return pixel_inputs(seen, ids)
-    looks = [_look(body, head, ids.device) for head in seen]
-    beside = {name: value.to(ids.device) for name, value in _merged([look.beside for look in looks]).items()}
-    features = _joined([look.features for look in looks])
-    return beside | _preparer(seen).types(ids) | {"mm_encoder_outputs": {"image": features}}
+    if not with_images or not _takes_features(body):
+        return pixel_inputs(with_images, ids)
+    features = [_cached_features(body, prompt, ids.device) for prompt in with_images]
+    extra_inputs = _merge_inputs([part.extra_inputs for part in features])
+    moved = {name: value.to(ids.device) for name, value in extra_inputs.items()}
+    output = _concatenate_outputs([part.output for part in features])
+    return moved | _preparer_of(with_images[0]).token_types(ids) | {"mm_encoder_outputs": {"image": output}}
 
 
-def vision_modules(model: Any) -> dict[str, Any]:
-    """The parts of a model's body that only pictures pass through, by name; none in a model of text."""
-    body = unwrap_adapters(model).base_model
+def vision_modules(model: CausalLM) -> dict[str, nn.Module]:
+    """Return the children of a model's body that only images pass through, by name; none for a model of text."""
+    return _vision_children(unwrap_adapters(model).base_model)
+
+
+def _vision_children(body: Any) -> dict[str, nn.Module]:
     if not hasattr(body, "get_image_features"):
         return {}
     decoder = body.get_decoder()
     return {name: module for name, module in body.named_children() if module is not decoder}
 
 
-class _Look(NamedTuple):
-    """What a model's vision made of the pictures of one head, and what the model's `forward` takes beside that."""
+class _ImageFeatures(NamedTuple):
+    """The vision output for the images of one prompt, and the other inputs that the model's `forward` takes for them."""
 
-    features: Any
-    beside: dict[str, Tensor]
-
-
-# Of each vision that is frozen, what it made of the pictures it saw last.
-_seen: WeakKeyDictionary[Any, TensorLRU[_Look]] = WeakKeyDictionary()
+    output: Any
+    extra_inputs: dict[str, Tensor]
 
 
-def _look(body: Any, head: EncodedPrompt, device: torch.device) -> _Look:
-    modules = list(vision_modules(body).values())
+# The last features of each frozen vision tower.
+_feature_caches: WeakKeyDictionary[nn.Module, TensorLRU[_ImageFeatures]] = WeakKeyDictionary()
+
+
+def _cached_features(body: nn.Module, prompt: EncodedPrompt, device: torch.device) -> _ImageFeatures:
+    modules = list(_vision_children(body).values())
     if any(p.requires_grad for module in modules for p in module.parameters()):
-        return _looked(body, head, device)
-    key = _preparer([head]), tuple(image.digest for image in head.images)
+        return _compute_features(body, prompt, device)
+    key = _preparer_of(prompt), tuple(image.digest for image in prompt.images)
     with torch.no_grad():
-        return _seen.setdefault(modules[0], TensorLRU(_FEATURE_ROOM)).get(key, lambda: _looked(body, head, device))
+        cache = _feature_caches.setdefault(modules[0], TensorLRU(_FEATURE_CACHE_BYTES))
+        return cache.get(key, lambda: _compute_features(body, prompt, device))
 
 
-def _looked(body: Any, head: EncodedPrompt, device: torch.device) -> _Look:
-    prepared = _preparer([head]).pixels(head.images)
-    taken = inspect.signature(body.get_image_features).parameters
+def _compute_features(body: Any, prompt: EncodedPrompt, device: torch.device) -> _ImageFeatures:
+    prepared = _preparer_of(prompt).pixels(prompt.images)
+    parameters = inspect.signature(body.get_image_features).parameters
     output = body.get_image_features(
-        **{name: value.to(device) for name, value in prepared.items() if name in taken}, return_dict=True
+        **{name: value.to(device) for name, value in prepared.items() if name in parameters}, return_dict=True
     )
-    # The states of the tower on the way there are several times as large, and nobody reads them.
-    features = type(output)(**{name: value for name, value in output.items() if name not in _ON_THE_WAY})
-    return _Look(features, {name: value for name, value in prepared.items() if name != PIXELS})
+    # The intermediate states of the tower are several times as large, and nothing reads them.
+    features = type(output)(**{name: value for name, value in output.items() if name not in _INTERMEDIATE})
+    return _ImageFeatures(features, {name: value for name, value in prepared.items() if name != PIXELS})
 
 
-def _joined(outputs: Sequence[Any]) -> Any:
-    """Outputs of a model's vision for several heads as one for all their pictures."""
+def _concatenate_outputs(outputs: Sequence[Any]) -> Any:
+    """Return the vision outputs of several prompts as one output for all their images."""
     whole = copy.copy(outputs[0])  # the model's forward may write on what it is given
-    whole.pooler_output = _chained([output.pooler_output for output in outputs])
+    whole.pooler_output = _concatenate_images([output.pooler_output for output in outputs])
     if getattr(whole, "deepstack_features", None) is not None:
         layers = zip(*(output.deepstack_features for output in outputs), strict=True)
-        whole.deepstack_features = [_chained(layer) for layer in layers]
+        whole.deepstack_features = [_concatenate_images(layer) for layer in layers]
     return whole
 
 
-def _chained(parts: Sequence[Any]) -> Any:
+def _concatenate_images(parts: Sequence[Any]) -> Any:
+    """Concatenate tensors of all images, or sequences with a tensor per image."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
-    return [picture for part in parts for picture in part]
+    return [image for part in parts for image in part]
 
 
-def _merged(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: _stacked([part[name] for part in parts]) for name in parts[0]}
+def _merge_inputs(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: _concatenate_padded([part[name] for part in parts]) for name in parts[0]}
 
 
-def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors (N, ...) as one, with zeros where others are larger, as image processors pad a batch of pictures."""
+def _concatenate_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate (N, ...) tensors, with zeros where others are larger, as image processors pad a batch of images."""
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
     whole = parts[0].new_zeros(sum(map(len, parts)), *shape)
-    for rows, part in zip(whole.split(list(map(len, parts))), parts):
-        rows[(..., *map(slice, part.shape[1:]))] = part
+    for rows, part in zip(torch.split(whole, list(map(len, parts))), parts):
+        rows[(slice(None), *map(slice, part.shape[1:]))] = part
     return whole
 
 
-def _preparer(heads: Sequence[EncodedPrompt]) -> ImagePreparer:
-    preparer = heads[0].preparer
-    if preparer is None:
-        raise ValueError("a head with pictures needs the processor that prepares them")
-    return preparer
+def _preparer_of(prompt: EncodedPrompt) -> ImagePreparer:
+    if prompt.preparer is None:
+        raise ValueError("an encoded prompt with images needs the preparer of its images")
+    return prompt.preparer
 
 
-def _takes_features(body: Any) -> bool:
+def _takes_features(body: nn.Module) -> bool:
     return hasattr(body, "get_image_features") and "mm_encoder_outputs" in inspect.signature(body.forward).parameters

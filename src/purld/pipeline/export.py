@@ -1,4 +1,4 @@
-"""What can be had of finished runs: the model to serve, one page about several, what the ledger says."""
+"""Get results out of runs: the merged model, a report page about several runs, the totals of the ledger."""
 
 from __future__ import annotations
 
@@ -9,31 +9,40 @@ from typing import Any
 from purld.clients.ledger import BUDGETS, LedgerView
 from purld.errors import UserError
 from purld.model.load import load_encoder, load_model, save_model
-from purld.runs.open import open_run
+from purld.runs.open import final_model, open_run
 
 
 def export_model(run_path: Path, out: Path | None, stage: str) -> Path:
-    """Write the model of `align` or `sft` as one directory that any server loads, adapters merged.
+    """Write a run's model as one directory that any server loads, with adapters merged; return the directory.
+
+    Args:
+        run_path: a run directory.
+        out: where to write; None for `export` in the run directory.
+        stage: `align` for the final model, `sft` for that of Stage I.
 
     Raises:
-        UserError: `run_path` holds no run, or the stage is not finished.
+        UserError: `run_path` is not a run directory, the stage is unknown, or it is not finished.
     """
     run, config = open_run(run_path)
     if stage not in ("sft", "align"):
-        raise UserError(f"--stage {stage}: it can be align or sft.")
-    if stage not in run.finished():
+        raise UserError(f"--stage {stage}: give align or sft.")
+    if stage not in run.finished_stages():
         raise UserError(f"{run_path}: stage {stage} is not finished, so there is no model of it to export.")
-    source = run.sft if stage == "sft" else run.align
+    source = run.sft if stage == "sft" else final_model(config.align.method).folder(run)
     target = out or run.path / "export"
     save_model(config.student, load_model(config.student, source), load_encoder(config.student), target)
     return target
 
 
 def report_runs(run_paths: Sequence[Path], out: Path | None) -> Path:
-    """Write one page about the given runs: to `out`, or beside a single run, or here.
+    """Write one report page about the given runs; return its path.
+
+    Args:
+        run_paths: run directories.
+        out: where to write; None for the directory of a single run, or the working directory for several.
 
     Raises:
-        UserError: a path is no run directory, or a file of a run is damaged.
+        UserError: a path is not a run directory, or a file of a run is damaged.
     """
     from purld.report.page import write_report
 
@@ -44,16 +53,16 @@ def report_runs(run_paths: Sequence[Path], out: Path | None) -> Path:
 
 
 def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]]:
-    """What each role has cost, one row a role; with `export_to`, every request and answer as JSONL.
+    """Return the totals of the ledger, one row per role. With `export_to`, write every request and answer as JSONL.
 
-    A run that is under way is only looked at.
+    The ledger is opened read-only, so the run may be in progress.
 
     Raises:
         UserError: `run_path` holds no ledger.
     """
     run, _ = open_run(run_path)
     if not run.ledger.exists():
-        raise UserError(f"{run_path}: there is no ledger; nothing was asked of a model over a network.")
+        raise UserError(f"{run_path}: has no ledger; the run sent no request over a network.")
     with LedgerView(run.ledger) as ledger:
         if export_to:
             ledger.export(export_to)

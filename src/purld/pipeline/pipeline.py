@@ -1,7 +1,7 @@
-"""The stages in order: what is done, what is left, and what a run that has begun still allows.
+"""Run the stages of a run in order.
 
-A stage that the manifest calls finished is skipped; a configuration that contradicts what a run has already done is
-refused. What a stage does is in `purld.pipeline.stages`.
+A stage that the manifest calls finished is skipped. A configuration that contradicts what a run has already done is
+refused. What a stage does is in `purld.pipeline.stages` and `purld.pipeline.evaluate`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from typing import Any
 
 import yaml
 
+from purld.config.clients import TRANSPORT
 from purld.config.load import load_config
-from purld.config.schema import TRANSPORT, Config
+from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.errors import UserError
-from purld.methods.table import METHODS
 from purld.model.load import load_encoder
+from purld.pipeline.context import RunContext
+from purld.pipeline.evaluate import run_evaluate
 from purld.pipeline.preflight import check_context, check_judging, check_scoring
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
-from purld.pipeline.stages import StageContext, run_align, run_anchors, run_evaluate, run_report, run_sft
-from purld.runs.files import atomic_write, stopwatch
+from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
+from purld.runs.files import atomic_write, measure_seconds
+from purld.runs.open import final_model
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.trackers import check_trackers, stage_tracking
 
-_RUNNERS: dict[str, Callable[[StageContext], dict[str, Any]]] = {
+_RUNNERS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
     "anchors": run_anchors,
     "sft": run_sft,
     "align": run_align,
@@ -55,13 +58,13 @@ _FIRST_STAGE = {
 
 
 class Pipeline:
-    """One run: a configuration, the directory it lives in, and whom to tell.
+    """The stages of one run.
 
     Args:
         config: the validated configuration.
-        run: the run's directory; created when the first stage starts.
-        reporter: told what happens.
-        resend_unknown: ask again what may have been billed without an answer arriving.
+        run: the run directory; created when the first stage starts.
+        reporter: prints progress, facts and warnings.
+        resend_unknown: ask again where an answer may have been billed but never arrived.
 
     Raises:
         UserError: the student's tokenizer, a tracker or a library for the check is missing, or the lengths do not
@@ -92,41 +95,45 @@ class Pipeline:
         with self.run.lock():
             self._adopt_config()
             self._check_pools(pools)
-            job = StageContext(
+            context = RunContext(
                 self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown
             )
             for stage in stages:
-                self._execute(stage, job)
+                self._execute(stage, context)
 
-    def _execute(self, stage: str, job: StageContext) -> None:
+    def _execute(self, stage: str, context: RunContext) -> None:
         if not self._takes_part(stage):
             return
-        if stage in self.run.finished() and not self._again(stage):
+        if stage in self.run.finished_stages() and not self._runs_again(stage):
             self.reporter.say(f"{_TITLES[stage]}: done before.")
             return
         for earlier in STAGES[: STAGES.index(stage)]:
-            if self._takes_part(earlier) and earlier not in self.run.finished():
+            if self._takes_part(earlier) and earlier not in self.run.finished_stages():
                 raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
         self.run.begin(stage)
         self.reporter.headline(_TITLES[stage])
-        with stopwatch() as seconds, stage_tracking(self.config.report_to, self.run, stage):
-            facts = _RUNNERS[stage](job)
+        with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):
+            facts = _RUNNERS[stage](context)
         self.run.finish(stage, seconds[0], **facts)
 
-    def _again(self, stage: str) -> bool:
-        """Whether a finished stage runs again: a report always, anchors to resend what was lost, until trained on."""
-        return stage == "report" or (stage == "anchors" and self.resend_unknown and "sft" not in self.run.begun())
+    def _runs_again(self, stage: str) -> bool:
+        """Return whether a finished stage runs again.
+
+        The report always does; the anchors do with `resend_unknown`, until Stage I has begun to train on them.
+        """
+        lost_may_be_resent = self.resend_unknown and "sft" not in self.run.begun_stages()
+        return stage == "report" or (stage == "anchors" and lost_may_be_resent)
 
     def _takes_part(self, stage: str) -> bool:
-        return stage != "align" or METHODS[self.config.align.method].stage_two is not None
+        return stage != "align" or final_model(self.config.align.method).stage == "align"
 
     def _adopt_config(self) -> None:
-        """Write config.yaml, or see that it agrees with the one this run began with."""
+        """Write config.yaml, or check that the new configuration agrees with the one that the run began with."""
         new = self.config.model_dump(mode="json")
         if self.run.config.exists():
-            # As it reads today: keys that are newer than the run had their defaults in force when it began.
+            # Loading fills in keys that are newer than the run with their defaults, which were in force when it began.
             old = load_config(self.run.config).model_dump(mode="json")
-            begun = self.run.begun()
+            begun = self.run.begun_stages()
             for key, before, after in _differences(old, new):
                 section, *_, leaf = key.split(".")
                 if section != "report_to" and _FIRST_STAGE[section] in begun and leaf not in TRANSPORT:
@@ -138,7 +145,7 @@ class Pipeline:
             yaml.safe_dump(new, handle, sort_keys=False)
 
     def _check_pools(self, pools: PromptPools) -> None:
-        done = self.run.finished().get("anchors")
+        done = self.run.finished_stages().get("anchors")
         if done and done["pool"] != pools.fingerprint:
             raise UserError(
                 f"{self.run.path}: the prompts of {self.config.data.source} have changed since this run's anchors "
@@ -147,7 +154,7 @@ class Pipeline:
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """The keys, as dotted paths, in which two configurations differ, with both values."""
+    """List the keys, as dotted paths, in which two configurations differ, with both values."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return [] if old == new else [(prefix, old, new)]
     keys = [*old, *(key for key in new if key not in old)]

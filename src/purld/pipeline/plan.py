@@ -1,4 +1,4 @@
-"""The plan of a run: prompts, what leaves and what it costs, steps, memory and disk."""
+"""Plan a run before it starts: prompts, requests and their cost, training steps, memory and disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BINS = 6
 
 
 def make_plan(config: Config, run: RunDir) -> Plan:
-    """Validate the configuration against the files it names, and work out what the run takes.
+    """Check the configuration against the files that it names, and return the plan of the run.
 
     Raises:
         UserError: a file, a row, the model directory or a length is wrong.
@@ -32,20 +32,20 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     encoder = load_encoder(config.student)
     check_context(config)
     check_scoring(config, encoder)
-    pools = load_prompt_pools(config, encoder, lambda line: plan.add("Prompts", line))
+    pools = load_prompt_pools(config, encoder, lambda line: plan.add_lines("Prompts", line))
     check_judging(config, pools)
-    _prompts(plan, pools)
-    _gold(plan, config, pools)
+    _plan_prompts(plan, pools)
+    _plan_check(plan, config, pools)
     plan_requests(plan, config, encoder, pools, run)
-    _training(plan, config, pools)
+    _plan_training(plan, config, pools)
     plan_machine(plan, config, run.path)
-    _run(plan, run)
+    _plan_remaining_stages(plan, run)
     return plan
 
 
-def _prompts(plan: Plan, pools: PromptPools) -> None:
+def _plan_prompts(plan: Plan, pools: PromptPools) -> None:
     lengths = sorted(pools.tokens.values())
-    plan.add(
+    plan.add_lines(
         "Prompts",
         f"{pools.rows} rows, {pools.duplicates} of them duplicates",
         f"{len(pools.train)} for training, {len(pools.held_out)} held out",
@@ -55,7 +55,7 @@ def _prompts(plan: Plan, pools: PromptPools) -> None:
 
 
 def _histogram(lengths: Sequence[int]) -> list[str]:
-    """A few bars of prompt lengths."""
+    """Return a histogram of prompt lengths, one line per bar."""
     width = max(1, math.ceil((lengths[-1] + 1) / _BINS))
     counts = [sum(i * width <= n < (i + 1) * width for n in lengths) for i in range(_BINS)]
     scale = max(counts)
@@ -66,42 +66,46 @@ def _histogram(lengths: Sequence[int]) -> list[str]:
     ]
 
 
-def _gold(plan: Plan, config: Config, pools: PromptPools) -> None:
-    """Accuracy needs a check and something to check against."""
+def _plan_check(plan: Plan, config: Config, pools: PromptPools) -> None:
+    """Add whether accuracy can be reported: it needs a check, and gold for the held-out prompts."""
     if find_check(config.data) is None:
-        plan.add("Prompts", "no check of answers against gold: no accuracy will be reported")
+        plan.add_lines("Prompts", "no check of answers against gold: no accuracy will be reported")
     elif missing := missing_gold(config.data, pools.held_out):
-        plan.add("Prompts", missing)
+        plan.add_lines("Prompts", missing)
         plan.problems.append(missing)
 
 
-def _training(plan: Plan, config: Config, pools: PromptPools) -> None:
+def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:
     sft, align = config.sft, config.align
     validation = sum(in_validation_part(p, sft.validation_fraction) for p in pools.sft)
     steps = math.ceil(math.ceil((len(pools.sft) - validation) / sft.batch_size) * sft.epochs)
-    plan.add(
+    plan.add_lines(
         "Training",
         f"Stage I: {steps} steps of {sft.batch_size} anchors ({sft.epochs:g} epochs), {validation} for validation",
     )
     if isinstance(align, StageTwoSettings):
-        plan.add("Training", _stage_two(align, len(pools.align)))
+        plan.add_lines("Training", _describe_stage_two(align, len(pools.align)))
     if config.set_aside:
-        plan.add("Training", config.set_aside)
+        plan.add_lines("Training", config.set_aside)
     if config.data.sft_fraction is not None:
-        plan.add("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
+        plan.add_lines("Training", f"{len(pools.sft)} prompts for Stage I, {len(pools.align)} others for Stage II")
 
 
-def _stage_two(align: StageTwoSettings, prompts: int) -> str:
-    each, in_all = f"{align.prompts_per_step} prompts", ""
+def _describe_stage_two(align: StageTwoSettings, prompts: int) -> str:
+    per_step, total = f"{align.prompts_per_step} prompts", ""
     if align.drawn:
-        each += f" × {align.drawn} candidates" if align.drawn > 1 else ", one candidate each"
-        in_all = f"{align.candidates_in_all:,} in all, "
+        per_step += f" × {align.drawn} candidates" if align.drawn > 1 else ", one candidate each"
+        total = f"{align.candidates_in_all:,} in all, "
     passes = align.steps / align.updates * align.prompts_per_step / prompts
-    more = f", {align.updates} on the same candidates" if align.updates > 1 else ""
+    repeated = f", {align.updates} on the same candidates" if align.updates > 1 else ""
     method = getattr(align, "method", "") + (f" with q={align.q}" if isinstance(align, LdlGrpo) else "")
-    return f"Stage II: {align.steps} steps of {each}{more} ({in_all}{passes:.1f} passes over the prompts), {method}"
+    return (
+        f"Stage II: {align.steps} steps of {per_step}{repeated} ({total}{passes:.1f} passes over the prompts), {method}"
+    )
 
 
-def _run(plan: Plan, run: RunDir) -> None:
-    done = [stage for stage in STAGES if stage in run.finished()]
-    plan.add("Run", f"{Path(run.path)}: " + (f"finished so far: {', '.join(done)}" if done else "nothing done yet"))
+def _plan_remaining_stages(plan: Plan, run: RunDir) -> None:
+    done = [stage for stage in STAGES if stage in run.finished_stages()]
+    plan.add_lines(
+        "Run", f"{Path(run.path)}: " + (f"finished so far: {', '.join(done)}" if done else "nothing done yet")
+    )

@@ -1,4 +1,4 @@
-"""What would leave this machine, known before anything does: the bounds of the plan, and the dry run."""
+"""List the requests that a run would send, before it sends any: the bounds of the plan, and the dry run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from purld.clients.answer_file import AnswerFileClient
 from purld.clients.base import reply_from_ledger
 from purld.clients.ledger import LedgerView, Request, Role
 from purld.clients.requests import build_requests, max_image_tokens, token_cost, worst_case_tokens
+from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
-from purld.config.schema import AnswerFile, Config, LocalModel, OpenAIEndpoint, TeacherAnchors
+from purld.config.schema import Config
 from purld.model.encode import Encoder
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.prompt_pools import PromptPools
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
-from purld.templates import judge_turn as judge_turn
-from purld.templates import rating_turn
+from purld.templates import judge_turn, rating_turn
 
 _HEADING = "What leaves this machine"
 
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """A request to the teacher that is still to be sent."""
+    """A request to the teacher that has not been answered yet."""
 
     role: Role
     prompt: Prompt
@@ -39,9 +39,9 @@ class PendingRequest:
 def pending_requests(
     endpoint: OpenAIEndpoint, config: Config, pools: PromptPools, run: RunDir, resend_unknown: bool = False
 ) -> Iterator[PendingRequest]:
-    """The questions that `purld anchors` would send now, each once, in their order.
+    """Yield the requests that `purld anchors` would send now, each once, in order.
 
-    What the ledger of this run or of one beside it can answer is not among them.
+    Requests that the ledger of this run or of a sibling run can answer are left out.
 
     Raises:
         UserError: the ledger cannot be read.
@@ -49,7 +49,7 @@ def pending_requests(
     asked: list[tuple[Role, Prompt]] = [("teacher", prompt) for prompt in pools.train]
     if isinstance(config.evaluate.opponent, TeacherAnchors):
         asked += [("opponent", prompt) for prompt in pools.held_out]
-    ledgers = [path for path in (run.ledger, *run.ledgers_beside()) if path.exists()]
+    ledgers = [path for path in (run.ledger, *run.sibling_ledgers()) if path.exists()]
     with LedgerView(ledgers[0], ledgers[1:]) if ledgers else nullcontext() as known:
         seen = set[str]()
         for (role, prompt), request in zip(
@@ -65,141 +65,141 @@ def pending_requests(
 def write_dry_run(
     handle: IO[str], config: Config, pools: PromptPools, run: RunDir, resend_unknown: bool = False
 ) -> tuple[int, int]:
-    """Write one line {"role", "url", "body"} per request that would leave; `body` is the request's, byte for byte.
+    """Write one line {"role", "url", "body"} per request that would be sent; `body` is byte for byte what is sent.
 
     Returns:
-        How many requests there are, and the bytes of their bodies.
+        The number of requests, and the bytes of their bodies in total.
     """
     count = size = 0
     if isinstance(config.teacher, OpenAIEndpoint):
-        for question in pending_requests(config.teacher, config, pools, run, resend_unknown):
-            request = question.request
+        for pending in pending_requests(config.teacher, config, pools, run, resend_unknown):
+            request = pending.request
             url = json.dumps(f"{request.base_url}/chat/completions")
-            # Not dumped again: what is read here is what is sent.
-            handle.write(f'{{"role": "{question.role}", "url": {url}, "body": {request.body}}}\n')
+            # The body is written as it is and not dumped again, so that it stays byte for byte what is sent.
+            handle.write(f'{{"role": "{pending.role}", "url": {url}, "body": {request.body}}}\n')
             count += 1
             size += len(request.body.encode())
     return count, size
 
 
 def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools, run: RunDir) -> None:
-    """What each remote model will be sent at most, without what ledgers can answer already.
+    """Add bounds on what each remote model will be sent; requests that a ledger can answer are not counted.
 
     Raises:
         UserError: the ledger or an answer file cannot be read.
     """
     match config.teacher:
         case OpenAIEndpoint() as endpoint:
-            _teacher(plan, endpoint, pools, pending_requests(endpoint, config, pools, run))
+            _plan_teacher(plan, endpoint, pools, pending_requests(endpoint, config, pools, run))
         case LocalModel(model=model):
-            plan.add(_HEADING, f"teacher: nothing; answers come from {model}")
+            plan.add_lines(_HEADING, f"teacher: nothing; answers come from {model}")
         case AnswerFile(path=path) as file:
-            plan.add(_HEADING, f"teacher: nothing; answers come from {path}")
-            plan.add("Prompts", _answers(file, encoder, pools.train, "teacher"))
+            plan.add_lines(_HEADING, f"teacher: nothing; answers come from {path}")
+            plan.add_lines("Prompts", _describe_answers(file, encoder, pools.train, "teacher"))
             if isinstance(config.evaluate.opponent, TeacherAnchors):
-                plan.add("Prompts", _answers(file, encoder, pools.held_out, "opponent"))
+                plan.add_lines("Prompts", _describe_answers(file, encoder, pools.held_out, "opponent"))
     if isinstance(config.evaluate.opponent, AnswerFile):
-        plan.add("Prompts", _answers(config.evaluate.opponent, encoder, pools.held_out, "opponent"))
+        plan.add_lines("Prompts", _describe_answers(config.evaluate.opponent, encoder, pools.held_out, "opponent"))
     if isinstance(config.evaluate.judge, OpenAIEndpoint):
-        _judge(plan, config.evaluate.judge, config, encoder, pools)
-    _stages(plan, config, encoder, pools)
+        _plan_judge(plan, config.evaluate.judge, config, encoder, pools)
+    _plan_training_requests(plan, config, encoder, pools)
 
 
-def _answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
-    """What an answer file holds for the prompts, and what of it is too long."""
+def _describe_answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
+    """Describe how many prompts an answer file answers, why not the others, and how many anchors are too long."""
     replies = AnswerFileClient(file).ask(prompts)
     remarks = Counter(reply.detail for reply in replies if reply.detail)
-    found = [reply.text for reply in replies if reply.text is not None]
-    more = "".join(f"; {count:,} × {remark}" for remark, count in remarks.most_common())
-    if role == "teacher" and (cut := sum(encoder.answer(text).cut for text in found)):
+    texts = [reply.text for reply in replies if reply.text is not None]
+    details = "".join(f"; {count:,} × {remark}" for remark, count in remarks.most_common())
+    if role == "teacher" and (cut := sum(encoder.encode_answer(text).cut for text in texts)):
         anchors = f"{cut:,} anchors" if cut > 1 else "1 anchor"
-        more += f"; {anchors} will be cut at {encoder.max_anchor_tokens} tokens (student.max_anchor_tokens)"
-    return f"{role}: {file.path} answers {len(found)} of {len(prompts)} prompts{more}"
+        details += f"; {anchors} will be cut at {encoder.max_anchor_tokens} tokens (student.max_anchor_tokens)"
+    return f"{role}: {file.path} answers {len(texts)} of {len(prompts)} prompts{details}"
 
 
-def _teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: PromptPools, questions: Iterable[PendingRequest]) -> None:
+def _plan_teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: PromptPools, requests: Iterable[PendingRequest]) -> None:
     calls, size, estimate, read, written, images = Counter[Role](), 0, 0, 0, 0, 0
-    for question in questions:
-        images += len(question.prompt.images)
-        calls[question.role] += 1
-        size += len(question.request.body.encode())
-        estimate += pools.tokens[question.prompt.id]
-        bound = worst_case_tokens(endpoint, question.prompt)
+    for pending in requests:
+        images += len(pending.prompt.images)
+        calls[pending.role] += 1
+        size += len(pending.request.body.encode())
+        estimate += pools.tokens[pending.prompt.id]
+        bound = worst_case_tokens(endpoint, pending.prompt)
         read, written = read + bound[0], written + bound[1]
     held_out = f", {calls['opponent']:,} of them about held-out prompts" if calls["opponent"] else ""
     sent = f"{images:,} images, {size:,} bytes" if images else f"{size:,} bytes"
     likely, cost = token_cost(endpoint, estimate, written), token_cost(endpoint, read, written)
-    plan.add(
+    plan.add_lines(
         _HEADING,
         f"teacher: {calls.total():,} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {sent}",
         f"  about {estimate:,} tokens in (by the student's tokenizer)"
-        + _in_cost(endpoint, likely, "with answers of full length about"),
-        f"  at most {read:,} tokens in and {written:,} out{_in_cost(endpoint, cost, 'at most')}",
+        + _format_cost(endpoint, likely, "with answers of full length about"),
+        f"  at most {read:,} tokens in and {written:,} out{_format_cost(endpoint, cost, 'at most')}",
     )
-    _caps(plan, endpoint, calls.total(), read + written, cost)
+    _plan_caps(plan, endpoint, calls.total(), read + written, cost)
 
 
-def _stages(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools) -> None:
-    """Training sends nothing, but for the method in which the teacher judges."""
+def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools) -> None:
+    """Add what training sends: nothing, except by the method in which the teacher scores every candidate."""
     settings, teacher = config.align, config.teacher
     if not isinstance(settings, TeacherJudgeGrpo) or not isinstance(teacher, OpenAIEndpoint):
-        plan.add(_HEADING, "Stage I and Stage II: nothing")
+        plan.add_lines(_HEADING, "Stage I and Stage II: nothing")
         return
     calls = settings.candidates_in_all
-    asked = sum(
-        len(encoder.literal(rating_turn(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align
+    question_tokens = sum(
+        len(encoder.encode_literal(rating_turn(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align
     ) / len(pools.align)
-    read, written = int(calls * (asked + settings.max_new_tokens)), calls * settings.max_tokens_per_score
+    read, written = int(calls * (question_tokens + settings.max_new_tokens)), calls * settings.max_tokens_per_score
     cost = token_cost(teacher, read, written)
-    plan.add(
+    plan.add_lines(
         _HEADING,
         "Stage I: nothing",
         f"Stage II: at most {calls:,} calls to {teacher.model} at {teacher.base_url}, one per candidate",
         f"  about {read:,} tokens in with candidates of full length, at most {written:,} out"
-        + _in_cost(teacher, cost, "about"),
+        + _format_cost(teacher, cost, "about"),
     )
-    _caps(plan, teacher, len(pools.train) + calls, read + written, cost)
+    _plan_caps(plan, teacher, len(pools.train) + calls, read + written, cost)
 
 
-def _judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: PromptPools) -> None:
-    """An estimate: the answers that will be judged do not exist yet."""
-    times = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, StageTwoSettings) else 2)
-    calls = times * len(pools.held_out)
-    texts = sum(len(encoder.literal(judge_turn(p.question, p.reference or "", "", ""))) for p in pools.held_out)
+def _plan_judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: PromptPools) -> None:
+    """Add an estimate of what the judge is sent; the answers that it will judge do not exist yet."""
+    per_prompt = (2 if config.evaluate.both_orders else 1) * (3 if isinstance(config.align, StageTwoSettings) else 2)
+    calls = per_prompt * len(pools.held_out)
+    texts = sum(len(encoder.encode_literal(judge_turn(p.question, p.reference or "", "", ""))) for p in pools.held_out)
     answers = config.evaluate.max_new_tokens + config.student.max_anchor_tokens
-    pictures = sum(_image_tokens(judge, p) for p in pools.held_out)
-    read = times * (texts + pictures + answers * len(pools.held_out))
+    images = sum(_image_tokens(judge, p) for p in pools.held_out)
+    read = per_prompt * (texts + images + answers * len(pools.held_out))
     written = calls * judge.max_tokens_per_answer
     cost = token_cost(judge, read, written)
-    plan.add(
+    plan.add_lines(
         _HEADING,
         f"judge: at most {calls} calls to {judge.model} at {judge.base_url}",
         f"  about {read:,} tokens in with answers of full length, at most {written:,} out"
-        + _in_cost(judge, cost, "about"),
+        + _format_cost(judge, cost, "about"),
     )
     if config.evaluate.judge_retries:
-        again = config.evaluate.judge_retries
-        plan.add(_HEADING, f"  up to {again} more for each reply that is no verdict (evaluate.judge_retries)")
-    _caps(plan, judge, calls, read + written, cost)
+        retries = config.evaluate.judge_retries
+        plan.add_lines(_HEADING, f"  up to {retries} more for each reply that is no verdict (evaluate.judge_retries)")
+    _plan_caps(plan, judge, calls, read + written, cost)
 
 
 def _image_tokens(endpoint: OpenAIEndpoint, prompt: Prompt) -> int:
-    """What a prompt's images take at most: every model counts them in its own way."""
+    """Return the largest number of tokens that a prompt's images can take; every model counts them differently."""
     return sum(max_image_tokens(endpoint, image) for image in prompt.images)
 
 
-def _in_cost(endpoint: OpenAIEndpoint, cost: float, bound: str) -> str:
+def _format_cost(endpoint: OpenAIEndpoint, cost: float, bound: str) -> str:
     priced = endpoint.input_price or endpoint.output_price
     return f", {bound} {cost:,.2f} in cost" if priced else "; no prices are configured"
 
 
-def _caps(plan: Plan, endpoint: OpenAIEndpoint, calls: int, tokens: int, cost: float) -> None:
-    wanted = {"max_calls": calls, "max_tokens": tokens, "max_cost": cost}
-    caps = {name: cap for name in wanted if (cap := getattr(endpoint, name)) is not None}
-    given = ", ".join(f"{name} {cap:,}" for name, cap in caps.items())
-    plan.add(_HEADING, f"  hard caps: {given or 'none'}")
+def _plan_caps(plan: Plan, endpoint: OpenAIEndpoint, calls: int, tokens: int, cost: float) -> None:
+    needed = {"max_calls": calls, "max_tokens": tokens, "max_cost": cost}
+    caps = {name: cap for name in needed if (cap := getattr(endpoint, name)) is not None}
+    listed = ", ".join(f"{name} {cap:,}" for name, cap in caps.items())
+    plan.add_lines(_HEADING, f"  hard caps: {listed or 'none'}")
     for name, cap in caps.items():
-        if wanted[name] > cap:
-            plan.add(_HEADING, f"  the cap {name} may leave the last of these calls unsent")
+        if needed[name] > cap:
+            plan.add_lines(_HEADING, f"  the cap {name} may leave the last of these calls unsent")
     if endpoint.api_key_env and not os.environ.get(endpoint.api_key_env):
-        plan.add(_HEADING, f"  the environment variable {endpoint.api_key_env} is not set here")
+        plan.add_lines(_HEADING, f"  the environment variable {endpoint.api_key_env} is not set here")

@@ -1,4 +1,4 @@
-"""A plan as lines under headings, and how it is shown."""
+"""Hold a plan as lines under headings, and print it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from purld.errors import UserError
 
 @dataclass
 class Plan:
-    """Lines under headings, and what stands in the way."""
+    """The lines of a plan under their headings, and the problems that keep the run from starting."""
 
     sections: dict[str, list[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def add(self, heading: str, *lines: str) -> None:
+    def add_lines(self, heading: str, *lines: str) -> None:
         """Add lines under a heading."""
         self.sections.setdefault(heading, []).extend(lines)
 
@@ -25,7 +25,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print a plan.
 
     Raises:
-        UserError: something stands in the way of the run; named after the plan is shown.
+        UserError: the plan has problems; raised after the plan is printed.
     """
     console = console or Console(highlight=False)
     for heading, lines in plan.sections.items():

@@ -1,24 +1,25 @@
-"""What a run must keep to, seen before anything is paid for: the student's context and scores, the teacher's cap."""
+"""Check the limits of a run before anything is paid for: the student's context and scoring, the teacher's cap."""
 
 from __future__ import annotations
 
+from purld.config.clients import OpenAIEndpoint, TeacherAnchors
 from purld.config.methods import SelfScoringSettings, TeacherJudgeGrpo
-from purld.config.schema import Config, OpenAIEndpoint, TeacherAnchors
+from purld.config.schema import Config
 from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.load import context_length
 from purld.model.self_evaluation import SelfEvaluator
 from purld.pipeline.prompt_pools import PromptPools
 
-# Words of the self-evaluation and chat templates around question, anchor and candidate, generously.
+# A generous allowance for the words of the self-evaluation and chat templates.
 _TEMPLATE_TOKENS = 256
 
 
 def check_context(config: Config) -> None:
-    """See that the longest self-evaluation fits the student's context.
+    """Check that the longest self-evaluation fits the student's context.
 
     Raises:
-        UserError: it does not; names the keys to lower.
+        UserError: it does not; the message names the keys to lower.
     """
     context = context_length(config.student.model)
     lengths = config.student.max_prompt_tokens + config.student.max_anchor_tokens + _TEMPLATE_TOKENS
@@ -32,20 +33,20 @@ def check_context(config: Config) -> None:
 
 
 def check_scoring(config: Config, encoder: Encoder) -> None:
-    """See that the student can score in the way that the configuration asks for.
+    """Check that the student can score as `align.score` asks.
 
     Raises:
-        UserError: its tokenizer does not spell numbers as `align.score: expected` needs.
+        UserError: its tokenizer does not spell numbers as `expected` needs.
     """
     if isinstance(config.align, SelfScoringSettings):
         SelfEvaluator(encoder, config.align.score, batch_size=1)
 
 
 def check_judging(config: Config, pools: PromptPools) -> None:
-    """See that the teacher's cap on calls covers a stage in which it judges every candidate.
+    """Check that the teacher's cap on calls covers a stage in which it judges every candidate.
 
     Raises:
-        UserError: it does not; what tokens will cost is not known before they are drawn.
+        UserError: it does not. The cost in tokens is not known before candidates are drawn.
     """
     if not isinstance(config.align, TeacherJudgeGrpo) or not isinstance(config.teacher, OpenAIEndpoint):
         return

@@ -1,4 +1,4 @@
-"""The prompts of a run: which are trained on, in which stage, and which are only evaluated on."""
+"""Split the prompts of a run into training and held-out pools, and the training pool between the stages."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PromptPools:
-    """The prompts of a run, without duplicates and without a prompt both trained and evaluated on.
+    """The prompts of a run, without duplicates; no prompt is both trained and evaluated on.
 
-    The teacher is asked about `train`. Its anchors serve Stage I for `sft` and Stage II for `align`: each the whole
-    of `train`, or with `data.sft_fraction` two parts of it that do not overlap. `rows` were read, `duplicates` of
-    them repeated a prompt. `tokens` has the length of each prompt, by its id.
+    Attributes:
+        train: prompts that the teacher is asked about.
+        held_out: prompts that are only evaluated on.
+        sft: the part of `train` for Stage I; all of it unless `data.sft_fraction` splits it.
+        align: the part of `train` for Stage II; all of it unless `data.sft_fraction` splits it.
+        rows: the number of rows read.
+        duplicates: how many of them repeated a prompt.
+        tokens: the length of each prompt in tokens, by its id.
     """
 
     train: list[Prompt]
@@ -34,12 +39,12 @@ class PromptPools:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a prompt is added, removed or edited."""
+        """Return a hash that changes when a prompt is added, removed or edited."""
         return content_hash([[p.id for p in self.train], [p.id for p in self.held_out]])
 
 
 def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools:
-    """The prompts of a run, limited as the configuration says; what is left out is said.
+    """Load the prompts of a run, within the configuration's limits; report what is left out through `say`.
 
     Raises:
         UserError: a file is missing, a row is bad, or a pool is empty.
@@ -47,15 +52,15 @@ def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools
     data = config.data
     loaded, published = _load(data)
     for part in filter(None, (loaded, published)):
-        _tell(part, data.source if part is loaded else data.eval_prompts or data.source, say)
-    train, held_out = _part(config, loaded, published, say)
+        _report_left_out(part, data.source if part is loaded else data.eval_prompts or data.source, say)
+    train, held_out = _split_held_out(config, loaded, published, say)
     limit = config.student.max_prompt_tokens
-    measured = _measured(train + held_out, encoder, data, say)
+    measured = _prompt_lengths(train + held_out, encoder, data, say)
     train, held_out = ([prompt for prompt in part if prompt.id in measured] for part in (train, held_out))
     if data.bad_rows == "fail":
         _check_images_fit(train + held_out, measured, limit)
-    train = _that_fit(train, measured, limit, "training", say)[: data.max_prompts]
-    held_out = _that_fit(held_out, measured, limit, "held-out", say)[: data.max_eval_prompts]
+    train = _within_limit(train, measured, limit, "training", say)[: data.max_prompts]
+    held_out = _within_limit(held_out, measured, limit, "held-out", say)[: data.max_eval_prompts]
     if not train:
         raise UserError(f"{data.source}: no prompts are left to train on.")
     if not held_out:
@@ -65,11 +70,11 @@ def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools
     parts = [loaded] if published is None else [loaded, published]
     rows, duplicates = sum(p.rows for p in parts), sum(p.duplicates for p in parts)
     tokens = {prompt.id: measured[prompt.id] for prompt in train + held_out}
-    return PromptPools(train, held_out, *_stages(config, train), rows, duplicates, tokens)
+    return PromptPools(train, held_out, *_split_stages(config, train), rows, duplicates, tokens)
 
 
 def _load(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
-    """What the training prompts' source holds, and what is held out apart from it."""
+    """Load the training source, and the held-out prompts if they have a file or split of their own."""
     if data.task is not None:
         return load_task(data.task, data.source, data.bad_rows)
     loaded = load_prompts(data.source, data.columns, data.bad_rows)
@@ -78,17 +83,17 @@ def _load(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
     return loaded, load_prompts(data.eval_prompts, data.columns, data.bad_rows)
 
 
-def _tell(loaded: LoadedPrompts, source: str, say: Say) -> None:
+def _report_left_out(loaded: LoadedPrompts, source: str, say: Say) -> None:
     if loaded.duplicates:
         say(f"{source}: {loaded.duplicates} rows repeat a prompt and were dropped.")
     if loaded.skipped:
         say(f"{source}: {loaded.skipped} bad rows were skipped, first: {loaded.first_skipped}")
 
 
-def _part(
+def _split_held_out(
     config: Config, loaded: LoadedPrompts, published: LoadedPrompts | None, say: Say
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts and held-out ones; a prompt that would be both is only held out."""
+    """Separate training and held-out prompts; a prompt that would be both is only held out."""
     if published is None:
         return split_pool(loaded.prompts, config.data.eval_fraction, config.seed)
     train = exclude_prompts(loaded.prompts, published.prompts)
@@ -97,12 +102,12 @@ def _part(
     return train, published.prompts
 
 
-def _stages(config: Config, train: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts of Stage I and those of Stage II."""
+def _split_stages(config: Config, train: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
+    """Split the training prompts between Stage I and Stage II."""
     fraction = config.data.sft_fraction
     if fraction is None:
         return train, train
-    # Not the seed's own hash: that one has already drawn the held-out set.
+    # Salted: the hash of the seed alone has already drawn the held-out set.
     align, sft = split_pool(train, fraction, f"stages {config.seed}")
     if not sft or not align:
         raise UserError(f"{config.data.source}: one training prompt cannot be split by data.sft_fraction.")
@@ -110,31 +115,33 @@ def _stages(config: Config, train: list[Prompt]) -> tuple[list[Prompt], list[Pro
 
 
 def _check_images_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int) -> None:
-    """An image's tokens are set by the configuration and not by its row: without a word, a whole pool could go.
+    """Refuse image prompts that are too long.
+
+    The configuration sets the number of an image's tokens, so leaving such prompts out could silently empty a pool.
 
     Raises:
-        UserError: names the first row whose prompt has images and is too long.
+        UserError: a prompt with images is too long; the message names its row.
     """
     for prompt in prompts:
         if prompt.images and tokens[prompt.id] > limit:
             raise UserError(
-                f"{prompt.place}: the prompt has {tokens[prompt.id]:,} tokens with its {len(prompt.images)} image(s), "
-                f"more than {limit:,}; raise student.max_prompt_tokens, lower student.max_image_pixels, or leave such "
-                "rows out with data.bad_rows=skip."
+                f"{prompt.location}: the prompt has {tokens[prompt.id]:,} tokens with its {len(prompt.images)} "
+                f"image(s), more than {limit:,}; raise student.max_prompt_tokens, lower student.max_image_pixels, or "
+                "leave such rows out with data.bad_rows=skip."
             )
 
 
-def _measured(prompts: list[Prompt], encoder: Encoder, data: Data, say: Say) -> dict[str, int]:
-    """The length of each prompt in tokens, by its id; those that this student cannot be asked are bad rows.
+def _prompt_lengths(prompts: list[Prompt], encoder: Encoder, data: Data, say: Say) -> dict[str, int]:
+    """Return the length of each prompt in tokens, by its id; a prompt that the student cannot read is a bad row.
 
     Raises:
-        UserError: there is such a prompt, and bad rows are not to be skipped.
+        UserError: there is such a prompt, and `data.bad_rows` is `fail`.
     """
     tokens: dict[str, int] = {}
     problems: list[UserError] = []
     for prompt in prompts:
         try:
-            tokens[prompt.id] = len(encoder.prompt(prompt))
+            tokens[prompt.id] = len(encoder.encode_prompt(prompt))
         except UserError as problem:
             if data.bad_rows == "fail":
                 raise
@@ -144,8 +151,8 @@ def _measured(prompts: list[Prompt], encoder: Encoder, data: Data, say: Say) -> 
     return tokens
 
 
-def _that_fit(prompts: list[Prompt], tokens: dict[str, int], limit: int, kind: str, say: Say) -> list[Prompt]:
-    """Leave out prompts that are too long before a teacher is paid for them: a cut question is another one."""
+def _within_limit(prompts: list[Prompt], tokens: dict[str, int], limit: int, kind: str, say: Say) -> list[Prompt]:
+    """Leave out prompts that are too long, before a teacher is paid for them: a cut question is another question."""
     fitting = [p for p in prompts if tokens[p.id] <= limit]
     if len(fitting) < len(prompts):
         say(

@@ -1,10 +1,10 @@
-"""A grid of runs over one configuration, sharing whatever is the same before Stage II.
+"""Run a grid of variants of one configuration that share anchors and Stage I.
 
-Runs whose configuration agrees up to Stage I form a family. The first of a family collects the anchors and
-trains Stage I; the others are given both, so that no anchor is bought and no Stage I is trained twice. Families
-collect their anchors one after the other, each from a copy of the last one's ledger. All work is done by the
-ordinary `purld` commands in processes of their own, so a sweep goes on where it stopped, as runs do. What a
-judge costs is not shared: each run's verdicts are its own.
+Runs whose configuration agrees up to Stage I form a family. The first run of a family, its leader, collects the anchors
+and trains Stage I; the other runs get copies of both, so that no anchor is bought and no Stage I is trained twice.
+Families collect their anchors one after the other, each starting from a copy of the previous family's ledger. All work
+is done by the ordinary `purld` commands in separate processes, so a sweep resumes where it stopped, as runs do.
+Verdicts are not shared: each run pays its judge.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from purld.clients.ledger import LedgerView
 from purld.config.load import load_config
 from purld.config.schema import Config
 from purld.display.progress import Reporter
-from purld.display.results import signed_difference
+from purld.display.results import format_signed_difference
 from purld.display.titles import METRIC_TITLES, model_title
 from purld.errors import UserError
-from purld.methods.table import METHODS
 from purld.records import content_hash
 from purld.report.page import write_report
 from purld.runs.files import read_json, read_rows, sync_folder, write_json, write_rows
+from purld.runs.open import final_model
 from purld.runs.run_dir import RunDir
 
 _PURLD = (sys.executable, "-c", "from purld.cli import main; main()")
@@ -51,10 +51,10 @@ class SweepCell:
     """One run of the grid.
 
     Attributes:
-        values: the swept keys and what they are here.
-        overrides: the same as the command line takes them.
+        values: the swept keys with this run's values.
+        overrides: the same in the syntax of the command line.
         config: the whole configuration.
-        run: where it lives.
+        run: the run directory.
     """
 
     values: Mapping[str, Any]
@@ -64,95 +64,97 @@ class SweepCell:
 
     @property
     def name(self) -> str:
-        """The folder's name, which tells it from the others."""
+        """The name of the run's folder, unique in the sweep."""
         return self.run.path.name
 
     @property
     def family(self) -> str:
-        """Equal for runs with the same anchors and the same Stage I."""
+        """A hash that is equal for runs with the same anchors and the same Stage I."""
         values = self.config.model_dump(mode="json")
         sections = [values[key] for key in ("student", "data", "teacher", "anchors", "sft", "seed")]
         return content_hash([*sections, values["evaluate"]["opponent"]])
 
     @property
     def finished(self) -> bool:
-        """Whether every stage is done, under this very configuration."""
-        if "report" not in self.run.finished() or not self.run.config.exists():
+        """Whether every stage is finished under exactly this configuration."""
+        if "report" not in self.run.finished_stages() or not self.run.config.exists():
             return False
-        there = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))
-        return bool(there == self.config.model_dump(mode="json"))
+        recorded = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))
+        return bool(recorded == self.config.model_dump(mode="json"))
 
 
 def plan_sweep(config: Path, grid: Sequence[str], folder: Path) -> list[SweepCell]:
-    """The runs of a grid, in its order: the last key varies fastest.
+    """Return the runs of a grid in order; the last key varies fastest.
 
     Args:
-        config: the configuration that they vary.
-        grid: `key.path=value,value,…`, each once.
-        folder: the runs' parent.
+        config: the configuration file that the runs vary.
+        grid: entries `key.path=value,value,…`, one per key.
+        folder: the parent folder of the runs.
 
     Raises:
         UserError: the configuration, a key or a value is wrong, or a key or value comes twice.
     """
-    axes = dict(_axis(entry) for entry in grid)
+    axes = dict(_parse_axis(entry) for entry in grid)
     if len(axes) < len(grid):
-        raise UserError("a key of the sweep is given twice; give each once, with all its values.")
+        raise UserError("a key of the sweep is given twice; give each key once, with all its values.")
     cells = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         overrides = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
-        cells.append(SweepCell(chosen, overrides, load_config(config, overrides), RunDir(folder / _name(chosen))))
+        cells.append(
+            SweepCell(chosen, overrides, load_config(config, overrides), RunDir(folder / _folder_name(chosen)))
+        )
     names = [cell.name for cell in cells]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"the sweep holds {twice[0]} twice; give each value once.")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"the sweep holds {repeated[0]} twice; give each value once.")
     return cells
 
 
 def run_sweep(config: Path, cells: Sequence[SweepCell], jobs: int, reporter: Reporter) -> None:
-    """Run what is not finished, `jobs` runs at a time, and show all of it in one table and one page.
+    """Run all unfinished runs, `jobs` at a time, and show all runs in one table and one page.
 
-    The folder of the runs gets `sweep.json` and `report.html`; what each run said is in its `sweep.log`.
+    The folder of the runs gets `sweep.json` and `report.html`; each run's output is in its `sweep.log`.
 
     Raises:
-        UserError: runs failed; the others are finished and shown first.
+        UserError: a run failed; the others are finished and shown first.
     """
     failed: dict[str, str] = {}
     leaders = list({cell.family: cell for cell in reversed(cells)}.values())[::-1]
-    open_families = [leader for leader in leaders if "sft" not in leader.run.finished()]
+    open_families = [leader for leader in leaders if "sft" not in leader.run.finished_stages()]
     reporter.headline(f"{len(cells)} runs, {len(leaders)} different Stage I")
     _collect_in_turn(config, open_families, reporter, failed)
     _run_each(config, "sft", [c for c in open_families if c.name not in failed], jobs, reporter, failed)
-    shared = _share(cells, {leader.family: leader for leader in leaders}, failed)
+    shared = _share_with_families(cells, {leader.family: leader for leader in leaders}, failed)
     if shared:
         reporter.say(f"{shared} runs were given the anchors and Stage I of another.")
-    ready = [cell for cell in cells if "sft" in cell.run.finished() and not cell.finished]
+    ready = [cell for cell in cells if "sft" in cell.run.finished_stages() and not cell.finished]
     _run_each(config, "run", ready, jobs, reporter, failed)
-    _close(cells, failed)
+    _show_results(cells, failed)
 
 
 def share_stage_one(source: RunDir, target: RunDir) -> None:
-    """Give `target` the finished anchors and Stage I of `source`: weights as links, the manifest last.
+    """Copy the finished anchors and Stage I of `source` to `target`: weights as hard links, the manifest last.
 
     Raises:
-        UserError: another process works on one of the two.
+        UserError: another process works on one of the two runs.
     """
     with source.lock(), target.lock():
         shutil.rmtree(target.sft, ignore_errors=True)
-        shutil.copytree(source.sft, target.sft, copy_function=_link)
+        shutil.copytree(source.sft, target.sft, copy_function=_link_or_copy)
         sync_folder(target.sft)
         for ours, theirs in ((source.anchors, target.anchors), (source.opponent, target.opponent)):
             if ours.exists():
                 write_rows(theirs, read_rows(ours))
         write_rows(target.metrics, [row for row in read_rows(source.metrics) if row["stage"] == "sft"])
         _copy_ledger(source, target)
-        finished = source.finished()
+        finished = source.finished_stages()
         for stage in ("anchors", "sft"):
             target.begin(stage)
             target.finish(stage, **finished[stage] | {"shared_from": source.path.name})
 
 
-def _axis(entry: str) -> tuple[str, list[Any]]:
-    """A key and its values."""
+def _parse_axis(entry: str) -> tuple[str, list[Any]]:
+    """Return the key and the values of one entry of the grid."""
     key, equals, text = entry.partition("=")
     try:
         values = yaml.safe_load(f"[{text}]")
@@ -163,8 +165,8 @@ def _axis(entry: str) -> tuple[str, list[Any]]:
     return key.strip(), values
 
 
-def _name(values: Mapping[str, Any]) -> str:
-    """A folder's name: each key by its last part, or whole where two end alike."""
+def _folder_name(values: Mapping[str, Any]) -> str:
+    """Return a folder name of all values: each key by its last part, or in full if two keys end in the same part."""
     leaves = [key.rpartition(".")[2] for key in values]
     parts = [
         f"{key if leaves.count(leaf) > 1 else leaf}={value if isinstance(value, str) else json.dumps(value)}"
@@ -174,14 +176,14 @@ def _name(values: Mapping[str, Any]) -> str:
 
 
 def _collect_in_turn(config: Path, leaders: Sequence[SweepCell], reporter: Reporter, failed: dict[str, str]) -> None:
-    """The anchors of every family, each knowing what the ones before it bought."""
-    before: SweepCell | None = None
+    """Collect the anchors of every family, each starting with the ledger of the family before it."""
+    previous: SweepCell | None = None
     for leader in leaders:
-        if before is not None and not leader.run.ledger.exists():
+        if previous is not None and not leader.run.ledger.exists():
             leader.run.path.mkdir(parents=True, exist_ok=True)
-            _copy_ledger(before.run, leader.run)
+            _copy_ledger(previous.run, leader.run)
         _run_each(config, "anchors", [leader], 1, reporter, failed)
-        before = leader
+        previous = leader
 
 
 def _copy_ledger(source: RunDir, target: RunDir) -> None:
@@ -190,14 +192,14 @@ def _copy_ledger(source: RunDir, target: RunDir) -> None:
             ledger.copy(target.ledger)
 
 
-def _share(cells: Sequence[SweepCell], leaders: Mapping[str, SweepCell], failed: dict[str, str]) -> int:
-    """Give Stage I to every run that lacks it, and return to how many."""
+def _share_with_families(cells: Sequence[SweepCell], leaders: Mapping[str, SweepCell], failed: dict[str, str]) -> int:
+    """Copy anchors and Stage I to every run that lacks them; return the number of runs that got them."""
     count = 0
     for cell in cells:
         leader = leaders[cell.family]
-        if "sft" in cell.run.finished():
+        if "sft" in cell.run.finished_stages():
             continue
-        if "sft" in leader.run.finished():
+        if "sft" in leader.run.finished_stages():
             share_stage_one(leader.run, cell.run)
             count += 1
         else:
@@ -205,8 +207,8 @@ def _share(cells: Sequence[SweepCell], leaders: Mapping[str, SweepCell], failed:
     return count
 
 
-def _link(source: str, target: str) -> None:
-    """A second name for a file that no finished stage changes, or a copy where the file system has no links."""
+def _link_or_copy(source: str, target: str) -> None:
+    """Hard-link a file that no finished stage changes, or copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -216,21 +218,21 @@ def _link(source: str, target: str) -> None:
 def _run_each(
     config: Path, command: str, cells: Sequence[SweepCell], jobs: int, reporter: Reporter, failed: dict[str, str]
 ) -> None:
-    """Run a command for every cell, `jobs` at a time; notes in `failed` what went wrong."""
-    waiting, running, done = deque(cells), dict[subprocess.Popen[bytes], SweepCell](), 0
+    """Run a command for every cell, `jobs` at a time; add the error of each failed run to `failed`."""
+    waiting, running, finished = deque(cells), dict[subprocess.Popen[bytes], SweepCell](), 0
     with reporter.progress(f"purld {command}: runs") as progress:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     cell = waiting.popleft()
-                    running[_start(config, command, cell, jobs)] = cell
+                    running[_start_process(config, command, cell, jobs)] = cell
                 ended = [process for process in running if process.poll() is not None]
                 for process in ended:
-                    done += 1
+                    finished += 1
                     cell = running.pop(process)
                     if process.returncode:
-                        failed[cell.name] = _last_words(cell, process.returncode)
-                    progress(done, len(cells), f"{len(failed)} failed" if failed else "")
+                        failed[cell.name] = _failure_text(cell, process.returncode)
+                    progress(finished, len(cells), f"{len(failed)} failed" if failed else "")
                 if not ended:
                     time.sleep(_POLL_SECONDS)
         finally:
@@ -240,10 +242,10 @@ def _run_each(
                 process.wait()
 
 
-def _start(config: Path, command: str, cell: SweepCell, jobs: int) -> subprocess.Popen[bytes]:
+def _start_process(config: Path, command: str, cell: SweepCell, jobs: int) -> subprocess.Popen[bytes]:
     cell.run.path.mkdir(parents=True, exist_ok=True)
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    # A session of its own: Ctrl-C reaches it once, through this process, and not a second time from the terminal.
+    # In its own session, so that Ctrl-C reaches it once, through this process, and not also from the terminal.
     with (cell.run.path / _LOG).open("ab") as log:
         return subprocess.Popen(
             [*_PURLD, command, str(config), *cell.overrides, "--run-dir", str(cell.run.path)],
@@ -255,21 +257,25 @@ def _start(config: Path, command: str, cell: SweepCell, jobs: int) -> subprocess
         )
 
 
-def _last_words(cell: SweepCell, status: int) -> str:
+def _failure_text(cell: SweepCell, status: int) -> str:
     log = cell.run.path / _LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line.removeprefix("purld: ").rstrip(".") for line in lines if line.startswith("purld: ")]
-    return said[-1] if said and status == 2 else f"it ended with status {status}, see {log}"
+    errors = [line.removeprefix("purld: ").rstrip(".") for line in lines if line.startswith("purld: ")]
+    return errors[-1] if errors and status == 2 else f"it ended with status {status}, see {log}"
 
 
-def _close(cells: Sequence[SweepCell], failed: Mapping[str, str]) -> None:
-    """The table, sweep.json and the page about what is finished; then what failed."""
+def _show_results(cells: Sequence[SweepCell], failed: Mapping[str, str]) -> None:
+    """Write sweep.json, the table and the page about the finished runs.
+
+    Raises:
+        UserError: a run failed.
+    """
     folder = cells[0].run.path.parent
-    done = [cell for cell in cells if "evaluate" in cell.run.finished()]
-    rows = [_row(cell) for cell in done]
+    done = [cell for cell in cells if "evaluate" in cell.run.finished_stages()]
+    rows = [_result_row(cell) for cell in done]
     write_json(folder / "sweep.json", {"keys": list(cells[0].values), "runs": rows, "failed": dict(failed)})
     if done:
-        _show(rows)
+        _print_table(rows)
         page = folder / "report.html"
         write_report([cell.run for cell in done], page)
         print(f"Report: {page}")
@@ -278,29 +284,31 @@ def _close(cells: Sequence[SweepCell], failed: Mapping[str, str]) -> None:
         raise UserError(f"{len(failed)} of {len(cells)} runs failed; {first}: {failed[first]}.")
 
 
-def _row(cell: SweepCell) -> dict[str, Any]:
+def _result_row(cell: SweepCell) -> dict[str, Any]:
     results = read_json(cell.run.results)
-    method = results["method"]
-    model, rival = (method, "sft") if METHODS[method].stage_two else ("sft", "base")
+    final = final_model(results["method"])
+    pair = f"{final.name} - {final.parent}"
     return {
         "run": cell.name,
         "values": dict(cell.values),
-        "model": model,
-        "metrics": results["models"][model],
-        "difference": {"to": rival, **results.get("difference", {}).get(f"{model} - {rival}", {})},
+        "model": final.name,
+        "metrics": results["models"][final.name],
+        "difference": {"to": final.parent, **results.get("difference", {}).get(pair, {})},
     }
 
 
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """All runs in one table: the swept keys, the final model's metrics, and its difference to the model before."""
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print one row per run: the swept keys, the final model's metrics, and its difference to the parent model."""
     shown = [key for key in METRIC_TITLES if any(key in row["metrics"] for row in rows)]
-    rival = model_title(rows[0]["difference"]["to"])
-    heads = [*rows[0]["values"], *(METRIC_TITLES[key] for key in shown), *([f"minus {rival}"] if shown else [])]
-    table = Table(*heads, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    parent = model_title(rows[0]["difference"]["to"])
+    headings = [*rows[0]["values"], *(METRIC_TITLES[key] for key in shown), *([f"minus {parent}"] if shown else [])]
+    table = Table(*headings, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for row in rows:
         cells = [str(value) for value in row["values"].values()]
         cells += [f"{row['metrics'][key]:.3f}" if key in row["metrics"] else "-" for key in shown]
         if shown:
-            cells.append(signed_difference(row["difference"], shown[0]) if shown[0] in row["difference"] else "-")
+            cells.append(
+                format_signed_difference(row["difference"], shown[0]) if shown[0] in row["difference"] else "-"
+            )
         table.add_row(*cells)
     Console(highlight=False, soft_wrap=True).print(table)

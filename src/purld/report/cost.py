@@ -1,4 +1,4 @@
-"""What a run took: of the teacher, and of time."""
+"""Make the section on cost: calls to the teacher, tokens, money and time."""
 
 from __future__ import annotations
 
@@ -19,56 +19,57 @@ _SPEND = {
 
 
 def cost_section(runs: Sequence[RunData]) -> PageSection:
-    """Calls, tokens and cost, the calls that were not needed, and the time of each stage."""
+    """Return the section: calls, tokens and cost, the calls that were saved, and the time of each stage."""
     parts = []
     for run in runs:
-        body = _tiles(run) + _candidates(run) + _seconds(run)
+        body = _teacher_tiles(run) + _saved_calls(run) + _stage_times(run)
         parts.append(f"<h3>{escape_text(run.name)}</h3>{body}" if body and len(runs) > 1 else body)
-    return PageSection("spend", "What it took", "".join(parts))
+    return PageSection("spend", "Cost and time", "".join(parts))
 
 
-def _tiles(run: RunData) -> str:
+def _teacher_tiles(run: RunData) -> str:
     teacher = run.results.get("teacher", {})
     tiles = "".join(
-        f"<div><dd>{_amount(teacher[key])}</dd><dt>{name}</dt></div>"
+        f"<div><dd>{_format_amount(teacher[key])}</dd><dt>{name}</dt></div>"
         for key, name in _SPEND.items()
         if key in teacher and (key != "cost" or teacher[key])
     )
-    return f'<h3>Asked of the teacher</h3><dl class="tiles">{tiles}</dl>\n' if tiles else ""
+    return f'<h3>Calls to the teacher</h3><dl class="tiles">{tiles}</dl>\n' if tiles else ""
 
 
-def _amount(value: float) -> str:
+def _format_amount(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
-def _candidates(run: RunData) -> str:
-    """How many calls a teacher that judges every candidate would have had to answer."""
-    align, steps = run.config.get("align", {}), run.stage("align")
+def _saved_calls(run: RunData) -> str:
+    """Return a note on the number of calls that a teacher judging every candidate would have answered."""
+    align, steps = run.config.get("align", {}), run.stage_metrics("align")
     if not steps or "candidates" not in align or "prompts_per_step" not in align:
         return ""
     stage = METHODS[align["method"]].stage_two if align.get("method") in METHODS else None
     if stage is not None and stage.scorer == "teacher":
-        return '<p class="note">The teacher scored every candidate: its calls are among those above.</p>\n'
+        return '<p class="note">The teacher scored every candidate; the calls above include these.</p>\n'
     scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"] // align.get("updates_per_rollout", 1)
     return (
         f'<p class="note">Stage II sampled and scored {scored:,} candidates without the teacher; '
-        f"with the teacher as judge each of them would have been one more call.</p>\n"
+        f"with the teacher as judge, each would have been one more call.</p>\n"
     )
 
 
-def _seconds(run: RunData) -> str:
+def _stage_times(run: RunData) -> str:
     seconds = {stage: s for stage, s in run.results.get("seconds", {}).items() if s > 0}
     if not seconds:
         return ""
     longest = max(seconds.values())
     rows = "".join(
-        f'<div><dt>{escape_text(stage)}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>{_duration(s)}</dd></div>'
+        f'<div><dt>{escape_text(stage)}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>'
+        f"{_format_duration(s)}</dd></div>"
         for stage, s in seconds.items()
     )
     return f'<h3>Time</h3><dl class="times">{rows}</dl>\n'
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,7 +1,7 @@
-"""The figures of a run, drawn by matplotlib in one style.
+"""Draw the figures of a run with matplotlib, in one style.
 
-As SVG every colour is a CSS variable with its light value to fall back on, so one drawing serves a light and
-a dark page; text stays text. Figures know metrics and nothing of the page around them.
+In the SVG every colour is a CSS variable with its light value as fallback, so the same drawing suits a light and a dark
+page. Text stays text. This module knows metrics, and nothing of the page around the figures.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from purld.display.titles import model_title
-from purld.report.run_data import Row, RunData
+from purld.evaluation.recorded import Row
+from purld.report.run_data import RunData
 
-# Roles of colour; the page's style sheet has the same names with a value for light and one for dark.
+# Colours by role; the page's style sheet has a light and a dark value for each role.
 COLOURS = {
     "ink": "#22262e",
     "muted": "#69717f",
@@ -56,17 +56,17 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "purld",
     "text.parse_math": False,
 }
-_SMOOTH_FROM = 20  # fewer points than this are drawn as they are
+_SMOOTH_FROM = 20  # with fewer points, no smoothed line is drawn
 _WINDOWS = 20  # the smoothed line averages over a twentieth of the stage
 
 
 @dataclass(frozen=True)
 class MetricPanel:
-    """A small figure over the steps of Stage II: which metrics, in which colours, and how to read it."""
+    """A small figure over the steps of Stage II: its metrics, their colours and a caption."""
 
     heading: str
     unit: str
-    series: Mapping[str, tuple[str, str]]  # metric: (label, role of its colour)
+    series: Mapping[str, tuple[str, str]]  # metric: (label, colour role)
     caption: str
     baseline: float | None = None
 
@@ -86,128 +86,118 @@ PANELS = (
         "Entropy of D and q",
         "nats",
         {"entropy_labels": ("labels D", "labels"), "entropy_policy": ("policy q", "policy")},
-        "How spread the target and the policy are over a group. With q below D the policy is being flattened.",
+        "How widely the labels and the policy spread over a group. If q lies below D, the update flattens the policy.",
     ),
     MetricPanel(
         "KL from the SFT model",
         "nats per answer",
         {"kl": ("KL(θ‖SFT)", "stage2")},
-        "How far the policy has moved from where Stage I left it.",
+        "How far the policy has moved from the SFT model.",
         baseline=0,
     ),
     MetricPanel(
         "Scores",
         "score",
         {"anchor_score": ("anchor", "labels"), "score": ("candidates", "policy")},
-        "The scores of the teacher's anchor, where it has one, and of the policy's own candidates.",
+        "The scores of the policy's candidates and, if the method scores it, of the teacher's anchor.",
     ),
     MetricPanel(
         "Margin to the anchor",
         "candidate − anchor",
         {"margin": ("margin", "policy")},
-        "Zero: candidates score as well as the teacher's answer.",
+        "At zero, candidates score as well as the teacher's answer.",
         baseline=0,
     ),
     MetricPanel(
         "Answer length",
         "tokens",
         {"length": ("candidates", "policy")},
-        "Drift in either direction deserves a look at the answers below.",
+        "If the length drifts either way, look at the answers below.",
     ),
     MetricPanel(
         "Length against q",
         "correlation",
         {"length_correlation": ("correlation", "policy")},
-        "Strongly negative: q sits on the shortest candidates, whatever their worth.",
+        "Strongly negative: q prefers the shortest candidates, whatever their quality.",
         baseline=0,
     ),
     MetricPanel(
         "Clipped tokens",
         "share",
         {"clipped": ("clipped", "policy")},
-        "Tokens whose gradient the clip cut off: zero while every update has candidates of its own.",
+        "Tokens whose gradient was clipped; zero while every update draws new candidates.",
         baseline=0,
     ),
     MetricPanel(
         "Error of the critic",
         "squared",
         {"value_loss": ("critic", "policy")},
-        "Half the squared distance of the critic's values from the returns.",
+        "Half the squared difference between the critic's values and the returns.",
         baseline=0,
     ),
     MetricPanel(
         "Pairs in the right order",
         "share",
         {"pair_accuracy": ("chosen above rejected", "policy")},
-        "Pairs whose chosen member the policy has raised above the rejected one since the SFT model.",
+        "Pairs in which the policy has raised the chosen answer over the rejected one, relative to the SFT model.",
     ),
     MetricPanel(
         "Candidates lost",
         "per log",
         {"truncated": ("cut off", "labels"), "unscored": ("unscored", "stage2")},
-        "Cut off at the token limit, or without a score; unscored candidates take no part in the update.",
+        "Candidates cut off at the token limit, or without a score. Unscored candidates are left out of the update.",
         baseline=0,
     ),
     MetricPanel(
         "Gradient norm",
         "before clipping",
         {"grad_norm": ("gradient", "stage2")},
-        "Spikes come before trouble.",
+        "Spikes are an early sign of unstable training.",
     ),
 )
 
 
 def draw_figures(run: RunData, prefix: str = "figure", whole: bool = True) -> list[ReportFigure]:
-    """Every figure that the run's metrics allow, or the convergence alone if not the `whole` is wanted.
+    """Return every figure that the run's metrics allow.
 
-    `prefix` sets their ids apart from another run's on a page.
+    Args:
+        run: the run.
+        prefix: starts the ids of the figures; different for each run on a page.
+        whole: False to draw the two-stage convergence alone.
     """
-    found = []
+    figures = []
     if (figure := draw_convergence(run)) is not None:
-        caption = "The loss of Stage I and the objective of Stage II have different units, hence two axes."
-        found.append(ReportFigure("Two-stage convergence", caption, figure_to_svg(figure, prefix), wide=True))
+        caption = "The loss of Stage I and the objective of Stage II have different units, so each has its own axis."
+        figures.append(ReportFigure("Two-stage convergence", caption, figure_to_svg(figure, prefix), wide=True))
     if not whole:
-        return found
+        return figures
     if "training_accuracy" in run.results:
-        found.append(_training_accuracy(run.results["training_accuracy"], prefix))
-    rows = run.stage("align")
-    for place, panel in enumerate(PANELS):
+        figures.append(_draw_training_accuracy(run.results["training_accuracy"], prefix))
+    rows = run.stage_metrics("align")
+    for index, panel in enumerate(PANELS):
         if any(_points(rows, key)[1].any() for key in panel.series):
-            svg = figure_to_svg(_draw(panel, rows), f"{prefix}-{place}")
-            found.append(ReportFigure(panel.heading, panel.caption, svg))
+            svg = figure_to_svg(_draw_panel(panel, rows), f"{prefix}-{index}")
+            figures.append(ReportFigure(panel.heading, panel.caption, svg))
     if "label_divergence" in run.results:
-        found += _movement(run, f"{prefix}-movement")
+        figures += _draw_label_divergence(run, f"{prefix}-movement")
     if "score_quality" in run.results:
-        found.append(_score_quality(run.results["score_quality"], prefix))
-    return found
+        figures.append(_draw_score_quality(run.results["score_quality"], prefix))
+    return figures
 
 
-def save_convergence(run: RunData, path: Path) -> None:
-    """Save the two-stage convergence as a picture for a README, in the format its suffix names, on a white ground.
+def draw_convergence(run: RunData) -> Figure | None:
+    """Draw Stage I's loss (left axis) and Stage II's objective (right axis) over all steps, as in Figure 2.
 
-    Raises:
-        ValueError: the run logged no training.
+    Returns None if the run logged no training.
     """
-    figure = draw_convergence(run, width=8.6)
-    if figure is None:
-        raise ValueError(f"{run.name} has logged no training to draw")
-    with rc_context(STYLE):
-        figure.savefig(path, dpi=200, facecolor="white")
-
-
-def draw_convergence(run: RunData, width: float = 11.5) -> Figure | None:
-    """Stage I's loss (left axis) and Stage II's objective (right axis) over all steps, as in Figure 2.
-
-    `width` is in inches; text keeps its size. None if the run logged no training.
-    """
-    first, second = run.stage("sft"), run.stage("align")
+    first, second = run.stage_metrics("sft"), run.stage_metrics("align")
     losses, objectives = _points(first, "loss"), _points(second, "objective")
     validation = _points(first, "eval_loss")
     if not len(losses[0]) and not len(objectives[0]):
         return None
-    turn = max((row["step"] for row in first), default=0)
+    boundary = max((row["step"] for row in first), default=0)
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, 3.6), layout="constrained")
+        figure = Figure(figsize=(11.5, 3.6), layout="constrained")
         left = figure.add_subplot()
         left.margins(x=0.02)
         left.set_xlabel("training step")
@@ -219,22 +209,22 @@ def draw_convergence(run: RunData, width: float = 11.5) -> Figure | None:
             if len(validation[0]):
                 left.plot(*validation, "o", markersize=4.5, color=COLOURS["stage1"], label="validation loss")
                 left.legend(loc="lower left", bbox_to_anchor=(0, 1.01))
-            _own_axis(left, "Stage I: SFT loss", "stage1")
+            _colour_axis(left, "Stage I: SFT loss", "stage1")
         if len(objectives[0]):
-            _line(right, objectives[0] + turn, objectives[1], "stage2")
-            _own_axis(right, f"Stage II: {model_title(run.method or 'align')} objective", "stage2")
+            _line(right, objectives[0] + boundary, objectives[1], "stage2")
+            _colour_axis(right, f"Stage II: {model_title(run.method or 'align')} objective", "stage2")
         if right is not left:
-            _mark_turn(left, turn)
+            _mark_boundary(left, boundary)
     return figure
 
 
-def _mark_turn(axes: Axes, turn: float) -> None:
-    """The line between the stages, which are named on either side of its head."""
-    axes.axvline(turn, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
+def _mark_boundary(axes: Axes, boundary: float) -> None:
+    """Draw the line between the stages, with their names on either side of its upper end."""
+    axes.axvline(boundary, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
     for name, side, shift, role in (("Stage I", "right", -8, "stage1"), ("Stage II", "left", 8, "stage2")):
         axes.annotate(
             name,
-            (turn, 1.02),
+            (boundary, 1.02),
             xycoords=("data", "axes fraction"),
             xytext=(shift, 0),
             textcoords="offset points",
@@ -245,9 +235,9 @@ def _mark_turn(axes: Axes, turn: float) -> None:
         )
 
 
-def _draw(panel: MetricPanel, rows: Sequence[Row]) -> Figure:
+def _draw_panel(panel: MetricPanel, rows: Sequence[Row]) -> Figure:
     with rc_context(STYLE):
-        figure, axes = _panel(panel.unit)
+        figure, axes = _empty_panel(panel.unit)
         if panel.baseline is not None:
             axes.axhline(panel.baseline, linewidth=1, color=COLOURS["muted"])
         for key, (label, role) in panel.series.items():
@@ -259,18 +249,18 @@ def _draw(panel: MetricPanel, rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _training_accuracy(rows: Sequence[Row], prefix: str) -> ReportFigure:
-    """The share of Stage II's candidates that is right, over its steps."""
+def _draw_training_accuracy(rows: Sequence[Row], prefix: str) -> ReportFigure:
+    """Draw the share of right candidates over the steps of Stage II."""
     with rc_context(STYLE):
-        figure, axes = _panel("right candidates")
+        figure, axes = _empty_panel("right candidates")
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         _line(axes, *_points(rows, "right"), "policy")
-    caption = "Sampled candidates that are right by the gold of the training prompts, which training never sees."
+    caption = "Share of sampled candidates that are right by gold, which training never sees."
     return ReportFigure("Accuracy over training", caption, figure_to_svg(figure, f"{prefix}-accuracy"))
 
 
-def _panel(unit: str) -> tuple[Figure, Axes]:
-    """An empty small figure over the steps of Stage II."""
+def _empty_panel(unit: str) -> tuple[Figure, Axes]:
+    """Return an empty small figure over the steps of Stage II."""
     figure = Figure(figsize=(4.2, 2.5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel("Stage II step")
@@ -280,9 +270,9 @@ def _panel(unit: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _score_quality(found: Row, prefix: str) -> ReportFigure:
-    """How often candidates are right at each score: on the diagonal, a score is a probability."""
-    bins = found["bins"]
+def _draw_score_quality(quality: Row, prefix: str) -> ReportFigure:
+    """Draw the share of right candidates by score; on the diagonal, scores are probabilities."""
+    bins = quality["bins"]
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
@@ -291,31 +281,36 @@ def _score_quality(found: Row, prefix: str) -> ReportFigure:
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.04, 1.04)
         axes.plot([0, 1], [0, 1], linewidth=1, color=COLOURS["muted"])
-        sizes = [20 + 180 * b["n"] / found["n"] for b in bins]
-        axes.plot([b["score"] for b in bins], [b["right"] for b in bins], linewidth=1.2, color=COLOURS["policy"])
-        axes.scatter([b["score"] for b in bins], [b["right"] for b in bins], s=sizes, color=COLOURS["policy"])
-    return ReportFigure("Scores against gold", describe_score_quality(found), figure_to_svg(figure, f"{prefix}-scores"))
+        scores, shares = [b["score"] for b in bins], [b["right"] for b in bins]
+        sizes = [20 + 180 * b["n"] / quality["n"] for b in bins]
+        axes.plot(scores, shares, linewidth=1.2, color=COLOURS["policy"])
+        axes.scatter(scores, shares, s=sizes, color=COLOURS["policy"])
+    return ReportFigure(
+        "Scores against gold", describe_score_quality(quality), figure_to_svg(figure, f"{prefix}-scores")
+    )
 
 
-def describe_score_quality(found: Row) -> str:
-    """Score quality in words; the AUC within prompts comes first, because labels compare within a prompt only."""
+def describe_score_quality(quality: Row) -> str:
+    """Describe score quality; the AUC within prompts comes first, because labels compare within a prompt only."""
     parts = []
-    if "auc_within" in found:
-        low, high = found["auc_within_ci"]
+    if "auc_within" in quality:
+        low, high = quality["auc_within_ci"]
         parts.append(
-            f"A right candidate outscores a wrong one of the same prompt {100 * found['auc_within']:.1f}% of the "
+            f"A right candidate outscores a wrong one of the same prompt {100 * quality['auc_within']:.1f}% of the "
             f"time (95% interval {100 * low:.1f} to {100 * high:.1f}; chance is 50)."
         )
     else:
         parts.append("No prompt has both a right and a wrong candidate.")
-    if "auc" in found:
-        parts.append(f"AUC over all prompts {found['auc']:.3f}.")
-    parts.append(f"Calibration error {found['ece']:.3f} over {found['n']:,} candidates, {found['right']:.0%} right.")
+    if "auc" in quality:
+        parts.append(f"AUC over all prompts {quality['auc']:.3f}.")
+    parts.append(
+        f"Calibration error {quality['ece']:.3f} over {quality['n']:,} candidates, {quality['right']:.0%} right."
+    )
     return " ".join(parts)
 
 
-def _movement(run: RunData, prefix: str) -> list[ReportFigure]:
-    """KL(D || q) of the groups that were measured twice: below the diagonal, q came closer to D. None if none is."""
+def _draw_label_divergence(run: RunData, prefix: str) -> list[ReportFigure]:
+    """Draw KL(D || q) of the groups measured twice; below the diagonal, q came closer to D. Empty if there are none."""
     twice = [(g["label_divergence"], g["label_divergence_after"]) for g in run.groups if "label_divergence_after" in g]
     pairs = [pair for pair in twice if np.isfinite(pair).all()]
     if not pairs:
@@ -327,27 +322,28 @@ def _movement(run: RunData, prefix: str) -> list[ReportFigure]:
         axes.set_xlabel("nats before")
         axes.set_ylabel("nats after")
         axes.plot([0, top], [0, top], linewidth=1, color=COLOURS["muted"])
-        axes.scatter(*zip(*pairs), s=20, alpha=0.6, linewidths=0, color=COLOURS["policy"])
-    caption = describe_movement(run.results["label_divergence"])
+        before, after = zip(*pairs)
+        axes.scatter(before, after, s=20, alpha=0.6, linewidths=0, color=COLOURS["policy"])
+    caption = describe_label_divergence(run.results["label_divergence"])
     return [ReportFigure("KL(D‖q) before and after", caption, figure_to_svg(figure, prefix))]
 
 
-def describe_movement(found: Row) -> str:
-    """In words, what Stage II did to its objective on the candidates of its first groups."""
+def describe_label_divergence(divergence: Row) -> str:
+    """Describe how KL(D || q) on the candidates of the first groups changed over Stage II."""
     return (
-        f"On the candidates of the first {found['groups']} groups the mean was {found['before']:.3f} under the policy "
-        f"that drew them and is {found['after']:.3f} under the final one; q came closer to D, below the line, in "
-        f"{found['closer']} of them."
+        f"On the candidates of the first {divergence['groups']} groups the mean was {divergence['before']:.3f} under "
+        f"the policy that drew them and is {divergence['after']:.3f} under the final policy; q came closer to D "
+        f"(below the line) in {divergence['closer']} of them."
     )
 
 
-def _own_axis(axes: Axes, label: str, role: str) -> None:
+def _colour_axis(axes: Axes, label: str, role: str) -> None:
     axes.set_ylabel(label, color=COLOURS[role])
     axes.tick_params(axis="y", colors=COLOURS[role])
 
 
 def _line(axes: Axes, steps: Any, values: Any, role: str, label: str | None = None) -> None:
-    """The values, faint under their running mean once there are many."""
+    """Draw the values; if there are many, draw them faintly under their running mean."""
     colour = COLOURS[role]
     if len(values) < _SMOOTH_FROM:
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
@@ -357,20 +353,20 @@ def _line(axes: Axes, steps: Any, values: Any, role: str, label: str | None = No
 
 
 def _running_mean(values: Any, half: int) -> Any:
-    """The mean over the `half` neighbours on either side, over fewer at the ends."""
+    """Return the mean over `half` neighbours on either side, over fewer at the ends."""
     window = np.ones(2 * half + 1)
     counts = np.convolve(np.ones(len(values)), window, mode="same")
     return np.convolve(values, window, mode="same") / counts
 
 
 def _points(rows: Sequence[Row], key: str) -> tuple[Any, Any]:
-    """The steps and values of one metric where it was logged and is finite."""
+    """Return the steps and values of one metric where it was logged and is finite."""
     pairs = [(r["step"], r[key]) for r in rows if r.get(key) is not None and np.isfinite(r[key])]
     return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs], dtype=float)
 
 
 def figure_to_svg(figure: Figure, prefix: str) -> str:
-    """The figure as an SVG element whose colours follow the page and whose ids no other figure has."""
+    """Return the figure as an SVG element with colours that follow the page, and ids that start with `prefix`."""
     buffer = io.StringIO()
     with rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

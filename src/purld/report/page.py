@@ -1,7 +1,7 @@
-"""One self-contained HTML page about one run or several: opens from a file, asks no network for anything.
+"""Write one self-contained HTML page about one run or several. It opens from a file and loads nothing else.
 
-The page's only script is named in its content-security policy by its hash, so that nothing a model wrote can
-run even if it escaped its place as text. A section whose input is missing is left out.
+The content-security policy allows only the page's own script, by its hash. Model output cannot run, even if it were not
+escaped. A section whose input is missing is left out.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from purld.report.tables import results_section
 from purld.runs.files import atomic_write
 from purld.runs.run_dir import RunDir
 
-_WHOLE_TRAINING = 4  # up to so many runs on a page, each has its own sentence and all its training figures
+_MAX_FULL_RUNS = 4  # with more runs on a page, sentences are folded and only convergence is drawn
 
 
-def write_report(run_paths: Sequence[RunDir], out: Path) -> None:
+def write_report(runs: Sequence[RunDir], out: Path) -> None:
     """Write the page about the given runs to `out`.
 
     Raises:
         UserError: a file of a run is damaged.
     """
-    page = _page(_distinct([read_run(path) for path in run_paths]))
+    page = _page(_with_distinct_names([read_run(run) for run in runs]))
     with atomic_write(out) as handle:
         handle.write(page)
 
 
-def _distinct(runs: Sequence[RunData]) -> list[RunData]:
-    """The runs with a number behind names that occur more than once."""
-    occurs = Counter(run.name for run in runs)
+def _with_distinct_names(runs: Sequence[RunData]) -> list[RunData]:
+    """Return the runs, with a number added to names that occur more than once."""
+    counts = Counter(run.name for run in runs)
     seen: Counter[str] = Counter()
     named = []
     for run in runs:
         seen[run.name] += 1
-        named.append(replace(run, name=f"{run.name} ({seen[run.name]})") if occurs[run.name] > 1 else run)
+        named.append(replace(run, name=f"{run.name} ({seen[run.name]})") if counts[run.name] > 1 else run)
     return named
 
 
 def _page(runs: Sequence[RunData]) -> str:
     data = answer_browser(runs)
-    script, style = _asset("browser.js"), _asset("page.css")
-    training = _convergences(runs) if len(runs) > _WHOLE_TRAINING else _trainings(runs)
+    script, style = _read_asset("browser.js"), _read_asset("page.css")
+    training = _convergence_sections(runs) if len(runs) > _MAX_FULL_RUNS else _training_sections(runs)
     numbers = [sensitivity_section(runs), results_section(runs), *training, cost_section(runs)]
-    every = [*numbers, _browser(data), _configs(runs)]
-    sections = [section for section in every if section.body]
+    candidates = [*numbers, _browser_section(data), _config_section(runs)]
+    sections = [section for section in candidates if section.body]
     names = ", ".join(run.name for run in runs)
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_policy(script)}">
+<meta http-equiv="Content-Security-Policy" content="{_security_policy(script)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
@@ -74,7 +74,7 @@ def _page(runs: Sequence[RunData]) -> str:
 <body>
 {_header(runs, sections)}
 <main>
-{"".join(section.html() for section in sections)}</main>
+{"".join(section.to_html() for section in sections)}</main>
 <script type="application/json" id="data">{data.json}</script>
 <script>{script}</script>
 </body>
@@ -82,64 +82,65 @@ def _page(runs: Sequence[RunData]) -> str:
 """
 
 
-def _policy(script: str) -> str:
+def _security_policy(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'; base-uri 'none'"
     )
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files("purld.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
-    said = [(run, write_headline(run)) for run in runs]
-    if len(said) == 1:
-        run, sentence = said[0]
+    headlines = [(run, write_headline(run)) for run in runs]
+    if len(headlines) == 1:
+        run, sentence = headlines[0]
         lines = f'<h1 class="verdict {sentence.tone}">{escape_text(sentence.text)}</h1>{_facts(run)}'
     else:
         each = "".join(
-            f'<p class="verdict {s.tone}"><b>{escape_text(run.name)}:</b> {escape_text(s.text)}</p>' for run, s in said
+            f'<p class="verdict {s.tone}"><b>{escape_text(run.name)}:</b> {escape_text(s.text)}</p>'
+            for run, s in headlines
         )
-        if len(runs) > _WHOLE_TRAINING:
+        if len(runs) > _MAX_FULL_RUNS:
             each = f"<details><summary>Each run in a sentence</summary>{each}</details>"
-        lines = f'<h1 class="verdict">{_tally(said)}</h1>{each}'
-    links = "\n".join(section.link() for section in sections)
+        lines = f'<h1 class="verdict">{_tally(headlines)}</h1>{each}'
+    links = "\n".join(section.to_link() for section in sections)
     brand = '<p class="brand">purld <span>report</span></p>'
     return f'<header>\n{brand}\n{lines}\n<nav aria-label="Sections">\n{links}\n</nav>\n</header>'
 
 
-def _tally(said: Sequence[tuple[RunData, Headline]]) -> str:
-    """How many runs came out which way, against the model that each started from."""
+def _tally(headlines: Sequence[tuple[RunData, Headline]]) -> str:
+    """Return a sentence that counts the runs by the outcome against the model that each started from."""
     words: dict[Tone, str] = {
         "better": "better than the model it started from",
         "worse": "worse than the model it started from",
         "open": "not told apart from the model it started from",
         "none": "without a comparison",
     }
-    counts = Counter(sentence.tone for _, sentence in said)
-    found = ", ".join(f"{counts[tone]} {word}" for tone, word in words.items() if counts[tone])
-    return f"{len(said)} runs side by side: {found}."
+    counts = Counter(sentence.tone for _, sentence in headlines)
+    outcomes = ", ".join(f"{counts[tone]} {word}" for tone, word in words.items() if counts[tone])
+    return f"{len(headlines)} runs side by side: {outcomes}."
 
 
 def _facts(run: RunData) -> str:
-    """What was trained, with whose answers, by which method."""
+    """Return the run's student, teacher, method, opponent, judge and seed as a list."""
     student, teacher = run.config.get("student", {}), run.config.get("teacher", {})
     facts = {
         "Run": run.name,
         "Student": student.get("model"),
         "Teacher": teacher.get("model") or teacher.get("path"),
         "Method": model_title(run.method) if run.method else None,
-        **_judging(run),
+        **_opponent_and_judge(run),
         "Seed": run.results.get("seed", run.config.get("seed")),
     }
     items = (f"<div><dt>{name}</dt><dd>{escape_text(v)}</dd></div>" for name, v in facts.items() if v is not None)
     return f'<dl class="facts">{"".join(items)}</dl>'
 
 
-def _judging(run: RunData) -> dict[str, str | None]:
-    """Whose answers the models met, and who judged."""
+def _opponent_and_judge(run: RunData) -> dict[str, str | None]:
+    """Return the opponent and the judge; empty if the answers were not judged."""
     settings = run.config.get("evaluate") or {}
     judge, opponent = settings.get("judge"), settings.get("opponent")
     if not judge or not opponent:
@@ -147,42 +148,42 @@ def _judging(run: RunData) -> dict[str, str | None]:
     return {"Opponent": opponent.get("path", "the teacher"), "Judge": judge.get("model") or judge.get("path")}
 
 
-def _trainings(runs: Sequence[RunData]) -> list[PageSection]:
-    """All training figures, a section for each run."""
+def _training_sections(runs: Sequence[RunData]) -> list[PageSection]:
+    """Return all training figures, one section per run."""
     headings = ["Training"] if len(runs) == 1 else [f"Training: {run.name}" for run in runs]
     return [
-        PageSection(f"training-{place}", heading, figure_grid(draw_figures(run, prefix=f"run{place}")))
-        for place, (run, heading) in enumerate(zip(runs, headings, strict=True))
+        PageSection(f"training-{index}", heading, figure_grid(draw_figures(run, prefix=f"run{index}")))
+        for index, (run, heading) in enumerate(zip(runs, headings, strict=True))
     ]
 
 
-def _convergences(runs: Sequence[RunData]) -> list[PageSection]:
-    """One section for many runs, so that the page stays small; each run's own page has the rest."""
-    found = [
-        replace(drawing, heading=f"{run.name}: {drawing.heading.lower()}")
-        for place, run in enumerate(runs)
-        for drawing in draw_figures(run, prefix=f"run{place}", whole=False)
+def _convergence_sections(runs: Sequence[RunData]) -> list[PageSection]:
+    """Return one section with the convergence of every run. It keeps a page of many runs small."""
+    figures = [
+        replace(figure, heading=f"{run.name}: {figure.heading.lower()}")
+        for index, run in enumerate(runs)
+        for figure in draw_figures(run, prefix=f"run{index}", whole=False)
     ]
-    return [PageSection("training", "Training", figure_grid(found))]
+    return [PageSection("training", "Training", figure_grid(figures))]
 
 
-def _browser(data: BrowserData) -> PageSection:
+def _browser_section(data: BrowserData) -> PageSection:
     left_out = (
-        f'<p class="note">The first {data.shown:,} of {data.total:,} prompts are here, to keep this page small; '
-        "the run directory has them all under generations/.</p>\n"
+        f'<p class="note">This page shows the first {data.shown:,} of {data.total:,} prompts, to stay small; '
+        "the run directory has all of them under generations/.</p>\n"
         if data.shown < data.total
         else ""
     )
     if data.images_left_out:
         left_out += (
-            f'<p class="note">{data.images_left_out:,} images are not here, to keep this page small; '
+            f'<p class="note">{data.images_left_out:,} images are left out to keep this page small; '
             "they are under generations/images/ in the run directory.</p>\n"
         )
-    place = '<div id="browser"><noscript>The browser of prompts and answers needs JavaScript.</noscript></div>\n'
-    return PageSection("answers", "Prompts and answers", left_out + place if data.total else "")
+    container = '<div id="browser"><noscript>The browser of prompts and answers needs JavaScript.</noscript></div>\n'
+    return PageSection("answers", "Prompts and answers", left_out + container if data.total else "")
 
 
-def _configs(runs: Sequence[RunData]) -> PageSection:
+def _config_section(runs: Sequence[RunData]) -> PageSection:
     blocks = [
         f"<details><summary>{escape_text(run.name)}: config.yaml</summary>"
         f"<pre>{escape_text(run.config_text)}</pre></details>\n"

@@ -1,19 +1,18 @@
-"""What runs left behind, read for showing. Whatever a run did not write is simply empty here."""
+"""Read a run directory for the report. What a run did not write is empty."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from purld.evaluation.recorded import Row, read_recorded_answers
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.runs.thumbnails import thumbnail_folder
-
-Row = Mapping[str, Any]
 
 OPPONENT = "opponent"
 
@@ -22,21 +21,21 @@ _FIRST = ("base", "sft")
 
 @dataclass(frozen=True)
 class RunData:
-    """One run, as far as it got.
+    """The contents of one run directory, finished or not.
 
     Attributes:
-        name: what the page calls it.
-        config_text: config.yaml as it stands.
+        name: the run's name on the page.
+        config_text: the text of config.yaml.
         config: the same, parsed.
         results: results.json.
         metrics: the rows of metrics.jsonl.
-        anchors: the teacher's answer by prompt id.
-        groups: Stage II's groups, oldest first; those measured again at its end have `policy_after` and
-            `label_divergence_after` too.
+        anchors: the teacher's answers by prompt id.
+        groups: Stage II's groups, oldest first. Those measured again at its end also have `policy_after` and
+            `label_divergence_after`.
         answers: held-out answers by model: base, sft, the method, the opponent.
-        greedy: the greedy answers beside them, where there are any.
+        greedy: greedy held-out answers by model.
         verdicts: the judge's verdicts by model.
-        images: the files of the images that rows refer to, by name.
+        images: the image files that rows refer to, by name.
     """
 
     name: str
@@ -53,12 +52,12 @@ class RunData:
 
     @property
     def method(self) -> str | None:
-        """The method's name, or None if neither the results nor the configuration know it."""
-        found: str | None = self.results.get("method") or self.config.get("align", {}).get("method")
-        return found
+        """The name of the method; None if neither the results nor the configuration name one."""
+        name: str | None = self.results.get("method") or self.config.get("align", {}).get("method")
+        return name
 
-    def stage(self, name: str) -> list[Row]:
-        """The metrics of one stage, in order of steps."""
+    def stage_metrics(self, name: str) -> list[Row]:
+        """Return the metrics of one stage, by step."""
         return sorted((r for r in self.metrics if r.get("stage") == name), key=lambda r: r["step"])
 
 
@@ -70,9 +69,9 @@ def read_run(run: RunDir) -> RunData:
     """
     config_text = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
     folder = run.groups.parent
-    no_answers = (run.groups, run.revisited)
-    stems = {path.name.split(".")[0] for path in folder.glob("*.jsonl") if path not in no_answers}
-    models = sorted(stems, key=_place)
+    not_answers = (run.groups, run.revisited)
+    stems = {path.name.split(".")[0] for path in folder.glob("*.jsonl") if path not in not_answers}
+    recorded = {model: read_recorded_answers(run, model) for model in sorted(stems, key=_display_order)}
     return RunData(
         name=run.path.resolve().name,
         config_text=config_text,
@@ -80,15 +79,16 @@ def read_run(run: RunDir) -> RunData:
         results=read_json(run.results) if run.results.exists() else {},
         metrics=read_rows(run.metrics),
         anchors={row["prompt_id"]: row["text"] for row in read_rows(run.anchors)},
-        groups=_groups(run),
-        answers=_rows(models, run.generations),
-        greedy=_rows(models, lambda model: run.generations(f"{model}.greedy")),
-        verdicts=_rows(models, run.verdicts),
+        groups=_read_groups(run),
+        answers={model: rows.drawn for model, rows in recorded.items() if rows.drawn},
+        greedy={model: rows.greedy for model, rows in recorded.items() if rows.greedy},
+        verdicts={model: rows.verdicts for model, rows in recorded.items() if rows.verdicts},
         images={path.stem: path for path in thumbnail_folder(run.groups).glob("[!.]*")},
     )
 
 
-def _groups(run: RunDir) -> list[Row]:
+def _read_groups(run: RunDir) -> list[Row]:
+    """Return the rows of the groups, with the second measurement of those that have one."""
     after = {
         (row["step"], row["prompt_id"]): {
             "policy_after": row["policy_after"],
@@ -99,11 +99,7 @@ def _groups(run: RunDir) -> list[Row]:
     return [row | after.get((row["step"], row["prompt_id"]), {}) for row in read_rows(run.groups)]
 
 
-def _rows(models: Sequence[str], place: Callable[[str], Path]) -> dict[str, Sequence[Row]]:
-    return {model: rows for model in models if (rows := read_rows(place(model)))}
-
-
-def _place(model: str) -> tuple[int, str]:
+def _display_order(model: str) -> tuple[int, str]:
     if model in _FIRST:
         return _FIRST.index(model), model
     return (len(_FIRST) + (model == OPPONENT)), model

@@ -1,8 +1,7 @@
-"""How the result depends on what a sweep varies, as in Figures 3 and C.7.
+"""Draw how the results depend on the values that a sweep varies, as in Figures 3 and C.7.
 
-Runs form a sweep when they differ in a number: one figure per such number and metric, a line per setting of
-everything else that differs. Runs that differ in their seed alone are one point, their mean, with the single
-runs beside it.
+Runs form a sweep if they differ in a number. There is one figure per such number and metric, with a line per setting of
+everything else that differs. Runs that differ only in their seed are one point, their mean; faint dots show the runs.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
@@ -22,16 +22,23 @@ from purld.report.figures import COLOURS, STYLE, ReportFigure, figure_to_svg
 from purld.report.markup import PageSection, figure_grid
 from purld.report.run_data import RunData
 
-_SHAPING = ("student", "teacher", "anchors", "sft", "align", "data")  # what may change a result, seed apart
-_PLACES = frozenset({"path", "prompts", "eval_prompts", "base_url"})  # where things lie, not what they are
-_LOG_FROM = 20  # the ratio of largest to smallest value from which an axis is logarithmic
+_SECTIONS = (
+    "student",
+    "teacher",
+    "anchors",
+    "sft",
+    "align",
+    "data",
+)  # sections that can change a result; the seed is not among them
+_LOCATIONS = frozenset({"path", "prompts", "eval_prompts", "base_url"})  # keys that say where data is, not what it is
+_LOG_FROM = 20  # an axis is logarithmic from this ratio of largest to smallest value
 _LINE_ROLES = ("policy", "labels", "stage1", "stage2")
 _MARKERS = "osD^v"
 
 
 @dataclass(frozen=True)
 class _Point:
-    """One run: its value of the swept key, what else tells it from others, its metric and that one's interval."""
+    """One run: x is its value of the swept key, `setting` its other differing values, y its metric with an interval."""
 
     x: float
     setting: tuple[tuple[str, Any], ...]
@@ -40,42 +47,42 @@ class _Point:
 
 
 def sensitivity_section(runs: Sequence[RunData]) -> PageSection:
-    """The figures of a sweep; empty if the runs are none."""
+    """Return the section with the figures of a sweep; empty if the runs form no sweep."""
     return PageSection("sensitivity", "Sensitivity", figure_grid(sensitivity_figures(runs)))
 
 
 def sensitivity_figures(runs: Sequence[RunData]) -> list[ReportFigure]:
-    """A drawing per swept number and metric that the final models have."""
+    """Return one figure per swept number and metric of the final models."""
     finals = [run for run in runs if run.method in run.results.get("models", {})]
-    varying = _varying(finals)
-    found: list[ReportFigure] = []
+    varying = _differing_keys(finals)
+    figures: list[ReportFigure] = []
     for key in varying:
         values = {flatten_config(run)[key] for run in finals if key in flatten_config(run)}
         if len(values) < 2 or not all(_is_number(value) for value in values):
             continue
         for metric, label in METRIC_TITLES.items():
             points = list(_points(finals, key, [other for other in varying if other != key], metric))
-            if _joined(points):
+            if _has_line(points):
                 figure = draw_sensitivity(points, key, label, _sft_level(finals, metric))
                 heading = f"{label[0].upper()}{label[1:]} against {key}"
-                caption = "Lines join the means over seeds; faint dots are runs with their 95% intervals."
-                caption += " Dashed: the SFT models' mean."
-                found.append(ReportFigure(heading, caption, figure_to_svg(figure, f"sensitivity-{len(found)}")))
-    return found
+                caption = "Lines join the means over seeds; faint dots are single runs with their 95% intervals."
+                caption += " Dashed: the mean of the SFT models."
+                figures.append(ReportFigure(heading, caption, figure_to_svg(figure, f"sensitivity-{len(figures)}")))
+    return figures
 
 
 def flatten_config(run: RunData) -> dict[str, Any]:
-    """The configuration's values that can change a result, by dotted key."""
+    """Return the values of the configuration that can change a result, by dotted key."""
     return {
         key: value
-        for section in _SHAPING
-        for key, value in _leaves(run.config.get(section, {}), section)
-        if key.rpartition(".")[2] not in _PLACES
+        for section in _SECTIONS
+        for key, value in _flat_items(run.config.get(section, {}), section)
+        if key.rpartition(".")[2] not in _LOCATIONS
     }
 
 
 def draw_sensitivity(points: Sequence[_Point], key: str, label: str, sft: float | None) -> Figure:
-    """One metric against one key, a line per setting."""
+    """Draw one metric against one key, with a line per setting."""
     lines: dict[tuple[tuple[str, Any], ...], list[_Point]] = defaultdict(list)
     for point in points:
         lines[point.setting].append(point)
@@ -86,34 +93,36 @@ def draw_sensitivity(points: Sequence[_Point], key: str, label: str, sft: float 
         axes.set_ylabel(label)
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-        _x_axis(axes, sorted({point.x for point in points}))
+        _set_x_axis(axes, sorted({point.x for point in points}))
         if sft is not None:
             axes.axhline(sft, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
-        for place, (setting, of_line) in enumerate(sorted(lines.items(), key=lambda pair: str(pair[0]))):
-            colour = COLOURS[_LINE_ROLES[place % len(_LINE_ROLES)]]
-            xs = sorted({point.x for point in of_line})
-            means = [np.mean([point.y for point in of_line if point.x == x]) for x in xs]
-            axes.plot([p.x for p in of_line], [p.y for p in of_line], ".", color=colour, alpha=0.4, markersize=5)
-            ranges = [(p.x, *p.interval) for p in of_line if p.interval is not None]
+        for index, (setting, line_points) in enumerate(sorted(lines.items(), key=lambda pair: str(pair[0]))):
+            colour = COLOURS[_LINE_ROLES[index % len(_LINE_ROLES)]]
+            xs = sorted({point.x for point in line_points})
+            means = [np.mean([point.y for point in line_points if point.x == x]) for x in xs]
+            axes.plot(
+                [p.x for p in line_points], [p.y for p in line_points], ".", color=colour, alpha=0.4, markersize=5
+            )
+            ranges = [(p.x, *p.interval) for p in line_points if p.interval is not None]
             if ranges:
                 axes.vlines(*zip(*ranges, strict=True), color=colour, alpha=0.25, linewidth=1)
             name = ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in setting)
-            marker = _MARKERS[place % len(_MARKERS)]
+            marker = _MARKERS[index % len(_MARKERS)]
             axes.plot(xs, means, marker=marker, markersize=4.5, linewidth=1.8, color=colour, label=name or None)
         if len(lines) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.01), ncols=2, fontsize=8)
     return figure
 
 
-def _x_axis(axes: Any, values: Sequence[float]) -> None:
+def _set_x_axis(axes: Axes, values: Sequence[float]) -> None:
     if values[0] > 0 and values[-1] / values[0] >= _LOG_FROM:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(values, [f"{value:g}" for value in values])
 
 
-def _varying(runs: Sequence[RunData]) -> list[str]:
-    """The keys in which the runs differ."""
+def _differing_keys(runs: Sequence[RunData]) -> list[str]:
+    """Return the keys in which the runs differ."""
     settings = [flatten_config(run) for run in runs]
     keys = dict.fromkeys(key for setting in settings for key in setting)
     return [key for key in keys if len({str(setting.get(key)) for setting in settings}) > 1]
@@ -124,19 +133,19 @@ def _points(runs: Sequence[RunData], key: str, others: Sequence[str], metric: st
         setting = flatten_config(run)
         metrics = run.results["models"][run.method]
         if metric in metrics and key in setting:
-            names = tuple((other, _shown(setting.get(other))) for other in others)
+            names = tuple((other, _display_value(setting.get(other))) for other in others)
             yield _Point(float(setting[key]), names, metrics[metric], metrics.get(f"{metric}_ci"))
 
 
-def _joined(points: Sequence[_Point]) -> bool:
-    """Whether any line has two ends: runs that differ in several keys at once say nothing about one of them."""
-    reached: dict[Any, set[float]] = defaultdict(set)
+def _has_line(points: Sequence[_Point]) -> bool:
+    """Return whether a line joins two values: runs that differ in several keys at once show no effect of one key."""
+    values: dict[Any, set[float]] = defaultdict(set)
     for point in points:
-        reached[point.setting].add(point.x)
-    return any(len(xs) > 1 for xs in reached.values())
+        values[point.setting].add(point.x)
+    return any(len(xs) > 1 for xs in values.values())
 
 
-def _shown(value: Any) -> Any:
+def _display_value(value: Any) -> Any:
     return model_title(value) if isinstance(value, str) else value
 
 
@@ -146,10 +155,10 @@ def _sft_level(runs: Sequence[RunData], metric: str) -> float | None:
     return float(np.mean(present)) if present else None
 
 
-def _leaves(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat_items(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{key}")
+            yield from _flat_items(inner, f"{prefix}.{key}")
     else:
         yield prefix, value
 

@@ -1,4 +1,4 @@
-"""The results as tables: models against metrics, and models against each other on the same prompts."""
+"""Show the results as tables: metrics by model, and differences of models on the same prompts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RATES = {
     "lc_win_rate": "Win rate, length-controlled",
     "matched_win_rate": "Win rate, like lengths",
 }
-_COUNTS = {
+_MEASURES = {
     "n": "Prompts",
     "mean_tokens": "Mean tokens",
     "unfinished": "Cut off",
@@ -33,91 +33,93 @@ _COUNTS = {
 }
 _PERCENT = frozenset({"flip_rate", "overlap", "distinct_2", "unique_answers"})
 
-# A run, what a row is about, and its numbers.
+# A run, the model or pair of a row, and its metrics.
 _Entry = tuple[RunData, str, Mapping[str, Any]]
 
 
 def results_section(runs: Sequence[RunData]) -> PageSection:
-    """The rates, the paired differences and the rest in a table each; empty if nothing was evaluated."""
+    """Return the section with a table each for rates, paired differences and other measures; empty without results."""
     entries = _entries(runs, "models")
     if not entries:
         return PageSection("results", "Results", "")
     several = len(runs) > 1
-    note = "Bars are 95% intervals over prompts, the dot is the estimate, and p is McNemar's, exact and two-sided."
+    note = (
+        "Bars are 95% intervals over prompts, dots are the estimates, and p is that of McNemar's exact two-sided test."
+    )
     if several:
-        note += " A row that an earlier run has as well, such as an SFT model that they share, is not repeated."
-    body = _rates(entries, several) + _differences(runs) + f'<p class="note">{note}</p>\n'
-    return PageSection("results", "Results", body + "<h3>The answers</h3>\n" + _counts(entries, several))
+        note += " A row that an earlier run has too, such as a shared SFT model, is not repeated."
+    body = _rates_table(entries, several) + _differences_table(runs) + f'<p class="note">{note}</p>\n'
+    return PageSection("results", "Results", body + "<h3>The answers</h3>\n" + _measures_table(entries, several))
 
 
-def _rates(entries: Sequence[_Entry], several: bool) -> str:
+def _rates_table(entries: Sequence[_Entry], several: bool) -> str:
     keys = [key for key in _RATES if any(key in metrics for *_, metrics in entries)]
     scales = {
         key: _scale(bound for *_, m in entries for bound in (m.get(key), *m.get(f"{key}_ci", ()))) for key in keys
     }
 
     def cells(metrics: Mapping[str, Any]) -> str:
-        return "".join(_rate(metrics, key, scales[key]) for key in keys)
+        return "".join(_rate_cell(metrics, key, scales[key]) for key in keys)
 
-    return _models("Models and metrics", [_RATES[key] for key in keys], entries, cells, several) if keys else ""
+    return _model_table("Models and metrics", [_RATES[key] for key in keys], entries, cells, several) if keys else ""
 
 
-def _counts(entries: Sequence[_Entry], several: bool) -> str:
-    keys = [key for key in _COUNTS if any(key in metrics for *_, metrics in entries)]
+def _measures_table(entries: Sequence[_Entry], several: bool) -> str:
+    keys = [key for key in _MEASURES if any(key in metrics for *_, metrics in entries)]
 
     def cells(metrics: Mapping[str, Any]) -> str:
-        return "".join(_count(metrics, key) for key in keys)
+        return "".join(_measure_cell(metrics, key) for key in keys)
 
-    return _models("The answers", [_COUNTS[key] for key in keys], entries, cells, several)
+    return _model_table("The answers", [_MEASURES[key] for key in keys], entries, cells, several)
 
 
 def _entries(runs: Sequence[RunData], part: str) -> list[_Entry]:
-    """The rows of a part of results.json, run by run; what runs share comes once, with the first of them."""
-    found: list[_Entry] = []
+    """Return the rows of a part of results.json, run by run. Rows that runs share come once, with the first run."""
+    entries: list[_Entry] = []
     seen: set[str] = set()
     for run in runs:
         for name, metrics in run.results.get(part, {}).items():
-            same = json.dumps([name, metrics], sort_keys=True)
-            if same not in seen or run.method in name.split(" - "):
-                found.append((run, name, metrics))
-            seen.add(same)
-    return found
+            content = json.dumps([name, metrics], sort_keys=True)
+            if content not in seen or run.method in name.split(" - "):
+                entries.append((run, name, metrics))
+            seen.add(content)
+    return entries
 
 
-def _models(
+def _model_table(
     label: str,
-    heads: Sequence[str],
+    headings: Sequence[str],
     entries: Sequence[_Entry],
     cells: Callable[[Mapping[str, Any]], str],
     several: bool,
 ) -> str:
-    """A table with a row per model; with several runs each has its name beside its rows."""
+    """Return a table with a row per model; with several runs, each group of rows has the run's name in front."""
     counts = Counter(run.name for run, *_ in entries)
     body, last = "", None
     for run, model, metrics in entries:
         first = several and run.name != last
         last = run.name
-        names = _head(run.name, counts[run.name]) if first else ""
+        names = _group_heading(run.name, counts[run.name]) if first else ""
         names += f'<th scope="row">{escape_text(model_title(model))}</th>'
         kind = "method" if model == run.method else "rival"
         body += f'<tr class="{kind}{" first" if first else ""}">{names}{cells(metrics)}</tr>\n'
-    return scrolling_table(label, [*(["Run"] if several else []), "Model", *heads], body)
+    return scrolling_table(label, [*(["Run"] if several else []), "Model", *headings], body)
 
 
-def _head(name: str, rows: int) -> str:
-    """The head of a group of rows."""
+def _group_heading(name: str, rows: int) -> str:
+    """Return the heading cell of a group of rows."""
     return f'<th scope="rowgroup" rowspan="{rows}">{escape_text(name)}</th>'
 
 
 def _scale(values: Iterable[float | None]) -> tuple[float, float]:
-    """The range that a column's bars are drawn over, with some air."""
+    """Return the range over which a column's bars are drawn, with a margin."""
     present = [v for v in values if v is not None]
     low, high = min(present), max(present)
-    air = max(0.1 * (high - low), 0.01)
-    return low - air, high + air
+    margin = max(0.1 * (high - low), 0.01)
+    return low - margin, high + margin
 
 
-def _rate(metrics: Mapping[str, Any], key: str, scale: tuple[float, float]) -> str:
+def _rate_cell(metrics: Mapping[str, Any], key: str, scale: tuple[float, float]) -> str:
     if key not in metrics:
         return '<td class="absent">–</td>'
     interval = metrics.get(f"{key}_ci")
@@ -129,7 +131,7 @@ def _rate(metrics: Mapping[str, Any], key: str, scale: tuple[float, float]) -> s
     )
 
 
-def _count(metrics: Mapping[str, Any], key: str) -> str:
+def _measure_cell(metrics: Mapping[str, Any], key: str) -> str:
     if key not in metrics:
         return '<td class="absent">–</td>'
     value = metrics[key]
@@ -143,41 +145,45 @@ def _count(metrics: Mapping[str, Any], key: str) -> str:
 
 
 def _bar(value: float, interval: Sequence[float], scale: tuple[float, float], zero: bool = False) -> str:
-    def place(x: float) -> str:
+    def position(x: float) -> str:
         return f"{100 * (x - scale[0]) / (scale[1] - scale[0]):.2f}%"
 
-    marks = f"--low:{place(interval[0])};--high:{place(interval[1])};--at:{place(value)}"
-    line = f'<i class="zero" style="left:{place(0.0)}"></i>' if zero else ""
+    marks = f"--low:{position(interval[0])};--high:{position(interval[1])};--at:{position(value)}"
+    line = f'<i class="zero" style="left:{position(0.0)}"></i>' if zero else ""
     return f'<span class="bar" style="{marks}" aria-hidden="true">{line}</span>'
 
 
-def _differences(runs: Sequence[RunData]) -> str:
-    """One model minus another on the same prompts, a row per metric."""
+def _differences_table(runs: Sequence[RunData]) -> str:
+    """Return the table of one model minus another on the same prompts, a row per metric."""
     pairs = [
-        (run, pair, [key for key in HEADLINE_METRICS if key in found and f"{key}_ci" in found], found)
-        for run, pair, found in _entries(runs, "difference")
+        (run, pair, [key for key in HEADLINE_METRICS if key in difference and f"{key}_ci" in difference], difference)
+        for run, pair, difference in _entries(runs, "difference")
     ]
-    intervals = [found[f"{key}_ci"] for *_, keys, found in pairs for key in keys]
+    intervals = [difference[f"{key}_ci"] for *_, keys, difference in pairs for key in keys]
     if not intervals:
         return ""
     scale = _scale([0.0, *(bound for interval in intervals for bound in interval)])
     body = ""
-    for run, pair, keys, found in pairs:
+    for run, pair, keys, difference in pairs:
         names = " − ".join(model_title(model) for model in pair.split(" - "))
         for key in keys:
-            head = _head(f"{run.name}: {names}" if len(runs) > 1 else names, len(keys)) if key == keys[0] else ""
-            body += f"<tr{' class=first' if head else ''}>{head}{_difference(found, key, scale)}</tr>\n"
-    heads = ("Difference", "Metric", "Percentage points", "")
-    return "<h3>On the same prompts</h3>\n" + scrolling_table("Paired differences", heads, body)
+            heading = (
+                _group_heading(f"{run.name}: {names}" if len(runs) > 1 else names, len(keys)) if key == keys[0] else ""
+            )
+            body += (
+                f"<tr{' class=first' if heading else ''}>{heading}{_difference_cells(difference, key, scale)}</tr>\n"
+            )
+    headings = ("Difference", "Metric", "Percentage points", "")
+    return "<h3>On the same prompts</h3>\n" + scrolling_table("Paired differences", headings, body)
 
 
-def _difference(found: Mapping[str, Any], key: str, scale: tuple[float, float]) -> str:
-    """The cells of one difference; it has a tone if its interval excludes zero."""
-    low, high = interval = found[f"{key}_ci"]
+def _difference_cells(difference: Mapping[str, Any], key: str, scale: tuple[float, float]) -> str:
+    """Return the cells of one difference, coloured if its interval excludes zero."""
+    low, high = interval = difference[f"{key}_ci"]
     tone = "better" if low > 0 else "worse" if high < 0 else "open"
-    p_value = f"; p = {found[f'{key}_p']:.2g}" if f"{key}_p" in found else ""
+    p_value = f"; p = {difference[f'{key}_p']:.2g}" if f"{key}_p" in difference else ""
     return (
-        f'<th scope="row">{_RATES[key]}</th><td><b class="{tone}">{format_points(found[key])}</b> '
+        f'<th scope="row">{_RATES[key]}</th><td><b class="{tone}">{format_points(difference[key])}</b> '
         f"<small>{format_points(low)} to {format_points(high)}{p_value}</small></td>"
-        f'<td class="wide">{_bar(found[key], interval, scale, zero=True)}</td>'
+        f'<td class="wide">{_bar(difference[key], interval, scale, zero=True)}</td>'
     )

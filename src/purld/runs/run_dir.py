@@ -1,26 +1,21 @@
-"""Where a run keeps its things, and how they get there whole.
+"""The directory of a run: its file names, its manifest, its metrics log and its lock.
 
-A stage is finished when `manifest.json` says so, and the manifest is written after everything it vouches
-for. Files are replaced atomically; rows are appended and synced, and a row torn by a kill is dropped on the
-next read.
+A stage is finished when `manifest.json` lists it; the manifest is written after all files of the stage.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from purld.errors import UserError
 from purld.runs.files import append_rows, read_json, read_rows, write_json, write_rows
 
 
 class RunDir:
-    """The folder of one run. Nothing is created until something is written."""
+    """The directory of one run. Nothing is created before the first write."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -38,36 +33,36 @@ class RunDir:
         self.report = self.path / "report.html"
         self.manifest = self.path / "manifest.json"
 
-    def ledgers_beside(self) -> list[Path]:
-        """The ledgers of the other runs in the same folder: what one of them bought is not bought again."""
+    def sibling_ledgers(self) -> list[Path]:
+        """Return the ledgers of the other runs in the same folder, whose answers need not be bought again."""
         own = self.ledger.absolute()
         return [path for path in sorted(own.parent.parent.glob(f"*/{own.name}")) if path != own]
 
     def generations(self, model: str) -> Path:
-        """The held-out answers of `base`, `sft` or a method."""
+        """Return the path of the held-out answers of `model`: `base`, `sft` or a method."""
         return self.path / "generations" / f"{model}.jsonl"
 
     def verdicts(self, model: str) -> Path:
-        """The judge's verdicts on the answers of one model."""
+        """Return the path of the judge's verdicts on the answers of `model`."""
         return self.path / "generations" / f"{model}.verdicts.jsonl"
 
-    def finished(self) -> dict[str, dict[str, Any]]:
-        """The finished stages, by name, with what each recorded of itself."""
+    def finished_stages(self) -> dict[str, dict[str, Any]]:
+        """Return the finished stages by name, with the facts that each recorded."""
         return dict(self._stages("finished"))
 
-    def begun(self) -> set[str]:
-        """The stages that were started, finished or not."""
+    def begun_stages(self) -> set[str]:
+        """Return the names of all stages that were started, finished or not."""
         return set(self._stages("begun"))
 
     def begin(self, stage: str) -> None:
-        """Record that `stage` is under way, before its first write."""
-        if stage not in self.begun():
-            self._write_manifest(self._stages("begun") | {stage: {}}, self.finished())
+        """Record that `stage` has started; call it before the stage's first write."""
+        if stage not in self.begun_stages():
+            self._write_manifest(self._stages("begun") | {stage: {}}, self.finished_stages())
 
     def finish(self, stage: str, seconds: float, **facts: Any) -> None:
-        """Record `stage` as done; the last write of a stage."""
-        done = self.finished() | {stage: {"seconds": round(seconds, 3)} | facts}
-        self._write_manifest(self._stages("begun"), done)
+        """Record `stage` as finished, with its facts; call it after the stage's last write."""
+        finished = self.finished_stages() | {stage: {"seconds": round(seconds, 3)} | facts}
+        self._write_manifest(self._stages("begun"), finished)
 
     def _stages(self, kind: str) -> dict[str, dict[str, Any]]:
         if not self.manifest.exists():
@@ -78,26 +73,26 @@ class RunDir:
     def _write_manifest(self, begun: Mapping[str, Any], finished: Mapping[str, Any]) -> None:
         write_json(self.manifest, {"finished": dict(finished), "begun": dict(begun)})
 
-    def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Add one row to metrics.jsonl."""
+    def log_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Append one row to metrics.jsonl."""
         append_rows(self.metrics, [{"stage": stage, "step": step, **values}])
 
     def rewind_log(self, stage: str, step: int) -> None:
-        """Drop what `stage` logged after `step`: a resumed run will log it again."""
+        """Remove the rows that `stage` logged after `step`, because a resumed run logs them again."""
         for path in (self.metrics, self.groups):
             rows = read_rows(path)
-            kept = [r for r in rows if r.get("stage", "align") != stage or r["step"] <= step]
+            kept = [row for row in rows if row.get("stage", "align") != stage or row["step"] <= step]
             if len(kept) != len(rows):
                 write_rows(path, kept)
-        if stage == "align":  # measured at its end, on what it logged
+        if stage == "align":  # these rows are computed from the log at the end of the stage
             self.revisited.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run for this process.
+        """Lock the run for this process.
 
         Raises:
-            UserError: another process works on it.
+            UserError: another process holds the lock.
         """
         import fcntl
 
@@ -108,21 +103,3 @@ class RunDir:
             except BlockingIOError:
                 raise UserError(f"{self.path}: another purld process is working on this run.") from None
             yield
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -1,7 +1,7 @@
-"""What rows of a run keep of their prompts for the report: the question, and its images made small beside the rows.
+"""Fields of logged rows that describe a prompt: the question, and thumbnails of its images.
 
-A report is written from run directories alone, when the images themselves may be gone. An image is a file of its own,
-named by its content, written before the first row that refers to it.
+The report is written from run directories alone, when the original images may no longer exist. Every thumbnail is a
+separate file named by the image's digest, written before the first row that refers to it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from purld.data.images import make_thumbnail
+from purld.data.image_encoding import make_thumbnail
 from purld.records import Image, Prompt
 
 SIDE = 360  # pixels of the longer side at most
@@ -18,32 +18,34 @@ ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg"}
 
 
 def thumbnail_folder(rows: Path) -> Path:
-    """Where the images of a file of rows are."""
+    """Return the folder with the thumbnails for a file of rows."""
     return rows.parent / "images"
 
 
-def logged_question(prompt: Prompt, rows: Path) -> dict[str, Any]:
-    """The fields of a row of the file `rows` that say what was asked; `images` are names in its album.
+def prompt_fields(prompt: Prompt, rows: Path) -> dict[str, Any]:
+    """Return the fields that describe `prompt` in a row of the file `rows`, and save its thumbnails.
+
+    `images` holds the thumbnails' names in `thumbnail_folder(rows)`, without endings.
 
     Raises:
-        UserError: an image of the prompt has gone, or has changed since it was read.
+        UserError: an image's file is missing or has changed since it was read.
     """
     if not prompt.images:
         return {"prompt": prompt.question}
-    album = thumbnail_folder(rows)
+    folder = thumbnail_folder(rows)
     for image in prompt.images:
-        _keep(image, album)
+        _save_thumbnail(image, folder)
     return {"prompt": prompt.question, "images": [image.digest for image in prompt.images]}
 
 
-def _keep(image: Image, album: Path) -> None:
-    if any((album / f"{image.digest}{ending}").exists() for ending in ENDINGS.values()):
+def _save_thumbnail(image: Image, folder: Path) -> None:
+    if any((folder / f"{image.digest}{ending}").exists() for ending in ENDINGS.values()):
         return
-    mime, data = make_thumbnail(image, SIDE)
-    album.mkdir(parents=True, exist_ok=True)
-    partial = album / f".{image.digest}.{os.getpid()}.partial"
+    mime_type, data = make_thumbnail(image, SIDE)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{image.digest}.{os.getpid()}.partial"
     try:
         partial.write_bytes(data)
-        os.replace(partial, album / f"{image.digest}{ENDINGS[mime]}")
+        os.replace(partial, folder / f"{image.digest}{ENDINGS[mime_type]}")
     finally:
         partial.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Tell whether an answer is right: the check that `data.check` names, or the task's own.
+"""Find the check that decides whether an answer is correct: the one in `data.check`, or the task's default.
 
-A check is imported when a run asks for it, so that no run loads another's code or libraries.
+A check is imported only when a run uses it, so that a run does not load the libraries of other checks.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ from purld.tasks import competition_math, multiple_choice
 from purld.tasks.registry import TASKS
 
 Check = Callable[[Prompt, str], bool]
-"""Whether a text is a right answer to a prompt."""
+"""Returns whether a text is a correct answer to a prompt."""
 
-# Where each check is defined: module and function.
-_CHECKS = {
+_CHECKS = {  # module and function
     "exact": ("purld.tasks.checks", "exact_match"),
-    "testbed": ("purld.testbed.world.world", "check"),
+    "testbed": ("purld.testbed.world.world", "check_answer"),
     "math": ("purld.tasks.competition_math", "is_correct"),
     "choice": ("purld.tasks.multiple_choice", "is_correct"),
 }
 
 
 def find_check(data: Data) -> Check | None:
-    """Find the check of a run; None if no accuracy is to be reported.
+    """Return the check of a run, or None if the run reports no accuracy.
 
     Raises:
         UserError: the check needs a library that is not installed.
@@ -45,32 +44,32 @@ def find_check(data: Data) -> Check | None:
 
 
 def missing_gold(data: Data, held_out: Sequence[Prompt]) -> str | None:
-    """Say in a sentence how many held-out prompts lack the gold that the check needs; None if all have it."""
+    """Return one sentence if held-out prompts lack the reference that the check needs, or None if all have it."""
     check = find_check(data)
     if check is multiple_choice.is_correct:
-        lacking = [p for p in held_out if not multiple_choice.has_gold(p)]
-        what = "reference that is one of their choices"
+        lacking = [prompt for prompt in held_out if not multiple_choice.has_gold(prompt)]
+        needed = "reference that is one of their choices"
     else:
-        lacking, what = [p for p in held_out if p.reference is None], "reference"
+        lacking, needed = [prompt for prompt in held_out if prompt.reference is None], "reference"
     if check is None or not lacking:
         return None
     return (
-        f"{len(lacking)} of {len(held_out)} held-out prompts have no {what} to check answers against; "
+        f"{len(lacking)} of {len(held_out)} held-out prompts have no {needed} to check answers against; "
         "give them one, or set data.check=none."
     )
 
 
 def exact_match(prompt: Prompt, text: str) -> bool:
-    """Whether an answer is the prompt's reference, but for case, white space and wrapping punctuation.
+    """Return whether an answer equals the prompt's reference, ignoring case, white space and wrapping punctuation.
 
     Raises:
         ValueError: the prompt has no reference.
     """
     if prompt.reference is None:
         raise ValueError(f"prompt {prompt.id} has no reference to compare an answer with")
-    return _normal(text) == _normal(prompt.reference)
+    return _normalise(text) == _normalise(prompt.reference)
 
 
-def _normal(text: str) -> str:
+def _normalise(text: str) -> str:
     words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return words.strip("*_`\"'“”‘’ .")

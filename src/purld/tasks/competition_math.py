@@ -1,7 +1,8 @@
-"""Competition Math (Hendrycks et al., 2021): the original folders of JSON, the flat forms, and the gold check.
+"""Read Competition Math (Hendrycks et al., 2021) and check answers against its solutions.
 
-A problem's reference is its whole solution, as in Table C.6 of the paper; what counts as its answer is the
-last `\\boxed{}` of it. Two answers are compared by math-verify, as expressions and not as texts.
+Reads the original folders of JSON files and the flat JSONL or parquet files. A problem's reference is its whole
+solution (Table C.6 of the paper); its answer is the last `\\boxed{}` in it. Answers are compared by math-verify, as
+expressions and not as texts.
 """
 
 from __future__ import annotations
@@ -21,47 +22,43 @@ COUNTING = "Counting & Probability"
 GEOMETRY = "Geometry"
 
 
-def read(path: str) -> Splits:
-    """The splits of `{train,test}/TYPE/NUMBER.json`, of flat files of one row a problem, or of a hub data set.
+def read_splits(path: str) -> Splits:
+    """Read the splits of `{train,test}/TYPE/NUMBER.json`, of flat files with one row per problem, or of a hub data set.
 
     Raises:
-        UserError: there are none.
+        UserError: `path` holds none of these.
     """
     if is_hub_id(path):
         return hub_splits(path)
-    splits = row_splits(path) or _folders(Path(path))
+    splits = row_splits(path) or _folder_splits(Path(path))
     if not splits:
         raise UserError(f"{path}: holds neither {{train,test}}/TYPE/NUMBER.json nor .jsonl nor .parquet files.")
     return splits
 
 
-def parse(row: FileRow, type_: str | None = None) -> Prompt | None:
-    """The problem in a row, or None if it is of another type than `type_`.
+def parse_problem(row: FileRow, problem_type: str | None = None) -> Prompt | None:
+    """Parse a row into a prompt, or return None if its problem type is not `problem_type`.
 
     Raises:
-        BadRowError: says what is wrong with the row.
+        BadRowError: the row cannot be used; the message names the problem.
     """
     cells = row.cells()
-    found = cells.get("type", cells.get("subject"))
-    if type_ is not None and found is None:
-        raise BadRowError(f"{row.place}: has no type, by which {type_} is told from the other problems")
-    if type_ is not None and found != type_:
+    row_type = cells.get("type", cells.get("subject"))
+    if problem_type is not None and row_type is None:
+        raise BadRowError(f"{row.location}: has no type, which is needed to select the {problem_type} problems")
+    if problem_type is not None and row_type != problem_type:
         return None
     try:
         problem = check_text(cells.get("problem"), "the problem")
         solution = check_text(cells.get("solution"), "the solution")
-    except ValueError as wrong:
-        raise BadRowError(f"{row.place}: {wrong}") from None
+    except ValueError as error:
+        raise BadRowError(f"{row.location}: {error}") from None
     metadata = {name: cells[name] for name in ("id", "unique_id", "type", "subject", "level") if name in cells}
     return Prompt((Message("user", PREFIX + problem.strip()),), (), solution, metadata)
 
 
 def require_math_verify() -> None:
-    """See that answers can be checked.
-
-    Raises:
-        UserError: math-verify is not installed.
-    """
+    """Raise UserError if math-verify, which checks the answers, is not installed."""
     try:
         import math_verify  # noqa: F401
     except ImportError:
@@ -71,7 +68,7 @@ def require_math_verify() -> None:
 
 
 def is_correct(prompt: Prompt, answer: str) -> bool:
-    """Whether an answer equals the reference's as a mathematical expression.
+    """Return whether an answer equals the reference's answer as a mathematical expression.
 
     Raises:
         ValueError: the prompt has no reference.
@@ -80,39 +77,39 @@ def is_correct(prompt: Prompt, answer: str) -> bool:
 
     if prompt.reference is None:
         raise ValueError(f"prompt {prompt.id} has no reference to compare an answer with")
-    return bool(verify(_gold(prompt.reference), _expressions(answer)))
+    return bool(verify(_parse_reference(prompt.reference), _parse_expressions(answer)))
 
 
 @lru_cache(maxsize=4096)
-def _gold(reference: str) -> list[Any]:
-    return _expressions(reference)
+def _parse_reference(reference: str) -> list[Any]:
+    return _parse_expressions(reference)
 
 
-def _expressions(text: str) -> list[Any]:
+def _parse_expressions(text: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    # A box is the answer wherever there is one, also where "the answer is" stands beside another number.
+    # A \boxed{} takes precedence, even if the text also has "the answer is" before another number.
     return list(parse(text, [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]))
 
 
-def _folders(root: Path) -> dict[str, Iterable[FileRow]]:
+def _folder_splits(root: Path) -> dict[str, Iterable[FileRow]]:
     return {
-        split_name(folder.name): _problems(folder)
+        split_name(folder.name): _read_problems(folder)
         for folder in sorted(root.iterdir())
         if folder.is_dir() and any(folder.glob("*/*.json"))
     }
 
 
-def _problems(folder: Path) -> Iterator[FileRow]:
-    for path in sorted(folder.glob("*/*.json"), key=lambda p: (p.parent.name, len(p.stem), p.stem)):
-        yield _problem(path, f"{folder.name}/{path.parent.name}/{path.stem}")
+def _read_problems(folder: Path) -> Iterator[FileRow]:
+    for path in sorted(folder.glob("*/*.json"), key=lambda path: (path.parent.name, len(path.stem), path.stem)):
+        yield _read_problem(path, f"{folder.name}/{path.parent.name}/{path.stem}")
 
 
-def _problem(path: Path, name: str) -> FileRow:
+def _read_problem(path: Path, problem_id: str) -> FileRow:
     try:
         values = parse_json_file(path)
-    except BadRowError as problem:
-        return FileRow(str(path), None, str(problem).removeprefix(f"{path}: "))
+    except BadRowError as error:
+        return FileRow(str(path), None, str(error).removeprefix(f"{path}: "))
     if not isinstance(values, dict):
-        return FileRow(str(path), None, "is not one JSON object, as every problem is")
-    return FileRow(str(path), {"id": name} | values)
+        return FileRow(str(path), None, "is not one JSON object, as every problem must be")
+    return FileRow(str(path), {"id": problem_id} | values)

@@ -1,7 +1,6 @@
-"""Where published data sets keep their splits: files by name, a folder per split, or a data set on the hub.
+"""Find the splits of a published data set: files by name, or a data set on the Hugging Face hub.
 
-Gives rows under the names of their splits and reads them only when asked. What a row holds is the tasks'
-business.
+Rows are read lazily. The modules of the tasks parse them.
 """
 
 from __future__ import annotations
@@ -16,46 +15,52 @@ from purld.data.files import FileRow, iter_rows
 from purld.errors import UserError
 
 Splits = Mapping[str, Iterable[FileRow]]
-"""The rows of each published split; "train", "validation" and "test" are told by their usual names."""
+"""The rows of each published split, by its usual name: "train", "validation" or "test"."""
 
-_NAMES = {"train": "train", "valid": "validation", "val": "validation", "validation": "validation", "test": "test"}
+_USUAL_NAMES = {
+    "train": "train",
+    "valid": "validation",
+    "val": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def split_name(stem: str) -> str:
-    """The usual name of a split that a file or folder is named for; another name is its own split."""
-    return _NAMES.get(stem.lower(), stem)
+    """Return the usual name of the split in a file or folder called `stem`, or `stem` if it is not a known split."""
+    return _USUAL_NAMES.get(stem.lower(), stem)
 
 
 def find_splits(path: str, pattern: str, read: Callable[[Path], Iterable[FileRow]]) -> dict[str, Iterable[FileRow]]:
-    """The files of a folder that match `pattern`, or the one file that `path` is, by their splits.
+    """Read the files of a folder that match `pattern`, or the single file `path`, each as one split.
 
     Raises:
         UserError: there is nothing at `path`.
     """
-    place = Path(path)
-    if not place.exists():
+    source = Path(path)
+    if not source.exists():
         raise UserError(f"{path}: no such file or folder.")
-    if place.is_file():
-        return {split_name(place.stem): read(place)}
-    return {split_name(file.stem): read(file) for file in sorted(place.glob(pattern))}
+    if source.is_file():
+        return {split_name(source.stem): read(source)}
+    return {split_name(file.stem): read(file) for file in sorted(source.glob(pattern))}
 
 
 def row_splits(path: str) -> dict[str, Iterable[FileRow]]:
-    """The JSONL or parquet files of a folder, or the one file that `path` is, by their splits."""
+    """Read the JSONL or parquet files of a folder, or the single file `path`, each as one split."""
     return find_splits(path, "*.jsonl", iter_rows) or find_splits(path, "*.parquet", iter_rows)
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` names a data set on the hub, which it does only if nothing lies there on this machine."""
+    """Return whether `path` has the form of a hub id and does not exist as a local path."""
     return not Path(path).exists() and _HUB_ID.fullmatch(path) is not None
 
 
 def hub_splits(name: str) -> dict[str, Iterable[FileRow]]:
-    """The splits of a data set on the hub, all its configurations one after another.
+    """Load the splits of a data set on the hub, with the rows of all its configurations in sequence.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the data set cannot be loaded.
     """
     import datasets
 
@@ -64,13 +69,13 @@ def hub_splits(name: str) -> dict[str, Iterable[FileRow]]:
         for config in datasets.get_dataset_config_names(name):
             for split, table in datasets.load_dataset(name, config).items():
                 tables.setdefault(split_name(split), []).append(_hub_rows(table, f"{name} ({config}, {split})"))
-    # The library raises what its transports raise, without a common base.
+    # The library passes on the errors of its transports, which share no base class.
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: is neither a file nor a data set that the hub gives ({reason}).") from None
+        raise UserError(f"{name}: is neither a file nor a data set that the hub can load ({reason}).") from None
     return {split: chain.from_iterable(parts) for split, parts in tables.items()}
 
 
-def _hub_rows(table: Iterable[Mapping[str, Any]], place: str) -> Iterator[FileRow]:
+def _hub_rows(table: Iterable[Mapping[str, Any]], source: str) -> Iterator[FileRow]:
     for number, values in enumerate(table, 1):
-        yield FileRow(f"{place}, row {number}", values)
+        yield FileRow(f"{source}, row {number}", values)

@@ -1,8 +1,8 @@
-"""WritingPrompts (Fan et al., 2018): `{train,valid,test}.wp_source` and `.wp_target`, one prompt or story a line.
+"""Read WritingPrompts (Fan et al., 2018): `{train,valid,test}.wp_source` and `.wp_target`, one prompt or story a line.
 
-The published lines are tokenised for a model of 2018. `detokenise` undoes what can be undone without guessing:
-it joins punctuation and contractions, turns `<newline>` into a line break and pairs double quotes. What the
-tokeniser lost stays lost: "can not" for "cannot", spaces around single quotes and dashes.
+The published lines are tokenised. `restore_plain_text` undoes what can be undone without guessing: it joins punctuation
+and contractions, turns `<newline>` into a line break and pairs double quotes. "can not" for "cannot" and spaces around
+single quotes and dashes remain.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from purld.records import Message, Prompt
 from purld.tasks.sources import Splits, find_splits, hub_splits, is_hub_id
 
 _TAG = re.compile(r"\s*\[\s*(\w+)\s*\]\s*")
-_BEFORE = re.compile(r" +([.,;:!?%)\]}]|n't\b|'(?:s|re|ve|ll|d|m)\b)", re.IGNORECASE)
-_AFTER = re.compile(r"([(\[{$]) +")
+_SPACE_BEFORE = re.compile(r" +([.,;:!?%)\]}]|n't\b|'(?:s|re|ve|ll|d|m)\b)", re.IGNORECASE)
+_SPACE_AFTER = re.compile(r"([(\[{$]) +")
 _QUOTED = re.compile(r'"[ \t]*([^"\n]*?)[ \t]*"')
 
 
-def read(path: str) -> Splits:
-    """The splits in a folder, of one `.wp_source` file with its `.wp_target` beside it, or of a hub data set.
+def read_splits(path: str) -> Splits:
+    """Read the splits in a folder, of one `.wp_source` file with its `.wp_target` next to it, or of a hub data set.
 
     Raises:
-        UserError: there are none.
+        UserError: `path` holds none of these.
     """
     if is_hub_id(path):
         return hub_splits(path)
@@ -37,29 +37,29 @@ def read(path: str) -> Splits:
     return splits
 
 
-def parse(row: FileRow, tag: str) -> Prompt | None:
-    """The prompt in a row with the story as its reference, or None if it has not the tag, such as "CW".
+def parse_story_prompt(row: FileRow, tag: str) -> Prompt | None:
+    """Parse a row into a prompt with the story as its reference, or return None if its tag is not `tag` (e.g. "CW").
 
     Raises:
-        BadRowError: says what is wrong with the row.
+        BadRowError: the row cannot be used; the message names the problem.
     """
     cells = row.cells()
     try:
         source = check_text(cells.get("prompt"), "the prompt")
-        found = _TAG.match(source)
-        if found is None or found[1].upper() != tag:
+        tag_match = _TAG.match(source)
+        if tag_match is None or tag_match[1].upper() != tag:
             return None
-        text = check_text(detokenise(source[found.end() :]), f"the prompt after [{tag}]")
+        text = check_text(restore_plain_text(source[tag_match.end() :]), f"the prompt after [{tag}]")
         story = check_text(cells.get("story"), "the story")
     except ValueError as problem:
-        raise BadRowError(f"{row.place}: {problem}") from None
-    return Prompt((Message("user", f"[{tag}] {text}"),), (), detokenise(story), {"tag": tag})
+        raise BadRowError(f"{row.location}: {problem}") from None
+    return Prompt((Message("user", f"[{tag}] {text}"),), (), restore_plain_text(story), {"tag": tag})
 
 
-def detokenise(text: str) -> str:
-    """Plain text from a published line; see the module for what that restores."""
+def restore_plain_text(text: str) -> str:
+    """Restore plain text from a published, tokenised line; see the module docstring."""
     text = text.replace("<newline>", "\n").replace("``", '"').replace("''", '"')
-    text = _AFTER.sub(r"\1", _BEFORE.sub(r"\1", text))
+    text = _SPACE_AFTER.sub(r"\1", _SPACE_BEFORE.sub(r"\1", text))
     text = _QUOTED.sub(r'"\1"', text)
     lines = (re.sub(r"[ \t]+", " ", line).strip() for line in text.split("\n"))
     return "\n".join(lines).strip()
@@ -68,22 +68,22 @@ def detokenise(text: str) -> str:
 def _read_pair(source: Path) -> Iterable[FileRow]:
     target = source.with_suffix(".wp_target")
     if source.suffix != ".wp_source" or not target.is_file():
-        raise UserError(f"{source}: is not a .wp_source file with its .wp_target beside it.")
-    return _pairs(source, target)
+        raise UserError(f"{source}: is not a .wp_source file with its .wp_target next to it.")
+    return _read_lines(source, target)
 
 
-def _pairs(source: Path, target: Path) -> Iterator[FileRow]:
+def _read_lines(source: Path, target: Path) -> Iterator[FileRow]:
     with source.open("rb") as prompts, target.open("rb") as stories:
         for number, (prompt, story) in enumerate(zip_longest(prompts, stories), 1):
             if prompt is None or story is None:
                 raise UserError(
-                    f"{source}: has another number of lines than {target.name}, which answers it line by line."
+                    f"{source}: its number of lines differs from that of {target.name}; they must match line by line."
                 )
-            yield _pair(prompt, story, f"{source}, line {number}")
+            yield _parse_lines(prompt, story, f"{source}, line {number}")
 
 
-def _pair(prompt: bytes, story: bytes, place: str) -> FileRow:
+def _parse_lines(prompt: bytes, story: bytes, location: str) -> FileRow:
     try:
-        return FileRow(place, {"prompt": prompt.decode("utf-8").strip(), "story": story.decode("utf-8").strip()})
+        return FileRow(location, {"prompt": prompt.decode("utf-8").strip(), "story": story.decode("utf-8").strip()})
     except UnicodeDecodeError as error:
-        return FileRow(place, None, f"is not UTF-8 (byte 0x{error.object[error.start]:02x})")
+        return FileRow(location, None, f"is not UTF-8 (byte 0x{error.object[error.start]:02x})")

@@ -1,4 +1,4 @@
-"""What both stages share in writing checkpoints, finding the last whole one, and logging to the run."""
+"""Write checkpoints, find the last complete one, and log to the run directory, for both training stages."""
 
 from __future__ import annotations
 
@@ -13,45 +13,43 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from purld.runs.files import sync_folder
 from purld.runs.run_dir import RunDir
+from purld.training.context import Progress
 
-Progress = Callable[[int, int, str], None]
-"""Called with what is done, the total, and a short note."""
-
-_WHOLE = "complete"
+_COMPLETE = "complete"
 _SHOWN = ("loss", "eval_loss", "objective", "score")
 
 
 def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint that was written to its end, and its step; (None, 0) if there is none.
+    """Return the newest complete checkpoint and its step; (None, 0) if there is none.
 
-    Torn ones are removed, so that the trainer's own bookkeeping never counts them.
+    Incomplete ones are removed, so that the trainer's own bookkeeping never counts them.
     """
-    whole: dict[int, Path] = {}
+    complete: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
-        if (path / _WHOLE).exists():
-            whole[int(path.name.rpartition("-")[2])] = path
+        if (path / _COMPLETE).exists():
+            complete[int(path.name.rpartition("-")[2])] = path
         else:
             shutil.rmtree(path)
-    if not whole:
+    if not complete:
         return None, 0
-    step = max(whole)
-    return whole[step], step
+    step = max(complete)
+    return complete[step], step
 
 
 class RunCallback(TrainerCallback):
-    """Logs to the run, marks checkpoints as whole, and reports progress.
+    """Logs to the run, marks checkpoints as complete, and reports progress.
 
     Args:
-        run: whose metrics.jsonl to write.
+        run: the run directory with metrics.jsonl.
         stage: the `stage` of the rows.
-        keys: which of the trainer's values to log; timings would differ between equal runs.
-        progress: told of every step.
+        is_logged: says by name which of the trainer's values to log; timings would differ between equal runs.
+        progress: called after every step.
     """
 
-    def __init__(self, run: RunDir, stage: str, keys: frozenset[str], progress: Progress) -> None:
+    def __init__(self, run: RunDir, stage: str, is_logged: Callable[[str], bool], progress: Progress) -> None:
         self._run = run
         self._stage = stage
-        self._keys = keys
+        self._is_logged = is_logged
         self._progress = progress
         self._note = ""
 
@@ -64,11 +62,11 @@ class RunCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Write one row of metrics."""
-        values = {key: float(value) for key, value in (logs or {}).items() if key in self._keys}
+        values = {key: float(value) for key, value in (logs or {}).items() if self._is_logged(key)}
         # The trainer's closing summary repeats the last step without any of these.
         if not values.keys() & {"loss", "eval_loss", "objective", "dropped_groups"} or not state.is_world_process_zero:
             return
-        self._run.log(self._stage, state.global_step, values)
+        self._run.log_metrics(self._stage, state.global_step, values)
         self._note = ", ".join(f"{key} {values[key]:.3f}" for key in _SHOWN if key in values)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -76,19 +74,19 @@ class RunCallback(TrainerCallback):
         self._progress(state.global_step, state.max_steps, self._note)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the checkpoint that was just written as whole."""
+        """Mark the checkpoint that was just written as complete."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-            (folder / _WHOLE).touch()
+            (folder / _COMPLETE).touch()
             sync_folder(folder)
 
 
 class ModelNamedCheckpoints:
-    """Mixed into a Trainer: its checkpoints hold weights under the names that its model has for them.
+    """A mixin for Trainers whose checkpoints hold weights under the model's own parameter names.
 
-    A Trainer loads a checkpoint by these names and passes over what it does not find; `save_pretrained` writes the
-    names of the model's published files, which in many image models are others. A best model that was never loaded, or
-    a run that goes on from where it began, would be the silent result.
+    A Trainer loads a checkpoint by these names and skips what it does not find. `save_pretrained` writes the names of
+    the published files, which differ in many image models: the best model would silently never be loaded, and a
+    resumed run would start again from the beginning.
     """
 
     model: Any
@@ -103,14 +101,14 @@ class ModelNamedCheckpoints:
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         lost = set(load_result.missing_keys)
-        there = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name not in lost}
-        gone = [name for name, p in self.model.named_parameters() if id(p) not in there]
-        if gone:
-            raise RuntimeError(f"a checkpoint lacks {len(gone)} of the model's weights, such as {gone[0]}")
+        loaded = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name not in lost}
+        missing = [name for name, p in self.model.named_parameters() if id(p) not in loaded]
+        if missing:
+            raise RuntimeError(f"a checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}")
 
 
 def device_arguments() -> dict[str, Any]:
-    """Trainer arguments that follow the machine: mixed precision where a GPU has it, none on a CPU."""
+    """Return the trainer arguments that depend on the machine: mixed precision where a GPU has it, none on a CPU."""
     gpu = torch.cuda.is_available()
     return {
         "bf16": gpu and torch.cuda.is_bf16_supported(),

@@ -1,4 +1,4 @@
-"""What a Stage II step is worth writing down: means for metrics.jsonl, groups for the report."""
+"""Collect what a Stage II step logs: means for metrics.jsonl, groups for the report."""
 
 from __future__ import annotations
 
@@ -14,39 +14,17 @@ from purld.records import GroupRecord
 from purld.training.rollout import Rollout
 
 _SUMMED = frozenset({"truncated", "unscored", "dropped_groups"})
-LOGGED = frozenset(
-    {
-        "objective",
-        "ldl",
-        "kl",
-        "entropy_labels",
-        "entropy_policy",
-        "sharper_than_labels",
-        "length",
-        "length_correlation",
-        "score",
-        "margin",
-        "anchor_score",
-        "clipped",
-        "value_loss",
-        "pairs",
-        "pair_accuracy",
-        "learning_rate",
-        "grad_norm",
-    }
-    | _SUMMED
-)
-Q = "policy_before"  # the member column that holds the policy's distribution over the group, in a method that has one
+Q_COLUMN = "policy_before"  # the member column that holds q, in a method that has one
 
 
 class StepMetrics:
-    """Collects values group by group and gives their means (counts: their sums) at the step's end."""
+    """Collects values group by group and gives their means (counts: their sums) at the end of a step."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
 
     def add_rollout(self, rollout: Rollout, scored: bool) -> None:
-        """Note what came of sampling and scoring one group; `scored` if the method has a scorer at all."""
+        """Note how sampling and scoring one group went; `scored` if the method has a scorer."""
         scores = [s for s in rollout.scores.candidates if s is not None]
         self._values["truncated"] += [float(not c.finished) for c in rollout.completions]
         self._values["length"] += [float(len(c.ids)) for c in rollout.completions]
@@ -59,7 +37,7 @@ class StepMetrics:
             self._values["margin"] += [s - rollout.scores.anchor for s in scores]
 
     def add_update(self, loss: GroupLoss, tokens: GroupTokens, candidates: int) -> None:
-        """Note the objective of one group, of whose members the last `candidates` were drawn from the policy."""
+        """Note the objective of one group, whose last `candidates` members were drawn from the policy."""
         self._values["objective"].append(loss.value.item())
         for name, metric in loss.metrics.items():
             self._values[name].append(metric.item())
@@ -68,30 +46,30 @@ class StepMetrics:
             self._values["kl"].append(log_ratios.mean().item())
 
     def drain(self) -> dict[str, float]:
-        """The step's values, and start over."""
-        found = {
+        """Return the values of the step and start the next one."""
+        values = {
             name: sum(values) if name in _SUMMED else sum(values) / len(values)
             for name, values in self._values.items()
             if values
         }
         self._values.clear()
-        return found
+        return values
 
 
 def group_record(step: int, rollout: Rollout, loss: GroupLoss, keep_ids: bool) -> GroupRecord:
-    """One group as the report shows it.
+    """Make the record of one group that the log keeps and the report shows.
 
     Args:
-        step: of the update that it was first part of.
+        step: the update that the group was first part of.
         rollout: the group.
         loss: the objective on it.
-        keep_ids: whether it may be measured again, which needs token ids: a text does not always encode to its own.
+        keep_ids: keep token ids, so that the group can be measured again: a text does not always encode to its own.
     """
     scores, anchor_score = rollout.scores.candidates, rollout.scores.anchor
     optional: dict[str, Any] = dict(member_columns(rollout, loss.members))
     if (divergence := logged_label_divergence(loss)) is not None:
         optional["label_divergence"] = divergence
-    if keep_ids and Q in loss.members:
+    if keep_ids and Q_COLUMN in loss.members:
         optional["completions"] = [asdict(c) for c in rollout.completions]
     if anchor_score is not None:
         optional["margins"] = [None if s is None else s - anchor_score for s in scores]
@@ -109,15 +87,18 @@ def group_record(step: int, rollout: Rollout, loss: GroupLoss, keep_ids: bool) -
 
 
 def member_columns(rollout: Rollout, members: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
-    """The objective's (K,) columns by name, a value per candidate; one that is no member has None there."""
+    """Return the objective's (K,) columns by name, one value per candidate; None for a candidate that is no member."""
     columns: dict[str, list[float | None]] = {}
     for name, column in members.items():
         columns[name] = [None] * len(rollout.texts)
-        for place, value in zip(rollout.places, column.tolist()[-len(rollout.places) :]):
-            columns[name][place] = value
+        for index, value in zip(rollout.member_candidates, column.tolist()[-len(rollout.member_candidates) :]):
+            columns[name][index] = value
     return columns
 
 
 def logged_label_divergence(loss: GroupLoss) -> float | None:
-    """KL(D || q) of one group, None where the objective has no labels; from logarithms, which outlive a q of 0."""
+    """Return KL(D || q) of one group in nats; None where the objective has no labels.
+
+    The objective computes it from logarithms, which stay finite where q underflows to 0.
+    """
     return loss.metrics["ldl"].item() if "ldl" in loss.metrics else None

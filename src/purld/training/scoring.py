@@ -1,17 +1,21 @@
-"""Who scores candidates in Stage II: the frozen p_sft with or without the anchor, the teacher, or nobody.
+"""Score the candidates of Stage II: by the frozen p_sft, by the teacher, or not at all.
 
-A score that could not be had is None, never zero.
+A scorer is looked up by name in `SCORERS`; `make_scorer` is the one place that decides who scores. A score that could
+not be had is None, never zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from purld.clients.base import Client, Reply
+from purld.config.methods import SelfScoringSettings, StageTwoSettings
 from purld.errors import UserError
+from purld.methods.table import StageTwoMethod
+from purld.model.encode import Encoder
 from purld.model.load import Roles
 from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
@@ -20,25 +24,56 @@ from purld.templates import rating_turn
 
 @dataclass(frozen=True)
 class GroupToScore:
-    """One prompt with its anchor and the texts of its candidates."""
+    """One prompt with its anchor and its candidates.
+
+    Attributes:
+        prompt: the prompt.
+        anchor: the anchor's text.
+        candidates: the K candidates' texts.
+        ids: the K candidates' token ids as they were drawn, end-of-turn token included; empty if unknown.
+    """
 
     prompt: Prompt
     anchor: str
     candidates: Sequence[str]
+    ids: Sequence[Sequence[int]] = ()
 
 
-Scorer = Callable[[Sequence[GroupToScore]], list[GroupScores]]
-"""Scores of several groups, in their order."""
+class Scorer(Protocol):
+    """Score groups of candidates; the scores of several groups come back in their order."""
+
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]: ...
+
+
+@dataclass(frozen=True)
+class ScorerContext:
+    """What a scorer is made of.
+
+    Attributes:
+        encoder: the run's encoder.
+        roles: the policy and the frozen p_sft.
+        settings: the method's section of the configuration.
+        anchored: whether the scorer sees the anchor.
+        autocast: the precision to compute in.
+        teacher: the teacher's client, for a method that asks it about candidates.
+    """
+
+    encoder: Encoder
+    roles: Roles
+    settings: StageTwoSettings
+    anchored: bool
+    autocast: Callable[[], AbstractContextManager[Any]]
+    teacher: Client | None = None
 
 
 @dataclass(frozen=True)
 class SelfScorer:
-    """Scores by the frozen p_sft.
+    """Score by self-evaluation of the frozen p_sft.
 
     Attributes:
-        roles: who p_sft is.
-        evaluator: how it is asked.
-        anchored: whether it is shown the anchor.
+        roles: which weights are p_sft.
+        evaluator: how they are asked.
+        anchored: whether they are shown the anchor.
         autocast: the precision to compute in.
     """
 
@@ -48,7 +83,7 @@ class SelfScorer:
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
-        """See `Scorer`."""
+        """Score groups; see `Scorer`."""
         with self.roles.frozen() as model, self.autocast():
             return [
                 self.evaluator.score(model, g.prompt, g.anchor if self.anchored else None, g.candidates) for g in groups
@@ -57,16 +92,16 @@ class SelfScorer:
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """Scores by the teacher, one question a candidate (Figure 1b), through its client's ledger and caps.
+    """Score by the teacher, one question per candidate (Figure 1b), through its client's ledger and caps.
 
-    Every score is in the ledger before it is used, so that a resumed run, which draws the same candidates, buys none
-    of them again.
+    Every score is in the ledger before it is used, so a resumed run, which draws the same candidates, buys none of
+    them again.
     """
 
     client: Client
 
     def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
-        """See `Scorer`.
+        """Score groups; see `Scorer`.
 
         Raises:
             UserError: a cap of the teacher is reached, or it cannot be asked at all.
@@ -78,19 +113,58 @@ class TeacherScorer:
                 f"Stage II: teacher.{capped[0].detail} with {len(capped)} candidates of this step unscored; "
                 "raise the cap and run the same command again, no score is paid for twice."
             )
-        scores = iter([_score(reply) for reply in replies])
+        scores = iter([_score_of(reply) for reply in replies])
         return [GroupScores(None, [next(scores) for _ in g.candidates]) for g in groups]
 
 
 def score_nothing(groups: Sequence[GroupToScore]) -> list[GroupScores]:
-    """Nobody scores."""
+    """Leave every candidate without a score, for a method that uses none."""
     return [GroupScores(None, [None for _ in g.candidates]) for g in groups]
 
 
 def rating_prompt(prompt: Prompt, candidate: str) -> Prompt:
-    """What the teacher is asked about a candidate."""
+    """Return the question that the teacher is asked about a candidate."""
     return Prompt.from_text(rating_turn(prompt.question, candidate), images=prompt.images)
 
 
-def _score(reply: Reply) -> float | None:
+def _score_of(reply: Reply) -> float | None:
     return None if reply.text is None or reply.state == "refused" else parse_score(reply.text)
+
+
+def _make_self_scorer(context: ScorerContext) -> Scorer:
+    settings = context.settings
+    assert isinstance(settings, SelfScoringSettings)
+    evaluator = SelfEvaluator(context.encoder, settings.score, settings.score_batch_size)
+    return SelfScorer(context.roles, evaluator, context.anchored, context.autocast)
+
+
+def _make_teacher_scorer(context: ScorerContext) -> Scorer:
+    if context.teacher is None:
+        raise ValueError("this method asks the teacher about candidates, and there is no teacher")
+    return TeacherScorer(context.teacher)
+
+
+SCORERS: dict[str, Callable[[ScorerContext], Scorer]] = {
+    "expected": _make_self_scorer,
+    "verbal": _make_self_scorer,
+    "teacher": _make_teacher_scorer,
+}
+"""How each scorer is made, by name. To add one: put its factory here and its name in `config.methods.ScoreName`."""
+
+
+def make_scorer(
+    method: StageTwoMethod[Any],
+    context: ScorerContext,
+    scorers: Mapping[str, Callable[[ScorerContext], Scorer]] = SCORERS,
+) -> Scorer:
+    """Make the scorer that a method's row and its settings name.
+
+    Raises:
+        KeyError: there is no scorer of that name.
+    """
+    if method.scorer is None:
+        return score_nothing
+    name = "teacher" if method.scorer == "teacher" else getattr(context.settings, "score", "")
+    if name not in scorers:
+        raise KeyError(f"there is no scorer {name!r}; there are {', '.join(sorted(scorers))}")
+    return scorers[name](context)

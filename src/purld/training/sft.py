@@ -1,7 +1,7 @@
 """Stage I: maximum likelihood on the teacher's answers (Eq. 1), by TRL's SFTTrainer.
 
-The loss is taken on the answer alone. Part of the anchors is held out for validation by content, and the
-checkpoint with the lowest validation loss becomes p_sft. Choosing the learning rate is left to its user.
+The loss covers the answer alone. A share of the anchors, picked by content hash, is held out for validation, and the
+checkpoint with the lowest validation loss becomes p_sft. The learning rate is not tuned here.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from purld.config.schema import Sft, Student
+from purld.config.schema import Sft
 from purld.errors import UserError
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_model, make_trainable, save_model
 from purld.model.vision import EncodedPrompt
 from purld.records import Anchor, Prompt, content_hash
-from purld.runs.run_dir import RunDir
-from purld.training.checkpoints import ModelNamedCheckpoints, Progress, RunCallback, device_arguments, last_checkpoint
+from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, device_arguments, last_checkpoint
+from purld.training.context import StageContext
 from purld.training.trackers import tracker_arguments
 
-Lesson = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
+TrainingExample = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
 
 _LOGGED = frozenset({"loss", "eval_loss", "learning_rate", "grad_norm", "epoch"})
 
 
 @dataclass(frozen=True)
 class SftFacts:
-    """What the run should say of Stage I."""
+    """The facts of Stage I that the manifest keeps."""
 
     trained_on: int
     validated_on: int
@@ -43,84 +43,79 @@ class SftFacts:
     steps: int
 
 
-def fine_tune(
-    student: Student,
-    settings: Sft,
-    examples: Sequence[tuple[Prompt, Anchor]],
-    encoder: Encoder,
-    run: RunDir,
-    seed: int,
-    progress: Progress,
-    report_to: Sequence[str] = (),
-) -> SftFacts:
-    """Fine-tune p_base on the anchors and save p_sft to `run.sft`; resumes from the last whole checkpoint.
+def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Prompt, Anchor]]) -> SftFacts:
+    """Fine-tune p_base on the anchors and save p_sft to `run.sft`; resume from the last complete checkpoint.
 
     Raises:
         UserError: no anchors are left to train on.
     """
-    rows, held_out, cut = _encoded(examples, encoder, settings.validation_fraction)
-    if not rows:
+    student, encoder, run = context.student, context.encoder, context.run
+    train, held_out, cut = _encode_examples(examples, encoder, settings.validation_fraction)
+    if not train:
         raise UserError("Stage I: there are no anchors to train on.")
     checkpoints = run.sft / "checkpoints"
     checkpoint, step = last_checkpoint(checkpoints)
     run.rewind_log("sft", step)
     model = make_trainable(student, load_model(student, student.model))
-    lessons = [*rows, *held_out]
+    encoded = [*train, *held_out]
     trainer = _SftTrainer(
         model=model,
         args=_arguments(
             settings,
             str(checkpoints),
-            len(rows),
-            seed,
+            len(train),
+            context.seed,
             validate=bool(held_out),
-            reporting=tracker_arguments(report_to, run, "sft"),
+            reporting=tracker_arguments(context.report_to, run, "sft"),
         ),
-        train_dataset=_places(range(len(rows))),
-        eval_dataset=_places(range(len(rows), len(lessons))) if held_out else None,
+        train_dataset=_indices(range(len(train))),
+        eval_dataset=_indices(range(len(train), len(encoded))) if held_out else None,
         processing_class=encoder.tokenizer,
-        data_collator=lambda batch: training_batch([lessons[row["place"]] for row in batch], encoder.pad),
-        callbacks=[RunCallback(run, "sft", _LOGGED, progress)],
+        data_collator=lambda batch: training_batch([encoded[row["index"]] for row in batch], encoder.pad),
+        callbacks=[RunCallback(run, "sft", _LOGGED.__contains__, context.progress)],
     )
     trainer.remove_callback(PrinterCallback)
-    # TRL's loss takes the count of tokens itself; some image models deny it, and then micro-batches count alike.
+    # TRL's loss divides by the token count itself. Some image models say they do not take the count, and then every
+    # micro-batch would weigh the same, whatever its number of tokens.
     trainer.model_accepts_loss_kwargs = True
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = True
     save_model(student, trainer.model, encoder, run.sft)
     best = trainer.state.best_global_step or trainer.state.global_step
     shutil.rmtree(checkpoints)
-    return SftFacts(len(rows), len(held_out), cut, best, trainer.state.global_step)
+    return SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step)
 
 
 class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
-    """TRL's trainer with checkpoints that it can load."""
+    """TRL's trainer with checkpoints that it can load again."""
 
 
 def in_validation_part(prompt: Prompt, fraction: float) -> bool:
-    """Whether a prompt belongs to the validation part: decided by its content, not its place."""
+    """Return whether a prompt is held out for validation, by the hash of its content and not by its position."""
     return int(content_hash(["validation", prompt.id]), 16) / 16**16 < fraction
 
 
-def _encoded(
+def _encode_examples(
     examples: Sequence[tuple[Prompt, Anchor]], encoder: Encoder, fraction: float
-) -> tuple[list[Lesson], list[Lesson], int]:
-    """Prompts and answers to train on, those to validate on, and how many anchors were cut."""
-    train: list[Lesson] = []
-    held_out: list[Lesson] = []
+) -> tuple[list[TrainingExample], list[TrainingExample], int]:
+    """Encode the examples to train on and those to validate on, and count the anchors that were cut."""
+    train: list[TrainingExample] = []
+    held_out: list[TrainingExample] = []
     cut = 0
     for prompt, anchor in examples:
-        answer = encoder.answer(anchor.text)
+        answer = encoder.encode_answer(anchor.text)
         cut += answer.cut
-        (held_out if in_validation_part(prompt, fraction) else train).append((encoder.prompt(prompt), answer.ids))
-    if not train:  # a pool of a few prompts may fall on one side
+        (held_out if in_validation_part(prompt, fraction) else train).append(
+            (encoder.encode_prompt(prompt), answer.ids)
+        )
+    if not train:  # the few prompts of a small pool may all be held out
         train, held_out = held_out, []
     return train, held_out, cut
 
 
-def _places(places: Sequence[int]) -> Dataset:
-    """What the trainer shuffles: where lessons are; batches are made of the lessons themselves, pictures included."""
-    return Dataset.from_dict({"place": list(places)})
+def _indices(indices: Sequence[int]) -> Dataset:
+    """Make the dataset that the trainer shuffles: indices of examples; the collator looks the examples up."""
+    return Dataset.from_dict({"index": list(indices)})
 
 
 def _arguments(

@@ -1,7 +1,7 @@
-"""Experiment trackers, through the trainer's own `report_to`: off unless asked for, beside metrics.jsonl.
+"""Send metrics to experiment trackers through the trainer's own `report_to`; none unless the configuration asks.
 
-What a tracker does with the numbers is its own affair, and its own settings (addresses, projects, offline mode)
-are its own environment variables: with one that writes to a server, training is no longer without a network.
+metrics.jsonl is written in any case. A tracker is configured by its own environment variables (address, project,
+offline mode); with one that writes to a server, training uses the network.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _PACKAGES = {
     "wandb": ("wandb",),
     "trackio": ("trackio",),
 }
-_TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"  # of transformers, whose own default is below the checkpoints
+_TENSORBOARD_FOLDER = "TENSORBOARD_LOGGING_DIR"  # read by transformers, whose default is inside the checkpoints folder
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """See that every tracker is there before anything is paid for.
+    """Check that every tracker is installed, before anything is paid for.
 
     Raises:
         UserError: its package is not installed.
@@ -38,16 +38,16 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def tracker_arguments(names: Sequence[str], run: RunDir, stage: str) -> dict[str, Any]:
-    """What a trainer's arguments say of trackers; no tracker is "none", or transformers would choose some."""
+    """Return the trainer's arguments for trackers; without "none" transformers would use all that are installed."""
     name = f"{run.path.resolve().name}-{stage}"
     return {"report_to": list(names) or "none", "run_name": name, "project": "purld"}
 
 
 @contextlib.contextmanager
 def stage_tracking(names: Sequence[str], run: RunDir, stage: str) -> Iterator[None]:
-    """A stage under the eyes of trackers: each stage is a run of its own to them.
+    """Track one stage, as a tracker run of its own.
 
-    TensorBoard's files go to `tensorboard/STAGE` in the run directory, unless the environment names a place.
+    TensorBoard's files go to `tensorboard/STAGE` in the run directory, unless the environment names a folder.
     """
     ours = "tensorboard" in names and _TENSORBOARD_FOLDER not in os.environ
     if ours:

@@ -1,19 +1,19 @@
 "use strict";
-// The browser of prompts and answers. What models wrote reaches the page as text nodes only.
+// The browser of prompts and answers. Model output enters the page as text nodes only.
 (() => {
   const root = document.getElementById("browser");
   if (!root) return;
   const { runs, titles, images, entries } = JSON.parse(document.getElementById("data").textContent);
 
-  // Characters that are invisible or move the text around them; line breaks and tabs are neither. The last is the
-  // place of an image, and stands for one in prompts alone.
+  // Characters that are invisible or reorder the text around them, without line breaks and tabs. The last one marks an
+  // image, in prompts only.
   const INVISIBLE = /(?![\n\t])[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}\ufffc]/gu;
   const IMAGE = "\ufffc";
-  const PIXEL_ART = 96; // a picture with no longer side is shown pixel by pixel
+  const PIXEL_ART = 96; // an image with no side longer than this is enlarged pixel by pixel
 
   const NOTE = "u is the confidence that a candidate is as good as the anchor, D the label distribution over the " +
     "group, q the policy's own distribution over it.";
-  const AFTER = "q before is that of the policy that drew the candidates, q after that of the final policy.";
+  const AFTER = "q before belongs to the policy that drew the candidates, q after to the final policy.";
 
   const FILTERS = {
     all: ["All prompts", () => true],
@@ -41,37 +41,37 @@
     return node;
   }
 
-  // A paragraph of foreign words: text nodes, and a named mark for every invisible character.
-  function words(text, className = "") {
+  // A paragraph of model output: text nodes, and the code point of every invisible character.
+  function paragraph(text, className = "") {
     const node = el("p", { class: `words ${className}`, dir: "auto" });
-    let from = 0;
-    for (const found of text.matchAll(INVISIBLE)) {
-      node.append(text.slice(from, found.index));
-      const code = found[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+    let start = 0;
+    for (const match of text.matchAll(INVISIBLE)) {
+      node.append(text.slice(start, match.index));
+      const code = match[0].codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
       node.append(el("span", { class: "control", textContent: `U+${code}`, title: "invisible character" }));
-      from = found.index + found[0].length;
+      start = match.index + match[0].length;
     }
-    node.append(text.slice(from));
+    node.append(text.slice(start));
     return node;
   }
 
-  // A prompt's text: a numbered mark where an image stands, but for a single one before all text.
+  // A prompt's text, with a numbered mark for each image; a single image in front of the text has no mark.
   function question(entry) {
-    const shown = entry.images?.length === 1 ? entry.prompt.replace(/^\ufffc\s*/u, "") : entry.prompt;
+    const text = entry.images?.length === 1 ? entry.prompt.replace(/^\ufffc\s*/u, "") : entry.prompt;
     const node = el("p", { class: "words question", dir: "auto" });
     let number = 0;
-    for (const piece of shown.split(/(\ufffc)/u)) {
+    for (const piece of text.split(/(\ufffc)/u)) {
       if (piece === IMAGE && entry.images) node.append(chip(`image ${(number += 1)}`));
-      else node.append(...words(piece).childNodes);
+      else node.append(...paragraph(piece).childNodes);
     }
     return node;
   }
 
-  // A prompt in one line.
-  const brief = (entry) => (entry.images ? entry.prompt.replace(/^[\ufffc\s]+/u, "").replaceAll(IMAGE, "[image]")
+  // A prompt in one line, for the list.
+  const firstLine = (entry) => (entry.images ? entry.prompt.replace(/^[\ufffc\s]+/u, "").replaceAll(IMAGE, "[image]")
     : entry.prompt).slice(0, 160);
 
-  function picture(name, number, count) {
+  function imageElement(name, number, count) {
     const alt = count > 1 ? `image ${number} of the prompt` : "the prompt's image";
     if (!(name in images)) return chip(`${alt} is not on this page`);
     const node = el("img", { alt, decoding: "async" });
@@ -82,26 +82,26 @@
     return node;
   }
 
-  function pictures(entry) {
+  function imageRow(entry) {
     if (!entry.images) return null;
     const count = entry.images.length;
-    return el("div", { class: "pictures" }, ...entry.images.map((name, place) => el("figure", {},
-      picture(name, place + 1, count), count > 1 ? el("figcaption", { textContent: `image ${place + 1}` }) : null)));
+    return el("div", { class: "images" }, ...entry.images.map((name, index) => el("figure", {},
+      imageElement(name, index + 1, count), count > 1 ? el("figcaption", { textContent: `image ${index + 1}` }) : null)));
   }
 
   const chip = (text, tone = "") => el("span", { class: `chip ${tone}`, textContent: text });
-  const rightness = (right) => chip(right ? "right" : "wrong", right ? "good" : "bad");
+  const rightChip = (right) => chip(right ? "right" : "wrong", right ? "good" : "bad");
   const TONES = { win: "good", loss: "bad", tie: "open", unjudged: "open" };
 
-  // ---- What the filters ask of an entry ----
+  // ---- Fields for the filters and the search ----
 
   const isMethod = (model) => !["base", "sft", "opponent"].includes(model);
 
-  function prepare(entry) {
+  function addFilterFields(entry) {
     const first = (test) => entry.answers.find((a) => test(a.model))?.samples[0];
     const method = entry.answers.find((a) => isMethod(a.model)) ?? entry.answers.find((a) => a.model === "sft");
     entry.right = { sft: first((m) => m === "sft")?.correct, method: first(isMethod)?.correct };
-    entry.outcome = overall(method?.samples.find((s) => s.verdicts)?.verdicts);
+    entry.outcome = overallOutcome(method?.samples.find((s) => s.verdicts)?.verdicts);
     entry.haystack = [
       entry.prompt, entry.anchor, entry.id,
       ...entry.answers.flatMap((a) => a.samples.map((s) => s.text)),
@@ -109,20 +109,20 @@
     ].join("\n").toLowerCase();
   }
 
-  // Both orders as one outcome: their mean, ties half; unjudged only if every order is.
-  function overall(verdicts) {
+  // The outcome over both orders: their mean, a tie counting half; unjudged only if both orders are.
+  function overallOutcome(verdicts) {
     if (!verdicts) return undefined;
-    const worth = { win: 1, tie: 0.5, loss: 0 };
-    const judged = verdicts.filter((v) => v.outcome in worth);
+    const points = { win: 1, tie: 0.5, loss: 0 };
+    const judged = verdicts.filter((v) => v.outcome in points);
     if (!judged.length) return "unjudged";
-    const mean = judged.reduce((sum, v) => sum + worth[v.outcome], 0) / judged.length;
+    const mean = judged.reduce((sum, v) => sum + points[v.outcome], 0) / judged.length;
     return mean > 0.5 ? "win" : mean < 0.5 ? "loss" : "tie";
   }
 
   // ---- One entry in full ----
 
   function detail(entry) {
-    const where = [
+    const origin = [
       runs.length > 1 ? chip(runs[entry.run]) : null,
       entry.answers.length ? chip("held out") : null,
       entry.group ? chip(`Stage II, step ${entry.group.step}`) : null,
@@ -130,35 +130,35 @@
     ];
     return [
       el("h3", { textContent: "Prompt" }),
-      pictures(entry),
-      entry.prompt ? question(entry) : words("(the question was not recorded)", "question"),
-      el("div", { class: "chips" }, ...where),
-      ...(entry.anchor === undefined ? [] : anchor(entry)),
-      ...(entry.answers.length ? [el("h3", { textContent: "Held-out answers" }), answers(entry)] : []),
-      ...(entry.group ? candidates(entry.group) : []),
+      imageRow(entry),
+      entry.prompt ? question(entry) : paragraph("(the prompt was not recorded)", "question"),
+      el("div", { class: "chips" }, ...origin),
+      ...(entry.anchor === undefined ? [] : anchorBlock(entry)),
+      ...(entry.answers.length ? [el("h3", { textContent: "Held-out answers" }), answerRow(entry)] : []),
+      ...(entry.group ? candidateList(entry.group) : []),
     ];
   }
 
-  function anchor(entry) {
-    const own = entry.group?.anchor_score ?? null; // a method without self-evaluation has none
-    const score = own === null ? "" : `, scored ${own.toFixed(2)} by the frozen SFT model`;
+  function anchorBlock(entry) {
+    const value = entry.group?.anchor_score ?? null; // null in a method without self-evaluation
+    const score = value === null ? "" : `, scored ${value.toFixed(2)} by the frozen SFT model`;
     return [
       el("h3", { textContent: `The teacher's anchor${score}` }),
-      el("div", { class: "anchor" }, words(entry.anchor)),
+      el("div", { class: "anchor" }, paragraph(entry.anchor)),
     ];
   }
 
-  function answers(entry) {
+  function answerRow(entry) {
     return el("div", { class: "answers" }, ...entry.answers.map((answer) => {
       const [first, ...rest] = answer.samples;
       return el("article", { class: "answer" },
-        el("h4", { textContent: titles[answer.model] ?? answer.model }), ...sample(first), more(rest));
+        el("h4", { textContent: titles[answer.model] ?? answer.model }), ...sampleBlock(first), moreSamples(rest));
     }));
   }
 
-  function sample(s) {
+  function sampleBlock(s) {
     const marks = [
-      s.correct === undefined ? null : rightness(s.correct),
+      s.correct === undefined ? null : rightChip(s.correct),
       ...(s.verdicts ?? []).map(verdictChip),
       s.greedy ? chip("greedy") : null,
       s.tokens === undefined ? null : chip(`${s.tokens} tokens`),
@@ -167,8 +167,8 @@
     const unjudged = (s.verdicts ?? []).filter((v) => v.outcome === "unjudged");
     return [
       el("div", { class: "chips" }, ...marks),
-      words(s.text || "(empty)"),
-      ...unjudged.map((v) => el("div", { class: "said" }, "The judge said:", words(v.raw || "(nothing)"))),
+      paragraph(s.text || "(empty)"),
+      ...unjudged.map((v) => el("div", { class: "said" }, "The judge said:", paragraph(v.raw || "(nothing)"))),
     ];
   }
 
@@ -178,15 +178,15 @@
     return mark;
   }
 
-  function more(samples) {
+  function moreSamples(samples) {
     if (!samples.length) return null;
     const checked = samples.filter((s) => s.correct !== undefined);
     const right = checked.length ? `, ${checked.filter((s) => s.correct).length} right` : "";
     return el("details", {}, el("summary", { textContent: `${samples.length} more${right}` }),
-      ...samples.map((s) => el("div", { class: "sample" }, ...sample(s))));
+      ...samples.map((s) => el("div", { class: "sample" }, ...sampleBlock(s))));
   }
 
-  function candidates(group) {
+  function candidateList(group) {
     const sorted = [...group.candidates].sort((a, b) => (b.score ?? -1) - (a.score ?? -1));
     const largest = Math.max(...sorted.flatMap((c) => [c.D ?? 0, c.q ?? 0, c.after ?? 0]));
     const heading = sorted.length === 1 ? "The student's candidate" : `The student's ${sorted.length} candidates`;
@@ -194,20 +194,20 @@
     return [
       el("h3", { textContent: heading + order }),
       sorted[0].D === undefined ? null : el("p", { class: "note", textContent: group.divergence ? `${NOTE} ${AFTER}` : NOTE }),
-      group.divergence ? el("div", { class: "chips" }, movement(...group.divergence)) : null,
+      group.divergence ? el("div", { class: "chips" }, divergenceChip(...group.divergence)) : null,
       el("ol", { class: "candidates" }, ...sorted.map((c) =>
-        el("li", { class: "candidate" }, measures(c, largest), words(c.text || "(empty)")))),
+        el("li", { class: "candidate" }, measureList(c, largest), paragraph(c.text || "(empty)")))),
     ];
   }
 
-  // How the objective on the group moved; an infinite or undefined value has become null.
-  function movement(before, after) {
+  // KL(D‖q) of the group before and after; an infinite or undefined value arrives as null.
+  function divergenceChip(before, after) {
     const [from, to] = [before, after].map((value) => (value === null ? "–" : value.toFixed(3)));
-    const closer = before !== null && after !== null && after !== before;
-    return chip(`KL(D‖q) ${from} before, ${to} after`, closer ? (after < before ? "good" : "bad") : "open");
+    const changed = before !== null && after !== null && after !== before;
+    return chip(`KL(D‖q) ${from} before, ${to} after`, changed ? (after < before ? "good" : "bad") : "open");
   }
 
-  function measures(c, largest) {
+  function measureList(c, largest) {
     const row = (name, value, kind, share) => {
       const bar = el("i", { hidden: share === undefined });
       if (share !== undefined) bar.style.width = `${100 * share}%`;
@@ -217,7 +217,7 @@
     const share = (value) => (value === null ? undefined : value / largest);
     const rows = c.score === null
       ? [el("div", {}, chip("unscored", "open"))]
-      : [ // what the method does not have is undefined
+      : [ // measures that the method does not have are undefined
           ["score", c.score, "score"],
           ["margin", c.margin, "margin"],
           ["u", c.u, "u"],
@@ -238,25 +238,25 @@
   const list = el("ul", { class: "list", "aria-label": "Prompts" });
   const pane = el("article", { class: "detail", tabIndex: -1, "aria-label": "The chosen prompt" });
 
-  function button(entry) {
+  function listButton(entry) {
     const marks = [
       runs.length > 1 ? chip(runs[entry.run]) : null,
-      entry.right.method === undefined ? null : rightness(entry.right.method),
+      entry.right.method === undefined ? null : rightChip(entry.right.method),
       entry.outcome === undefined ? null : chip(entry.outcome, TONES[entry.outcome]),
       entry.group ? chip(`step ${entry.group.step}`) : null,
     ];
-    const line = words(brief(entry) || entry.id);
+    const line = paragraph(firstLine(entry) || entry.id);
     const first = entry.images?.find((name) => name in images);
-    const small = first === undefined ? null : picture(first, 1, 1);
-    if (small) small.alt = ""; // the line beside it names the prompt
-    const text = el("button", { type: "button", class: small ? "pictured" : "" }, small,
+    const thumbnail = first === undefined ? null : imageElement(first, 1, 1);
+    if (thumbnail) thumbnail.alt = ""; // the text next to it names the prompt
+    const text = el("button", { type: "button", class: thumbnail ? "with-image" : "" }, thumbnail,
       el("span", { class: "line", dir: "auto" }, ...line.childNodes), el("span", { class: "chips" }, ...marks));
     text.addEventListener("click", () => choose(entry));
     return text;
   }
 
-  // Tab stops at one prompt of the list, the chosen one where it is shown, and the arrows go on from there.
-  function reachable() {
+  // Tab reaches one prompt of the list, the chosen one if it is listed; the arrow keys move from there.
+  function setTabStop() {
     const buttons = [...list.querySelectorAll("button")];
     const stop = buttons.find((b) => b.hasAttribute("aria-current")) ?? buttons[0];
     for (const b of buttons) b.tabIndex = b === stop ? 0 : -1;
@@ -265,8 +265,8 @@
   function show(entry) {
     for (const other of list.querySelectorAll('[aria-current="true"]')) other.removeAttribute("aria-current");
     entry.button.setAttribute("aria-current", "true");
-    pane.replaceChildren(...detail(entry));
-    reachable();
+    pane.replaceChildren(...detail(entry).filter((part) => part !== null)); // a null would become the text "null"
+    setTabStop();
   }
 
   function choose(entry) {
@@ -280,11 +280,11 @@
     const shown = entries.filter((e) => passes(e) && e.haystack.includes(wanted));
     list.replaceChildren(...shown.map((e) => el("li", {}, e.button)));
     count.textContent = `${shown.length} of ${entries.length}`;
-    reachable();
+    setTabStop();
     if (!shown.length) list.append(el("li", { class: "none", textContent: "No prompt matches." }));
   }
 
-  // Arrow keys, Home and End walk the list, "/" goes to the search.
+  // Arrow keys, Home and End move in the list; "/" goes to the search.
   function onKey(event) {
     if (event.key === "/" && !/INPUT|SELECT/.test(document.activeElement.tagName)) {
       event.preventDefault();
@@ -293,20 +293,20 @@
     }
     if (!list.contains(document.activeElement)) return;
     const buttons = [...list.querySelectorAll("button")];
-    const at = buttons.indexOf(document.activeElement);
-    const place = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: buttons.length - 1 }[event.key];
-    const next = buttons[place];
+    const current = buttons.indexOf(document.activeElement);
+    const target = { ArrowDown: current + 1, ArrowUp: current - 1, Home: 0, End: buttons.length - 1 }[event.key];
+    const next = buttons[target];
     if (!next) return;
     event.preventDefault();
     next.focus();
     next.click();
   }
 
-  entries.forEach(prepare);
-  for (const entry of entries) entry.button = button(entry);
+  entries.forEach(addFilterFields);
+  for (const entry of entries) entry.button = listButton(entry);
   for (const [key, [name, passes]] of Object.entries(FILTERS)) {
-    const found = entries.filter(passes).length;
-    if (found) filter.append(el("option", { value: key, textContent: `${name} (${found})` }));
+    const matching = entries.filter(passes).length;
+    if (matching) filter.append(el("option", { value: key, textContent: `${name} (${matching})` }));
   }
   search.addEventListener("input", refresh);
   filter.addEventListener("change", refresh);

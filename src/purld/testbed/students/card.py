@@ -100,9 +100,9 @@ def answers(
     decoding = Decoding(temperature=0.0 if greedy else 1.0, max_new_tokens=MAX_NEW_TOKENS)
     found: list[list[str]] = []
     for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-        heads = [encoder.prompt(prompt) for prompt in prompts[start : start + _PROMPTS_AT_A_TIME]]
+        heads = [encoder.encode_prompt(prompt) for prompt in prompts[start : start + _PROMPTS_AT_A_TIME]]
         for completions in generate_completions(model, encoder, heads, count, decoding):
-            found.append([encoder.text(c.ids) for c in completions])
+            found.append([encoder.decode_text(c.ids) for c in completions])
     return found
 
 

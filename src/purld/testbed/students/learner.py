@@ -59,7 +59,7 @@ class Learner:
         """The lesson as the student will see it, closed by the end of the turn."""
         prompt = Prompt.from_text(lesson.prompt, images=(self._any,) * lesson.prompt.count(IMAGE))
         return EncodedLesson(
-            self.encoder.prompt(prompt), [*self.encoder.literal(lesson.reply), self.encoder.end], lesson
+            self.encoder.encode_prompt(prompt), [*self.encoder.encode_literal(lesson.reply), self.encoder.end], lesson
         )
 
     def features(self, shown: Sequence[Picture]) -> Tensor:
@@ -74,7 +74,7 @@ class Learner:
         Raises:
             ValueError: the tokenizer has no piece of its own for it.
         """
-        ids = self.encoder.literal(f" {word}")
+        ids = self.encoder.encode_literal(f" {word}")
         if len(ids) != 1:
             raise ValueError(f"{word!r} is no single token")
         return self.model.get_input_embeddings().weight[ids[0]].detach().clone()

@@ -1,4 +1,4 @@
-"""A chat-completions server on 127.0.0.1 that misbehaves on request."""
+"""A chat-completions server on 127.0.0.1 that shows scripted faults."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def completion(text: object = "An answer.", finish: str | None = "stop", **messa
     }
 
 
-def words_of(content: str | list[dict[str, Any]]) -> str:
-    """A turn's text, with a mark for each of its pictures."""
+def turn_text(content: str | list[dict[str, Any]]) -> str:
+    """Return a turn's text, with `<image>` for each of its images."""
     return content if isinstance(content, str) else "".join(part.get("text", "<image>") for part in content)
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every prompt, or does to its n-th arrival what the n-th entry of `script[prompt]` says."""
+    """A server that answers every prompt, or handles its n-th arrival with the n-th entry of `script[prompt]`."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that is killed breaks its connection: nothing to report."""
+        """Report nothing: killed clients break their connections."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.prompt = words_of(json.loads(body)["messages"][-1]["content"])
+        self.prompt = turn_text(json.loads(body)["messages"][-1]["content"])
         with self.server.mutex:
             arrival = Counter(self.server.arrived)[self.prompt]
             self.server.arrived.append(self.prompt)
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Keep the test's output clean."""
+        """Log nothing."""
 
 
 def error(status: int, code: str = "", message: str = "no", headers: dict[str, str] | None = None):
@@ -99,13 +99,13 @@ def raw(data: bytes, status: int = 200):
 
 
 def silence(handler: Handler) -> None:
-    """Take the request and never say a word."""
+    """Accept the request and never answer."""
     time.sleep(5)
     handler.close_connection = True
 
 
 def drip(handler: Handler) -> None:
-    """One byte every tenth of a second: never idle, never done."""
+    """Send one byte every tenth of a second, for longer than any timeout in the tests."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -116,7 +116,7 @@ def drip(handler: Handler) -> None:
 
 
 def reset(handler: Handler) -> None:
-    """Half a body, then a TCP reset."""
+    """Send half a body, then a TCP reset."""
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -128,7 +128,7 @@ def reset(handler: Handler) -> None:
 
 
 def hang_up(handler: Handler) -> None:
-    """Take the request and close the connection without a word."""
+    """Accept the request and close the connection without an answer."""
     handler.connection.shutdown(socket.SHUT_RDWR)
     handler.close_connection = True
 
@@ -138,7 +138,7 @@ def date_in(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Server]:
+def running_server() -> Iterator[Server]:
     server = Server()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:

@@ -1,0 +1,153 @@
+"""The evaluation stage: answers of every model of a run, checked and judged, and results.json."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from purld.clients.ledger import Ledger, LedgerView
+from purld.clients.open import open_client
+from purld.config.clients import TeacherAnchors
+from purld.config.methods import TeacherJudgeGrpo
+from purld.evaluation.answers import answer_prompts
+from purld.evaluation.diagnostics import mean_label_divergence
+from purld.evaluation.recorded import read_recorded_answers
+from purld.evaluation.score_quality import accuracy_by_step, check_groups, quality_as_results, score_quality
+from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
+from purld.evaluation.verdicts import collect_verdicts
+from purld.model.load import load_model
+from purld.model.sample import Decoding
+from purld.model.samplers import make_sampler
+from purld.pipeline.context import RunContext
+from purld.runs.files import read_rows, write_json, write_rows
+from purld.runs.open import final_model
+from purld.templates import JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
+
+SPEND_KEYS = ("calls", "input_tokens", "output_tokens", "cost")  # of the teacher's bill, in results.json
+
+
+def run_evaluate(context: RunContext) -> dict[str, Any]:
+    """Answer the held-out prompts with every model of the run, check and judge the answers, write results.json."""
+    config, run = context.config, context.run
+    final = final_model(config.align.method)
+    folders: dict[str, str | Path] = {"base": config.student.model, "sft": run.sft, final.name: final.folder(run)}
+    opponents = _opponent_answers(context)
+    models = {name: _model_answers(context, name, folder) for name, folder in folders.items()}
+    if config.evaluate.judge is not None:
+        models = _add_verdicts(context, models, opponents)
+    finished, groups = run.finished_stages(), read_rows(run.groups)
+    results = {
+        "method": config.align.method,
+        "seed": config.seed,
+        "teacher": _teacher_spend(context),
+        "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
+        "difference": _model_differences(models, opponents, config.seed),
+        **_candidates_against_gold(context, groups),
+        "label_divergence": mean_label_divergence(groups, read_rows(run.revisited)),
+        "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
+        "templates": {
+            "self_evaluation": SELF_EVALUATION_VERSION,
+            "rating": RATING_VERSION,
+            "judge": JUDGE_VERSION,
+        },
+    }
+    write_json(run.results, {key: value for key, value in results.items() if value != {}})
+    return {}
+
+
+def _teacher_spend(context: RunContext) -> dict[str, Any]:
+    """Return what training cost at the teacher: the anchors, and the scores of candidates if it gave them."""
+    spend: dict[str, Any] = context.run.finished_stages()["anchors"]["teacher"]
+    if not isinstance(context.config.align, TeacherJudgeGrpo):
+        return spend
+    with LedgerView(context.run.ledger) as ledger:
+        scores = ledger.totals("scorer")
+    return spend | {key: spend[key] + scores[key] for key in SPEND_KEYS}
+
+
+def _candidates_against_gold(context: RunContext, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Compare Stage II's candidates with gold: the share of right ones at each step, and how well scores agree."""
+    if context.check is None:
+        return {}
+    groups = check_groups(rows, context.pools.align, context.check)
+    measured: dict[str, Any] = {"training_accuracy": accuracy_by_step(groups)} if groups else {}
+    if any(score is not None for group in groups for score in group.scores):
+        measured["score_quality"] = quality_as_results(score_quality(groups, context.config.seed))
+    return measured
+
+
+def _model_differences(models: dict[str, EvaluatedModel], opponents: dict[str, str], seed: int) -> dict[str, Any]:
+    """Compare the aligned model with p_sft, and p_sft with the base."""
+    names = list(models)[::-1]
+    pairs = {f"{a} - {b}": model_difference(models[a], models[b], opponents, seed) for a, b in pairwise(names)}
+    return {pair: difference for pair, difference in pairs.items() if difference}
+
+
+def _model_answers(context: RunContext, name: str, folder: str | Path) -> EvaluatedModel:
+    """Draw one model's answers as configured, and greedy ones as well if there is gold to check them."""
+    config, run = context.config, context.run
+    settings, check = config.evaluate, context.check
+    model: list[Any] = []
+
+    def load() -> Any:
+        if not model:
+            model.append(load_model(config.student, folder))
+        return model[0]
+
+    def draw(decoding: Decoding, samples: int, path: Path) -> None:
+        with context.reporter.progress(f"{name}: prompts answered") as progress:
+            answer_prompts(
+                load,
+                context.pools.held_out,
+                context.encoder,
+                make_sampler(config.student.engine, context.encoder, decoding),
+                samples,
+                settings.batch_size,
+                config.seed,
+                path,
+                check,
+                progress,
+            )
+
+    decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
+    draw(decoding, settings.samples, run.generations(name))
+    if check is not None and settings.temperature > 0:  # at temperature 0 the drawn answers are greedy already
+        draw(Decoding(0.0, settings.max_new_tokens), 1, run.generations(f"{name}.greedy"))
+    return read_recorded_answers(run, name).to_evaluated_model()
+
+
+def _opponent_answers(context: RunContext) -> dict[str, str]:
+    """Return the opponent's answers to the held-out prompts, by prompt id."""
+    opponent = context.config.evaluate.opponent
+    if opponent is None:
+        return {}
+    if not isinstance(opponent, TeacherAnchors):
+        with Ledger(context.run.ledger) as ledger:
+            replies = open_client(opponent, ledger, "opponent").ask(context.pools.held_out)
+        answers = [(p.id, r.text) for p, r in zip(context.pools.held_out, replies) if r.text is not None]
+        write_rows(context.run.opponent, ({"prompt_id": i, "text": text} for i, text in answers))
+    return {row["prompt_id"]: row["text"] for row in read_rows(context.run.opponent)}
+
+
+def _add_verdicts(
+    context: RunContext, models: dict[str, EvaluatedModel], opponents: dict[str, str]
+) -> dict[str, EvaluatedModel]:
+    """Add a judge's verdicts on each model's first sample of each prompt."""
+    run = context.run
+    first = {name: [g for g in model.generations if g.sample == 0] for name, model in models.items()}
+    with Ledger(run.ledger, run.sibling_ledgers()) as ledger:
+        verdicts = collect_verdicts(
+            context.config.evaluate,
+            context.pools.held_out,
+            first,
+            opponents,
+            ledger,
+            run.to_judge,
+            context.reporter.progress,
+            context.resend_unknown,
+        )
+    for name, rows in verdicts.items():
+        write_rows(run.verdicts(name), map(asdict, rows))
+    return {name: replace(model, verdicts=verdicts[name]) for name, model in models.items()}

@@ -1,0 +1,132 @@
+"""Read and write the JSON and JSONL files of a run so that a kill at any point leaves them usable.
+
+A file is either replaced atomically or appended to and synced. A last row that a kill cut short is ignored by readers
+and removed before the next append.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from purld.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[str]]:
+    """Open a text file that replaces `path` when the block ends without an error; until then `path` is unchanged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Sync a folder, so that files created or renamed in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file atomically. Text is escaped to ASCII, which preserves lone surrogates."""
+    with atomic_write(path) as handle:
+        json.dump(value, handle, indent=2)
+        handle.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that purld wrote.
+
+    Raises:
+        UserError: the file is missing or is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; the run is incomplete.") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}).") from None
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a JSONL file atomically."""
+    with atomic_write(path) as handle:
+        for row in rows:
+            handle.write(json.dumps(row) + "\n")
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append rows to a JSONL file and sync it, after removing an incomplete last row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with path.open("ab+") as handle:
+        _cut_incomplete_row(handle)
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _cut_incomplete_row(handle: IO[bytes]) -> None:
+    end = handle.seek(0, os.SEEK_END)
+    if end == 0:
+        return
+    handle.seek(end - 1)
+    if handle.read(1) == b"\n":
+        return
+    position = end
+    while position > 0:
+        start = max(0, position - 4096)
+        handle.seek(start)
+        newline = handle.read(position - start).rfind(b"\n")
+        if newline >= 0:
+            handle.truncate(start + newline + 1)
+            return
+        position = start
+    handle.truncate(0)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the complete rows of a JSONL file that purld wrote, or no rows if there is no file.
+
+    A last row without a newline was cut short by a kill and is left out.
+
+    Raises:
+        UserError: a complete row is not valid JSON.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: is not valid JSON ({error}).") from None
+    return rows
+
+
+@contextlib.contextmanager
+def measure_seconds() -> Iterator[list[float]]:
+    """Measure the time spent in a block: yield a list whose only item is set to the seconds when the block ends."""
+    started, seconds = time.monotonic(), [0.0]
+    try:
+        yield seconds
+    finally:
+        seconds[0] = time.monotonic() - started

@@ -1,0 +1,53 @@
+"""Open an existing run together with its configuration, and name its final model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from purld.config.load import load_config
+from purld.config.schema import Config
+from purld.errors import UserError
+from purld.methods.table import METHODS
+from purld.runs.run_dir import RunDir
+
+
+def open_run(run_path: Path) -> tuple[RunDir, Config]:
+    """Return an existing run and its configuration.
+
+    Raises:
+        UserError: `run_path` is not a run directory.
+    """
+    run = RunDir(run_path)
+    if not run.config.exists():
+        raise UserError(f"{run_path}: is not a run directory; it holds no config.yaml.")
+    return run, load_config(run.config)
+
+
+@dataclass(frozen=True)
+class FinalModel:
+    """The model that a run ends with.
+
+    Attributes:
+        name: its name in results.json and under generations/.
+        parent: the name of the model that its training started from.
+        stage: the stage that trains it, `align` or `sft`.
+    """
+
+    name: str
+    parent: str
+    stage: str
+
+    def folder(self, run: RunDir) -> Path:
+        """Return the directory of its weights in `run`."""
+        return run.align if self.stage == "align" else run.sft
+
+
+def final_model(method: str) -> FinalModel:
+    """Return the final model of a run by `method` (`align.method`): that of Stage II if the method has one, else `sft`.
+
+    A method that is not in the table, as in a run of another version, counts as one with Stage II.
+    """
+    if method in METHODS and METHODS[method].stage_two is None:
+        return FinalModel("sft", parent="base", stage="sft")
+    return FinalModel(method, parent="sft", stage="align")

@@ -1,0 +1,255 @@
+"""The trainer of Stage II: a `transformers.Trainer` whose step is one update on a few groups.
+
+`transformers.Trainer` supplies the optimiser, the schedule, gradient clipping, checkpoints and devices. What differs
+between methods is in their rows of `purld.methods.table`; who samples and who scores is handed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler as IndexSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from purld.clients.base import Client
+from purld.config.methods import SamplingSettings, SelfPpo, StageTwoSettings
+from purld.methods.losses import GroupLoss, GroupTokens
+from purld.methods.table import METHODS, StageTwoMethod
+from purld.model.causal_lm import CausalLM
+from purld.model.critic import ValueHead, model_hidden_size
+from purld.model.load import Roles
+from purld.model.sample import Decoding, Sampler, seed_from_content
+from purld.model.samplers import make_sampler
+from purld.runs.files import append_rows, read_rows, write_rows
+from purld.runs.thumbnails import prompt_fields
+from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, device_arguments
+from purld.training.context import StageContext
+from purld.training.group_update import GroupUpdate
+from purld.training.metrics import StepMetrics, group_record
+from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
+from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
+from purld.training.scoring import Scorer, ScorerContext, make_scorer
+from purld.training.trackers import tracker_arguments
+
+_CRITIC_FILE = "critic.pt"
+# The trainer's own values: its loss is the objective under another name, and the rest are timings and totals.
+_NOT_LOGGED = frozenset({"loss", "epoch", "total_flos", "num_input_tokens_seen"})
+
+
+class AlignTrainer(ModelNamedCheckpoints, Trainer):
+    """A Trainer whose step is one update on the groups of `prompts_per_step` prompts.
+
+    Args:
+        context: the student, the run directory and the seed.
+        settings: the method's section of the configuration.
+        roles: the policy and the frozen p_sft.
+        questions: prompts with their anchors.
+        sampler: draws candidates; the student's engine unless another is given.
+        teacher: the teacher's client, for a method that asks it about candidates.
+        change_scorer: replaces the method's scorer by another, for experiments on scores.
+        trainer_options: further arguments of `transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        settings: StageTwoSettings,
+        roles: Roles,
+        questions: Sequence[AnchoredPrompt],
+        sampler: Sampler | None = None,
+        teacher: Client | None = None,
+        change_scorer: Callable[[Scorer], Scorer] | None = None,
+        **trainer_options: Any,
+    ) -> None:
+        super().__init__(
+            model=roles.policy,
+            args=_trainer_arguments(context, settings, len(questions)),
+            train_dataset=list(range(len(questions))),
+            data_collator=lambda rows: {"questions": rows},
+            callbacks=[RunCallback(context.run, "align", _is_logged, context.progress)],
+            **trainer_options,
+        )
+        self.remove_callback(PrinterCallback)
+        self._questions = questions
+        self._settings = settings
+        self._run = context.run
+        self._metrics = StepMetrics()
+        self._method = stage_two_method(settings)
+        self._critic = _make_critic(roles.policy) if self._method.critic else None
+        accelerator, encoder = self.accelerator, context.encoder
+        self._update = GroupUpdate(
+            roles, settings.micro_batch_size, encoder.pad, accelerator.backward, accelerator.autocast, self._critic
+        )
+        scorer = make_scorer(
+            self._method,
+            ScorerContext(encoder, roles, settings, self._method.scorer == "anchored", accelerator.autocast, teacher),
+        )
+        self._make_rollouts = RolloutMaker(
+            self._method,
+            settings,
+            encoder,
+            sampler or make_sampler(context.student.engine, encoder, _decoding(settings)),
+            change_scorer(scorer) if change_scorer else scorer,
+            self._update,
+        )
+        self._rollouts: list[Rollout] = []
+
+    def train_from(self, checkpoint: Path | None, step: int) -> None:
+        """Train from a checkpoint at `step`, or from the start; at the last step only load the checkpoint."""
+        if checkpoint is not None and step >= self.args.max_steps:
+            self._load_from_checkpoint(str(checkpoint))  # `train` would take a step before it sees that it is done
+        else:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Make new groups if the last ones are used up, accumulate their gradient, and return the mean objective."""
+        model.eval()  # dropout off: the policy that is updated is the one that was sampled
+        if self._critic is not None:
+            self._critic.zero_grad()  # the trainer clears only its own model's gradients
+        is_fresh = self.state.global_step % self._settings.updates == 0
+        if is_fresh:
+            seed = seed_from_content("candidates", self.args.seed, self.state.global_step)
+            with self.accelerator.autocast():
+                self._rollouts = self._make_rollouts(model, [self._questions[i] for i in inputs["questions"]], seed)
+            for rollout in self._rollouts:
+                self._metrics.add_rollout(rollout, scored=self._method.scorer is not None)
+        return torch.stack([self._step_group(model, rollout, is_fresh) for rollout in self._rollouts]).mean()
+
+    def _step_group(self, model: CausalLM, rollout: Rollout, is_fresh: bool) -> Tensor:
+        """Add one group's gradient and return the group's objective; zero if the group is left out."""
+        if rollout.members is None or not rollout.usable:
+            return torch.zeros((), device=self.args.device)
+
+        def objective(tokens: GroupTokens) -> GroupLoss:
+            loss: GroupLoss = self._method.loss(tokens, rollout.signal, self._settings)
+            return loss
+
+        loss, tokens = self._update(model, rollout.members, objective, share=1.0 / len(self._rollouts))
+        self._metrics.add_update(loss, tokens, candidates=len(rollout.member_candidates))
+        if is_fresh and rollout.completions:
+            early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
+            record = group_record(self.state.global_step + 1, rollout, loss, keep_ids=early)
+            append_rows(self._run.groups, [asdict(record) | prompt_fields(rollout.question.prompt, self._run.groups)])
+        return loss.value
+
+    def remeasure(self) -> None:
+        """Measure the run's first groups under the current policy, if the method has a q to measure."""
+        self.model.eval()
+        rows = list(remeasure_groups(self.model, self._make_rollouts, self._questions, read_rows(self._run.groups)))
+        if rows:
+            write_rows(self._run.revisited, rows)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was measured since the last log to the trainer's own values."""
+        logs.update(self._metrics.drain())
+        super().log(logs, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the trainer's own optimiser, with the critic's weights added at their own learning rate."""
+        optimizer = super().create_optimizer(model)
+        if self._critic is not None and isinstance(self._settings, SelfPpo):
+            rate = self._settings.value_learning_rate
+            optimizer.add_param_group({"params": list(self._critic.parameters()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> IndexSampler[int] | None:
+        if self._settings.updates == 1:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        return RepeatedBatches(len(self._questions), batch, self._settings.updates, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._critic is not None and output_dir is not None:
+            torch.save(self._critic.state_dict(), Path(output_dir) / _CRITIC_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._critic is not None:
+            self._critic.load_state_dict(torch.load(Path(resume_from_checkpoint) / _CRITIC_FILE, weights_only=True))
+
+
+class RepeatedBatches(IndexSampler[int]):
+    """Indices of prompts in a random order, each batch `times` over; an epoch's incomplete batch is left out.
+
+    Args:
+        count: the number of prompts, at least `batch`.
+        batch: prompts per step, on all devices.
+        times: steps on the same batch.
+        seed: the seed of the order, which is another one in every epoch.
+    """
+
+    def __init__(self, count: int, batch: int, times: int, seed: int) -> None:
+        self._count, self._batch, self._times, self._seed = count, batch, times, seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch; the trainer calls this, also when it resumes within an epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed_from_content("order", self._seed, self._epoch))
+        order = torch.randperm(self._count, generator=generator).tolist()
+        for start in range(0, self._count - self._batch + 1, self._batch):
+            yield from order[start : start + self._batch] * self._times
+
+    def __len__(self) -> int:
+        return self._count // self._batch * self._batch * self._times
+
+
+def stage_two_method(settings: StageTwoSettings) -> StageTwoMethod[Any]:
+    """Return the table's row for the method that `settings` belong to.
+
+    Raises:
+        ValueError: the method has no second stage.
+    """
+    name = getattr(settings, "method", None)
+    row = METHODS[name].stage_two if name in METHODS else None
+    if row is None:
+        raise ValueError(f"{name} has no second stage")
+    return row
+
+
+def _is_logged(key: str) -> bool:
+    return key not in _NOT_LOGGED and not key.startswith("train_")
+
+
+def _make_critic(policy: CausalLM) -> ValueHead:
+    # Without touching the global random state: a method with a critic sees the prompts in the order of the others.
+    with torch.random.fork_rng(devices=[]):
+        return ValueHead(model_hidden_size(policy)).to(next(policy.parameters()).device)
+
+
+def _decoding(settings: StageTwoSettings) -> Decoding:
+    if not isinstance(settings, SamplingSettings):
+        return Decoding(temperature=0.0, max_new_tokens=1)  # never used: the method draws nothing
+    return Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
+
+
+def _trainer_arguments(context: StageContext, settings: StageTwoSettings, prompts: int) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints_folder(context)),
+        max_steps=settings.steps,
+        per_device_train_batch_size=min(settings.prompts_per_step, prompts),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=0.0,
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=1,
+        save_steps=min(settings.checkpoint_steps, settings.steps),
+        save_total_limit=2,
+        seed=context.seed,
+        **device_arguments(),
+        **tracker_arguments(context.report_to, context.run, "align"),
+    )
+
+
+def checkpoints_folder(context: StageContext) -> Path:
+    """Return the folder of Stage II's checkpoints, which is removed once the stage is finished."""
+    return context.run.align / "checkpoints"
