@@ -68,7 +68,7 @@ def main() -> None:
 def demo(
     overrides: Overrides = None,
     task: Annotated[
-        str, typer.Option(help="counting, writing, or scenes (of which scenes-mc and scenes-rationale are halves).")
+        str, typer.Option(help="counting, writing or scenes; scenes-mc or scenes-rationale for one half of scenes.")
     ] = "counting",
     student: Annotated[
         str | None, typer.Option(help="With scenes: qwen2_5_vl or llava.", show_default="qwen2_5_vl")

@@ -11,6 +11,7 @@ from purld.records import IMAGE
 SELF_EVALUATION_VERSION = "selfeval-1"
 RATING_VERSION = "rating-1"
 JUDGE_VERSION = "judge-1"
+IN_CONTEXT_VERSION = "incontext-1"
 
 # Appendix C.4: question, reference answer, candidate answer, scalar score. Everything up to the candidate is
 # the same for the K+1 evaluations of a group, so the candidate comes last and the prefix is computed once.
@@ -23,6 +24,9 @@ SELF_EVALUATION_HEAD = (
     "Candidate Answer:\n"
 )
 SELF_EVALUATION_TAIL = "\n\nScalar Score:"
+
+# The anchor in the context of the question, for scores that are read off likelihoods. Appended to the last user turn.
+IN_CONTEXT_TAIL = "\n\n(The correct answer is: {anchor})"
 
 # Self-evaluation without a reference, for the student (self_ppo) or the teacher (teacher_judge_grpo).
 RATING_HEAD = (

@@ -81,10 +81,16 @@ def test_a_perfect_score_still_has_an_interval() -> None:
     assert quality.auc_within_ci is not None and 0.8 < quality.auc_within_ci[0] < 1.0
 
 
-@pytest.mark.parametrize("groups", [[], [CheckedGroup("p", 1, [], [])], [CheckedGroup("p", 1, [1.5], [True])]])
+@pytest.mark.parametrize("groups", [[], [CheckedGroup("p", 1, [], [])], [CheckedGroup("p", 1, [float("nan")], [True])]])
 def test_nothing_to_measure_is_an_error(groups: list[CheckedGroup]) -> None:
     with pytest.raises(ValueError, match="scored candidate"):
         score_quality(groups)
+
+
+def test_scores_outside_0_and_1_are_ranked_and_not_calibrated() -> None:
+    quality = score_quality([CheckedGroup("p", 1, [-1.5, 0.4], [False, True])])
+    assert (quality.auc_within, quality.ece, quality.bins) == (1.0, None, ())
+    assert "ece" not in quality_as_results(quality)
 
 
 def test_groups_as_logged_are_checked_and_what_cannot_be_is_left_out() -> None:

@@ -1,4 +1,4 @@
-"""A cache with room holds what transformers' own would."""
+"""A preallocated cache holds what transformers' own would."""
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -11,7 +11,7 @@ def tokens(count, rows):
 
 
 def test_rows_are_repeated_in_order_and_new_tokens_follow_the_old():
-    """Two rows three times over: rows 0, 0, 0, 1, 1, 1, as `repeat_interleave` has them; beyond the room it stops."""
+    """Two rows are repeated three times in the order of `repeat_interleave`: 0, 0, 0, 1, 1, 1."""
     plain, roomy = DynamicCache(), DynamicCache()
     for cache in (plain, roomy):
         cache.update(tokens(5, 2), -tokens(5, 2), 0)

@@ -48,7 +48,7 @@ GRID = [[32, 64], [64, 32], [64, 64], [32, 96], [96, 32]]
 
 
 def write_processor(tokenizer, path, image_processor, kind, mark, special=(), named=None, **values):
-    """The files of a processor: `mark` stands for a picture in the chat template, `named` are the tokenizer's own."""
+    """Write a processor's files: `mark` is an image in the chat template, `named` are the tokenizer's own tokens."""
     named = named or {}
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *special, *named.values()]})
     tokenizer.save_pretrained(path)

@@ -96,10 +96,8 @@ def test_a_common_prefix_is_prefilled_once_for_replies_of_any_length(
     sharing_model, encoder, encoded_prompts, monkeypatch
 ):
     greedy = Decoding(0.0, 10)
-    encoded, tails = (
-        encoded_prompts[1],
-        [encoded_prompts[0], EncodedPrompt(encoded_prompts[0].ids[:3]), EncodedPrompt(encoded_prompts[1].ids[:7])],
-    )
+    first, encoded = encoded_prompts
+    tails = [first, EncodedPrompt(first.ids[:3]), EncodedPrompt(encoded.ids[:7])]
     shared = generate_completions(sharing_model, encoder, tails, 1, greedy, encoded)
     assert shared == generate_completions(
         sharing_model, encoder, [encoded.followed_by(tail.ids) for tail in tails], 1, greedy

@@ -1,4 +1,4 @@
-"""Values are kept while there is room for their tensors, the last used longest."""
+"""Values are kept while their tensors fit into the capacity; the least recently used go first."""
 
 import torch
 

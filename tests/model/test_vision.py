@@ -142,7 +142,7 @@ def test_the_model_passes_the_trial_of_sharing(model, encoder, recwarn):
 
 
 def test_scores_read_the_question_with_its_pictures(model, encoder):
-    """Once per group, and the numbers of full sequences; another picture gives another score."""
+    """Once per group, and the numbers of full sequences; another image gives another score."""
     prompt, other = PROMPTS["one"], Prompt.from_text(f"{IMAGE}How many?", images=(picture(40, 24, 9),))
     evaluator = SelfEvaluator(encoder, "expected", 8)
     actual = evaluator.score(model, prompt, "Four.", ["Four.", "Five."])

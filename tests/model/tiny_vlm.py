@@ -1,4 +1,4 @@
-"""Tiny random models of both architectures that read pictures, as directories, and pictures to show them."""
+"""Tiny random models of both architectures that read images, as directories, and images for them."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ _QWEN_TEMPLATE = (
 
 
 def write_model(kind: str, text_student: Path, path: Path) -> Path:
-    """A model directory of an architecture, with random weights large enough to have opinions."""
+    """Write a model directory of an architecture, with random weights large enough for distinct predictions."""
     return build_model(_llava if kind == "llava" else _qwen, text_student, path)
 
 
 def build_model(build: Callable[[Any, Path], Any], text_student: Path, path: Path) -> Path:
-    """The same for what `build` makes of a tokenizer: a configuration, and the processor's files in `path`."""
+    """Write the same for the configuration that `build` returns; it also writes the processor's files to `path`."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(text_student)
     path.mkdir(parents=True)
@@ -57,7 +57,7 @@ def build_model(build: Callable[[Any, Path], Any], text_student: Path, path: Pat
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1 and not parameter.any():
-                parameter.normal_(std=0.2)  # what begins as zero would hide pictures from the model
+                parameter.normal_(std=0.2)  # weights that start at zero would hide images from the model
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.5
     )
@@ -66,7 +66,7 @@ def build_model(build: Callable[[Any, Path], Any], text_student: Path, path: Pat
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image:
-    """A picture of noise, as bytes."""
+    """Return an image of noise, as bytes."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     buffer = io.BytesIO()
@@ -76,7 +76,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image:
 
 
 def text_config(tokenizer) -> dict:
-    """A tiny language model on a tokenizer."""
+    """Return the sizes of a tiny language model for a tokenizer."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

@@ -13,7 +13,7 @@ from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.load import context_length, default_device
 from purld.model.processor import auto_model_class, read_processor
-from purld.model.sample import Completion, Decoding, generate_completions, seeded_torch
+from purld.model.sample import Completion, Decoding, GenerateSampler, Sampler
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
@@ -56,22 +56,22 @@ class LocalWriter:
             processor.chat_template = _BARE_TEMPLATE
         self._model.to(device).eval()
         self._encoder = Encoder(processor, 0, max_image_pixels)
-        self._decoding = decoding
+        self._max_new_tokens = decoding.max_new_tokens
+        self._sampler: Sampler = GenerateSampler(self._encoder, decoding)
         self._context_length = context_length(model) or 2**31
 
     def write(self, prompts: Sequence[Prompt], seed: int) -> list[WrittenAnswer | None]:
         """Write one answer per prompt, deterministic for a seed; None if it would exceed the context length."""
         # A judge's prompt quotes texts by models, in which image marks must not count as images.
         encoded_prompts = [self._encoder.encode_prompt(self._encoder.break_image_marks(prompt)) for prompt in prompts]
-        longest = self._context_length - self._decoding.max_new_tokens
+        longest = self._context_length - self._max_new_tokens
         answers = iter(self._generate([prompt for prompt in encoded_prompts if len(prompt) <= longest], seed))
         return [next(answers) if len(prompt) <= longest else None for prompt in encoded_prompts]
 
     def _generate(self, encoded_prompts: Sequence[EncodedPrompt], seed: int) -> list[WrittenAnswer]:
         if not encoded_prompts:
             return []
-        with seeded_torch(seed):
-            groups = generate_completions(self._model, self._encoder, encoded_prompts, 1, self._decoding)
+        groups = self._sampler(self._model, encoded_prompts, 1, seed)
         return [
             self._decode_answer(prompt, completion)
             for prompt, (completion,) in zip(encoded_prompts, groups, strict=True)

@@ -64,7 +64,7 @@ class GroupSettings(SamplingSettings):
         return self.candidates
 
 
-ScoreName = Literal["expected", "verbal"]
+ScoreName = Literal["expected", "verbal", "in_context", "reference"]
 
 
 class SelfScoringSettings(Section):
@@ -135,6 +135,7 @@ class SelfPpo(SamplingSettings, SelfScoringSettings, ClippingSettings):
     """Stage II by PPO on the student's score of one candidate, without an anchor."""
 
     method: Literal["self_ppo"]
+    score: Literal["expected", "verbal"] = "expected"  # the others need an anchor
     beta: NonNegative = 0.05  # subtracted from the reward at every token
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
     trace: Annotated[float, Field(ge=0, le=1)] = 0.95  # GAE's lambda

@@ -57,8 +57,9 @@ class ScoreQuality:
         auc: probability that a right candidate outscores a wrong one, over all pairs; None if there is no such pair.
         auc_within: the same over pairs within one group, each pair with equal weight; None if there is no such pair.
         auc_within_ci: 95% interval of `auc_within`, by a bootstrap over prompts.
-        ece: expected calibration error: |mean score - share right|, averaged over the bins with weight n.
-        bins: the non-empty bins, from low scores to high.
+        ece: expected calibration error: |mean score - share right|, averaged over the bins with weight n. None for scores
+            outside [0, 1], such as differences of log-probs, which are no probabilities.
+        bins: the non-empty bins, from low scores to high; empty where `ece` is None.
     """
 
     n: int
@@ -67,7 +68,7 @@ class ScoreQuality:
     auc: float | None
     auc_within: float | None
     auc_within_ci: Interval | None
-    ece: float
+    ece: float | None
     bins: tuple[CalibrationBin, ...]
 
 
@@ -79,14 +80,15 @@ def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality
         seed: seed of the bootstrap.
 
     Raises:
-        ValueError: there is no scored candidate, or a score is not within [0, 1].
+        ValueError: there is no scored candidate, or a score is not finite.
     """
     groups = [_without_unscored(group) for group in groups]
     scores = np.array([s for group in groups for s in group.scores], dtype=np.float64)
     right = np.array([r for group in groups for r in group.right], dtype=bool)
-    if not len(scores) or not np.all((scores >= 0) & (scores <= 1)):
-        raise ValueError("score quality needs at least one scored candidate, and scores from 0 to 1")
-    bins = _calibration_bins(scores, right)
+    if not len(scores) or not np.all(np.isfinite(scores)):
+        raise ValueError("score quality needs at least one scored candidate, and finite scores")
+    as_probabilities = bool(np.all((scores >= 0) & (scores <= 1)))
+    bins = _calibration_bins(scores, right) if as_probabilities else ()
     within, interval = _auc_within_groups(groups, seed)
     return ScoreQuality(
         n=len(scores),
@@ -95,7 +97,7 @@ def score_quality(groups: Sequence[CheckedGroup], seed: int = 0) -> ScoreQuality
         auc=pairwise_auc(scores, right) if right.any() and not right.all() else None,
         auc_within=within,
         auc_within_ci=interval,
-        ece=sum(b.n * abs(b.score - b.right) for b in bins) / len(scores),
+        ece=sum(b.n * abs(b.score - b.right) for b in bins) / len(scores) if bins else None,
         bins=bins,
     )
 

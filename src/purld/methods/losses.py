@@ -76,7 +76,7 @@ def loss_coefficients(
     values = None if tokens.values is None else tokens.values.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(replace(tokens, policy=policy, values=values))
-        loss.value.backward()  # type: ignore[no-untyped-call]
+        loss.value.backward()
     gradients = [None if x is None else torch.zeros_like(x) if x.grad is None else x.grad for x in (policy, values)]
     detached = GroupLoss(
         loss.value.detach(),

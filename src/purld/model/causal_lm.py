@@ -54,8 +54,9 @@ class CausalLM(Protocol):
         """Return logits, with the loss if there are labels."""
         ...
 
-    def generate(self, *args: Any, **inputs: Any) -> Any:
-        """Return (B, L) token ids, or an output object if `return_dict_in_generate` is set."""
+    @property
+    def generate(self) -> Any:
+        """The function that returns (B, L) token ids, or an output object if `return_dict_in_generate` is set."""
         ...
 
     def get_input_embeddings(self) -> nn.Module:

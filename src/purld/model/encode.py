@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from purld.errors import UserError
 from purld.model.vision import EncodedPrompt, ImagePreparer, pixel_inputs
 from purld.records import IMAGE, Message, Prompt
-from purld.templates import RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
+from purld.templates import IN_CONTEXT_TAIL, RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 
 # Stands for a slot while the chat template is rendered around it; no tokenizer ever sees it.
 _SLOT = "\ue000slot\ue000"
@@ -122,6 +122,16 @@ class Encoder:
         turn = Message("user", template.format(**fields) + _SLOT + SELF_EVALUATION_TAIL)
         *before, after = self._chat([turn]).split(_SLOT)
         return EvaluationFrame(self._encode(before, literals, prompt), self._encode_rendered(after))
+
+    def encode_anchored_prompt(self, prompt: Prompt, anchor: str) -> EncodedPrompt:
+        """Encode a prompt with the anchor in its last user turn, up to where the assistant's answer begins.
+
+        The anchor is cut like a training target.
+        """
+        last = prompt.messages[-1]
+        turn = Message(last.role, last.content + IN_CONTEXT_TAIL.format(anchor=_SLOT))
+        rendered = self._chat([*prompt.messages[:-1], turn]).split(_SLOT)
+        return self._encode(rendered, [self.encode_literal(anchor)[: self.max_anchor_tokens]], prompt)
 
     def encode_literal(self, text: str) -> list[int]:
         """Encode text written by others, with special tokens in it spelled out."""

@@ -197,7 +197,7 @@ def _vision_children(body: Any) -> dict[str, nn.Module]:
 
 
 class _ImageFeatures(NamedTuple):
-    """The vision output for the images of one prompt, and the other inputs that the model's `forward` takes for them."""
+    """The vision output for the images of one prompt, and the model's other inputs for them."""
 
     output: Any
     extra_inputs: dict[str, Tensor]

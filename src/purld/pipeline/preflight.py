@@ -8,8 +8,8 @@ from purld.config.schema import Config
 from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.load import context_length
-from purld.model.self_evaluation import SelfEvaluator
 from purld.pipeline.prompt_pools import PromptPools
+from purld.training.scoring import find_scorer
 
 # A generous allowance for the words of the self-evaluation and chat templates.
 _TEMPLATE_TOKENS = 256
@@ -39,7 +39,9 @@ def check_scoring(config: Config, encoder: Encoder) -> None:
         UserError: its tokenizer does not spell numbers as `expected` needs.
     """
     if isinstance(config.align, SelfScoringSettings):
-        SelfEvaluator(encoder, config.align.score, batch_size=1)
+        check = find_scorer(config.align.score).check
+        if check is not None:
+            check(encoder)
 
 
 def check_judging(config: Config, pools: PromptPools) -> None:

@@ -303,9 +303,8 @@ def describe_score_quality(quality: Row) -> str:
         parts.append("No prompt has both a right and a wrong candidate.")
     if "auc" in quality:
         parts.append(f"AUC over all prompts {quality['auc']:.3f}.")
-    parts.append(
-        f"Calibration error {quality['ece']:.3f} over {quality['n']:,} candidates, {quality['right']:.0%} right."
-    )
+    candidates = f"{quality['n']:,} candidates, {quality['right']:.0%} right."
+    parts.append(f"Calibration error {quality['ece']:.3f} over {candidates}" if "ece" in quality else f"Over {candidates}")
     return " ".join(parts)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler as IndexSampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from purld.clients.base import Client
 from purld.config.methods import SamplingSettings, SelfPpo, StageTwoSettings
@@ -67,7 +67,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         **trainer_options: Any,
     ) -> None:
         super().__init__(
-            model=roles.policy,
+            model=cast(PreTrainedModel, roles.policy),  # or one under adapters
             args=_trainer_arguments(context, settings, len(questions)),
             train_dataset=list(range(len(questions))),
             data_collator=lambda rows: {"questions": rows},

@@ -6,16 +6,20 @@ not be had is None, never zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from purld.clients.base import Client, Reply
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
 from purld.errors import UserError
 from purld.methods.table import StageTwoMethod
+from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
+from purld.model.likelihood import in_context_scores, reference_scores
 from purld.model.load import Roles
 from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
@@ -117,6 +121,44 @@ class TeacherScorer:
         return [GroupScores(None, [next(scores) for _ in g.candidates]) for g in groups]
 
 
+@dataclass(frozen=True)
+class LikelihoodScorer:
+    """Score by the likelihoods of the frozen p_sft, given the anchor.
+
+    Attributes:
+        roles: which weights are p_sft.
+        encoder: the run's encoder.
+        score_rows: returns the scores of token ids; see `purld.model.likelihood`.
+        batch_size: rows per forward pass.
+        autocast: the precision to compute in.
+    """
+
+    roles: Roles
+    encoder: Encoder
+    score_rows: Callable[[CausalLM, Encoder, Prompt, str, Sequence[Sequence[int]], int], list[float]]
+    batch_size: int
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
+        """Score groups; see `Scorer`.
+
+        Raises:
+            UserError: a score is not finite.
+        """
+        with self.roles.frozen() as model, self.autocast():
+            return [self._score_group(model, group) for group in groups]
+
+    def _score_group(self, model: CausalLM, group: GroupToScore) -> GroupScores:
+        anchor = self.encoder.encode_answer(group.anchor).ids
+        candidates = group.ids or [self.encoder.encode_answer(text).ids for text in group.candidates]
+        rows = [anchor, *candidates]
+        scores = self.score_rows(model, self.encoder, group.prompt, group.anchor, rows, self.batch_size)
+        if not all(map(math.isfinite, scores)):
+            where = group.prompt.location or group.prompt.id
+            raise UserError(f"{where}: the student's log-probs of a candidate are not finite; check its weights.")
+        return GroupScores(scores[0], list(scores[1:]))
+
+
 def score_nothing(groups: Sequence[GroupToScore]) -> list[GroupScores]:
     """Leave every candidate without a score, for a method that uses none."""
     return [GroupScores(None, [None for _ in g.candidates]) for g in groups]
@@ -133,9 +175,15 @@ def _score_of(reply: Reply) -> float | None:
 
 def _make_self_scorer(context: ScorerContext) -> Scorer:
     settings = context.settings
-    assert isinstance(settings, SelfScoringSettings)
+    assert isinstance(settings, SelfScoringSettings) and settings.score in ("expected", "verbal")
     evaluator = SelfEvaluator(context.encoder, settings.score, settings.score_batch_size)
     return SelfScorer(context.roles, evaluator, context.anchored, context.autocast)
+
+
+def _make_likelihood_scorer(context: ScorerContext, score_rows: Callable[..., list[float]]) -> Scorer:
+    settings = context.settings
+    assert isinstance(settings, SelfScoringSettings) and context.anchored
+    return LikelihoodScorer(context.roles, context.encoder, score_rows, settings.score_batch_size, context.autocast)
 
 
 def _make_teacher_scorer(context: ScorerContext) -> Scorer:
@@ -144,19 +192,34 @@ def _make_teacher_scorer(context: ScorerContext) -> Scorer:
     return TeacherScorer(context.teacher)
 
 
-SCORERS: dict[str, Callable[[ScorerContext], Scorer]] = {
-    "expected": _make_self_scorer,
-    "verbal": _make_self_scorer,
-    "teacher": _make_teacher_scorer,
+def _check_expected(encoder: Encoder) -> None:
+    SelfEvaluator(encoder, "expected", batch_size=1)
+
+
+@dataclass(frozen=True)
+class ScorerEntry:
+    """A scorer in the registry.
+
+    Attributes:
+        make: makes the scorer.
+        check: raises a UserError if the student cannot score in this way; called before anything is paid for.
+    """
+
+    make: Callable[[ScorerContext], Scorer]
+    check: Callable[[Encoder], None] | None = None
+
+
+SCORERS: dict[str, ScorerEntry] = {
+    "expected": ScorerEntry(_make_self_scorer, _check_expected),
+    "verbal": ScorerEntry(_make_self_scorer),
+    "in_context": ScorerEntry(partial(_make_likelihood_scorer, score_rows=in_context_scores)),
+    "reference": ScorerEntry(partial(_make_likelihood_scorer, score_rows=reference_scores)),
+    "teacher": ScorerEntry(_make_teacher_scorer),
 }
-"""How each scorer is made, by name. To add one: put its factory here and its name in `config.methods.ScoreName`."""
+"""Every scorer by name. To add one, add its entry here and its name to `purld.config.methods.ScoreName`."""
 
 
-def make_scorer(
-    method: StageTwoMethod[Any],
-    context: ScorerContext,
-    scorers: Mapping[str, Callable[[ScorerContext], Scorer]] = SCORERS,
-) -> Scorer:
+def make_scorer(method: StageTwoMethod[Any], context: ScorerContext) -> Scorer:
     """Make the scorer that a method's row and its settings name.
 
     Raises:
@@ -164,7 +227,20 @@ def make_scorer(
     """
     if method.scorer is None:
         return score_nothing
-    name = "teacher" if method.scorer == "teacher" else getattr(context.settings, "score", "")
-    if name not in scorers:
-        raise KeyError(f"there is no scorer {name!r}; there are {', '.join(sorted(scorers))}")
-    return scorers[name](context)
+    return find_scorer(scorer_name(method, context.settings)).make(context)
+
+
+def scorer_name(method: StageTwoMethod[Any], settings: StageTwoSettings) -> str:
+    """Return the name of a method's scorer: `teacher`, or what `align.score` says for self-evaluation."""
+    return "teacher" if method.scorer == "teacher" else getattr(settings, "score", "")
+
+
+def find_scorer(name: str) -> ScorerEntry:
+    """Return the registry's entry of a scorer.
+
+    Raises:
+        KeyError: there is no scorer of that name.
+    """
+    if name not in SCORERS:
+        raise KeyError(f"there is no scorer {name!r}; there are {', '.join(sorted(SCORERS))}")
+    return SCORERS[name]

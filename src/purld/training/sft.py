@@ -10,11 +10,11 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from purld.config.schema import Sft
@@ -59,7 +59,7 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     model = make_trainable(student, load_model(student, student.model))
     encoded = [*train, *held_out]
     trainer = _SftTrainer(
-        model=model,
+        model=cast(PreTrainedModel, model),  # or one under adapters
         args=_arguments(
             settings,
             str(checkpoints),

@@ -187,7 +187,7 @@
   }
 
   function candidateList(group) {
-    const sorted = [...group.candidates].sort((a, b) => (b.score ?? -1) - (a.score ?? -1));
+    const sorted = [...group.candidates].sort((a, b) => (b.score ?? -Infinity) - (a.score ?? -Infinity) || 0);
     const largest = Math.max(...sorted.flatMap((c) => [c.D ?? 0, c.q ?? 0, c.after ?? 0]));
     const heading = sorted.length === 1 ? "The student's candidate" : `The student's ${sorted.length} candidates`;
     const order = sorted.length > 1 && sorted[0].score !== undefined ? ", best score first" : "";

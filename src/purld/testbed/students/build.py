@@ -28,7 +28,7 @@ from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.processor import read_processor
 from purld.model.sample import seed_from_content
-from purld.records import Prompt, content_hash
+from purld.records import Image, Prompt, content_hash
 from purld.runs.files import append_rows, write_json
 from purld.testbed.shipped import STUDENTS as SHIPPED
 from purld.testbed.students import card
@@ -225,7 +225,7 @@ def draw_own(learner: Learner, corpus: ModuleType, rng: random.Random, n: int) -
     """Answers the student draws itself, to training questions."""
     problems = corpus.problems(n, rng)
     images = as_images([picture for _, picture in problems if picture is not None])
-    shown = [(image,) for image in images] or [()] * len(problems)
+    shown: list[tuple[Image, ...]] = [(image,) for image in images] or [()] * len(problems)
     prompts = [Prompt.from_text(p.question, images=seen) for (p, _), seen in zip(problems, shown, strict=True)]
     drawn = card.answers(learner.model, learner.encoder, prompts)
     return [Sample(problem, text, picture) for (problem, picture), (text,) in zip(problems, drawn)]

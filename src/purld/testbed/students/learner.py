@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL.Image import Image as Picture
@@ -77,7 +77,8 @@ class Learner:
         ids = self.encoder.encode_literal(f" {word}")
         if len(ids) != 1:
             raise ValueError(f"{word!r} is no single token")
-        return self.model.get_input_embeddings().weight[ids[0]].detach().clone()
+        weight = cast(Tensor, self.model.get_input_embeddings().weight)
+        return weight[ids[0]].detach().clone()
 
     def losses(self, turns: Sequence[EncodedLesson], seen: Sequence[Tensor]) -> Tensor:
         """Cross-entropy of each turn in nats, shape (B,): twice the mean over an answer's tokens, the sum over a
@@ -134,7 +135,7 @@ class Learner:
             given = pixel_inputs([turn.head for turn in turns], ids)
             # Not the pixels of the picture that stands in, but what was made of those that are meant.
             del given[PIXELS]
-            given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(seen))}
+            given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=cast(Tensor, list(seen)))}
         hidden: Tensor = self.model.model(input_ids=ids, use_cache=False, **given).last_hidden_state
         return hidden
 

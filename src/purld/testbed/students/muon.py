@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is ever given
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor) -> Tensor:
     """The (rows, columns) matrix with the same singular vectors and singular values near 1."""
     tall = matrix.size(0) > matrix.size(1)
-    x = matrix.T if tall else matrix
+    x: Tensor = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(_STEPS):
         gram = x @ x.T

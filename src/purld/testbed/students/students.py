@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -143,7 +144,7 @@ def _llava_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
             initializer_range=0.08,
         ),
         text_config=Qwen2Config(**_language(tokenizer)),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         image_seq_length=len(COLUMNS) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -155,7 +156,7 @@ def _llava_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 def _qwen2_5_vl_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     language = _language(tokenizer)
     language["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
-    ids = {
+    ids: dict[str, Any] = {
         name: tokenizer.convert_tokens_to_ids(token)
         for name, token in (
             ("image_token_id", _IMAGE_PAD),
@@ -238,7 +239,7 @@ def start_from_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
             (model.get_input_embeddings(), known.get_input_embeddings()),
             (model.get_output_embeddings(), known.get_output_embeddings()),
         ):
-            ours.weight[mine] = its.weight[theirs]
+            cast(Tensor, cast(Any, ours).weight)[mine] = cast(Any, its).weight[theirs]
 
 
 _VIDEO = {

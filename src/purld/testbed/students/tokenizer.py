@@ -32,7 +32,9 @@ def train_tokenizer(texts: Iterable[str], chat_template: str, marks: Sequence[st
         model_max_length=4096,
     )
     phrases = template_phrases()
-    tokenizer = untrained.train_new_from_iterator(texts, VOCABULARY - len(phrases), show_progress=False)
+    tokenizer: PreTrainedTokenizerBase = untrained.train_new_from_iterator(
+        texts, VOCABULARY - len(phrases), show_progress=False
+    )
     tokenizer.add_tokens([AddedToken(phrase, normalized=False, special=False) for phrase in phrases])
     tokenizer.chat_template = chat_template
     return tokenizer

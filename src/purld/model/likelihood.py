@@ -1,0 +1,72 @@
+"""Score candidates by the student's own likelihoods, with the anchor in its context or after the candidate.
+
+A small student that cannot write down a score still knows how well a candidate fits the anchor: the anchor changes how
+likely it finds the candidate's tokens. No decoding and no parsing; every score is a function of log-probs of one or two
+forward passes, and only differences between scores of one group mean anything (section 3.3 uses relative magnitudes of
+g alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from purld.model.causal_lm import CausalLM
+from purld.model.encode import Encoder
+from purld.model.log_probs import make_prefix, micro_batches
+from purld.model.vision import EncodedPrompt
+from purld.records import Prompt
+
+Rows = Sequence[Sequence[int]]
+"""Token ids of K sequences, each with its end-of-turn token where it has one."""
+
+_SEPARATOR = "\n\n"  # between a candidate and the anchor that is read after it
+
+
+@torch.no_grad()
+def in_context_scores(
+    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, rows: Rows, batch_size: int
+) -> list[float]:
+    """Return what the anchor adds to each row: mean over tokens of log p(y_t | x, a, y_<t) - log p(y_t | x, y_<t).
+
+    In nats per token. The prompt with the anchor is one shared prefix, the bare prompt another.
+
+    Args:
+        model: the frozen p_sft.
+        encoder: the run's encoder.
+        prompt: the prompt x, images included.
+        anchor: the anchor a; cut like a training target.
+        rows: token ids of the answers y to score.
+        batch_size: rows per forward pass.
+    """
+    with_anchor = _token_log_probs(model, encoder.encode_anchored_prompt(prompt, anchor), rows, encoder.pad, batch_size)
+    bare = _token_log_probs(model, encoder.encode_prompt(prompt), rows, encoder.pad, batch_size)
+    return [float((given - alone).mean()) for given, alone in zip(with_anchor, bare, strict=True)]
+
+
+@torch.no_grad()
+def reference_scores(
+    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, rows: Rows, batch_size: int
+) -> list[float]:
+    """Return the anchor's mean token probability after each row (RLPR's reward, Yu et al., 2025), in [0, 1].
+
+    A row's end-of-turn token is left out, so that the anchor continues the same turn. See `in_context_scores` for the
+    arguments.
+    """
+    separator, target = encoder.encode_literal(_SEPARATOR), encoder.encode_answer(anchor).ids
+    bodies = [[token for token in row if token != encoder.end] for row in rows]
+    sequences = [[*body, *separator, *target] for body in bodies]
+    log_probs = _token_log_probs(model, encoder.encode_prompt(prompt), sequences, encoder.pad, batch_size)
+    return [float(values[-len(target) :].exp().mean()) for values in log_probs]
+
+
+def _token_log_probs(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int, batch_size: int) -> list[Tensor]:
+    """Return the log-probs of each row's tokens, float32, without padding."""
+    prefix = make_prefix(model, prompt, rows, pad)
+    values: list[Tensor] = []
+    for batch in micro_batches(len(rows), batch_size):
+        log_probs, _ = prefix.token_log_probs(rows[batch])
+        values += [line[: len(row)] for line, row in zip(log_probs, rows[batch], strict=True)]
+    return values
