@@ -101,6 +101,9 @@ def write_tiny_config(random_student: Path, folder: Path) -> Path:
             "learning_rate": 1e-3,
             "max_new_tokens": 8,
             "checkpoint_steps": 2,
+            "score": "expected",
+            "margin_scale": "literal",
+            "weak_signal": "continue",  # a random student cannot evaluate itself
         },
         "evaluate": {"samples": 2, "max_new_tokens": 8, "batch_size": 4},
     }

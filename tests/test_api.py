@@ -46,7 +46,7 @@ def test_the_page_s_example_runs(tiny_config, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "Prompts" in printed and "16 for training, 8 held out" in printed
     assert re.search(r"^ldl_grpo 0\.\d{3} \[", printed, re.MULTILINE)
-    assert set(RunDir("runs/first").finished_stages()) == {"anchors", "sft", "align", "evaluate", "report"}
+    assert set(RunDir("runs/first").finished_stages()) == {"anchors", "sft", "probe", "align", "evaluate", "report"}
 
 
 def test_stages_run_one_by_one_and_results_are_objects(tiny_config, tmp_path):

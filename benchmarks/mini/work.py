@@ -190,7 +190,7 @@ def _settings(cell: Cell) -> StageTwoSettings:
         "student": student().model_dump(),
         "data": {"prompts": "unused"},
         "teacher": {"kind": "local", "model": "unused"},
-        "align": {"checkpoint_steps": 10_000} | dict(cell.settings),
+        "align": {"checkpoint_steps": 10_000, "score": "expected", "margin_scale": "literal"} | dict(cell.settings),
     }
     config: Config = parse_config(values, source=cell.title)
     assert isinstance(config.align, StageTwoSettings)

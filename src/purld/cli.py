@@ -147,6 +147,19 @@ def align(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
 
 
 @app.command()
+def probe(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
+    """Measure whether the student can evaluate itself.
+
+    Every scorer, without gold, on up to 64 prompts that have anchors: on p_sft after Stage I, on the student before.
+    """
+    from purld.display.probe import print_probe
+
+    settings, run = _open(config, overrides, run_dir)
+    with _interruptible():
+        print_probe(_pipeline(settings, run, _reporter()).probe())
+
+
+@app.command()
 def evaluate(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -57,8 +57,8 @@ class ScoreQuality:
         auc: probability that a right candidate outscores a wrong one, over all pairs; None if there is no such pair.
         auc_within: the same over pairs within one group, each pair with equal weight; None if there is no such pair.
         auc_within_ci: 95% interval of `auc_within`, by a bootstrap over prompts.
-        ece: expected calibration error: |mean score - share right|, averaged over the bins with weight n. None for scores
-            outside [0, 1], such as differences of log-probs, which are no probabilities.
+        ece: expected calibration error: |mean score - share right|, averaged over the bins with weight n. None for
+            scores outside [0, 1], such as differences of log-probs, which are no probabilities.
         bins: the non-empty bins, from low scores to high; empty where `ece` is None.
     """
 

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from purld.evaluation.intervals import wilson_interval
+from purld.methods.labels import UNIFORM_ENTROPY
 
 Scores = Sequence[float | None]
+
+CHANCE = 0.5
+MAX_UNSCORED = 0.5  # with more, most of a group is missing
+NOISE_FACTOR = 3.0  # a spread below this many times the rounding is rounding
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,12 @@ class ScorerMeasures:
 
     Attributes:
         name: the scorer.
-        pairs: the rates by kind of pair; `all` pools the kinds, each with equal weight.
+        pairs: how often the better answer of a known pair scores higher, by kind of pair.
         spread: the pooled standard deviation of the candidates' scores within their groups.
         noise: the root mean square change of a score when its group is scored in another order.
-        label_entropy: the mean entropy of D over ln K with the run's gamma and tau; 1 is uniform.
+        label_entropy: the mean entropy of D over ln K, with the run's gamma, tau and scale; 1 is uniform.
         length_correlation: the mean correlation of score and length within groups; None without spread.
         unscored: the share of answers without a score.
-        tokens: forward tokens per group, as the scorer computes it.
         seconds: seconds per group.
         gold_auc: AUC within prompts against gold, with its interval; None without gold or without mixed groups.
     """
@@ -53,7 +57,60 @@ class ScorerMeasures:
     unscored: float
     seconds: float
     gold_auc: tuple[float, float, float] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def agreement(self) -> PairRate:
+        """How often the scorer ranks known pairs right, over all kinds with equal weight."""
+        return pool_rates(list(self.pairs.values()))
+
+
+def weakness(measures: ScorerMeasures) -> str | None:
+    """Say in a clause why a scorer's scores carry no signal; None if they do."""
+    if measures.unscored > MAX_UNSCORED:
+        return f"{measures.unscored:.0%} of the answers got no score"
+    if not measures.pairs:
+        return "no pair of answers could be compared"
+    if measures.spread <= NOISE_FACTOR * measures.noise:
+        return f"the candidates' scores differ by {measures.spread:.1e}, which is rounding"
+    if measures.label_entropy > UNIFORM_ENTROPY:
+        return f"the labels are uniform (entropy {measures.label_entropy:.4f} of ln K)"
+    agreement = measures.agreement
+    if agreement.low <= CHANCE:
+        return (
+            f"it ranks {agreement.rate:.0%} of pairs right of which one is known to be worse "
+            f"(95% interval {agreement.low:.0%} to {agreement.high:.0%}; chance is 50%)"
+        )
+    return None
+
+
+def best_scorer(measured: Sequence[ScorerMeasures]) -> ScorerMeasures | None:
+    """Return the scorer with a signal that ranks known pairs best; None if there is none. Gold is not read."""
+    usable = [m for m in measured if weakness(m) is None]
+    return max(usable, key=lambda m: m.agreement.rate) if usable else None
+
+
+def measures_as_results(measures: ScorerMeasures) -> dict[str, Any]:
+    """Return the measures as probe.json and the manifest hold them: rounded, and without those that are None."""
+    row: dict[str, Any] = {
+        "name": measures.name,
+        "weakness": weakness(measures),
+        "pairs": {kind: _rate_row(rate) for kind, rate in measures.pairs.items()},
+        "spread": measures.spread,
+        "noise": measures.noise,
+        "label_entropy": round(measures.label_entropy, 6),
+        "length_correlation": None if measures.length_correlation is None else round(measures.length_correlation, 4),
+        "unscored": round(measures.unscored, 4),
+        "seconds_per_group": round(measures.seconds, 4),
+    }
+    if measures.pairs:
+        row["agreement"] = _rate_row(measures.agreement)
+    if measures.gold_auc is not None:
+        row["gold_auc"] = [round(value, 4) for value in measures.gold_auc]
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _rate_row(rate: PairRate) -> dict[str, Any]:
+    return {"rate": round(rate.rate, 4), "ci": [round(rate.low, 4), round(rate.high, 4)], "n": rate.n}
 
 
 def pair_rate(better: Scores, worse: Scores) -> PairRate | None:

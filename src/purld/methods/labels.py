@@ -6,11 +6,17 @@ temperatures neither overflow nor round a label to zero early. Sampling and scor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+REFERENCE_SPREAD = 0.3
+"""The spread of scores in [0, 1] that the default gamma and tau are meant for; the demo's `expected` scores have it."""
+UNIFORM_ENTROPY = 0.9995
+"""Labels whose entropy is above this share of ln K count as uniform; at K = 8 they differ by about 3% of their size."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +27,29 @@ class PuLabels:
     confidences: Tensor
 
 
-def pu_labels(scores: Tensor, anchor_score: float, gamma: float, tau: float) -> PuLabels:
-    """Make the labels of Eq. 2 from (K,) scores s_k and the anchor's score s*; see `log_label_distribution`."""
-    margin = anchor_margins(scores, anchor_score)
+def pu_labels(scores: Tensor, anchor_score: float, gamma: float, tau: float, scale: float = 1.0) -> PuLabels:
+    """Make the labels of Eq. 2 from (K,) scores s_k and the anchor's score s*; see `log_label_distribution`.
+
+    Margins are multiplied by `scale` first: 1 is the paper's literal form, `margin_scale` makes gamma and tau mean the
+    same for every scorer. Theorems 3.1 and 3.2 hold for any positive scale, which keeps the order of the margins.
+
+    Raises:
+        ValueError: the scale is not a positive number.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"the scale of margins must be a positive number, not {scale}")
+    margin = scale * anchor_margins(scores, anchor_score)
     return PuLabels(log_label_distribution(margin, gamma, tau), positive_confidences(margin, gamma))
+
+
+def margin_scale(spread: float) -> float:
+    """Return the factor that brings a scorer's spread to `REFERENCE_SPREAD`.
+
+    Args:
+        spread: the pooled standard deviation of the scorer's scores within groups; 0 gives 1, as there is nothing to
+            scale.
+    """
+    return REFERENCE_SPREAD / spread if spread > 0 else 1.0
 
 
 def anchor_margins(scores: Tensor, anchor_score: Tensor | float) -> Tensor:

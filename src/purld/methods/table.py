@@ -36,12 +36,14 @@ class GroupEvidence:
     Attributes:
         scores: (K,) scores of the candidates that have one; (0,) for a method without a scorer.
         anchor_score: the anchor's own score s*; None if it was not scored.
+        margin_scale: the factor of the margins, see `purld.methods.labels.pu_labels`.
         tokens: the members when they were drawn; only for a method with a critic.
     """
 
     scores: Tensor
     anchor_score: float | None = None
     tokens: GroupTokens | None = None
+    margin_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Method:
 def _pu_labels(evidence: GroupEvidence, settings: Any) -> PuLabels | None:
     if evidence.anchor_score is None or evidence.scores.numel() < 2:
         return None
-    return pu_labels(evidence.scores, evidence.anchor_score, settings.gamma, settings.tau)
+    return pu_labels(evidence.scores, evidence.anchor_score, settings.gamma, settings.tau, evidence.margin_scale)
 
 
 def _ldl_loss(tokens: GroupTokens, labels: PuLabels, settings: Any) -> GroupLoss:

@@ -8,6 +8,8 @@ from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.model.encode import Encoder
 from purld.pipeline.prompt_pools import PromptPools
+from purld.records import Anchor, Prompt
+from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import Check
 
@@ -33,3 +35,9 @@ class RunContext:
     check: Check | None
     pools: PromptPools
     resend_unknown: bool
+
+
+def examples_of_pool(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anchor]]:
+    """Pair the prompts of a stage with their anchors, in the pool's order; leave out prompts without one."""
+    anchors = {row["prompt_id"]: Anchor(row["prompt_id"], row["text"]) for row in read_rows(run.anchors)}
+    return [(p, anchors[p.id]) for p in pool if p.id in anchors]

@@ -23,7 +23,7 @@ from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.open import final_model
-from purld.templates import JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
+from purld.templates import IN_CONTEXT_VERSION, JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
 
 SPEND_KEYS = ("calls", "input_tokens", "output_tokens", "cost")  # of the teacher's bill, in results.json
 
@@ -45,16 +45,39 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _model_differences(models, opponents, config.seed),
         **_candidates_against_gold(context, groups),
+        "probe": _probe_results(finished.get("probe")),
         "label_divergence": mean_label_divergence(groups, read_rows(run.revisited)),
         "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
         "templates": {
             "self_evaluation": SELF_EVALUATION_VERSION,
             "rating": RATING_VERSION,
             "judge": JUDGE_VERSION,
+            "in_context": IN_CONTEXT_VERSION,
         },
     }
-    write_json(run.results, {key: value for key, value in results.items() if value != {}})
+    results["warnings"] = _warnings(results, finished.get("align", {}))
+    for warning in results["warnings"][len(finished.get("align", {}).get("warnings", [])) :]:
+        context.reporter.warn(warning)  # those of Stage II were printed when it ended
+    write_json(run.results, {key: value for key, value in results.items() if value not in ({}, [])})
     return {}
+
+
+def _probe_results(probe: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what results.json keeps of the probe; all of it is in probe.json."""
+    return {} if probe is None else {key: probe[key] for key in ("prompts", "chosen", "verdict", "scorers")}
+
+
+def _warnings(results: dict[str, Any], align: dict[str, Any]) -> list[str]:
+    """List what puts Stage II's result in doubt, one sentence each; they stand at the top of the report."""
+    warnings = list(align.get("warnings", []))
+    quality = results.get("score_quality", {})
+    if "auc_within_ci" in quality and quality["auc_within_ci"][0] <= 0.5:
+        low, high = quality["auc_within_ci"]
+        warnings.append(
+            f"against gold, the scores of Stage II ranked no better than chance: AUC within prompts "
+            f"{quality['auc_within']:.2f} [{low:.2f}, {high:.2f}]."
+        )
+    return warnings
 
 
 def _teacher_spend(context: RunContext) -> dict[str, Any]:

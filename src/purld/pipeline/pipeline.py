@@ -20,6 +20,7 @@ from purld.model.load import load_encoder
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
 from purld.pipeline.preflight import check_context, check_judging, check_scoring
+from purld.pipeline.probe import probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.runs.files import atomic_write, measure_seconds
@@ -31,6 +32,7 @@ from purld.training.trackers import check_trackers, stage_tracking
 _RUNNERS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
     "anchors": run_anchors,
     "sft": run_sft,
+    "probe": run_probe,
     "align": run_align,
     "evaluate": run_evaluate,
     "report": run_report,
@@ -40,6 +42,7 @@ STAGES = tuple(_RUNNERS)
 _TITLES = {
     "anchors": "Anchors: one teacher answer per prompt",
     "sft": "Stage I: SFT on the anchors",
+    "probe": "Probe: can the student evaluate itself?",
     "align": "Stage II: alignment",
     "evaluate": "Evaluation on held-out prompts",
     "report": "Report",
@@ -82,6 +85,24 @@ class Pipeline:
         check_context(config)
         check_scoring(config, self.encoder)
 
+    def probe(self) -> dict[str, Any]:
+        """Measure every scorer on prompts that have anchors, write probe.json, and return its content.
+
+        Raises:
+            UserError: the method has no self-evaluation against the anchor, or there are no anchors yet.
+        """
+        if not takes_probe(self.config.align):
+            raise UserError(f"align.method {self.config.align.method} does not score candidates against the anchor.")
+        if "anchors" not in self.run.finished_stages():
+            raise UserError(f"{self.run.path}: the probe needs anchors; run `purld anchors` first.")
+        pools = load_prompt_pools(self.config, self.encoder, self.reporter.say)
+        with self.run.lock():
+            self._check_pools(pools)
+            return run_probe(self._context(pools), every_scorer=True)
+
+    def _context(self, pools: PromptPools) -> RunContext:
+        return RunContext(self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown)
+
     def execute(self, stages: Sequence[str] = STAGES) -> None:
         """Run the given stages in order, skipping what is finished.
 
@@ -95,10 +116,8 @@ class Pipeline:
         with self.run.lock():
             self._adopt_config()
             self._check_pools(pools)
-            context = RunContext(
-                self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown
-            )
-            for stage in stages:
+            context = self._context(pools)
+            for stage in self._with_probe(stages):
                 self._execute(stage, context)
 
     def _execute(self, stage: str, context: RunContext) -> None:
@@ -108,7 +127,7 @@ class Pipeline:
             self.reporter.say(f"{_TITLES[stage]}: done before.")
             return
         for earlier in STAGES[: STAGES.index(stage)]:
-            if self._takes_part(earlier) and earlier not in self.run.finished_stages():
+            if earlier != "probe" and self._takes_part(earlier) and earlier not in self.run.finished_stages():
                 raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
         self.run.begin(stage)
         self.reporter.headline(_TITLES[stage])
@@ -119,13 +138,23 @@ class Pipeline:
     def _runs_again(self, stage: str) -> bool:
         """Return whether a finished stage runs again.
 
-        The report always does; the anchors do with `resend_unknown`, until Stage I has begun to train on them.
+        The report always does; the anchors do with `resend_unknown`, until Stage I has begun to train on them; the
+        probe does if settings that it depends on have changed, until Stage II has begun.
         """
         lost_may_be_resent = self.resend_unknown and "sft" not in self.run.begun_stages()
+        if stage == "probe" and "align" not in self.run.begun_stages():
+            return bool(self.run.finished_stages()["probe"]["fingerprint"] != probe_fingerprint(self.config))
         return stage == "report" or (stage == "anchors" and lost_may_be_resent)
 
     def _takes_part(self, stage: str) -> bool:
+        if stage == "probe":
+            return takes_probe(self.config.align)
         return stage != "align" or final_model(self.config.align.method).stage == "align"
+
+    def _with_probe(self, stages: Sequence[str]) -> list[str]:
+        """Return the stages with the probe before Stage II."""
+        kept = [stage for stage in stages if stage != "probe" or "align" not in stages]
+        return [part for stage in kept for part in (("probe", "align") if stage == "align" else (stage,))]
 
     def _adopt_config(self) -> None:
         """Write config.yaml, or check that the new configuration agrees with the one that the run began with."""

@@ -18,11 +18,11 @@ from purld.clients.ledger import Ledger, Role
 from purld.clients.open import open_client
 from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
-from purld.pipeline.context import RunContext
+from purld.pipeline.context import RunContext, examples_of_pool
 from purld.pipeline.evaluate import SPEND_KEYS
-from purld.records import Anchor, Prompt
-from purld.runs.files import read_rows, write_rows
-from purld.runs.run_dir import RunDir
+from purld.pipeline.probe import choose_signal
+from purld.records import Prompt
+from purld.runs.files import write_rows
 from purld.training.context import Progress, StageContext
 
 
@@ -73,7 +73,9 @@ def run_sft(context: RunContext) -> dict[str, Any]:
 
     config, reporter = context.config, context.reporter
     with reporter.progress("steps") as progress:
-        facts = fine_tune(_training_context(context, progress), config.sft, _examples(context.run, context.pools.sft))
+        facts = fine_tune(
+            _training_context(context, progress), config.sft, examples_of_pool(context.run, context.pools.sft)
+        )
     reporter.say(
         f"Trained on {facts.trained_on} anchors, validated on {facts.validated_on}; "
         f"kept the model of step {facts.best_step} of {facts.steps}."
@@ -92,14 +94,18 @@ def run_align(context: RunContext) -> dict[str, Any]:
     assert isinstance(config.align, StageTwoSettings)
     if config.set_aside:
         reporter.say(config.set_aside)
+    settings, scale = choose_signal(config.align, context.run.finished_stages().get("probe"))
+    if "score" in (chosen := settings.model_dump()) and chosen["score"] != config.align.model_dump()["score"]:
+        reporter.say(f"align.score: {chosen['score']}, by the probe.")
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
-        facts = align(training, config.align, _examples(context.run, context.pools.align), teacher)
+        examples = examples_of_pool(context.run, context.pools.align)
+        facts = align(training, settings, examples, teacher, margin_scale=scale)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")
     for warning in facts.warnings:
         reporter.warn(warning)
-    return asdict(facts)
+    return asdict(facts) | {"warnings": facts.warnings, "score": chosen.get("score"), "margin_scale": scale}
 
 
 def _training_context(context: RunContext, progress: Progress) -> StageContext:
@@ -117,12 +123,6 @@ def _judging_teacher(context: RunContext) -> Iterator[Client | None]:
     with Ledger(context.run.ledger) as ledger:
         short = teacher.model_copy(update={"max_tokens_per_answer": settings.max_tokens_per_score})
         yield open_client(short, ledger, "scorer", context.resend_unknown)
-
-
-def _examples(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anchor]]:
-    """Pair the prompts of a stage with their anchors, in the pool's order; leave out prompts without one."""
-    anchors = {row["prompt_id"]: Anchor(row["prompt_id"], row["text"]) for row in read_rows(run.anchors)}
-    return [(p, anchors[p.id]) for p in pool if p.id in anchors]
 
 
 def run_report(context: RunContext) -> dict[str, Any]:

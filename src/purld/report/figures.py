@@ -304,7 +304,9 @@ def describe_score_quality(quality: Row) -> str:
     if "auc" in quality:
         parts.append(f"AUC over all prompts {quality['auc']:.3f}.")
     candidates = f"{quality['n']:,} candidates, {quality['right']:.0%} right."
-    parts.append(f"Calibration error {quality['ece']:.3f} over {candidates}" if "ece" in quality else f"Over {candidates}")
+    parts.append(
+        f"Calibration error {quality['ece']:.3f} over {candidates}" if "ece" in quality else f"Over {candidates}"
+    )
     return " ".join(parts)
 
 

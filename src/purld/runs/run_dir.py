@@ -25,6 +25,7 @@ class RunDir:
         self.opponent = self.path / "generations" / "opponent.jsonl"
         self.sft = self.path / "sft"
         self.align = self.path / "align"
+        self.probe = self.path / "probe.json"
         self.metrics = self.path / "metrics.jsonl"
         self.groups = self.path / "generations" / "groups.jsonl"
         self.revisited = self.path / "generations" / "revisited.jsonl"

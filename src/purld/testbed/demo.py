@@ -95,6 +95,8 @@ def demo_values(task: str, source: Path, base_url: str, student: str | None = No
             "schedule": "linear",
             "gamma": 10.0,
             "candidates": 16,
+            "score": "expected",  # the shipped students were taught to write scores
+            "margin_scale": "literal",
             "micro_batch_size": 16,
             "score_batch_size": 32,
             "max_new_tokens": 64,

@@ -6,6 +6,7 @@ This module runs the stage from p_sft to the saved policy and says what to look 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from purld.clients.base import Client
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
 from purld.errors import UserError
+from purld.methods.labels import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
@@ -22,6 +24,8 @@ from purld.training.checkpoints import last_checkpoint
 from purld.training.context import StageContext
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
+
+_COLLAPSED = 0.1  # of the spread that the scores had at the start
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class AlignFacts:
     dropped_groups: int
     sharper_than_labels: float
     against_flattening: str
+    label_entropy: float | None = None
+    spread_kept: float | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -47,6 +53,16 @@ class AlignFacts:
             warnings.append(f"{self.unscored} of {self.candidates} candidates got no score.")
         if self.dropped_groups:
             warnings.append(f"{self.dropped_groups} groups were left out: their scores gave no signal to learn from.")
+        if self.label_entropy is not None and self.label_entropy > UNIFORM_ENTROPY:
+            warnings.append(
+                f"the labels stayed uniform (entropy {self.label_entropy:.4f} of ln K), so Stage II had nothing to "
+                "learn from; purld probe measures every scorer."
+            )
+        if self.spread_kept is not None and self.spread_kept < _COLLAPSED:
+            warnings.append(
+                f"the candidates' scores collapsed: at the end they differ by {self.spread_kept:.0%} of what they did "
+                "at the start."
+            )
         if self.sharper_than_labels > 0.5:
             warnings.append(
                 f"in {self.sharper_than_labels:.0%} of the groups the policy was sharper than its labels, so the "
@@ -61,6 +77,7 @@ def align(
     examples: Sequence[tuple[Prompt, Anchor]],
     teacher: Client | None = None,
     change_scorer: Callable[[Scorer], Scorer] | None = None,
+    margin_scale: float = 1.0,
 ) -> AlignFacts:
     """Align p_sft by the method of `settings` and save the policy to `run.align`; resume from the last checkpoint.
 
@@ -70,6 +87,7 @@ def align(
         examples: the prompts of the stage with their anchors.
         teacher: the teacher's client, for a method that asks it about candidates.
         change_scorer: replaces the method's scorer by another, for experiments on scores.
+        margin_scale: the factor of the margins; 1 is the paper's literal form.
 
     Raises:
         UserError: there are no anchors, or no group ever gave a signal.
@@ -82,7 +100,16 @@ def align(
     run.rewind_log("align", step)
     roles = load_roles(context.student, run.sft)
     questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
-    trainer = AlignTrainer(context, settings, roles, questions, teacher=teacher, change_scorer=change_scorer)
+    trainer = AlignTrainer(
+        context,
+        settings,
+        roles,
+        questions,
+        None,
+        teacher=teacher,
+        change_scorer=change_scorer,
+        margin_scale=margin_scale,
+    )
     trainer.train_from(checkpoint, step)
     rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
     if not any("objective" in row for row in rows):
@@ -111,7 +138,24 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         dropped_groups=int(_total(rows, "dropped_groups")),
         sharper_than_labels=_total(rows, "sharper_than_labels") / max(1, len(rows)),
         against_flattening=_advice(settings),
+        label_entropy=_label_entropy(rows, settings),
+        spread_kept=_spread_kept(rows),
     )
+
+
+def _label_entropy(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> float | None:
+    """Return the mean entropy of the labels over ln K; None for a method without labels."""
+    entropies = [row["entropy_labels"] for row in rows if "entropy_labels" in row]
+    return sum(entropies) / len(entropies) / math.log(settings.drawn) if entropies else None
+
+
+def _spread_kept(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return the mean spread of scores in the last quarter of the steps over that in the first; None if unknown."""
+    spreads = [row["score_spread"] for row in rows if "score_spread" in row]
+    quarter = len(spreads) // 4
+    if quarter == 0 or sum(spreads[:quarter]) == 0:
+        return None
+    return float(sum(spreads[-quarter:]) / sum(spreads[:quarter]))
 
 
 def _total(rows: Sequence[dict[str, Any]], key: str) -> float:

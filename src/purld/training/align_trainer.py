@@ -52,6 +52,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         sampler: draws candidates; the student's engine unless another is given.
         teacher: the teacher's client, for a method that asks it about candidates.
         change_scorer: replaces the method's scorer by another, for experiments on scores.
+        margin_scale: the factor of the margins; 1 is the paper's literal form.
         trainer_options: further arguments of `transformers.Trainer`.
     """
 
@@ -64,6 +65,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         sampler: Sampler | None = None,
         teacher: Client | None = None,
         change_scorer: Callable[[Scorer], Scorer] | None = None,
+        margin_scale: float = 1.0,
         **trainer_options: Any,
     ) -> None:
         super().__init__(
@@ -96,6 +98,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             sampler or make_sampler(context.student.engine, encoder, _decoding(settings)),
             change_scorer(scorer) if change_scorer else scorer,
             self._update,
+            margin_scale,
         )
         self._rollouts: list[Rollout] = []
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,13 @@ class ModelNamedCheckpoints:
         missing = [name for name, p in self.model.named_parameters() if id(p) not in loaded]
         if missing:
             raise RuntimeError(f"a checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}")
+
+
+def device_autocast() -> AbstractContextManager[Any]:
+    """Return the precision that the trainers compute in on this machine, for work outside of them."""
+    if device_arguments()["bf16"]:
+        return torch.autocast("cuda", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def device_arguments() -> dict[str, Any]:

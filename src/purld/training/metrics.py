@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -30,6 +31,8 @@ class StepMetrics:
         self._values["length"] += [float(len(c.ids)) for c in rollout.completions]
         self._values["dropped_groups"].append(float(not rollout.usable))
         self._values["score"] += scores
+        if len(scores) > 1:
+            self._values["score_spread"].append(statistics.stdev(scores))
         if scored:
             self._values["unscored"].append(float(len(rollout.completions) - len(scores)))
         if rollout.scores.anchor is not None:

@@ -68,6 +68,7 @@ class RolloutMaker:
         sampler: draws candidates.
         scorer: scores them.
         update: measures log-probs of the members.
+        margin_scale: the factor of the margins, fixed for the run.
     """
 
     method: StageTwoMethod[Any]
@@ -76,6 +77,7 @@ class RolloutMaker:
     sampler: Sampler
     scorer: Scorer
     update: GroupUpdate
+    margin_scale: float = 1.0
 
     def __call__(self, policy: CausalLM, questions: Sequence[AnchoredPrompt], seed: int) -> list[Rollout]:
         """Make one group per question; the same seed draws the same candidates."""
@@ -103,7 +105,9 @@ class RolloutMaker:
         if self.method.anchor_member:
             ids.insert(0, self.encoder.encode_answer(rollout.question.anchor).ids)
         device = next(policy.parameters()).device
-        evidence = GroupEvidence(torch.tensor(scores, device=device), rollout.scores.anchor)
+        evidence = GroupEvidence(
+            torch.tensor(scores, device=device), rollout.scores.anchor, margin_scale=self.margin_scale
+        )
         members = None
         if self.method.critic and ids:
             members = self._measure_members(policy, rollout, ids)

@@ -1,0 +1,326 @@
+"""The probe: measure, without gold, how well the student evaluates itself on a run's prompts, before Stage II.
+
+Candidates are drawn as Stage II would draw them. Every scorer scores them, next to answers of which it is known that
+one is worse than another (`purld.evaluation.known_pairs`); `purld.evaluation.signal` turns the scores into measures and
+a verdict. Gold, where there is any, is only reported: nothing is chosen by it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from purld.config.methods import Align, GroupSettings, LdlGrpo, SamplingSettings, SelfScoringSettings, StageTwoSettings
+from purld.config.schema import Config
+from purld.errors import UserError
+from purld.evaluation.known_pairs import spoil_answer
+from purld.evaluation.score_quality import CheckedGroup, score_quality
+from purld.evaluation.signal import (
+    ScorerMeasures,
+    best_scorer,
+    mean_length_correlation,
+    measures_as_results,
+    pair_rate,
+    pooled_spread,
+    weakness,
+)
+from purld.methods.labels import distribution_entropy, margin_scale, pu_labels
+from purld.methods.table import METHODS
+from purld.model.causal_lm import CausalLM
+from purld.model.load import Roles, load_model
+from purld.model.sample import Completion, Decoding, seed_from_content
+from purld.model.samplers import make_sampler
+from purld.pipeline.context import RunContext, examples_of_pool
+from purld.records import Anchor, Prompt, content_hash
+from purld.runs.files import write_json
+from purld.tasks.checks import Check
+from purld.training.checkpoints import device_autocast
+from purld.training.context import StageContext
+from purld.training.rollout import AnchoredPrompt
+from purld.training.scoring import SCORERS, GroupToScore, Scorer, ScorerContext, find_scorer
+
+MAX_PROMPTS, MIN_PROMPTS = 64, 8
+_NOISE_GROUPS = 4  # groups scored twice, in reverse order the second time
+_BATCH = 8  # prompts sampled together
+
+
+@dataclass(frozen=True)
+class ProbeGroup:
+    """One prompt with its candidates and with answers that are known to be worse.
+
+    Attributes:
+        question: the prompt and its anchor.
+        completions: the K candidates.
+        texts: their texts.
+        worse: texts by name. `other/anchor` is another prompt's anchor, `other/candidate` another prompt's candidate;
+            `anchor/number` is the anchor with a number changed, `candidate/number` the first candidate so, and so on.
+    """
+
+    question: AnchoredPrompt
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    worse: Mapping[str, str]
+
+
+def draw_probe_groups(
+    context: StageContext,
+    settings: SamplingSettings,
+    policy: CausalLM,
+    examples: Sequence[tuple[Prompt, Anchor]],
+) -> list[ProbeGroup]:
+    """Draw the candidates of the probe from the policy, and make the answers that are known to be worse.
+
+    Args:
+        context: the student, the run directory and the seed.
+        settings: the method's settings of Stage II; the probe samples as they say, at least 4 candidates.
+        policy: the model to sample from.
+        examples: prompts with anchors, at least 2.
+    """
+    encoder = context.encoder
+    decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
+    sampler = make_sampler(context.student.engine, encoder, decoding)
+    questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
+    count = max(4, settings.candidates if isinstance(settings, GroupSettings) else 0)
+    drawn: list[list[Completion]] = []
+    for start in range(0, len(questions), _BATCH):
+        batch = questions[start : start + _BATCH]
+        seed = seed_from_content("probe", context.seed, start)
+        drawn += sampler(policy, [q.encoded for q in batch], count, seed)
+        context.progress(min(start + _BATCH, len(questions)), len(questions), "candidates drawn")
+    texts = [[encoder.decode_text(c.ids) for c in completions] for completions in drawn]
+    groups = []
+    for index, question in enumerate(questions):
+        other = (index + 1) % len(questions)
+        worse = {"other/anchor": questions[other].anchor, "other/candidate": texts[other][0]}
+        for source, text in (("anchor", question.anchor), ("candidate", texts[index][0])):
+            spoiled = spoil_answer(text, f"{context.seed}/{question.prompt.id}/{source}")
+            worse |= {f"{source}/{name}": changed for name, changed in spoiled.items()}
+        groups.append(ProbeGroup(question, drawn[index], texts[index], worse))
+    return groups
+
+
+def measure_scorer(
+    name: str,
+    scorer: Scorer,
+    groups: Sequence[ProbeGroup],
+    context: StageContext,
+    settings: StageTwoSettings,
+    check: Check | None,
+) -> ScorerMeasures:
+    """Score the probe's groups by one scorer and measure what its scores are worth.
+
+    Args:
+        name: the scorer's name.
+        scorer: the scorer.
+        groups: the probe's groups.
+        context: the student, the run directory and the seed.
+        settings: the method's settings, for the labels.
+        check: tells whether an answer is right, for the AUC against gold; None without gold.
+    """
+    started = time.monotonic()
+    scored = []
+    for index, group in enumerate(groups):
+        scored += scorer([_group_to_score(group, context)])
+        context.progress(index + 1, len(groups), name)
+    seconds = (time.monotonic() - started) / len(groups)
+    drawn = [scores.candidates[: len(group.texts)] for group, scores in zip(groups, scored, strict=True)]
+    everything = [s for scores in scored for s in scores.candidates]
+    pairs: dict[str, tuple[list[float | None], list[float | None]]] = {}
+    for group, scores in zip(groups, scored, strict=True):
+        for kind, worse in zip(group.worse, scores.candidates[len(group.texts) :], strict=True):
+            of_anchor = kind.startswith("anchor/") or kind == "other/anchor"
+            better = scores.anchor if of_anchor else scores.candidates[0]
+            pairs.setdefault(kind, ([], []))[0].append(better)
+            pairs[kind][1].append(worse)
+    rates = {kind: rate for kind, (better, worse) in pairs.items() if (rate := pair_rate(better, worse))}
+    return ScorerMeasures(
+        name=name,
+        pairs=rates,
+        spread=pooled_spread(drawn),
+        noise=_noise(scorer, groups[:_NOISE_GROUPS], [s.candidates for s in scored], context),
+        label_entropy=_label_entropy(drawn, [scores.anchor for scores in scored], settings),
+        length_correlation=mean_length_correlation(drawn, [[len(c.ids) for c in g.completions] for g in groups]),
+        unscored=sum(s is None for s in everything) / len(everything),
+        seconds=seconds,
+        gold_auc=_gold_auc(groups, drawn, check, context.seed),
+    )
+
+
+def _group_to_score(group: ProbeGroup, context: StageContext) -> GroupToScore:
+    ids = [list(c.ids) for c in group.completions]
+    ids += [context.encoder.encode_answer(text).ids for text in group.worse.values()]
+    return GroupToScore(group.question.prompt, group.question.anchor, [*group.texts, *group.worse.values()], ids)
+
+
+def _noise(
+    scorer: Scorer, groups: Sequence[ProbeGroup], scores: Sequence[Sequence[float | None]], context: StageContext
+) -> float:
+    """Return the root mean square change of scores when a group is scored in reverse order."""
+    squares = []
+    for group, before in zip(groups, scores):
+        forward = _group_to_score(group, context)
+        backward = replace(forward, candidates=forward.candidates[::-1], ids=forward.ids[::-1])
+        (after,) = scorer([backward])
+        pairs = zip(before, after.candidates[::-1], strict=True)
+        squares += [(a - b) ** 2 for a, b in pairs if a is not None and b is not None]
+    return float((sum(squares) / len(squares)) ** 0.5) if squares else 0.0
+
+
+def _gold_auc(
+    groups: Sequence[ProbeGroup], scores: Sequence[Sequence[float | None]], check: Check | None, seed: int
+) -> tuple[float, float, float] | None:
+    """Return the AUC within prompts against gold with its interval; None where there is no gold or no mixed group."""
+    if check is None:
+        return None
+    checked = [
+        CheckedGroup(g.question.prompt.id, 0, s, [check(g.question.prompt, text) for text in g.texts])
+        for g, s in zip(groups, scores, strict=True)
+        if g.question.prompt.reference is not None
+    ]
+    if not any(s is not None for group in checked for s in group.scores):
+        return None
+    quality = score_quality(checked, seed)
+    if quality.auc_within is None or quality.auc_within_ci is None:
+        return None
+    return (quality.auc_within, *quality.auc_within_ci)
+
+
+def _label_entropy(
+    groups: Sequence[Sequence[float | None]], anchors: Sequence[float | None], settings: StageTwoSettings
+) -> float:
+    """Return the mean entropy of D over ln K, with LDL-GRPO's default gamma and tau for another method."""
+    labels = settings if isinstance(settings, LdlGrpo) else LdlGrpo()
+    scale = labels_scale(labels, pooled_spread(groups))
+    ratios = []
+    for group, anchor in zip(groups, anchors, strict=True):
+        scores = torch.tensor([s for s in group if s is not None], dtype=torch.float64)
+        if anchor is not None and len(scores) > 1:
+            made = pu_labels(scores, anchor, labels.gamma, labels.tau, scale)
+            ratios.append(distribution_entropy(made.log_distribution).item() / math.log(len(scores)))
+    return sum(ratios) / len(ratios) if ratios else 1.0
+
+
+def labels_scale(settings: LdlGrpo, spread: float) -> float:
+    """Return the factor of the margins for a scorer of this spread, as `align.margin_scale` says."""
+    return margin_scale(spread) if settings.margin_scale == "calibrated" else 1.0
+
+
+# --- the stage -----------------------------------------------------------------------------------------------
+
+
+def takes_probe(settings: Align) -> bool:
+    """Return whether a method learns from self-evaluation against the anchor, which the probe measures."""
+    row = METHODS[settings.method].stage_two
+    return row is not None and row.scorer == "anchored"
+
+
+def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]:
+    """Measure the scorers on the run's prompts and write probe.json.
+
+    Args:
+        context: the run. Without a finished Stage I the student's own weights are measured.
+        every_scorer: measure all of them; else all for `align.score: auto`, and only the named one otherwise.
+
+    Raises:
+        UserError: fewer than two prompts have anchors.
+    """
+    config, run, reporter = context.config, context.run, context.reporter
+    settings = config.align
+    assert isinstance(settings, SelfScoringSettings) and isinstance(settings, SamplingSettings)
+    examples = _probe_examples(context, settings)
+    folder: str | Path = run.sft if "sft" in run.finished_stages() else config.student.model
+    model = load_model(config.student, folder)
+    roles = Roles(model, model)
+    measured = []
+    with reporter.progress("probe") as progress:
+        training = StageContext(config.student, context.encoder, run, config.seed, progress)
+        groups = draw_probe_groups(training, settings, model, examples)
+        for name in _scorers_to_measure(settings, every_scorer):
+            entry = find_scorer(name)
+            try:
+                if entry.check is not None:
+                    entry.check(context.encoder)
+            except UserError as error:
+                reporter.say(f"{name} is left out: {error}")
+                continue
+            named = settings.model_copy(update={"score": name})
+            scorer = entry.make(ScorerContext(context.encoder, roles, named, True, device_autocast))
+            measured.append(measure_scorer(name, scorer, groups, training, settings, context.check))
+    best = best_scorer(measured)
+    chosen = settings.score if settings.score != "auto" else best.name if best else measured[0].name
+    facts = {
+        "prompts": len(groups),
+        "model": "sft" if folder == run.sft else "base",
+        "scorers": [measures_as_results(m) for m in measured],
+        "chosen": chosen,
+        "verdict": _verdict(measured, chosen),
+        "fingerprint": probe_fingerprint(config),
+    }
+    write_json(run.probe, facts)
+    return facts
+
+
+def probe_fingerprint(config: Config) -> str:
+    """Return a hash of the settings that the probe depends on; other settings may change without a new probe."""
+    kept = ("method", "score", "candidates", "temperature", "top_p", "max_new_tokens", "gamma", "tau", "margin_scale")
+    return content_hash({key: getattr(config.align, key, None) for key in kept})
+
+
+def choose_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -> tuple[StageTwoSettings, float]:
+    """Return the settings with the scorer that the probe chose, and the factor of the margins for it.
+
+    Args:
+        settings: the method's settings.
+        probe: the facts of the run's probe; None for a method that needs none.
+
+    Raises:
+        UserError: the scorer carries no signal, and `align.weak_signal` is `stop`.
+    """
+    if probe is None or not isinstance(settings, SelfScoringSettings):
+        return settings, 1.0
+    row = next(row for row in probe["scorers"] if row["name"] == probe["chosen"])
+    if "weakness" in row and settings.weak_signal == "stop":
+        raise UserError(
+            f"Stage II was not started: {probe['verdict']} Use another scorer (align.score), a larger student or more "
+            f"of Stage I; or let the teacher score, with about {settings.candidates_in_all:,} more calls "
+            "(align.method=teacher_judge_grpo). align.weak_signal=continue starts Stage II all the same."
+        )
+    chosen = settings.model_copy(update={"score": probe["chosen"]})
+    return chosen, labels_scale(chosen, row["spread"]) if isinstance(chosen, LdlGrpo) else 1.0
+
+
+def _scorers_to_measure(settings: SelfScoringSettings, every_scorer: bool) -> list[str]:
+    if settings.score != "auto" and not every_scorer:
+        return [settings.score]
+    return [name for name in SCORERS if name != "teacher"]
+
+
+def _probe_examples(context: RunContext, settings: SamplingSettings) -> list[tuple[Prompt, Anchor]]:
+    """Pick the probe's prompts by the hash of their content: about a twentieth of Stage II's, 8 to 64."""
+    examples = examples_of_pool(context.run, context.pools.align)
+    if len(examples) < 2:
+        raise UserError("The probe needs at least two prompts with anchors.")
+    stage_two_prompts = settings.candidates_in_all // max(1, settings.drawn)
+    count = min(MAX_PROMPTS, max(MIN_PROMPTS, stage_two_prompts // 20))
+    return sorted(examples, key=lambda example: content_hash(["probe", context.config.seed, example[0].id]))[:count]
+
+
+def _verdict(measured: Sequence[ScorerMeasures], chosen: str) -> str:
+    """Say in one sentence whether the chosen scorer carries a signal, and which other one does."""
+    by_name = {m.name: m for m in measured}
+    problem = weakness(by_name[chosen])
+    if problem is None:
+        agreement = by_name[chosen].agreement
+        return (
+            f"{chosen} carries a signal: it ranks {agreement.rate:.0%} of known pairs right "
+            f"(95% interval {agreement.low:.0%} to {agreement.high:.0%}; chance is 50%)."
+        )
+    best = best_scorer(measured)
+    other = f" {best.name} does carry one (align.score={best.name})." if best else ""
+    return f"{chosen} carries no signal with this student: {problem}.{other}"
