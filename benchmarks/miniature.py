@@ -1,12 +1,12 @@
-"""The paper in miniature: its tables, its findings and its sensitivity figures on the testbed, on a laptop's CPU.
+"""Reproduce the paper in miniature: its tables, findings and sensitivity figures on the testbed, on a laptop's CPU.
 
-    .venv/bin/python benchmarks/miniature.py                # everything; goes on where it stopped
+    .venv/bin/python benchmarks/miniature.py                # everything; continues where it was stopped
     .venv/bin/python benchmarks/miniature.py --quick        # one seed of Table 1, five minutes on two cores
     .venv/bin/python benchmarks/miniature.py --list         # what is done and what is left
     .venv/bin/python benchmarks/miniature.py --page         # make docs/miniature.md's tables and figures again
 
 Methods x tasks x seeds, with shared anchors and Stage I per seed and the same prompts, decoding and number of updates.
-Results are rows of `results.jsonl` in the folder of `--out`, one for each finished cell. One process works per core.
+Results are rows of `results.jsonl` in the folder of `--out`, one per finished cell. One process works per core.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from purld.runs.run_dir import RunDir
 Rows = dict[str, dict[str, Any]]
 
 CHOSEN = Path(__file__).with_name("mini") / "chosen.json"
-"""What the full run's tuning chose, so that the quick slice needs none."""
+"""The settings that the full run's tuning chose, so that the quick slice needs no tuning."""
 
 
 def main() -> None:
-    """Run what is missing, then say or write what came of it."""
-    options = arguments()
+    """Run the missing cells, then print the quick table or write the page."""
+    options = parse_arguments()
     results = options.out / "results.jsonl"
     rows = {row["id"]: row for row in read_rows(results)}
 
     def cells() -> list[Cell]:
         if options.quick:
-            chosen = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else plan.middle()
+            chosen = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else plan.middle_settings()
             return plan.main_cells(chosen, seeds=plan.SEEDS[:1])
         return plan.all_cells(rows)
 
@@ -54,7 +54,7 @@ def main() -> None:
         for cell in cells():
             print("done" if cell.id in rows else "left", cell.title)
         return
-    failed = 0 if options.page else run_alone(cells, rows, options.out, options.jobs)
+    failed = 0 if options.page else run_cells_alone(cells, rows, options.out, options.jobs)
     if options.quick:
         from mini.page import quick_table
 
@@ -66,55 +66,55 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"), help="folder of the rows and the weights")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where miniature.md lies")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of miniature.md")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--quick", action="store_true", help="one seed of Table 1, with the settings on file")
-    what.add_argument("--page", action="store_true", help="run nothing, write the page from what is there")
-    what.add_argument("--list", action="store_true", help="run nothing, show what is done and what is left")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--quick", action="store_true", help="one seed of Table 1, with the settings on file")
+    action.add_argument("--page", action="store_true", help="run nothing, write the page from what is there")
+    action.add_argument("--list", action="store_true", help="run nothing, show what is done and what is left")
     return parser.parse_args()
 
 
-def work(cell: Cell, folder: Path) -> dict[str, Any]:
-    """In a worker: run one cell."""
+def run_cell_in_worker(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Run one cell in a worker process."""
     from mini.work import run_cell
 
     return run_cell(cell, folder)
 
 
-def run_alone(cells: Callable[[], Sequence[Cell]], rows: Rows, folder: Path, jobs: int) -> int:
-    """Run what is missing while no other process does so in the same folder; returns how many cells failed."""
+def run_cells_alone(cells: Callable[[], Sequence[Cell]], rows: Rows, folder: Path, jobs: int) -> int:
+    """Lock the folder, run the missing cells and return how many failed."""
     try:
         with RunDir(folder).lock():
             rows.update((row["id"], row) for row in read_rows(folder / "results.jsonl"))
-            return run(cells, rows, folder, jobs)
+            return run_cells(cells, rows, folder, jobs)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
 
-def run(
+def run_cells(
     cells: Callable[[], Sequence[Cell]],
     rows: Rows,
     folder: Path,
     jobs: int,
-    do: Callable[[Cell, Path], dict[str, Any]] = work,
+    run_one: Callable[[Cell, Path], dict[str, Any]] = run_cell_in_worker,
 ) -> int:
-    """Run the cells that have no row yet, `jobs` at a time; each row is on disk before the next cell starts.
+    """Run the cells without a row, `jobs` at a time; each row is on disk before the next cell starts.
 
     Args:
-        cells: what is needed, asked again whenever a cell is done.
-        rows: finished cells by id; added to.
-        folder: of `results.jsonl` and of what the cells need.
-        jobs: processes, of one thread each.
-        do: the work on a cell, in a worker; returns its row.
+        cells: returns the cells that are needed; called again whenever a cell is done.
+        rows: finished cells by id; new rows are added.
+        folder: holds `results.jsonl` and the files that cells need.
+        jobs: number of processes, each with one thread.
+        run_one: runs a cell in a worker and returns its row.
 
     Returns:
-        How many cells failed; what needs one of them is left, the others are done.
+        The number of failed cells. Cells that start from a failed one are left out, all others are run.
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker imports torch
     running: dict[Future[dict[str, Any]], Cell] = {}
@@ -126,17 +126,17 @@ def run(
             busy = set(running.values())
             while len(running) < jobs and (cell := next_cell(cells(), rows, busy, failed)):
                 busy.add(cell)
-                running[pool.submit(do, cell, folder)] = cell
+                running[pool.submit(run_one, cell, folder)] = cell
             if not running:
                 return len(failed)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell = running.pop(future)
-                if settle(cell, future, rows, folder):
-                    tell(cell, rows[cell.id], len(rows), sum(c.id not in rows for c in cells()))
+                if record_result(cell, future, rows, folder):
+                    print_finished_cell(cell, rows[cell.id], len(rows), sum(c.id not in rows for c in cells()))
                 else:
                     failed.add(cell.id)
     except KeyboardInterrupt:
-        print("\nStopped; the same command goes on from here.", file=sys.stderr)
+        print("\nStopped; the same command continues from here.", file=sys.stderr)
         sys.exit(130)
     finally:
         for process in multiprocessing.active_children():
@@ -144,17 +144,17 @@ def run(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def settle(cell: Cell, future: Future[dict[str, Any]], rows: Rows, folder: Path) -> bool:
-    """Keep the row of a cell that ended; returns False, and says why, if it failed.
+def record_result(cell: Cell, future: Future[dict[str, Any]], rows: Rows, folder: Path) -> bool:
+    """Save the row of an ended cell; if it failed, print why and return False.
 
     Raises:
-        BrokenProcessPool: a worker died, of want of memory perhaps; the same command goes on.
+        BrokenProcessPool: a worker died, perhaps for lack of memory; the same command continues.
     """
     try:
         row = future.result()
     except BrokenProcessPool:
         raise
-    except Exception as error:  # whatever a cell fails of, the others are worth having
+    except Exception as error:  # one failed cell must not stop the others
         print(f"failed: {cell.title}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return False
     append_rows(folder / "results.jsonl", [row])
@@ -165,24 +165,24 @@ def settle(cell: Cell, future: Future[dict[str, Any]], rows: Rows, folder: Path)
 def next_cell(
     cells: Sequence[Cell], rows: Mapping[str, Any], busy: Collection[Cell], failed: Collection[str] = ()
 ) -> Cell | None:
-    """The first cell that can start: what starts from a p_sft waits for it, and is preceded by it."""
-    training = {cell.family for cell in busy if cell.method == "sft"}
+    """Return the first cell that can start, or the Stage I that it needs first; None if all must wait."""
+    training = {cell.stage_one_key for cell in busy if cell.method == "sft"}
     for cell in cells:
         if cell.id in rows or cell in busy or cell.id in failed:
             continue
         first = cell.stage_one
         if cell.method == "sft":
-            if cell.family not in training:
+            if cell.stage_one_key not in training:
                 return cell
         elif first.id in rows:
             return cell
-        elif first not in busy and first.id not in failed and first.family not in training:
+        elif first not in busy and first.id not in failed and first.stage_one_key not in training:
             return first
     return None
 
 
 def start_worker(parent: int) -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it is gone, however it went."""
+    """Set up a worker: leave Ctrl-C to the parent, and exit when the parent is gone for any reason."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -193,8 +193,8 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def tell(cell: Cell, row: Mapping[str, Any], done: int, left: int) -> None:
-    """One line for each finished cell."""
+def print_finished_cell(cell: Cell, row: Mapping[str, Any], done: int, left: int) -> None:
+    """Print one line about a finished cell."""
     measured = row["measured"]
     right, wins = (sum(measured[key]) / len(measured[key]) for key in ("right", "wins"))
     seconds = row["seconds"] + measured["seconds"]

@@ -1,9 +1,9 @@
-"""The demo on several seeds and all domains: base, SFT and LDL-GRPO with intervals, as JSON lines and a table.
+"""Run the demo on several seeds and all domains: base, SFT and LDL-GRPO with intervals, as JSON lines and a table.
 
     .venv/bin/python benchmarks/seeds.py --out runs/seeds [key.path=value ...]
 
-Each run is the ordinary `purld demo` in a process of its own on one thread, as many at once as asked for; a run that
-is finished is not repeated. A demo of several tasks has a line for each. The table goes to stdout as Markdown.
+Each run is the ordinary `purld demo` in its own process on one thread, `--jobs` at once; finished runs are not
+repeated. A demo of several tasks has a row for each. The table goes to stdout as Markdown.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from purld.testbed.demo import HELD_OUT_PROMPTS
 from purld.testbed.shipped import DEMOS, demo_problems, students_of
 from purld.testbed.world.world import to_prompt
 
-# What runs: a demo that asks for several tasks at once stands for them.
+# The default demos: a demo of several tasks stands for each of them.
 DEFAULT = ("counting", "writing", "scenes")
-# Twice the demo's: a benchmark has the time, and the intervals of the differences shrink by a quarter.
+# Twice the demo's, which shrinks the intervals of the differences by a quarter.
 SAMPLES = 8
 MODELS = ("base", "sft", "ldl_grpo")
 
 
 def main() -> None:
-    """Run what is missing, then print the table."""
+    """Run the missing demos, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -54,19 +54,27 @@ def main() -> None:
         if not arguments.students or student in arguments.students
     ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        found = pool.map(lambda job: run(*job, arguments.out, arguments.overrides), jobs)
-        rows = [row for rows in found for row in rows]
+        results = pool.map(lambda job: run_demo(job[0], job[1], job[2], arguments.out, arguments.overrides), jobs)
+        rows = [row for of_run in results for row in of_run]
     with (arguments.out / "seeds.jsonl").open("w", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row) + "\n" for row in rows)
-    print(table(rows))
+    print(format_table(rows))
 
 
-def run(demo: str, student: str, seed: int, out: Path, overrides: list[str]) -> list[dict[str, Any]]:
-    """One demo; returns the results of each of its tasks, with the task's and the student's name."""
+def run_demo(demo: str, student: str, seed: int, out: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """Run one demo; return the results of each of its tasks, with the names of task and student."""
     folder = out / "-".join([demo, *([student] if len(students_of(demo)) > 1 else []), str(seed)])
     folder.mkdir(parents=True, exist_ok=True)
     settings = [f"seed={seed}", f"evaluate.samples={SAMPLES}", *overrides]
-    command = [Path(sys.executable).with_name("purld"), "demo", "--task", demo, "--student", student, *settings]
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("purld"),
+        "demo",
+        "--task",
+        demo,
+        "--student",
+        student,
+        *settings,
+    ]
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         subprocess.run(
             [*command, "--run-dir", folder],
@@ -76,30 +84,30 @@ def run(demo: str, student: str, seed: int, out: Path, overrides: list[str]) -> 
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     results = read_json(folder / "results.json")
-    found = [results] if len(DEMOS[demo]) == 1 else task_results(RunDir(folder), demo, seed)
+    of_tasks = [results] if len(DEMOS[demo]) == 1 else task_results(RunDir(folder), demo, seed)
     return [
-        results | {"task": task, "student": student} | parts for task, parts in zip(DEMOS[demo], found, strict=True)
+        results | {"task": task, "student": student} | parts for task, parts in zip(DEMOS[demo], of_tasks, strict=True)
     ]
 
 
 def task_results(run: RunDir, demo: str, seed: int) -> list[dict[str, Any]]:
-    """The part of results.json that is about answers, for each task of a run of several."""
+    """Return the part of results.json about answers, for each task of a run of several tasks."""
     task_of = {to_prompt(p).id: p.task for p in demo_problems(demo, "heldout", HELD_OUT_PROMPTS, seed)}
     opponents = {row["prompt_id"]: row["text"] for row in read_rows(run.opponent)}
-    found = []
+    results = []
     for task in DEMOS[demo]:
-        ids = {prompt_id for prompt_id, of in task_of.items() if of == task}
-        models = {name: part_of(read_recorded_answers(run, name).to_evaluated_model(), ids) for name in MODELS}
+        ids = {prompt_id for prompt_id, prompt_task in task_of.items() if prompt_task == task}
+        models = {name: select_prompts(read_recorded_answers(run, name).to_evaluated_model(), ids) for name in MODELS}
         pairs = {
             f"{a} - {b}": model_difference(models[a], models[b], opponents, seed) for a, b in pairwise(MODELS[::-1])
         }
         metrics = {name: model_metrics(model, opponents, seed) for name, model in models.items()}
-        found.append({"models": metrics, "difference": pairs})
-    return found
+        results.append({"models": metrics, "difference": pairs})
+    return results
 
 
-def part_of(model: EvaluatedModel, ids: set[str]) -> EvaluatedModel:
-    """A model's answers to some of the prompts."""
+def select_prompts(model: EvaluatedModel, ids: set[str]) -> EvaluatedModel:
+    """Return a model's answers to some of the prompts."""
     prompts = list(dict.fromkeys(g.prompt_id for g in model.generations))
     kept = np.array([prompt_id in ids for prompt_id in prompts])
     return replace(
@@ -111,8 +119,8 @@ def part_of(model: EvaluatedModel, ids: set[str]) -> EvaluatedModel:
     )
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Sampled and greedy accuracy of every model and the paired difference, a line a run."""
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Format the accuracy of every model and the paired difference, one line per run and task."""
     lines = [
         "| task | student | seed | base | SFT | LDL-GRPO | difference | greedy: SFT | LDL-GRPO | win rate: SFT "
         "| LDL-GRPO |",
@@ -133,9 +141,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _interval(found: dict[str, Any], key: str, style: str = ".3f") -> str:
-    low, high = found[f"{key}_ci"]
-    return f"{found[key]:{style}} [{low:{style}}, {high:{style}}]"
+def _interval(metrics: dict[str, Any], key: str, style: str = ".3f") -> str:
+    low, high = metrics[f"{key}_ci"]
+    return f"{metrics[key]:{style}} [{low:{style}}, {high:{style}}]"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""One Stage II step of the GRPO kind, and its phases, against TRL and against repeating the prompt K times.
+"""Time one GRPO-like Stage II step and its phases against TRL and against repeating the prompt K times.
 
     python benchmarks/step.py --quick            a slice of two minutes
     python benchmarks/step.py --output step.json the whole grid
     python benchmarks/step.py --device cuda --dtype bfloat16 --shape 1.5b --lora
 
-The model has random weights, the prompts random words; what is timed does not depend on what they say. TRL's
-GRPOTrainer and ours get the same model, prompts, number and length of candidates, loss and optimiser. Its reward
-function scores the K candidates and the anchor with a frozen copy as a competent user would write it: one padded
-batch of full texts, no gradients, logits at the closing positions only. TRL makes logits for completions only, as it
-does on a GPU. Both sides run in one process, taking
-turns, after a warm-up that also holds the self-check of sharing. Ratios are of medians. Memory is what the update
-takes beyond weights, gradients and optimiser state, each form in a process of its own (a CPU's needs Linux).
+The model has random weights and the prompts are random words; the timings do not depend on them. TRL's GRPOTrainer and
+purld get the same model, prompts, number and length of candidates, loss and optimizer. TRL's reward function scores the
+K candidates and the anchor with a frozen copy as a competent user would write it: one padded batch of full texts, no
+gradients, logits at the closing positions only. TRL computes logits for completions only, as it does on a GPU. Both
+sides take turns in one process, after a warm-up that includes the self-check of prefix sharing. Ratios are of medians.
+Memory is what the update takes beyond weights, gradients and optimizer state, each form in its own process (on a CPU
+this needs Linux).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _MICRO_BATCH = 8  # sequences per backward pass, on every side
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's size; `kv` heads of 64 serve `hidden` / 64 query heads."""
+    """The size of a decoder; `kv` heads of 64 serve `hidden` / 64 query heads."""
 
     hidden: int
     layers: int
@@ -67,12 +67,12 @@ class Shape:
 
     @property
     def body(self) -> int:
-        """Weights that every token passes through, the head aside."""
+        """The number of weights that every token passes through, without the LM head."""
         return self.layers * self.hidden * (2 * self.hidden + 128 * self.kv + 3 * self.intermediate)
 
     @property
     def head(self) -> int:
-        """Weights between hidden states and logits."""
+        """The number of weights of the LM head."""
         return self.hidden * self.vocabulary
 
 
@@ -99,11 +99,11 @@ class Bench:
     """Everything that one cell's timings need.
 
     Args:
-        encoder: of the model.
+        encoder: the model's encoder.
         base: the model that every role starts from.
-        prompt: what the candidates answer.
+        prompt: the prompt that the candidates answer.
         cell: the sizes.
-        lora: whether an adapter is trained in place of all weights.
+        lora: whether an adapter is trained instead of all weights.
     """
 
     def __init__(self, encoder: Encoder, base: Any, prompt: Prompt, cell: Cell, lora: bool) -> None:
@@ -115,43 +115,43 @@ class Bench:
         self.lora = lora
         self.policy = self.trainable()
         self.roles = Roles(self.policy, None if lora else self.frozen)
-        self.optimiser = adam(self.policy)
+        self.optimizer = make_optimizer(self.policy)
         self.sampler = GenerateSampler(encoder, Decoding(1.0, cell.completion))
         self.evaluator = SelfEvaluator(encoder, "expected", cell.candidates + 1)
-        draw = random.Random(0)
-        self.anchor = words(cell.completion, draw)
+        rng = random.Random(0)
+        self.anchor = random_words(cell.completion, rng)
         self.prompt = prompt
-        self.prompt_head = encoder.encode_prompt(prompt)
-        self.completions = [encoder.encode_literal(words(cell.completion, draw)) for _ in range(cell.candidates)]
+        self.encoded_prompt = encoder.encode_prompt(prompt)
+        self.completions = [encoder.encode_literal(random_words(cell.completion, rng)) for _ in range(cell.candidates)]
         self.texts = [encoder.decode_text(c) for c in self.completions]
 
     @classmethod
-    def of_text(cls, shape: Shape, cell: Cell, options: argparse.Namespace) -> Bench:
-        """A Llama of a shape, and a prompt of as many tokens as the cell says."""
-        encoder = Encoder(tokenizer(shape.vocabulary), max_anchor_tokens=cell.completion)
+    def for_text(cls, shape: Shape, cell: Cell, options: argparse.Namespace) -> Bench:
+        """Create a Llama of a shape and a prompt with the cell's number of tokens."""
+        encoder = Encoder(make_tokenizer(shape.vocabulary), max_anchor_tokens=cell.completion)
         base = random_model(shape, encoder, torch.device(options.device), getattr(torch, options.dtype))
-        # The template around a prompt has a few tokens of its own.
-        question = words(cell.prompt - len(encoder.encode_prompt(Prompt.from_text(""))), random.Random(1))
+        # The chat template adds a few tokens.
+        question = random_words(cell.prompt - len(encoder.encode_prompt(Prompt.from_text(""))), random.Random(1))
         return cls(encoder, base, Prompt.from_text(question), cell, options.lora)
 
     def trainable(self) -> Any:
-        """A model to train that starts from the same weights."""
+        """Return a model to train that starts from the base weights."""
         model = copy.deepcopy(self.base)
         return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM")) if self.lora else model
 
     def sample_shared(self) -> list[list[int]]:
-        """K candidates, the prompt prefilled once."""
-        (group,) = self.sampler(self.policy, [self.prompt_head], self.cell.candidates, seed=0)
+        """Sample K candidates, prefilling the prompt once."""
+        (group,) = self.sampler(self.policy, [self.encoded_prompt], self.cell.candidates, seed=0)
         return [c.ids for c in group]
 
     @torch.no_grad()
     def sample_plain(self) -> None:
-        """K candidates, the prompt prefilled K times."""
-        ids, mask = pad_left([self.prompt_head.ids], self.encoder.pad, self.device)
+        """Sample K candidates, prefilling the prompt K times."""
+        ids, mask = pad_left([self.encoded_prompt.ids], self.encoder.pad, self.device)
         self.policy.generate(
             input_ids=ids,
             attention_mask=mask,
-            **pixel_inputs([self.prompt_head], ids),
+            **pixel_inputs([self.encoded_prompt], ids),
             num_return_sequences=self.cell.candidates,
             do_sample=True,
             top_k=0,
@@ -159,21 +159,21 @@ class Bench:
         )
 
     def score_shared(self, texts: Sequence[str]) -> list[float | None]:
-        """The candidates' scores, instruction, prompt and anchor computed once."""
+        """Score the candidates, computing instruction, prompt and anchor once."""
         with self.roles.frozen() as evaluator:
             return self.evaluator.score(evaluator, self.prompt, self.anchor, texts).candidates
 
     @torch.no_grad()
     def score_plain(self, texts: Sequence[str]) -> list[float]:
-        """The same scores from full texts, as a reward function would find them."""
+        """Compute the same scores from full texts, as a reward function would."""
         frame = self.encoder.evaluation_frame(self.prompt, self.anchor)
         opening = self.encoder.encode_literal("0.")
         rows = [
             frame.prefix.ids + self.encoder.encode_literal(t) + frame.suffix + opening for t in (self.anchor, *texts)
         ]
         ids, mask = pad_left(rows, self.encoder.pad, self.device)
-        beside = pixel_inputs([frame.prefix] * len(rows), ids)
-        logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3, **beside).logits.float()
+        extra_inputs = pixel_inputs([frame.prefix] * len(rows), ids)
+        logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3, **extra_inputs).logits.float()
         zero, one = self.encoder.encode_literal("0")[0], self.encoder.encode_literal("1")[0]
         digits = torch.tensor([self.encoder.encode_literal(str(d))[0] for d in range(10)], device=self.device)
         leading = logits[:, 0, [zero, one]].softmax(dim=-1)
@@ -182,7 +182,7 @@ class Bench:
         return scores[1:]
 
     def update(self, prefix: Prefix, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
-        """One optimiser step of GRPO's clipped loss, per-sequence means, no KL term."""
+        """Take one optimizer step of GRPO's clipped loss, per-sequence means, no KL term."""
         for rows in micro_batches(len(completions), _MICRO_BATCH):
             log_probs, mask = prefix.token_log_probs(completions[rows])
             ratio = (log_probs - log_probs.detach()).exp()
@@ -191,16 +191,16 @@ class Bench:
             (-((clipped * mask).sum(dim=1) / mask.sum(dim=1)).sum() / len(completions)).backward()
         prefix.backward()
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def update_shared(self) -> None:
-        """The update on the shared prompt."""
+        """Update with a shared prefix."""
         self.update(self.shared_prefix(self.completions), self.completions, self.advantages())
 
     def update_plain(self) -> None:
-        """The update on full sequences."""
-        plain = FullSequences(self.policy, self.prompt_head, self.encoder.pad)
+        """Update on full sequences."""
+        plain = FullSequences(self.policy, self.encoded_prompt, self.encoder.pad)
         self.update(plain, self.completions, self.advantages())
 
     def step(self) -> None:
@@ -212,32 +212,32 @@ class Bench:
         self.update(self.shared_prefix(completions), completions, advantages)
 
     def shared_prefix(self, completions: Sequence[Sequence[int]]) -> Prefix:
-        """The prompt of a group, once."""
-        return make_prefix(self.policy, self.prompt_head, completions, self.encoder.pad, cut=True)
+        """Return the prefix that all candidates of a group share."""
+        return make_prefix(self.policy, self.encoded_prompt, completions, self.encoder.pad, cut=True)
 
     def advantages(self) -> Tensor:
-        """Some advantages of both signs."""
+        """Return fixed advantages of both signs."""
         return torch.linspace(-1.5, 1.5, self.cell.candidates, device=self.device)
 
 
-def words(count: int, draw: random.Random) -> str:
-    """Random text of `count` tokens."""
-    return " ".join(f"w{draw.randrange(1000)}" for _ in range(count))
+def random_words(count: int, rng: random.Random) -> str:
+    """Return random text of `count` tokens."""
+    return " ".join(f"w{rng.randrange(1000)}" for _ in range(count))
 
 
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word, so that texts have the lengths they are meant to have."""
-    words = [*_SPECIAL, *map(str, range(10)), ".", "user", "assistant", *(f"w{i}" for i in range(1000))]
-    words += [f"x{i}" for i in range(vocabulary - len(words))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Create a tokenizer with one token per word, so that texts have exact lengths."""
+    tokens = [*_SPECIAL, *map(str, range(10)), ".", "user", "assistant", *(f"w{i}" for i in range(1000))]
+    tokens += [f"x{i}" for i in range(vocabulary - len(tokens))]
+    word_level = Tokenizer(models.WordLevel({w: i for i, w in enumerate(tokens)}, unk_token="[UNK]"))
+    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", eos_token="<|end|>", chat_template=_CHAT
+        tokenizer_object=word_level, pad_token="[PAD]", unk_token="[UNK]", eos_token="<|end|>", chat_template=_CHAT
     )
 
 
 def random_model(shape: Shape, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
-    """A Llama of this shape with random weights."""
+    """Create a Llama of this shape with random weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -253,32 +253,36 @@ def random_model(shape: Shape, encoder: Encoder, device: torch.device, dtype: to
         bos_token_id=None,
     )
     with device:
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model: Any = LlamaForCausalLM(config)
+        return model.to(dtype).eval()
 
 
-def adam(model: Any) -> torch.optim.Optimizer:
-    """The optimiser that TRL's trainer uses by default."""
+def make_optimizer(model: Any) -> torch.optim.Optimizer:
+    """Create the optimizer that TRL's trainer uses by default."""
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: of the process's own work on a CPU, which neighbours on the machine do not stretch; else of the wall."""
+def read_clock(device: torch.device) -> float:
+    """Return seconds: the process's own CPU time on a CPU, wall time on a GPU.
+
+    CPU time is not stretched by other processes on the machine.
+    """
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that `work` takes."""
-    start = clock(device)
+def time_call(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that `work` takes."""
+    start = read_clock(device)
     work()
-    return clock(device) - start
+    return read_clock(device) - start
 
 
-def phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each phase in both forms, taking turns."""
-    forms = {
+def time_phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of each phase in both forms, which take turns."""
+    forms: dict[str, dict[str, Callable[[], Any]]] = {
         "sample": {"plain": bench.sample_plain, "shared": bench.sample_shared},
         "score": {
             "plain": lambda: bench.score_plain(bench.texts),
@@ -287,37 +291,37 @@ def phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]:
         "update": {"plain": bench.update_plain, "shared": bench.update_shared},
     }
     for shared in (bench.sample_shared, forms["score"]["shared"], bench.update_shared):
-        shared()  # warm-up; the self-check is in it
-    found: dict[str, dict[str, list[float]]] = {p: {"plain": [], "shared": []} for p in forms}
+        shared()  # warm-up, including the self-check
+    seconds: dict[str, dict[str, list[float]]] = {p: {"plain": [], "shared": []} for p in forms}
     for _ in range(repeats):
         for phase, both in forms.items():
             for form, work in both.items():
-                found[phase][form].append(timed(work, bench.device))
-    return found
+                seconds[phase][form].append(time_call(work, bench.device))
+    return seconds
 
 
 def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
-    """Seconds of whole steps, TRL's and ours taking turns, and candidates' mean length on TRL's side."""
-    found: dict[str, list[float]] = {"trl": [], "purld": []}
+    """Return the seconds of whole steps, TRL's and ours in turn, and the mean candidate length on TRL's side."""
+    seconds: dict[str, list[float]] = {"trl": [], "purld": []}
     lengths: list[int] = []
 
-    def reward(completions: list[Any], **_: Any) -> list[float]:
+    def reward(completions: list[Any], **_: Any) -> list[float | None]:
         texts = [c[0]["content"] for c in completions]
         lengths.extend(len(bench.encoder.encode_literal(t)) for t in texts)
-        return bench.score_plain(texts)
+        return list[float | None](bench.score_plain(texts))
 
     class TakeTurns(TrainerCallback):
         """Times TRL's step, then runs and times ours; the first of each is the warm-up."""
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.start = clock(bench.device)
+            self.start = read_clock(bench.device)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            theirs = clock(bench.device) - self.start
-            ours = timed(bench.step, bench.device)
+            theirs = read_clock(bench.device) - self.start
+            ours = time_call(bench.step, bench.device)
             if state.global_step > 1:
-                found["trl"].append(theirs)
-                found["purld"].append(ours)
+                seconds["trl"].append(theirs)
+                seconds["purld"].append(ours)
 
     cell = bench.cell
     rows = [{"prompt": [{"role": "user", "content": bench.prompt.question}]}] * (repeats + 1)
@@ -330,21 +334,21 @@ def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
             callbacks=[TakeTurns()],
             args=trl_settings(folder, cell, repeats + 1, bench),
         )
-        # Off Triton, TRL sends the prompt's positions through the head as well, for compilers that we do not use.
+        # Without Triton, TRL sends the prompt's positions through the LM head too, for compilers not used here.
         with mock.patch("trl.trainer.utils._use_triton", lambda _: True):
             trainer.train()
-    found["trl_completion_tokens"] = [statistics.mean(lengths)]
-    return found
+    seconds["trl_completion_tokens"] = [statistics.mean(lengths)]
+    return seconds
 
 
 def trl_settings(folder: str, cell: Cell, steps: int, bench: Bench) -> GRPOConfig:
-    """GRPOTrainer doing what `Bench.step` does."""
-    micro = min(cell.candidates, _MICRO_BATCH)
+    """Configure GRPOTrainer to do what `Bench.step` does."""
+    micro_batch_size = min(cell.candidates, _MICRO_BATCH)
     return GRPOConfig(
         output_dir=folder,
         max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=cell.candidates // micro,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=cell.candidates // micro_batch_size,
         num_generations=cell.candidates,
         max_completion_length=cell.completion,
         temperature=1.0,
@@ -367,87 +371,91 @@ def trl_settings(folder: str, cell: Cell, steps: int, bench: Bench) -> GRPOConfi
 
 
 def peak_of_update(shape: Shape, cell: Cell, form: str, options: argparse.Namespace) -> int:
-    """Bytes that one update takes at its peak beyond what the model and its optimiser hold anyway."""
-    bench = Bench.of_text(shape, cell, options)
-    bench.optimiser.zero_grad = lambda: None  # type: ignore[method-assign]  # gradients stay, as part of what is held
-    few = [c[:4] for c in bench.completions[:2]]
-    head = EncodedPrompt(bench.prompt_head.ids[:16])
-    bench.update(make_prefix(bench.policy, head, few, bench.encoder.pad, cut=True), few, bench.advantages()[:2])
-    before = held(bench.device)
-    {"plain": bench.update_plain, "shared": bench.update_shared}[form]()
-    return peak(bench.device) - before
+    """Return the bytes that one update takes at its peak beyond what the model and its optimizer hold anyway."""
+    bench = Bench.for_text(shape, cell, options)
+    few_completions = [c[:4] for c in bench.completions[:2]]
+    prefix_prompt = EncodedPrompt(bench.encoded_prompt.ids[:16])
+    with mock.patch.object(bench.optimizer, "zero_grad"):  # gradients stay in memory, so they count as held
+        bench.update(
+            make_prefix(bench.policy, prefix_prompt, few_completions, bench.encoder.pad, cut=True),
+            few_completions,
+            bench.advantages()[:2],
+        )
+        before = bytes_in_use(bench.device)
+        {"plain": bench.update_plain, "shared": bench.update_shared}[form]()
+        return peak_bytes(bench.device) - before
 
 
-def held(device: torch.device) -> int:
-    """Bytes in use; the peak is counted anew from here."""
+def bytes_in_use(device: torch.device) -> int:
+    """Return the bytes in use, and reset the peak."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, on Linux
-    return peak(device)
+    return peak_bytes(device)
 
 
-def peak(device: torch.device) -> int:
-    """The most bytes in use since `held`."""
+def peak_bytes(device: torch.device) -> int:
+    """Return the most bytes in use since `bytes_in_use`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def peaks(cell: Cell, options: argparse.Namespace) -> dict[str, int]:
-    """`peak_of_update` of both forms, each in a fresh process."""
-    found = {}
+def measure_peaks(cell: Cell, options: argparse.Namespace) -> dict[str, int]:
+    """Run `peak_of_update` for both forms, each in a fresh process."""
+    peaks = {}
     for form in ("plain", "shared"):
         command = [sys.executable, __file__, "--peak", form, "--shape", options.shape, "--device", options.device]
         command += ["--dtype", options.dtype, "--completion", str(cell.completion), *["--lora"] * options.lora]
         command += ["--prompts", str(cell.prompt), "--candidates", str(cell.candidates)]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[form] = int(result.stdout.split()[-1])
-    return found
+        peaks[form] = int(result.stdout.split()[-1])
+    return peaks
 
 
 def update_rate(shape: Shape, cell: Cell, seconds: float, lora: bool) -> float:
-    """Floating-point operations per second of the shared update's matrix products, attention's aside."""
+    """Return the FLOP/s of the shared update's matrix products, without those of attention."""
     completion_tokens = cell.candidates * cell.completion
-    passes = 4 if lora else 6  # frozen weights need no gradient of their own
+    passes = 4 if lora else 6  # frozen weights need no gradient
     body = passes * shape.body * (cell.prompt + completion_tokens)
-    head = (passes + 2) * shape.head * completion_tokens  # logits are made twice
+    head = (passes + 2) * shape.head * completion_tokens  # logits are computed twice
     return (body + head) / seconds
 
 
-def measure(shape: Shape, cell: Cell, options: argparse.Namespace, repeats: int, whole: bool) -> dict[str, Any]:
-    """All figures of a cell."""
-    bench = Bench.of_text(shape, cell, options)
+def measure_cell(shape: Shape, cell: Cell, options: argparse.Namespace, repeats: int, whole: bool) -> dict[str, Any]:
+    """Measure all figures of a cell; without `whole` leave out TRL and memory."""
+    bench = Bench.for_text(shape, cell, options)
     row: dict[str, Any] = {"prompt": cell.prompt, "completion": cell.completion, "candidates": cell.candidates}
-    row["phases"] = phases(bench, repeats)
+    row["phases"] = time_phases(bench, repeats)
     shared = statistics.median(row["phases"]["update"]["shared"])
     row["update_flops_per_second"] = update_rate(shape, cell, shared, options.lora)
     row["update_completion_tokens_per_second"] = cell.candidates * cell.completion / shared
     row["step"] = steps_against_trl(bench, repeats) if whole else None
     del bench
-    row["peak_bytes"] = peaks(cell, options) if whole else None
+    row["peak_bytes"] = measure_peaks(cell, options) if whole else None
     return row
 
 
-def ratio(slow: list[float], fast: list[float]) -> str:
-    """Of medians, with the range over paired turns."""
+def format_ratio(slow: list[float], fast: list[float]) -> str:
+    """Format the ratio of medians, with the range over paired turns."""
     pairs = sorted(s / f for s, f in zip(slow, fast))
     spread = f" ({pairs[0]:.1f}-{pairs[-1]:.1f})" if len(pairs) > 1 else ""
     return f"{statistics.median(slow) / statistics.median(fast):.2f}{spread}"
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row of the table."""
+def format_row(row: dict[str, Any]) -> str:
+    """Format a row of the table."""
     cells = [f"{row['prompt']}/{row['completion']}/{row['candidates']}"]
     for phase in ("sample", "score", "update"):
         times = row["phases"][phase]
         seconds = " / ".join(f"{statistics.median(times[form]):.3g}" for form in ("plain", "shared"))
-        cells.append(f"{seconds} s = {ratio(times['plain'], times['shared'])}")
+        cells.append(f"{seconds} s = {format_ratio(times['plain'], times['shared'])}")
     if row["step"]:
         times = row["step"]
         seconds = " / ".join(f"{statistics.median(times[side]):.3g}" for side in ("trl", "purld"))
-        cells.append(f"{seconds} s = {ratio(times['trl'], times['purld'])}")
+        cells.append(f"{seconds} s = {format_ratio(times['trl'], times['purld'])}")
     if row["peak_bytes"]:
         plain, shared = (row["peak_bytes"][form] / 2**20 for form in ("plain", "shared"))
         cells.append(f"{plain:.0f} / {shared:.0f} MiB = {plain / shared:.2f}")
@@ -459,9 +467,12 @@ HEADER = """| P/C/K | sample plain / shared | score plain / shared | update plai
 
 
 def write_report(
-    rows: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str], shape: Shape, options: argparse.Namespace
+    rows: Iterable[dict[str, Any]],
+    format_row: Callable[[dict[str, Any]], str],
+    shape: Shape,
+    options: argparse.Namespace,
 ) -> None:
-    """Print a line for each row as it is measured, and keep them all as JSON where `options` ask for it."""
+    """Print each row as it is measured; write all rows as JSON if `options` name an output."""
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
@@ -472,19 +483,19 @@ def write_report(
     }
     for row in rows:
         report["rows"].append(row)
-        print(line(row), flush=True)
+        print(format_row(row), flush=True)
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def cells(options: argparse.Namespace) -> list[Cell]:
-    """The grid, the cell that the aims are about first."""
+def grid_cells(options: argparse.Namespace) -> list[Cell]:
+    """Return the grid, starting with the cell that the project's goals are about."""
     grid = [Cell(p, options.completion, k) for p in options.prompts for k in options.candidates]
     return sorted(grid, key=lambda c: (c.prompt, c.candidates) != (512, 8))
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="One Stage II step, and its phases, against TRL and plain forms.")
     parser.add_argument("--quick", action="store_true", help="one cell of a smaller model")
     parser.add_argument("--shape", choices=SHAPES, default="small")
@@ -505,17 +516,19 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the grid; print a table, write JSON."""
-    options = arguments()
+    """Run the grid, print a table and write JSON."""
+    options = parse_arguments()
     transformers.logging.set_verbosity_error()
     shape = SHAPES[options.shape]
     if options.peak:
-        (cell,) = cells(options)
+        (cell,) = grid_cells(options)
         print(peak_of_update(shape, cell, options.peak, options))
         return
     print(HEADER, flush=True)
-    rows = (measure(shape, cell, options, options.repeats, not options.phases_only) for cell in cells(options))
-    write_report(rows, line, shape, options)
+    rows = (
+        measure_cell(shape, cell, options, options.repeats, not options.phases_only) for cell in grid_cells(options)
+    )
+    write_report(rows, format_row, shape, options)
 
 
 if __name__ == "__main__":

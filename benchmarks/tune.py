@@ -1,9 +1,9 @@
-"""A grid of settings on the testbed, judged on a validation split: how the demo's own settings were chosen.
+"""Sweep settings on the testbed with a validation split: how the demo's own settings were chosen.
 
     .venv/bin/python benchmarks/tune.py --task counting --out runs/tune align.learning_rate=3e-4,1e-3 seed=0,1
 
-The demo's prompts and configuration, but its held-out problems stay unseen: answers are measured on other
-problems of the training split. The grid itself is an ordinary `purld sweep`; no server is needed.
+It uses the demo's prompts and configuration, but not its held-out problems: answers are measured on other problems of
+the training split. The grid itself is an ordinary `purld sweep`; no server is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, demo_values
 from purld.testbed.shipped import DEMOS, demo_problems
 from purld.testbed.world.world import Problem, teacher_answer, to_prompt, write_prompts
 
-# Another seed than any demo's draws other problems.
+# Not a demo's seed, so it draws other problems.
 VALIDATION_SEED = 777
 
 
@@ -42,14 +42,14 @@ def main() -> None:
 
 
 def write_config(task: str, student: str | None, folder: Path) -> Path:
-    """The demo's configuration on files: seed 0's prompts, their anchors, and validation problems."""
+    """Write the demo's configuration with files: seed 0's prompts, their anchors, and validation problems."""
     prompts = demo_problems(task, "train", TRAIN_PROMPTS, 0)
-    asked = {(p.question, p.scene) for p in prompts}
+    trained_on = {(p.question, p.scene) for p in prompts}
     others = demo_problems(task, "train", HELD_OUT_PROMPTS + TRAIN_PROMPTS, VALIDATION_SEED)
     write_prompts(folder / "prompts.jsonl", prompts)
-    validation = [p for p in others if (p.question, p.scene) not in asked]
+    validation = [p for p in others if (p.question, p.scene) not in trained_on]
     write_prompts(folder / "held_out.jsonl", validation[:HELD_OUT_PROMPTS])
-    # Two pictures may be asked the same question: answers are told apart by the prompt's id.
+    # Two images may have the same question, so answers are matched by the prompt's id.
     write_rows(folder / "answers.jsonl", map(_answer, prompts))
     values = demo_values(task, folder, "http://127.0.0.1/v1", student)
     values["teacher"] = {"kind": "file", "path": str(folder / "answers.jsonl")}

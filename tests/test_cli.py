@@ -18,7 +18,7 @@ from purld.config.clients import OpenAIEndpoint
 from purld.config.load import load_config
 from purld.display.progress import Reporter
 from purld.pipeline.pipeline import Pipeline
-from purld.pipeline.stages import _standing
+from purld.pipeline.stages import _collection_status
 from purld.runs.run_dir import RunDir
 from purld.tasks.registry import TASKS
 
@@ -71,13 +71,13 @@ def test_progress_tells_states_calls_in_flight_and_what_was_spent(tmp_path, pric
             CallResult("answered", "yes", usage=Usage(1200, 5, 0.25)),
         )
         ledger.reserve(asked("b"), "teacher", 9, 1.5, Caps())
-        standing = _standing(Counter(answered=1, failed=2, refused=0), ledger, "teacher", endpoint)
+        standing = _collection_status(Counter(answered=1, failed=2, refused=0), ledger, "teacher", endpoint)
     assert standing == f"1 answered, 2 failed, 1 in flight, {spent}"
 
 
 def test_our_own_warnings_are_a_plain_line():
     code = (
-        "import warnings; from purld import cli, errors; cli._settle_warnings();"
+        "import warnings; from purld import cli, errors; cli._configure_warnings();"
         "warnings.warn('a model is slow.', errors.PlainWarning); warnings.warn('of others')"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
@@ -95,5 +95,6 @@ def test_a_full_disk_is_one_sentence_wherever_it_shows(tiny_config, tmp_path, mo
         main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "purld: the disk is full (No space left on device); free some space and run the same command again, it continues from here."
+        "purld: the disk is full (No space left on device); free some space and run the same command again, "
+        "it continues from here."
     )

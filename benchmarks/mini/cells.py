@@ -1,8 +1,8 @@
-"""What is run: one cell is one p_sft or one Stage II, with all of it that differs between cells.
+"""Define a cell: one p_sft or one Stage II, with every setting that differs between cells.
 
-A cell is known by its content, so the same cell in two tables is run once, and an edited setting is another cell. What
-all cells share (the student, Stage I, how much is measured) is no part of it: after a change of that take an empty
-folder. Nothing here trains; torch is not imported.
+A cell is identified by its content, so the same cell in two tables is run once, and an edited setting is another cell.
+What all cells share (the student, Stage I, how much is measured) is not part of it: after changing that, use an empty
+folder. Nothing here trains, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 from purld.records import content_hash
+from purld.testbed.world.world import Task
 
 Split = Literal["validation", "test"]
 Evaluator = Literal["frozen", "moving"]
 Pool = Literal["same", "other"]
 
-# What every method of Stage II shares: 32 updates of 8 prompts are one pass over 256. The demo has K=16 and 80 steps;
-# less than that is what makes the whole table fit into three hours on two cores.
+# Shared by all methods of Stage II: 32 updates of 8 prompts are one pass over 256 prompts. The demo has K=16 and 80
+# steps; with fewer the whole table takes three hours on two cores.
 SHARED: Mapping[str, Any] = {
     "prompts_per_step": 8,
     "steps": 32,
@@ -27,18 +28,18 @@ SHARED: Mapping[str, Any] = {
     "max_new_tokens": 64,
     "micro_batch_size": 16,
 }
-GROUPED = SHARED | {"candidates": 8}
+GROUPED = {**SHARED, "candidates": 8}
 SCORED = {"score_batch_size": 32}
-PLAIN: Mapping[str, Mapping[str, Any]] = {
-    "ldl_grpo": GROUPED | SCORED | {"q": "ratio", "gamma": 10.0, "tau": 1.2, "beta": 0.01},
-    "anchorrank_dpo": GROUPED | SCORED | {"beta": 0.1},
-    "anchor_grpo": GROUPED | SCORED | {"beta": 0.0},
-    "self_ppo": SHARED | SCORED | {"beta": 0.05},
-    "singlepair_dpo": SHARED | {"beta": 0.1},
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "ldl_grpo": {**GROUPED, **SCORED, "q": "ratio", "gamma": 10.0, "tau": 1.2, "beta": 0.01},
+    "anchorrank_dpo": {**GROUPED, **SCORED, "beta": 0.1},
+    "anchor_grpo": {**GROUPED, **SCORED, "beta": 0.0},
+    "self_ppo": {**SHARED, **SCORED, "beta": 0.05},
+    "singlepair_dpo": {**SHARED, "beta": 0.1},
     "sft_sft": SHARED,
-    "teacher_judge_grpo": GROUPED | {"beta": 0.0},
+    "teacher_judge_grpo": {**GROUPED, "beta": 0.0},
 }
-"""Each method's settings but for what was tuned."""
+"""Each method's settings, except those that are tuned."""
 
 ANCHORS = 256
 
@@ -48,18 +49,18 @@ class Cell:
     """One unit of work.
 
     Attributes:
-        task: of the testbed.
+        task: a task of the testbed.
         seed: draws prompts, problems, order, candidates and answers.
-        split: whose problems the answers are measured on.
-        method: of Stage II, or `sft` for p_sft itself.
-        settings: `align`'s keys and values, sorted; empty for `sft`.
-        anchors: prompts with a teacher's answer in each stage.
+        split: the split whose problems the answers are measured on.
+        method: a method of Stage II, or `sft` for p_sft itself.
+        settings: sorted keys and values of `align`; empty for `sft`.
+        anchors: number of prompts with a teacher's answer in each stage.
         pool: whether Stage II has the prompts of Stage I or as many others.
-        noise: standard deviation of what is added to every score.
-        evaluator: whether the scores are p_sft's or the moving policy's.
+        noise: standard deviation of the noise that is added to every score.
+        evaluator: whether p_sft or the moving policy gives the scores.
     """
 
-    task: str
+    task: Task
     seed: int
     split: Split
     method: str
@@ -71,7 +72,7 @@ class Cell:
 
     @cached_property
     def id(self) -> str:
-        """A hash of all of it."""
+        """A hash of all fields."""
         return content_hash(asdict(self))
 
     @property
@@ -80,33 +81,33 @@ class Cell:
         return Cell(self.task, self.seed, self.split, "sft", anchors=self.anchors)
 
     @property
-    def family(self) -> str:
-        """Equal for cells that start from the same weights; what is measured does not change them."""
+    def stage_one_key(self) -> str:
+        """A key that is equal for cells that start from the same weights, whatever is measured."""
         return f"{self.task}-seed{self.seed}-anchors{self.anchors}"
 
     @property
     def title(self) -> str:
-        """A line for a person."""
-        plain = PLAIN.get(self.method, {})
-        special = [named({k: v}) for k, v in self.settings if k != "method" and plain.get(k) != v]
+        """A title for people."""
+        defaults = DEFAULTS.get(self.method, {})
+        differences = [format_settings({k: v}) for k, v in self.settings if k != "method" and defaults.get(k) != v]
         if self.noise:
-            special.append(f"noise={self.noise:g}")
+            differences.append(f"noise={self.noise:g}")
         if self.evaluator != "frozen":
-            special.append(self.evaluator)
+            differences.append(self.evaluator)
         if self.pool != "same":
-            special.append("other prompts")
+            differences.append("other prompts")
         if self.anchors != ANCHORS:
-            special.append(f"N={self.anchors}")
-        return " ".join([self.task, f"seed {self.seed}", self.split, self.method, *special])
+            differences.append(f"N={self.anchors}")
+        return " ".join([self.task, f"seed {self.seed}", self.split, self.method, *differences])
 
 
-def named(settings: Mapping[str, Any]) -> str:
-    """Settings as a short text."""
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Format settings as a short text."""
     values = {key: f"{value:g}" if isinstance(value, float) else value for key, value in settings.items()}
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
-def stage_two(task: str, seed: int, split: Split, method: str, chosen: Mapping[str, Any], **more: Any) -> Cell:
-    """A Stage II cell with the method's plain settings and, over them, `chosen`; `more` are fields of `Cell`."""
-    settings = {"method": method} | PLAIN[method] | chosen
-    return Cell(task, seed, split, method, tuple(sorted(settings.items())), **more)
+def stage_two_cell(task: Task, seed: int, split: Split, method: str, chosen: Mapping[str, Any], **fields: Any) -> Cell:
+    """Return a Stage II cell: the method's defaults overridden by `chosen`; `fields` are fields of `Cell`."""
+    settings = {"method": method, **DEFAULTS[method], **chosen}
+    return Cell(task, seed, split, method, tuple(sorted(settings.items())), **fields)

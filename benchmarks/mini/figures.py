@@ -1,4 +1,4 @@
-"""The page's figures: convergence, noise, and one key at a time."""
+"""Draw the page's figures: convergence, noise, AUC, and one key at a time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from mini import plan
-from mini.plan import OfSeed
+from mini.plan import CellOfSeed
 from mini.results import Results, Row
 from purld.display.titles import model_title
+from purld.testbed.world.world import Task
 
 _BLUE, _RED, _GREY = "#2c6fbb", "#c44e52", "#777777"
 _COLOURS = {"ldl_grpo": _BLUE, "anchor_grpo": _RED}
@@ -28,14 +29,14 @@ _SWEPT: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "candidates": ("K", "log", {"base": 2}),
     "anchors": ("N", "log", {}),
 }
-"""What is drawn of what is varied alone, with its axis' label and scale."""
+"""The varied keys that are drawn, each with its axis' label, scale and scale options."""
 
-Point = tuple[float, OfSeed, OfSeed]
-"""x, an experiment, and the p_sft it starts from."""
+Point = tuple[float, CellOfSeed, CellOfSeed]
+"""x, an experiment, and the p_sft that it starts from."""
 
 
 def draw_figures(results: Results, docs: Path) -> None:
-    """Write the PNG files beside the page; a figure without points is left as it is."""
+    """Write the PNG files next to the page; a figure without points is not written."""
     if results.chosen is None:
         return
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
@@ -47,7 +48,7 @@ def draw_figures(results: Results, docs: Path) -> None:
 
 
 def _convergence(results: Results) -> Any:
-    """Figure 2's counterpart: Stage I's loss, then Stage II's objective, with the share of right candidates below."""
+    """Draw Figure 2's counterpart: Stage I's loss, then Stage II's objective, with the share of right candidates."""
     figure, axes = plt.subplots(2, len(plan.TASKS), figsize=(7.2, 4.2), squeeze=False)
     for column, task in enumerate(plan.TASKS):
         sft, ldl = results.of_method(task, "sft"), results.of_method(task, "ldl_grpo")
@@ -55,10 +56,10 @@ def _convergence(results: Results) -> Any:
         if not seeds:
             plt.close(figure)
             return None
-        top, below = axes[:, column]
+        top, bottom = axes[:, column]
         _losses(top, [results.row(sft(seed)) for seed in seeds], [results.row(ldl(seed)) for seed in seeds])
         top.set(title=task, xlabel="step (Stage I, then Stage II)")
-        _right_candidates(below, results, task)
+        _right_candidates(bottom, results, task)
     axes[0, 0].set_ylabel("Stage I loss")
     axes[1, 0].set_ylabel("right candidates")
     axes[1, 0].legend(frameon=False, fontsize=7)
@@ -67,7 +68,7 @@ def _convergence(results: Results) -> Any:
 
 
 def _losses(axis: Any, first: Sequence[Row], second: Sequence[Row]) -> None:
-    """Stage I's losses on the left scale, then LDL-GRPO's objective on the right one."""
+    """Draw Stage I's losses on the left scale, then LDL-GRPO's objective on the right one."""
     curves = [row["curve"] for row in first]
     best = [row["best_step"] for row in first]
     offset = max(row["step"] for curve in curves for row in curve)
@@ -83,21 +84,21 @@ def _losses(axis: Any, first: Sequence[Row], second: Sequence[Row]) -> None:
     twin.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=7, loc=(0.28, 0.5))
 
 
-def _right_candidates(axis: Any, results: Results, task: str) -> None:
-    """The share of candidates that are right along Stage II, for the methods that draw groups."""
+def _right_candidates(axis: Any, results: Results, task: Task) -> None:
+    """Draw the share of right candidates along Stage II, for the methods that draw groups."""
     for method, colour in _COLOURS.items():
-        of = results.of_method(task, method)
-        if seeds := results.seeds(of):
-            curves = [results.row(of(seed))["curve"] for seed in seeds]
+        experiment = results.of_method(task, method)
+        if seeds := results.seeds(experiment):
+            curves = [results.row(experiment(seed))["curve"] for seed in seeds]
             _band(axis, *_columns(curves, "right", smooth=5), colour, model_title(method))
     axis.set_xlabel("step of Stage II")
 
 
 def _columns(curves: Sequence[Sequence[dict[str, Any]]], key: str, smooth: int = 1) -> tuple[Any, Any]:
-    """Steps (n,) and values (curves, n) of a key at the steps that all curves have."""
-    found = [{row["step"]: row[key] for row in curve if key in row} for curve in curves]
-    steps = sorted(set.intersection(*(set(values) for values in found)))
-    values = np.array([[curve[step] for step in steps] for curve in found])
+    """Return steps (n,) and values (curves, n) of a key at the steps that all curves have."""
+    values_by_step = [{row["step"]: row[key] for row in curve if key in row} for curve in curves]
+    steps = sorted(set.intersection(*(set(values) for values in values_by_step)))
+    values = np.array([[curve[step] for step in steps] for curve in values_by_step])
     if smooth > 1:
         window = np.ones(smooth) / smooth
         values = np.array([np.convolve(row, window, mode="valid") for row in values])
@@ -106,13 +107,13 @@ def _columns(curves: Sequence[Sequence[dict[str, Any]]], key: str, smooth: int =
 
 
 def _band(axis: Any, steps: Any, values: Any, colour: str, label: str) -> None:
-    """The mean over seeds, and from the lowest to the highest seed."""
+    """Draw the mean over seeds and the band from the lowest to the highest seed."""
     axis.plot(steps, values.mean(axis=0), color=colour, lw=1.2, label=label)
     axis.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0)
 
 
 def _noise(results: Results) -> Any:
-    """LDL-GRPO and Anchor-GRPO against SFT by the noise on their scores."""
+    """Draw LDL-GRPO and Anchor-GRPO against SFT by the noise on their scores."""
     figure, axes = plt.subplots(len(_NAMES), len(plan.TASKS), figsize=(7.2, 4.4), squeeze=False)
     drawn = False
     for column, task in enumerate(plan.TASKS):
@@ -130,7 +131,7 @@ def _noise(results: Results) -> Any:
 
 
 def _auc(results: Results) -> Any:
-    """What Stage II gains in accuracy by how well its scores told right candidates from wrong ones; a dot is a run."""
+    """Draw Stage II's gain in accuracy by the AUC of its scores, right against wrong candidates; a dot is a run."""
     figure, axes = plt.subplots(1, len(plan.TASKS), figsize=(7.2, 2.6), squeeze=False)
     drawn = False
     for axis, task in zip(axes[0], plan.TASKS):
@@ -144,33 +145,36 @@ def _auc(results: Results) -> Any:
     return _finished(figure, axes[0, 0], drawn)
 
 
-def _by_auc(results: Results, task: str, method: str) -> tuple[list[float], list[float]]:
-    """AUC and gain of every run with noise and of those without."""
+def _by_auc(results: Results, task: Task, method: str) -> tuple[list[float], list[float]]:
+    """Return AUC and gain of every run, with and without noise."""
     sft = results.of_method(task, "sft")
-    aucs, gains = [], []
+    aucs: list[float] = []
+    gains: list[float] = []
     for deviation in (0.0, *plan.NOISE):
-        of = results.noisy(task, method, deviation)
-        aucs += [results.row(of(seed))["score"]["auc_within"] for seed in results.seeds(of, sft)]
-        found = results.difference(of, sft, "accuracy")
-        gains += found.values if found else ()
+        experiment = results.noisy(task, method, deviation)
+        aucs += [results.row(experiment(seed))["score"]["auc_within"] for seed in results.seeds(experiment, sft)]
+        difference = results.difference(experiment, sft, "accuracy")
+        gains += difference.values if difference else ()
     return aucs, gains
 
 
 def _points(
     axis: Any, results: Results, points: Sequence[Point], among: Sequence[int], name: str, colour: str, label: str
 ) -> bool:
-    """Means over some seeds, every seed a dot; returns whether there was a point."""
-    found = [(x, mean) for x, of, start in points if (mean := results.difference(of, start, name, among))]
-    if not found:
+    """Draw means over some seeds, with a dot per seed; return whether there was a point."""
+    means = [
+        (x, mean) for x, experiment, start in points if (mean := results.difference(experiment, start, name, among))
+    ]
+    if not means:
         return False
-    axis.plot(*zip(*[(x, mean.mean) for x, mean in found]), color=colour, lw=1.2, marker="o", ms=3, label=label)
-    for x, mean in found:
+    axis.plot(*zip(*[(x, mean.mean) for x, mean in means]), color=colour, lw=1.2, marker="o", ms=3, label=label)
+    for x, mean in means:
         axis.plot([x] * mean.n, mean.values, color=colour, ls="", marker=".", ms=3, alpha=0.5)
     return True
 
 
 def _finished(figure: Any, first: Any, drawn: bool) -> Any:
-    """The figure with its legend in the first panel; None if nothing was drawn."""
+    """Return the figure with its legend in the first panel; None if nothing was drawn."""
     if not drawn:
         plt.close(figure)
         return None
@@ -180,10 +184,10 @@ def _finished(figure: Any, first: Any, drawn: bool) -> Any:
 
 
 def _sensitivity(results: Results) -> Any:
-    """Figure 3's counterpart and more: one key at a time around the chosen settings."""
+    """Draw Figure 3's counterpart and more: one key at a time around the chosen settings."""
     figure, axes = plt.subplots(2, len(_SWEPT), figsize=(8.4, 4.0), squeeze=False, sharey="row")
     drawn = False
-    for column, (key, (label, scale, how)) in enumerate(_SWEPT.items()):
+    for column, (key, (label, scale, scale_options)) in enumerate(_SWEPT.items()):
         by_task = {task: _swept(results, task, key) for task in plan.TASKS}
         values = sorted({x for points in by_task.values() for x, _, _ in points})
         for (task, points), colour in zip(by_task.items(), (_BLUE, _RED)):
@@ -191,7 +195,7 @@ def _sensitivity(results: Results) -> Any:
                 drawn |= _points(axis, results, points, plan.SWEEP_SEEDS, name, colour, task)
         for axis in axes[:, column]:
             axis.axhline(0, color=_GREY, lw=0.8)
-            axis.set_xscale(scale, **how)
+            axis.set_xscale(scale, **scale_options)
             axis.set_xticks(values, [f"{value:g}" for value in values], rotation=45, fontsize=6)
             axis.set_xticks([], minor=True)
         axes[1, column].set_xlabel(label)
@@ -200,11 +204,11 @@ def _sensitivity(results: Results) -> Any:
     return _finished(figure, axes[0, 0], drawn)
 
 
-def _swept(results: Results, task: str, key: str) -> list[Point]:
-    """The points of one key."""
+def _swept(results: Results, task: Task, key: str) -> list[Point]:
+    """Return the points of one key."""
     assert results.chosen is not None
-    return [(p.value, p.cell, p.start) for p in plan.points(results.chosen[task], task) if p.key == key]
+    return [(p.value, p.cell, p.start) for p in plan.sweep_points(results.chosen[task], task) if p.key == key]
 
 
 DRAWN = {"convergence": _convergence, "noise": _noise, "auc": _auc, "sensitivity": _sensitivity}
-"""The figures by the ends of their files' names."""
+"""The figures by the last part of their file names."""

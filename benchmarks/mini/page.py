@@ -1,6 +1,6 @@
-"""docs/miniature.md: the parts of it that are made of rows, between markers that name them.
+"""Write docs/miniature.md: the tables between its named markers, and the figures next to it.
 
-Prose is written by hand around the markers and never touched. A table shows what is done; what is not done yet is
+Prose around the markers is written by hand and never touched. A table shows the finished cells; unfinished ones are
 missing from it and counted at the end of the page.
 """
 
@@ -13,22 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from mini import plan
-from mini.cells import Cell, named, stage_two
-from mini.plan import OfSeed
-from mini.results import FIGURES, NON_ANCHOR, Comparison, Results, best_on_validation, comparisons
-from mini.stats import LEVEL, Mean, holm
+from mini.cells import Cell, format_settings, stage_two_cell
+from mini.plan import CellOfSeed
+from mini.results import FIGURES, NON_ANCHOR, Comparison, Results, best_on_validation, list_comparisons
+from mini.stats import LEVEL, Mean, adjust_by_holm
 from purld.display.titles import model_title
 from purld.errors import UserError
 from purld.runs.files import atomic_write, write_json, write_rows
+from purld.testbed.world.world import Task
 
-SHOWN = ("sft", "sft_sft", "singlepair_dpo", "anchor_grpo", "self_ppo", "anchorrank_dpo", "ldl_grpo")
-"""The rows of Table 1 in the paper's order."""
+TABLE_ONE_METHODS = ("sft", "sft_sft", "singlepair_dpo", "anchor_grpo", "self_ppo", "anchorrank_dpo", "ldl_grpo")
+"""The methods of Table 1 in the paper's order."""
 
-_BASELINES = tuple(method for method in SHOWN if method != "ldl_grpo")
+_BASELINES = tuple(method for method in TABLE_ONE_METHODS if method != "ldl_grpo")
 
 
 def write_page(rows: Mapping[str, Mapping[str, Any]], docs: Path, chosen: Path | None = None) -> None:
-    """Put the tables into docs/miniature.md and draw the figures beside it.
+    """Put the tables into docs/miniature.md and draw the figures next to it.
 
     Args:
         rows: finished cells by id.
@@ -36,42 +37,42 @@ def write_page(rows: Mapping[str, Mapping[str, Any]], docs: Path, chosen: Path |
         chosen: where to write the settings that the tuning chose.
 
     Raises:
-        UserError: the page is not there, or lacks a marker.
+        UserError: the page is missing, or lacks a marker.
     """
     from mini.figures import draw_figures
 
     path = docs / "miniature.md"
     if not path.exists():
-        raise UserError(f"{path}: no such page; --docs names the folder that holds it.")
+        raise UserError(f"{path}: no such page; set --docs to the folder that holds it.")
     results = Results(rows)
     text = path.read_text(encoding="utf-8")
     for name, make in PARTS.items():
-        text = replaced(text, name, make(results), str(path))
+        text = replace_part(text, name, make(results), str(path))
     with atomic_write(path) as handle:
         handle.write(text)
     draw_figures(results, docs)
-    write_rows(docs / "miniature.jsonl", brief(results))
+    write_rows(docs / "miniature.jsonl", summary_rows(results))
     if chosen and results.chosen:
         write_json(chosen, results.chosen)
 
 
-def brief(results: Results) -> list[dict[str, Any]]:
-    """What was measured of every finished cell of the plan, without its problems and curves."""
-    found = []
-    for cells in suites(results).values():
+def summary_rows(results: Results) -> list[dict[str, Any]]:
+    """Return the figures of every finished cell of the plan, without its problems and curves."""
+    summary = []
+    for cells in cells_by_suite(results).values():
         for cell in cells:
             if cell in results:
                 names = [name for name in FIGURES if name != "greedy" or cell.split == "test"]
                 figures = {name: round(results.figure(cell, name), 5) for name in names}
                 score = results.row(cell).get("score")
-                found.append(asdict(cell) | {"settings": dict(cell.settings)} | figures | {"score_quality": score})
-    return found
+                summary.append(asdict(cell) | {"settings": dict(cell.settings)} | figures | {"score_quality": score})
+    return summary
 
 
 def quick_table(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> str:
-    """One seed's figures, with the interval over its problems."""
+    """Return one seed's figures, with the interval over its problems."""
     results = Results(rows)
-    heads = ["task", "method", "Raw", "LC", "accuracy", "Raw − SFT", "teacher calls", "seconds"]
+    headers = ["task", "method", "Raw", "LC", "accuracy", "Raw − SFT", "teacher calls", "seconds"]
     lines = []
     for cell in cells:
         if cell not in results:
@@ -84,14 +85,14 @@ def quick_table(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) ->
             mean, (low, high) = results.within_seed(cell, cell.stage_one, "raw")
             line[-1] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
         lines.append([*line, f"{calls:,.0f}", f"{seconds:.0f}"])
-    return table(heads, lines)
+    return markdown_table(headers, lines)
 
 
-def replaced(text: str, name: str, content: str, source: str) -> str:
-    """The page with another content between the markers of a part.
+def replace_part(text: str, name: str, content: str, source: str) -> str:
+    """Return the page with other content between the markers of a part.
 
     Raises:
-        UserError: the markers are not there exactly once.
+        UserError: the markers do not occur exactly once.
     """
     opening, closing = f"<!-- {name}: made by benchmarks/miniature.py -->", f"<!-- end of {name} -->"
     pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
@@ -100,22 +101,22 @@ def replaced(text: str, name: str, content: str, source: str) -> str:
     return pattern.sub(lambda _: f"{opening}\n{content}\n{closing}", text)
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table."""
+    lines = [headers, ["---"] * len(headers), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def level(mean: Mean | None) -> str:
-    """A figure with its interval over seeds."""
+def format_mean(mean: Mean | None) -> str:
+    """Format a figure with its interval over seeds."""
     if mean is None:
         return ""
     interval = "" if mean.low is None else f" [{mean.low:.3f}, {mean.high:.3f}]"
     return f"{mean.mean:.3f}{interval}"
 
 
-def signed(mean: Mean | None, seeds: bool = False) -> str:
-    """A difference with its interval over seeds, and on how many seeds it is above 0."""
+def format_difference(mean: Mean | None, seeds: bool = False) -> str:
+    """Format a difference with its interval over seeds, and on how many seeds it is above 0."""
     if mean is None:
         return ""
     interval = "" if mean.low is None else f" [{mean.low:+.3f}, {mean.high:+.3f}]"
@@ -126,68 +127,74 @@ def signed(mean: Mean | None, seeds: bool = False) -> str:
 # --- parts ----------------------------------------------------------------------------------------------------
 
 
-def grids(results: Results) -> str:
-    """Every setting that was tried, with its validation win rate and accuracy; the chosen ones are bold."""
+def grid_table(results: Results) -> str:
+    """Return every setting that was tried, with its validation win rate and accuracy; the chosen ones are bold."""
     start = ["SFT", "as in [results](results.md)"]
     start += [_on_validation(results, Cell(task, plan.TUNING_SEED, "validation", "sft")) for task in plan.TASKS]
     rows = [start]
     for method in plan.TUNED:
-        for rate in sorted({*plan.RATES, *plan.BEYOND}):
+        for rate in sorted({*plan.RATES, *plan.RATES_BEYOND}):
             setting = {"learning_rate": rate}
             shown = []
             for task in plan.TASKS:
-                text = _on_validation(results, stage_two(task, plan.TUNING_SEED, "validation", method, setting))
+                text = _on_validation(results, stage_two_cell(task, plan.TUNING_SEED, "validation", method, setting))
                 best = results.chosen is not None and results.chosen[task][method] == setting
                 shown.append(f"**{text}**" if best else text)
             if any(shown) or rate in plan.RATES:
                 beyond = "" if rate in plan.RATES else ", beyond the grid"
-                rows.append([model_title(method), f"{named(setting)}{beyond}", *shown])
-    return table(["method", "setting", *plan.TASKS], rows)
+                rows.append([model_title(method), f"{format_settings(setting)}{beyond}", *shown])
+    return markdown_table(["method", "setting", *plan.TASKS], rows)
 
 
 def _on_validation(results: Results, cell: Cell) -> str:
-    """Raw and accuracy of a cell that is done."""
+    """Format Raw and accuracy of a finished cell; empty for others."""
     return f"{results.figure(cell, 'raw'):.3f} / {results.figure(cell, 'accuracy'):.3f}" if cell in results else ""
 
 
 def table_one(results: Results) -> str:
-    """Table 1: raw and length-controlled win rates, and what the paper has no column for."""
-    return _per_task(results, [*SHOWN, "teacher_judge_grpo"])
+    """Return Table 1: raw and length-controlled win rates, and figures that the paper has no column for."""
+    return _per_task(results, [*TABLE_ONE_METHODS, "teacher_judge_grpo"])
 
 
 def table_two(results: Results) -> str:
-    """Table 2: SFT, Anchor-GRPO and LDL-GRPO."""
-    heads = ["task", *(f"{model_title(m)} {n}" for m in ("sft", "anchor_grpo", "ldl_grpo") for n in ("Raw", "LC"))]
+    """Return Table 2: SFT, Anchor-GRPO and LDL-GRPO."""
+    headers = ["task", *(f"{model_title(m)} {n}" for m in ("sft", "anchor_grpo", "ldl_grpo") for n in ("Raw", "LC"))]
     rows = []
     for task in plan.TASKS:
-        cells = [task]
+        cells: list[str] = [task]
         for method in ("sft", "anchor_grpo", "ldl_grpo"):
-            of = _method(results, task, method)
-            cells += [level(of and results.mean(of, name)) for name in ("raw", "lc")]
+            experiment = _experiment(results, task, method)
+            cells += [format_mean(experiment and results.mean(experiment, name)) for name in ("raw", "lc")]
         rows.append(cells)
-    return table(heads, rows)
+    return markdown_table(headers, rows)
 
 
-def _method(results: Results, task: str, method: str) -> OfSeed | None:
+def _experiment(results: Results, task: Task, method: str) -> CellOfSeed | None:
+    """Return a method as in the tables; None if its setting is not chosen yet."""
     return results.of_method(task, method) if results.chosen is not None or method == "sft" else None
 
 
 def _per_task(results: Results, methods: Sequence[str]) -> str:
+    """Return one table per task with a row per method; the best method is bold."""
     parts = []
     for task in plan.TASKS:
         rows, best = [], _best(results, task, methods)
         for method in methods:
-            of = _method(results, task, method)
-            seeds = results.seeds(of) if of else []
-            if of is None or not seeds:
+            experiment = _experiment(results, task, method)
+            seeds = results.seeds(experiment) if experiment else []
+            if experiment is None or not seeds:
                 continue
             cells = [f"**{model_title(method)}**" if method == best else model_title(method)]
-            cells += [level(results.mean(of, name)) for name in ("raw", "lc", "accuracy", "raw_if_right")]
-            cells += [f"{_mean(results, of, 'greedy'):.3f}", f"{_mean(results, of, 'length'):.0f}"]
-            cells.append(_last(results, of, "kl", plan.SEEDS))
-            cells += [f"{_mean(results, of, 'calls'):,.0f}", f"{_mean(results, of, 'seconds'):.0f}", str(len(seeds))]
+            cells += [format_mean(results.mean(experiment, name)) for name in ("raw", "lc", "accuracy", "raw_if_right")]
+            cells += [f"{_mean(results, experiment, 'greedy'):.3f}", f"{_mean(results, experiment, 'length'):.0f}"]
+            cells.append(_mean_of_last_steps(results, experiment, "kl", plan.SEEDS))
+            cells += [
+                f"{_mean(results, experiment, 'calls'):,.0f}",
+                f"{_mean(results, experiment, 'seconds'):.0f}",
+                str(len(seeds)),
+            ]
             rows.append(cells)
-        heads = [
+        headers = [
             task,
             "Raw ↑",
             "LC ↑",
@@ -200,27 +207,27 @@ def _per_task(results: Results, methods: Sequence[str]) -> str:
             "seconds of the stage",
             "seeds",
         ]
-        parts.append(table(heads, rows))
+        parts.append(markdown_table(headers, rows))
     return "\n\n".join(parts)
 
 
-def _mean(results: Results, of: OfSeed, name: str) -> float:
-    found = results.mean(of, name)
-    assert found is not None
-    return found.mean
+def _mean(results: Results, experiment: CellOfSeed, name: str) -> float:
+    mean = results.mean(experiment, name)
+    assert mean is not None
+    return mean.mean
 
 
-def _best(results: Results, task: str, methods: Sequence[str]) -> str | None:
+def _best(results: Results, task: Task, methods: Sequence[str]) -> str | None:
     rates = {}
     for method in methods:
-        of = _method(results, task, method)
-        if of and (found := results.mean(of, "raw")):
-            rates[method] = found.mean
+        experiment = _experiment(results, task, method)
+        if experiment and (mean := results.mean(experiment, "raw")):
+            rates[method] = mean.mean
     return max(rates, key=lambda m: rates[m]) if rates else None
 
 
-def differences(results: Results) -> str:
-    """Every method against SFT and against the best baseline."""
+def difference_table(results: Results) -> str:
+    """Compare every method with SFT and with the best baseline."""
     if results.chosen is None:
         return "The settings are not chosen yet."
     best = best_on_validation(results, _BASELINES)
@@ -228,19 +235,32 @@ def differences(results: Results) -> str:
     for task in plan.TASKS:
         rows = []
         rival = results.of_method(task, best[task])
-        for method in [*SHOWN[1:], "teacher_judge_grpo"]:
-            of, sft = results.of_method(task, method), results.of_method(task, "sft")
+        for method in [*TABLE_ONE_METHODS[1:], "teacher_judge_grpo"]:
+            experiment, sft = results.of_method(task, method), results.of_method(task, "sft")
             cells = [model_title(method)]
-            cells += [signed(results.difference(of, sft, name), seeds=True) for name in ("raw", "lc", "accuracy")]
-            cells.append("" if method == best[task] else signed(results.difference(of, rival, "raw"), seeds=True))
+            cells += [
+                format_difference(results.difference(experiment, sft, name), seeds=True)
+                for name in ("raw", "lc", "accuracy")
+            ]
+            cells.append(
+                ""
+                if method == best[task]
+                else format_difference(results.difference(experiment, rival, "raw"), seeds=True)
+            )
             rows.append(cells)
-        heads = [task, "Raw − SFT", "LC − SFT", "accuracy − SFT", f"Raw − {model_title(best[task])}, the best baseline"]
-        parts.append(table(heads, rows))
+        headers = [
+            task,
+            "Raw − SFT",
+            "LC − SFT",
+            "accuracy − SFT",
+            f"Raw − {model_title(best[task])}, the best baseline",
+        ]
+        parts.append(markdown_table(headers, rows))
     return "\n\n".join(parts)
 
 
-def by_seed(results: Results) -> str:
-    """LDL-GRPO against SFT and Anchor-GRPO on each seed, with intervals over its problems."""
+def seed_table(results: Results) -> str:
+    """Compare LDL-GRPO with SFT and Anchor-GRPO on each seed, with intervals over its problems."""
     if results.chosen is None:
         return "The settings are not chosen yet."
     rows = []
@@ -253,19 +273,21 @@ def by_seed(results: Results) -> str:
                     mean, (low, high) = results.within_seed(ldl(seed), rival(seed), name)
                     cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             rows.append(cells)
-    return table(["task", "seed", "Raw − SFT", "accuracy − SFT", "Raw − Anchor-GRPO", "accuracy − Anchor-GRPO"], rows)
+    return markdown_table(
+        ["task", "seed", "Raw − SFT", "accuracy − SFT", "Raw − Anchor-GRPO", "accuracy − Anchor-GRPO"], rows
+    )
 
 
-def findings(results: Results) -> str:
-    """Every claim of the paper that one method beats another, with its verdict by rule."""
+def finding_table(results: Results) -> str:
+    """Return every claim of the paper that one method beats another, with its verdict by rule."""
     if results.chosen is None:
         return "The settings are not chosen yet."
-    claims = comparisons(best_on_validation(results, _BASELINES), best_on_validation(results, NON_ANCHOR))
-    tested = {claim.test: found for claim in claims if (found := _tested(results, claim))}
-    p_values = {test: found.p for test, found in tested.items() if found.p is not None}
-    adjusted = holm(p_values, len({claim.test for claim in claims}))
+    claims = list_comparisons(best_on_validation(results, _BASELINES), best_on_validation(results, NON_ANCHOR))
+    tested = {claim.test: mean for claim in claims if (mean := _tested(results, claim))}
+    p_values = {test: mean.p for test, mean in tested.items() if mean.p is not None}
+    adjusted = adjust_by_holm(p_values, len({claim.test for claim in claims}))
     rows = [_finding(claim, tested[claim.test], adjusted.get(claim.test)) for claim in claims if claim.test in tested]
-    return table(["finding", "task", "claim", "difference over seeds", "p", "Holm's p", "verdict"], rows)
+    return markdown_table(["finding", "task", "claim", "difference over seeds", "p", "Holm's p", "verdict"], rows)
 
 
 def _tested(results: Results, claim: Comparison) -> Mean | None:
@@ -273,28 +295,36 @@ def _tested(results: Results, claim: Comparison) -> Mean | None:
     return results.difference(a, b, claim.name)
 
 
-def _finding(claim: Comparison, found: Mean, adjusted: float | None) -> list[str]:
-    what = f"{model_title(claim.a)} > {model_title(claim.b)}, {'LC' if claim.name == 'lc' else 'Raw'}"
-    p = "" if found.p is None else f"{found.p:.3f}"
+def _finding(claim: Comparison, mean: Mean, adjusted: float | None) -> list[str]:
+    claim_text = f"{model_title(claim.a)} > {model_title(claim.b)}, {'LC' if claim.name == 'lc' else 'Raw'}"
+    p = "" if mean.p is None else f"{mean.p:.3f}"
     corrected = "" if adjusted is None else f"{adjusted:.3f}"
-    return [claim.finding, claim.task, what, signed(found, seeds=True), p, corrected, verdict(found, adjusted)]
+    return [
+        claim.finding,
+        claim.task,
+        claim_text,
+        format_difference(mean, seeds=True),
+        p,
+        corrected,
+        claim_verdict(mean, adjusted),
+    ]
 
 
-def verdict(found: Mean, adjusted: float | None) -> str:
-    """By the interval over seeds: above 0 the claim is reproduced, below it is reversed, else it is not reproduced.
+def claim_verdict(mean: Mean, adjusted: float | None) -> str:
+    """Return a verdict by the interval over seeds: reproduced if above 0, reversed if below, else not reproduced.
 
-    Alone: a verdict that does not hold for all claims of the table together.
+    "alone" marks a verdict that does not hold for all claims of the table together.
     """
-    if found.low is None or found.high is None or adjusted is None:
+    if mean.low is None or mean.high is None or adjusted is None:
         return "one seed"
-    if found.low <= 0 <= found.high:
+    if mean.low <= 0 <= mean.high:
         return "not reproduced"
-    word = "reproduced" if found.low > 0 else "reversed"
+    word = "reproduced" if mean.low > 0 else "reversed"
     return word if adjusted < 1 - LEVEL else f"{word}, alone"
 
 
-def noise(results: Results) -> str:
-    """LDL-GRPO and Anchor-GRPO by how noisy the scores are."""
+def noise_table(results: Results) -> str:
+    """Compare LDL-GRPO and Anchor-GRPO by how noisy the scores are."""
     if results.chosen is None:
         return "The settings are not chosen yet."
     rows = []
@@ -308,111 +338,119 @@ def noise(results: Results) -> str:
             aucs = [results.row(ldl(seed))["score"]["auc_within"] for seed in seeds]
             cells = [task, f"{deviation:g}", f"{sum(aucs) / len(aucs):.3f}"]
             for name in ("raw", "accuracy"):
-                cells += [signed(results.difference(of, sft, name, among=seeds)) for of in (ldl, grpo)]
-                cells.append(signed(results.difference(ldl, grpo, name, among=seeds), seeds=True))
-            held = results.noisy(task, "anchor_grpo", deviation, **plan.HELD)
-            rows.append([*cells, signed(results.difference(held, sft, "accuracy", among=seeds))])
-    heads = ["task", "noise", "AUC (LDL-GRPO's)"]
+                cells += [
+                    format_difference(results.difference(experiment, sft, name, among=seeds))
+                    for experiment in (ldl, grpo)
+                ]
+                cells.append(format_difference(results.difference(ldl, grpo, name, among=seeds), seeds=True))
+            held_back = results.noisy(task, "anchor_grpo", deviation, **plan.HELD_SETTINGS)
+            rows.append([*cells, format_difference(results.difference(held_back, sft, "accuracy", among=seeds))])
+    headers = ["task", "noise", "AUC (LDL-GRPO's)"]
     for name in ("Raw", "accuracy"):
-        heads += [f"LDL-GRPO − SFT, {name}", f"Anchor-GRPO − SFT, {name}", f"LDL-GRPO − Anchor-GRPO, {name}"]
-    return table([*heads, f"Anchor-GRPO with {named(plan.HELD)} − SFT, accuracy"], rows)
+        headers += [f"LDL-GRPO − SFT, {name}", f"Anchor-GRPO − SFT, {name}", f"LDL-GRPO − Anchor-GRPO, {name}"]
+    return markdown_table([*headers, f"Anchor-GRPO with {format_settings(plan.HELD_SETTINGS)} − SFT, accuracy"], rows)
 
 
 FORM_FIGURES = ("raw", "lc", "accuracy", "greedy")
 
 
-def forms(results: Results) -> str:
-    """The three forms of q."""
+def form_table(results: Results) -> str:
+    """Compare the three forms of q."""
     if results.chosen is None:
         return "The settings are not chosen yet."
     rows = []
     for task in plan.TASKS:
         sft = results.of_method(task, "sft")
         for q in ("likelihood", "mean", "ratio"):
-            of = results.of_method(task, "ldl_grpo", settings={"q": q})
-            if not results.seeds(of, among=plan.FEW_SEEDS):
+            experiment = results.of_method(task, "ldl_grpo", settings={"q": q})
+            if not results.seeds(experiment, among=plan.FEW_SEEDS):
                 continue
             cells = [
                 task,
                 q,
-                *(signed(results.difference(of, sft, name, among=plan.FEW_SEEDS)) for name in FORM_FIGURES),
+                *(
+                    format_difference(results.difference(experiment, sft, name, among=plan.FEW_SEEDS))
+                    for name in FORM_FIGURES
+                ),
             ]
             cells += [
-                _last(results, of, key, plan.FEW_SEEDS)
+                _mean_of_last_steps(results, experiment, key, plan.FEW_SEEDS)
                 for key in ("length", "length_correlation", "sharper_than_labels", "kl")
             ]
             rows.append(cells)
-    heads = ["task", "q", "Raw − SFT", "LC − SFT", "accuracy − SFT", "greedy − SFT"]
-    return table([*heads, "tokens", "corr(q, length)", "sharper than D", "KL from p_sft"], rows)
+    headers = ["task", "q", "Raw − SFT", "LC − SFT", "accuracy − SFT", "greedy − SFT"]
+    return markdown_table([*headers, "tokens", "corr(q, length)", "sharper than D", "KL from p_sft"], rows)
 
 
-def _last(results: Results, of: OfSeed, key: str, among: Sequence[int], steps: int = 10) -> str:
-    """The mean of a logged value over the last steps and some seeds; empty if it was not logged."""
-    seeds = results.seeds(of, among=among)
-    values = [row[key] for seed in seeds for row in results.row(of(seed))["curve"][-steps:] if key in row]
+def _mean_of_last_steps(
+    results: Results, experiment: CellOfSeed, key: str, among: Sequence[int], steps: int = 10
+) -> str:
+    """Return the mean of a logged value over the last steps and some seeds; empty if it was not logged."""
+    seeds = results.seeds(experiment, among=among)
+    values = [row[key] for seed in seeds for row in results.row(experiment(seed))["curve"][-steps:] if key in row]
     return f"{sum(values) / len(values):.2f}" if values else ""
 
 
-def sweeps(results: Results) -> str:
-    """One key at a time."""
+def sweep_table(results: Results) -> str:
+    """Vary one key at a time."""
     if results.chosen is None:
         return "The settings are not chosen yet."
     rows = []
     for task in plan.TASKS:
-        own = results.of_method(task, "ldl_grpo")(0)
-        for point in plan.points(results.chosen[task], task):
+        tables_cell = results.of_method(task, "ldl_grpo")(0)
+        for point in plan.sweep_points(results.chosen[task], task):
             seeds = results.seeds(point.cell, point.start, among=plan.SWEEP_SEEDS)
             if not seeds:
                 continue
-            label = f"{point.label} (the tables')" if point.cell(0) == own else point.label
-            found = [results.difference(point.cell, point.start, name, among=seeds) for name in ("raw", "accuracy")]
-            rows.append([task, label, *(each(mean) for mean in found)])
-    return table(["task", "setting", "Raw − SFT", "accuracy − SFT"], rows)
+            label = f"{point.label} (the tables')" if point.cell(0) == tables_cell else point.label
+            gains = [results.difference(point.cell, point.start, name, among=seeds) for name in ("raw", "accuracy")]
+            rows.append([task, label, *(format_each_seed(mean) for mean in gains)])
+    return markdown_table(["task", "setting", "Raw − SFT", "accuracy − SFT"], rows)
 
 
-def each(mean: Mean | None) -> str:
-    """A difference with its value on every seed: what may be shown of two."""
+def format_each_seed(mean: Mean | None) -> str:
+    """Format a difference with its value on every seed, for too few seeds to have an interval."""
     return "" if mean is None else f"{mean.mean:+.3f} ({', '.join(f'{value:+.3f}' for value in mean.values)})"
 
 
-def account(results: Results) -> str:
-    """What was run and what was not, and what it took."""
+def account_table(results: Results) -> str:
+    """Return how many cells are done and left, and the time they took."""
     rows, left = [], 0
-    for name, cells in suites(results).items():
+    for name, cells in cells_by_suite(results).items():
         done = [cell for cell in cells if cell in results]
         seconds = sum(results.row(c)["seconds"] + results.row(c)["measured"]["seconds"] for c in done)
         left += len(cells) - len(done)
         rows.append([name, str(len(cells)), str(len(done)), f"{seconds / 60:.0f}"])
     later = "" if results.chosen is not None else ", and then those of the tables"
     closing = f"{left} cells are not run; `make miniature` runs them{later}." if left else "Everything is run."
-    return table(["what", "cells", "done", "minutes of one core"], rows) + f"\n\n{closing}"
+    return markdown_table(["what", "cells", "done", "minutes of one core"], rows) + f"\n\n{closing}"
 
 
-def suites(results: Results) -> dict[str, list[Cell]]:
-    """The cells by what they are for; each is counted where it comes first."""
-    found: dict[str, list[Cell]] = {"tuning": plan.tuning_cells()}
+def cells_by_suite(results: Results) -> dict[str, list[Cell]]:
+    """Return the cells by purpose; each is counted where it comes first."""
+    suites: dict[str, list[Cell]] = {"tuning": plan.tuning_cells()}
     if results.chosen is not None:
-        found["Tables 1 and 2"] = plan.main_cells(results.chosen)
-        found["noise"] = plan.noise_cells()
-        found["forms of q"] = plan.form_cells(results.chosen)
-        found["beyond the grid"] = plan.edge_cells(results.chosen)
-        found["sensitivity"] = plan.sweep_cells(results.chosen)
+        suites["Tables 1 and 2"] = plan.main_cells(results.chosen)
+        suites["noise"] = plan.noise_cells()
+        suites["forms of q"] = plan.form_cells(results.chosen)
+        suites["beyond the grid"] = plan.edge_cells(results.chosen)
+        suites["sensitivity"] = plan.sweep_cells(results.chosen)
     seen: set[Cell] = set()
-    for name, cells in found.items():
-        found[name] = [cell for cell in dict.fromkeys(cells) if cell not in seen]
-        seen.update(found[name])
-    return found
+    for name, cells in suites.items():
+        suites[name] = [cell for cell in dict.fromkeys(cells) if cell not in seen]
+        seen.update(suites[name])
+    return suites
 
 
 PARTS: Mapping[str, Callable[[Results], str]] = {
-    "grids": grids,
+    "grids": grid_table,
     "table 1": table_one,
-    "differences": differences,
-    "by seed": by_seed,
+    "differences": difference_table,
+    "by seed": seed_table,
     "table 2": table_two,
-    "findings": findings,
-    "noise": noise,
-    "forms": forms,
-    "sensitivity": sweeps,
-    "account": account,
+    "findings": finding_table,
+    "noise": noise_table,
+    "forms": form_table,
+    "sensitivity": sweep_table,
+    "account": account_table,
 }

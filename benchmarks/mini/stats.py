@@ -1,10 +1,10 @@
-"""Intervals and tests over seeds: what may be said of five runs.
+"""Intervals and tests over seeds: what five runs can show. Pure numpy.
 
 A seed draws the training prompts, p_sft, Stage II and the held-out problems, so seeds repeat the whole experiment, all
 from one base student; 3 to 12% of the held-out problems of two seeds are the same. The interval of a mean over seeds
-is Student's t on the seeds' values; a bootstrap over the problems of one seed, which is shown beside it, knows nothing
-of how another draw of prompts would have trained. With five seeds t has four degrees of freedom and its interval is
-wide: that is how much five seeds can say. Pure numpy.
+is Student's t on the seeds' values. A bootstrap over the problems of one seed, which is shown next to it, does not
+include how another draw of prompts would have trained. With five seeds t has four degrees of freedom, so its interval
+is wide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 LEVEL = 0.95
-_POINTS = 2_001  # of Simpson's rule
+_POINTS = 2_001  # nodes of Simpson's rule
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Mean:
     """A mean over seeds.
 
     Attributes:
-        mean: of the values.
+        mean: the mean of the values.
         low, high: its 95% interval by Student's t; None with a single seed.
-        p: two-sided, against a mean of 0; None with a single seed.
+        p: two-sided p-value against a mean of 0; None with a single seed.
         values: one per seed.
     """
 
@@ -39,17 +39,17 @@ class Mean:
 
     @property
     def n(self) -> int:
-        """How many seeds there are."""
+        """The number of seeds."""
         return len(self.values)
 
     @property
     def above(self) -> int:
-        """On how many seeds the value is above 0."""
+        """The number of seeds whose value is above 0."""
         return sum(v > 0 for v in self.values)
 
 
 def over_seeds(values: Sequence[float]) -> Mean:
-    """The mean of one value per seed with its t interval.
+    """Return the mean of one value per seed with its t interval.
 
     Raises:
         ValueError: there is no value.
@@ -62,12 +62,12 @@ def over_seeds(values: Sequence[float]) -> Mean:
         return Mean(mean, None, None, None, (mean,))
     error = float(x.std(ddof=1)) / math.sqrt(n)
     half = t_quantile(0.5 + LEVEL / 2, n - 1) * error
-    p = two_sided(mean / error, n - 1) if error > 0 else (1.0 if mean == 0 else 0.0)
+    p = two_sided_p(mean / error, n - 1) if error > 0 else (1.0 if mean == 0 else 0.0)
     return Mean(mean, mean - half, mean + half, p, tuple(map(float, x)))
 
 
-def two_sided(t: float, degrees: int) -> float:
-    """P(|T| > |t|) for Student's t.
+def two_sided_p(t: float, degrees: int) -> float:
+    """Return P(|T| > |t|) for Student's t.
 
     With T = sqrt(v) tan(a) the density becomes cos(a)^(v-1) on (-pi/2, pi/2), which Simpson's rule integrates.
     """
@@ -76,7 +76,7 @@ def two_sided(t: float, degrees: int) -> float:
 
 
 def _cosines(start: float, degrees: int) -> float:
-    """The integral of cos^(degrees - 1) from `start` to pi/2."""
+    """Return the integral of cos^(degrees - 1) from `start` to pi/2."""
     angles, step = np.linspace(start, math.pi / 2, _POINTS, retstep=True)
     heights = np.cos(angles).clip(min=0.0) ** (degrees - 1)
     weights = np.ones(_POINTS)
@@ -86,23 +86,23 @@ def _cosines(start: float, degrees: int) -> float:
 
 @lru_cache
 def t_quantile(level: float, degrees: int) -> float:
-    """The t below which Student's distribution has a share `level` > 0.5, by bisection."""
+    """Return the t below which Student's distribution has a share `level` > 0.5, by bisection."""
     low, high = 0.0, 1e3
     for _ in range(60):
         middle = (low + high) / 2
-        if 1 - two_sided(middle, degrees) / 2 < level:
+        if 1 - two_sided_p(middle, degrees) / 2 < level:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def holm(p_values: Mapping[str, float], tests: int) -> dict[str, float]:
-    """Holm's (1979) adjusted p-values: below 0.05 for all that hold at a family-wise error rate of 5%.
+def adjust_by_holm(p_values: Mapping[str, float], tests: int) -> dict[str, float]:
+    """Return Holm's (1979) adjusted p-values: those below 0.05 hold together at a family-wise error rate of 5%.
 
     Args:
         p_values: by test.
-        tests: how many there are in all, those that have no p-value yet among them.
+        tests: the number of all tests, including those that have no p-value yet.
     """
     adjusted: dict[str, float] = {}
     largest = 0.0

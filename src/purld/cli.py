@@ -80,10 +80,10 @@ def demo(
     Anchors, SFT, LDL-GRPO, evaluation, report: an ordinary run with a tiny student and a local teacher.
     Takes about three minutes on two cores.
     """
-    from purld.testbed.demo import prepare
+    from purld.testbed.demo import prepare_demo
 
     reporter = _reporter()
-    with _interruptible(), prepare(task, run_dir, overrides or [], student) as (config, run):
+    with _interruptible(), prepare_demo(task, run_dir, overrides or [], student) as (config, run):
         _pipeline(config, run, reporter).execute()
     _closing(run)
 
@@ -266,6 +266,18 @@ def export(
 
     path = export_model(run_path, out, stage)
     print(path)
+
+
+@app.command("import-gguf")
+def import_gguf(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file of a causal LM.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+) -> None:
+    """Turn a GGUF file into a model directory that a student can be."""
+    from purld.model.import_gguf import import_gguf as convert
+
+    print(convert(file, out, dtype))
 
 
 @app.command()

@@ -26,7 +26,7 @@ SELF_EVALUATION_HEAD = (
 SELF_EVALUATION_TAIL = "\n\nScalar Score:"
 
 # The anchor in the context of the question, for scores that are read off likelihoods. Appended to the last user turn.
-IN_CONTEXT_TAIL = "\n\n(The correct answer is: {anchor})"
+IN_CONTEXT_TAIL = "\n\nHere is an answer to this:\n{anchor}\n\nWrite the same answer in your own words."
 
 # Self-evaluation without a reference, for the student (self_ppo) or the teacher (teacher_judge_grpo).
 RATING_HEAD = (

@@ -1,4 +1,4 @@
-"""Work for the miniature's runner that leaves a trace of itself: run as a script, it works on six cells."""
+"""Work for the miniature's runner that leaves a trace; as a script it runs six cells."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mini.cells import Cell, stage_two
-from miniature import run
+from mini.cells import Cell, stage_two_cell
+from miniature import run_cells
 
 from purld.runs.files import read_rows
 
@@ -16,15 +16,15 @@ CELLS = [
     cell
     for seed in (0, 1)
     for cell in (
-        stage_two("writing", seed, "test", "ldl_grpo", {}),
+        stage_two_cell("writing", seed, "test", "ldl_grpo", {}),
         Cell("writing", seed, "test", "sft"),
-        stage_two("writing", seed, "test", "sft_sft", {}),
+        stage_two_cell("writing", seed, "test", "sft_sft", {}),
     )
 ]
 
 
-def count(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Notes that the cell began; waits while `hold` is there, once there are two rows: a third may slip through."""
+def record_start(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Record that the cell began; wait while `hold` exists, once there are two rows (a third may slip through)."""
     with (folder / "begun").open("a") as handle:
         handle.write(cell.title + "\n")
     if cell.title == (folder / "fails").read_text():
@@ -37,4 +37,4 @@ def count(cell: Cell, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     done = {row["id"]: row for row in read_rows(out / "results.jsonl")}
-    sys.exit(run(lambda: CELLS, done, out, 2, do=count))
+    sys.exit(run_cells(lambda: CELLS, done, out, 2, run_one=record_start))

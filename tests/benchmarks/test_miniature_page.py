@@ -5,22 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from mini import plan
-from mini.cells import Cell, stage_two
+from mini.cells import Cell, stage_two_cell
 from mini.page import (
     PARTS,
-    differences,
-    findings,
-    forms,
-    grids,
-    noise,
+    claim_verdict,
+    difference_table,
+    finding_table,
+    form_table,
+    grid_table,
+    noise_table,
     quick_table,
-    replaced,
-    sweeps,
+    replace_part,
+    sweep_table,
     table_one,
-    verdict,
     write_page,
 )
-from mini.results import Results, comparisons
+from mini.results import Results, list_comparisons
 from mini.stats import over_seeds
 
 from purld.errors import UserError
@@ -49,14 +49,14 @@ def tuned(best: int = 2) -> dict:
         rows[p_sft.id] = row(p_sft, 0.3)
         for method in plan.TUNED:
             for index, setting in enumerate(plan.GRID):
-                cell = stage_two(task, plan.TUNING_SEED, "validation", method, setting)
+                cell = stage_two_cell(task, plan.TUNING_SEED, "validation", method, setting)
                 rows[cell.id] = row(cell, 0.5 if index == best else 0.3)
     return rows
 
 
 def test_every_method_is_tuned_on_as_many_settings_and_none_of_them_twice():
     for method in plan.TUNED:
-        cells = [stage_two("writing", 0, "test", method, setting) for setting in plan.GRID]
+        cells = [stage_two_cell("writing", 0, "test", method, setting) for setting in plan.GRID]
         assert len({cell.id for cell in cells}) == len(plan.RATES) == 3
 
 
@@ -66,18 +66,18 @@ def test_tuning_has_a_seed_of_its_own_and_measures_on_validation():
 
 
 def test_an_edge_of_the_grid_is_looked_beyond():
-    rates = {dict(cell.settings)["learning_rate"] for cell in plan.edge_cells(plan.choose(tuned(best=0)))}
-    assert rates == {plan.BEYOND[0]} and not plan.edge_cells(plan.choose(tuned(best=1)))
-    assert "| LDL-GRPO | learning_rate=0.00045, beyond the grid |" in grids(Results(with_everything()))
-    assert "beyond" not in grids(Results(tuned()))
+    rates = {dict(cell.settings)["learning_rate"] for cell in plan.edge_cells(plan.choose_settings(tuned(best=0)))}
+    assert rates == {plan.RATES_BEYOND[0]} and not plan.edge_cells(plan.choose_settings(tuned(best=1)))
+    assert "| LDL-GRPO | learning_rate=0.00045, beyond the grid |" in grid_table(Results(with_everything()))
+    assert "beyond" not in grid_table(Results(tuned()))
 
 
 def test_later_cells_wait_for_the_choice_and_use_it():
     rows = tuned(best=2)
     last = plan.tuning_cells()[-1]
-    assert plan.choose({key: r for key, r in rows.items() if key != last.id}) is None
+    assert plan.choose_settings({key: r for key, r in rows.items() if key != last.id}) is None
     assert plan.all_cells({}) == plan.tuning_cells()
-    chosen = plan.choose(rows)
+    chosen = plan.choose_settings(rows)
     assert all(chosen[task][m] == dict(plan.GRID[2]) for task in plan.TASKS for m in plan.TUNED)
     cells = plan.all_cells(rows)
     assert len({cell.id for cell in cells}) == len(cells)
@@ -89,22 +89,22 @@ def test_later_cells_wait_for_the_choice_and_use_it():
 
 
 def test_a_cell_is_known_by_all_that_it_depends_on():
-    plain = stage_two("writing", 0, "test", "ldl_grpo", {})
+    plain = stage_two_cell("writing", 0, "test", "ldl_grpo", {})
     others = [
-        stage_two("writing", 0, "test", "ldl_grpo", {"tau": 0.9}),
-        stage_two("writing", 0, "test", "ldl_grpo", {}, noise=0.5),
-        stage_two("writing", 0, "test", "ldl_grpo", {}, evaluator="moving"),
-        stage_two("writing", 0, "test", "ldl_grpo", {}, anchors=50),
-        stage_two("writing", 1, "test", "ldl_grpo", {}),
+        stage_two_cell("writing", 0, "test", "ldl_grpo", {"tau": 0.9}),
+        stage_two_cell("writing", 0, "test", "ldl_grpo", {}, noise=0.5),
+        stage_two_cell("writing", 0, "test", "ldl_grpo", {}, evaluator="moving"),
+        stage_two_cell("writing", 0, "test", "ldl_grpo", {}, anchors=50),
+        stage_two_cell("writing", 1, "test", "ldl_grpo", {}),
     ]
     assert len({cell.id for cell in [plain, *others]}) == 6
-    assert plain.id == stage_two("writing", 0, "test", "ldl_grpo", {"tau": 1.2}).id
+    assert plain.id == stage_two_cell("writing", 0, "test", "ldl_grpo", {"tau": 1.2}).id
 
 
 def with_tables(ldl: float, others: float) -> dict:
     """LDL-GRPO has a tenth more on odd seeds."""
     rows = tuned()
-    for cell in plan.main_cells(plan.choose(rows)):
+    for cell in plan.main_cells(plan.choose_settings(rows)):
         rows[cell.id] = row(cell, ldl + 0.1 * (cell.seed % 2) if cell.method == "ldl_grpo" else others)
     return rows
 
@@ -121,17 +121,17 @@ def test_table_one_has_the_figures_of_the_rows():
 
 def test_differences_are_paired_by_seed():
     """0.2, 0.3, 0.2, 0.3, 0.2: a mean of 0.24, a standard error of 0.0245, and 2.776 of them on both sides."""
-    assert "| LDL-GRPO | +0.240 [+0.172, +0.308] (5/5) |" in differences(Results(with_tables(0.6, 0.4)))
+    assert "| LDL-GRPO | +0.240 [+0.172, +0.308] (5/5) |" in difference_table(Results(with_tables(0.6, 0.4)))
 
 
 def test_a_claim_of_two_findings_is_one_test():
     """t = 0.24 / 0.0245 = 9.8, p = 0.0006, the smallest of as many tests as there are different ones."""
     results = Results(with_tables(0.6, 0.4))
-    text = findings(results)
+    text = finding_table(results)
     claims = [line for line in text.splitlines() if "| LDL-GRPO > SFT, Raw |" in line]
     tests = {
         claim.test
-        for claim in comparisons(
+        for claim in list_comparisons(
             {task: "sft_sft" for task in plan.TASKS},
             {task: "sft_sft" for task in plan.TASKS},
         )
@@ -143,11 +143,11 @@ def test_a_claim_of_two_findings_is_one_test():
 
 def test_a_table_shows_what_is_done_and_no_more():
     rows = with_tables(0.6, 0.4)
-    chosen = plan.choose(rows)
+    chosen = plan.choose_settings(rows)
     for cell in plan.main_cells(chosen, seeds=plan.SEEDS[1:]):
         del rows[cell.id]
     assert "| 256 | 30 | 1 |" in table_one(Results(rows))
-    assert "one seed" in findings(Results(rows))
+    assert "one seed" in finding_table(Results(rows))
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_a_table_shows_what_is_done_and_no_more():
     ],
 )
 def test_a_verdict_is_by_the_interval_and_says_if_it_stands_alone(values, adjusted, expected):
-    assert verdict(over_seeds(values), adjusted) == expected
+    assert claim_verdict(over_seeds(values), adjusted) == expected
 
 
 def test_quick_table_pairs_a_method_with_its_own_p_sft():
-    cells = [Cell("writing", 0, "test", "sft"), stage_two("writing", 0, "test", "ldl_grpo", {})]
+    cells = [Cell("writing", 0, "test", "sft"), stage_two_cell("writing", 0, "test", "ldl_grpo", {})]
     text = quick_table({cells[0].id: row(cells[0], 0.4), cells[1].id: row(cells[1], 0.6)}, cells)
     assert "| writing | LDL-GRPO | 0.600 |" in text and "+0.200 [" in text
 
@@ -183,8 +183,8 @@ def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
     text = (tmp_path / "miniature.md").read_text()
     assert text.count("More by hand.") == len(PARTS) - 1 and "\nold\n" not in text
     assert (tmp_path / "chosen.json").exists() == bool(rows)
-    brief = read_rows(tmp_path / "miniature.jsonl")
-    assert len(brief) == len(rows) and all(r["raw"] in (0.3, 0.4, 0.5, 0.6, 0.7) and "lc" in r for r in brief)
+    summary = read_rows(tmp_path / "miniature.jsonl")
+    assert len(summary) == len(rows) and all(r["raw"] in (0.3, 0.4, 0.5, 0.6, 0.7) and "lc" in r for r in summary)
     write_page(rows, tmp_path)
     assert (tmp_path / "miniature.md").read_text() == text
 
@@ -199,16 +199,16 @@ def with_everything() -> dict:
 
 def test_every_planned_cell_is_shown():
     results = Results(with_everything())
-    points = plan.points(results.chosen["writing"], "writing")
+    points = plan.sweep_points(results.chosen["writing"], "writing")
     assert len({point.cell(0) for point in points}) == len(points) - 6  # seven keys have the tables' own cell
 
     def lines(text: str) -> int:
         return len(text.splitlines()) - 2
 
-    assert lines(sweeps(results)) == len(plan.TASKS) * len(points)
-    assert sweeps(results).count("(the tables')") == len(plan.TASKS) * 7
-    assert lines(noise(results)) == len(plan.TASKS) * (1 + len(plan.NOISE))
-    assert lines(forms(results)) == len(plan.TASKS) * 3
+    assert lines(sweep_table(results)) == len(plan.TASKS) * len(points)
+    assert sweep_table(results).count("(the tables')") == len(plan.TASKS) * 7
+    assert lines(noise_table(results)) == len(plan.TASKS) * (1 + len(plan.NOISE))
+    assert lines(form_table(results)) == len(plan.TASKS) * 3
 
 
 def test_figures_are_drawn(tmp_path):
@@ -227,7 +227,7 @@ def test_raw_among_right_answers_is_what_accuracy_leaves_of_raw():
 
 def test_a_page_without_its_markers_is_refused():
     with pytest.raises(UserError, match=r"page\.md: needs the markers"):
-        replaced("no markers", "table 1", "new", "page.md")
+        replace_part("no markers", "table 1", "new", "page.md")
 
 
 def test_figures_are_those_of_the_library():

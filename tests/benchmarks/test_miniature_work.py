@@ -1,4 +1,4 @@
-"""What a cell does: one of each kind, small, and the scorings that only the experiments have."""
+"""What a cell does: one small cell of each kind, and the scorers that only the experiments have."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import mini.work
 import numpy as np
 import pytest
 from mini import plan
-from mini.cells import Cell, stage_two
+from mini.cells import Cell, stage_two_cell
 from mini.work import (
     MovingEvaluator,
-    NoisyScoring,
+    NoisyScorer,
     TestbedTeacher,
     problems_to_measure_on,
     run_cell,
@@ -44,7 +44,7 @@ def test_a_stage_one_and_what_starts_from_it(folder, small):
     p_sft = run_cell(Cell("writing", 0, "test", "sft", anchors=8), folder)
     assert [len(p_sft["measured"][key]) for key in ("right", "wins", "length", "greedy_right")] == [6] * 4
     assert p_sft["teacher_calls"] == 8
-    cell = stage_two("writing", 0, "test", "teacher_judge_grpo", SMALL, anchors=8)
+    cell = stage_two_cell("writing", 0, "test", "teacher_judge_grpo", SMALL, anchors=8)
     judged = run_cell(cell, folder)
     assert judged["teacher_calls"] == 8 + 3 * 2 * 3
     again = run_cell(cell, folder)
@@ -56,7 +56,7 @@ def test_a_stage_one_and_what_starts_from_it(folder, small):
 def test_noise_and_a_moving_evaluator_change_the_scores_and_nothing_before_them(folder, small):
     run_cell(Cell("writing", 0, "test", "sft", anchors=8), folder)
     plain, noisy, moving = (
-        run_cell(stage_two("writing", 0, "test", "ldl_grpo", SMALL, anchors=8, **more), folder)["curve"]
+        run_cell(stage_two_cell("writing", 0, "test", "ldl_grpo", SMALL, anchors=8, **more), folder)["curve"]
         for more in ({}, {"noise": 2.0}, {"evaluator": "moving"})
     )
     assert plain[0]["length"] == noisy[0]["length"] == moving[0]["length"]
@@ -66,7 +66,7 @@ def test_noise_and_a_moving_evaluator_change_the_scores_and_nothing_before_them(
 
 def test_a_stage_two_without_its_stage_one_is_refused(folder):
     with pytest.raises(RuntimeError, match="Stage I is missing"):
-        run_cell(stage_two("writing", 7, "test", "sft_sft", SMALL, anchors=8), folder)
+        run_cell(stage_two_cell("writing", 7, "test", "sft_sft", SMALL, anchors=8), folder)
 
 
 @pytest.mark.parametrize("task", plan.TASKS)
@@ -93,17 +93,17 @@ def constant(groups):
 
 
 def test_noise_is_the_evaluators_own_opinion():
-    """The same text of the same prompt gets the same error, whatever is beside it; the anchor gets one, too."""
-    noisy = NoisyScoring(constant, 1.0, seed=3)
+    """The same text of the same prompt gets the same error in any group; the anchor gets one, too."""
+    noisy = NoisyScorer(constant, 1.0, seed=3)
     [first] = noisy([group("a", "b", "a")])
     [second] = noisy([group("b", "the anchor")])
     assert first.candidates[0] == first.candidates[2] != first.candidates[1] == second.candidates[0]
     assert first.anchor == second.anchor == second.candidates[1] != 0.5
-    assert NoisyScoring(constant, 1.0, seed=4)([group("a")])[0].candidates != first.candidates[:1]
+    assert NoisyScorer(constant, 1.0, seed=4)([group("a")])[0].candidates != first.candidates[:1]
 
 
 def test_noise_has_the_deviation_it_was_given():
-    [scores] = NoisyScoring(constant, 2.0, seed=0)([group(*map(str, range(4000)))])
+    [scores] = NoisyScorer(constant, 2.0, seed=0)([group(*map(str, range(4000)))])
     assert np.std(scores.candidates) == pytest.approx(2.0, rel=0.05)
     assert np.mean(scores.candidates) == pytest.approx(0.5, abs=0.15)
 
@@ -112,7 +112,7 @@ def test_what_has_no_score_stays_without_one():
     def nothing(groups):
         return [GroupScores(None, [None]) for _ in groups]
 
-    assert NoisyScoring(nothing, 1.0, seed=0)([group("a")]) == [GroupScores(None, [None])]
+    assert NoisyScorer(nothing, 1.0, seed=0)([group("a")]) == [GroupScores(None, [None])]
 
 
 def test_a_moving_evaluator_is_the_policy():

@@ -12,15 +12,15 @@ from pathlib import Path
 import counted_work
 import miniature
 import pytest
-from mini.cells import Cell, stage_two
+from mini.cells import Cell, stage_two_cell
 from miniature import next_cell
 
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 
 SFT = Cell("writing", 0, "test", "sft")
-LDL = stage_two("writing", 0, "test", "ldl_grpo", {})
-OTHER = stage_two("writing", 1, "test", "ldl_grpo", {})
+LDL = stage_two_cell("writing", 0, "test", "ldl_grpo", {})
+OTHER = stage_two_cell("writing", 1, "test", "ldl_grpo", {})
 
 
 def test_what_starts_from_a_p_sft_waits_for_it_while_others_go_on():
@@ -79,7 +79,7 @@ def test_a_run_that_was_stopped_goes_on_and_repeats_nothing_that_was_done(out, h
     _, said = process.communicate(timeout=30)
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert said.decode().strip() == "Stopped; the same command goes on from here."
+        assert said.decode().strip() == "Stopped; the same command continues from here."
     with (out / "results.jsonl").open("a") as handle:
         handle.write('{"id": "torn')
     done = {row["id"] for row in read_rows(out / "results.jsonl")}

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purld.methods.labels import (
+    REFERENCE_SPREAD,
     anchor_margins,
     distribution_entropy,
     log_label_distribution,
+    margin_scale,
     positive_confidences,
+    pu_labels,
 )
 
 GAMMA = st.floats(1e-3, 1e3)
@@ -97,3 +100,26 @@ def test_a_group_of_equals_is_uniform():
 def test_bad_input_is_refused(margin, gamma, tau, word):
     with pytest.raises(ValueError, match=word):
         log_label_distribution(margin, gamma, tau)
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=8), st.floats(0.1, 20), st.floats(0.2, 5))
+def test_theorems_hold_for_scaled_margins(scores, scale, gamma):
+    """3.1, labels keep the order of the scores; 3.2, they prefer larger margins to the uniform distribution."""
+    values = torch.tensor(scores, dtype=torch.float64)
+    labels = pu_labels(values, 0.9, gamma, 1.2, scale).log_distribution
+    gaps, label_gaps = values[:, None] - values[None], labels[:, None] - labels[None]
+    assert (label_gaps[gaps > 1e-6] > 0).all()
+    assert (labels.exp() * values).sum() >= values.mean() - 1e-9
+
+
+def test_a_scale_changes_the_unit_and_nothing_else():
+    """Scores in another unit with the scale that undoes it give the same labels; 1 is the literal form."""
+    scores = torch.tensor([0.2, 0.9, 0.4], dtype=torch.float64)
+    literal = pu_labels(scores, 0.95, 5.0, 1.2)
+    other_unit = pu_labels(100 * scores, 95.0, 5.0, 1.2, scale=0.01)
+    torch.testing.assert_close(other_unit.log_distribution, literal.log_distribution)
+    torch.testing.assert_close(other_unit.confidences, literal.confidences)
+    assert margin_scale(REFERENCE_SPREAD) == 1.0 and margin_scale(0.03) == pytest.approx(10.0)
+    assert margin_scale(0.0) == 1.0
+    with pytest.raises(ValueError, match="positive"):
+        pu_labels(scores, 0.95, 5.0, 1.2, scale=0.0)

@@ -54,5 +54,5 @@ def test_stage_two_and_evaluation_run_without_a_network_interface(tiny_config, t
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert set(run.finished_stages()) == {"anchors", "sft", "align", "evaluate", "report"}
+    assert set(run.finished_stages()) == {"anchors", "sft", "probe", "align", "evaluate", "report"}
     assert run.results.exists() and run.report.exists()

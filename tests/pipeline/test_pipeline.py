@@ -43,7 +43,7 @@ def test_a_run_goes_from_prompts_to_report_and_then_has_nothing_left_to_do(tiny_
     assert "win_rate" not in results["models"]["sft"]  # no judge: absent, not zero
     assert results["teacher"]["prompts"] == 16
     assert {"accuracy", "accuracy_ci"} <= results["difference"]["ldl_grpo - sft"].keys()
-    assert set(run.finished_stages()) == {"anchors", "sft", "align", "evaluate", "report"}
+    assert set(run.finished_stages()) == {"anchors", "sft", "probe", "align", "evaluate", "report"}
     assert [r["step"] for r in read_rows(run.metrics) if r["stage"] == "align"] == list(range(1, 7))
     assert len(read_rows(run.groups)) == 12
     assert run.report.stat().st_size > 10_000

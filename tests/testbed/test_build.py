@@ -1,4 +1,4 @@
-"""The tiny student that reads: its tokenizer, its curriculum at toy size, and the one that ships."""
+"""The tiny student that reads text: its tokenizer, its curriculum at toy size, and the one that ships."""
 
 import json
 import random
@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from purld import templates
 from purld.model.encode import Encoder
 from purld.model.self_evaluation import GroupScores
-from purld.testbed.shipped import STUDENTS
+from purld.testbed.shipped import STUDENT_FOLDERS
 from purld.testbed.students import build, card, corpus
-from purld.testbed.students.learner import READING, Learner
+from purld.testbed.students.learner import PROMPT_LOSS_WEIGHTS, Learner
 from purld.testbed.students.lessons import GARBAGE, RIGHT, WRONG
-from purld.testbed.students.muon import orthogonal
-from purld.testbed.students.students import STUDENTS as DESIGNS
-from purld.testbed.students.tokenizer import END_OF_TURN, TURN, template_phrases
+from purld.testbed.students.muon import orthogonalize_matrix
+from purld.testbed.students.students import DESIGNS
+from purld.testbed.students.tokenizer import END_OF_TURN, START_OF_TURN, template_phrases
 from purld.testbed.world import world
 from purld.testbed.world.world import TEXT_TASKS, generate_problems, split_of
 
-ASSET = STUDENTS["text"]
+ASSET = STUDENT_FOLDERS["text"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_the_shipped_card_keeps_its_promises() -> None:
 @pytest.mark.parametrize("task", TEXT_TASKS)
 def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> None:
     """Measured again on other held-out problems than the card's."""
-    figures = card.measure(model, encoder, task, n=200, k=8, seed=99)
+    figures = card.measure_student(model, encoder, task, n=200, k=8, seed=99)
     assert 0.25 <= figures.sampled <= 0.65
     assert figures.pass_at_k > 0.9
     assert figures.auc >= 0.95
@@ -92,12 +92,14 @@ def test_a_saved_tokenizer_loads_with_the_rules_it_was_trained_with(tmp_path: Pa
     learner = build.new_learner(DESIGNS["text"], tmp_path, rng, 0.03)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for _ in range(100):
-        lesson = rng.choice([corpus.answer_lesson, corpus.judging_lesson, corpus.comparison_lesson])(rng)
+        lesson = rng.choice([corpus.draw_answer_lesson, corpus.draw_judgement_lesson, corpus.draw_comparison_lesson])(
+            rng
+        )
         turns = [{"role": "user", "content": lesson.prompt}]
         text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         turn = learner.encode(lesson)
         assert turn.ids == loaded(text + lesson.reply)["input_ids"] + [loaded.eos_token_id]
-        assert loaded.decode(turn.head.ids) == text
+        assert loaded.decode(turn.prompt.ids) == text
 
 
 def test_digits_are_single_and_a_space_does_not_change_them(tokenizer) -> None:
@@ -110,8 +112,8 @@ def test_digits_are_single_and_a_space_does_not_change_them(tokenizer) -> None:
 def test_chat_turns_are_chatml(tokenizer) -> None:
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    system, user = f"{TURN}system\nS{END_OF_TURN}\n", f"{TURN}user\nU{END_OF_TURN}\n"
-    assert text == f"{system}{user}{TURN}assistant\n"
+    system, user = f"{START_OF_TURN}system\nS{END_OF_TURN}\n", f"{START_OF_TURN}user\nU{END_OF_TURN}\n"
+    assert text == f"{system}{user}{START_OF_TURN}assistant\n"
 
 
 def test_a_long_foreign_text_is_no_trouble(model, tokenizer) -> None:
@@ -128,9 +130,9 @@ def test_a_long_foreign_text_is_no_trouble(model, tokenizer) -> None:
 def test_no_lesson_holds_a_held_out_question() -> None:
     rng = random.Random(0)
     for _ in range(300):
-        judged = corpus.judging_lesson(rng).prompt
+        judged = corpus.draw_judgement_lesson(rng).prompt
         question = judged.partition("Question:\n")[2].partition("\n\nReference Answer:")[0]
-        for asked in (corpus.answer_lesson(rng).prompt, question):
+        for asked in (corpus.draw_answer_lesson(rng).prompt, question):
             problem = world.recognise_problem(asked)
             assert problem is not None and split_of(problem) == "train"
 
@@ -139,9 +141,9 @@ def test_lessons_are_partly_wrong_and_judgements_balanced() -> None:
     rng = random.Random(0)
     for task in TEXT_TASKS:
         problems = generate_problems(task, "train", 1000, 0)
-        right = np.mean([world.is_right(p, corpus.base_answer(p, rng)) for p in problems])
+        right = np.mean([world.is_right(p, corpus.draw_base_answer(p, rng)) for p in problems])
         assert 0.4 < right < 0.75
-    scores = [corpus.judging_lesson(rng).reply for _ in range(1000)]
+    scores = [corpus.draw_judgement_lesson(rng).reply for _ in range(1000)]
     assert 0.4 < scores.count(RIGHT) / 1000 < 0.6
     assert scores.count(WRONG) and scores.count(GARBAGE)
 
@@ -152,7 +154,7 @@ def test_comparisons_tell_the_truth() -> None:
     fields = re.compile("(.*)".join(map(re.escape, template_phrases())), re.DOTALL)
     scores = []
     for _ in range(400):
-        lesson = corpus.comparison_lesson(rng)
+        lesson = corpus.draw_comparison_lesson(rng)
         question, anchor, candidate = (
             part.removesuffix(".").split() for part in fields.fullmatch(lesson.prompt).groups()
         )
@@ -167,17 +169,17 @@ def test_losses_are_weighted_within_each_sequence_by_itself(model, encoder) -> N
     """By hand: an answer's mean twice, a score's sum, the read turn's mean at its weight, whatever the batch."""
     rng = random.Random(0)
     learner = Learner(model, encoder)
-    lessons = [corpus.answer_lesson(rng), corpus.judging_lesson(rng), corpus.comparison_lesson(rng)]
+    lessons = [corpus.draw_answer_lesson(rng), corpus.draw_judgement_lesson(rng), corpus.draw_comparison_lesson(rng)]
     turns = [learner.encode(lesson) for lesson in lessons]
     with torch.no_grad():
         together = learner.losses(turns, [])
         for turn, loss in zip(turns, together):
             logs = model(input_ids=torch.tensor([turn.ids])).logits[0].log_softmax(-1)
             tokens = [-logs[t - 1, turn.ids[t]] for t in range(1, len(turn.ids))]
-            start, kind = len(turn.head), turn.lesson.kind
+            start, kind = len(turn.prompt), turn.lesson.kind
             read, replied = tokens[: start - 1], tokens[start - 1 :]
             by_hand = sum(replied) * (2 / len(replied) if kind == "answer" else 1)
-            by_hand += READING[kind] * sum(read) / start
+            by_hand += PROMPT_LOSS_WEIGHTS[kind] * sum(read) / start
             assert loss.item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
@@ -186,7 +188,7 @@ def test_muon_updates_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
     """Against the exact answer: the same singular vectors, with singular values between 0.5 and 1.5."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = left.T @ orthogonal(matrix) @ right.T
+    found = left.T @ orthogonalize_matrix(matrix) @ right.T
     values = found.diagonal()
     assert ((values > 0.5) & (values < 1.5)).all()
     torch.testing.assert_close(found, torch.diag(values), atol=1e-4, rtol=0)
@@ -207,7 +209,7 @@ def test_figures_by_hand() -> None:
 
 def test_what_could_not_be_measured_is_absent_from_the_card() -> None:
     figures = card._figures(np.array([True]), np.array([[True]]), [GroupScores(0.8, [0.9])], seed=0)
-    written = card.to_json(figures)
+    written = card.figures_to_json(figures)
     assert {"auc", "auc_within", "margin_wrong"}.isdisjoint(written)
     assert written["margin_right"] == pytest.approx(0.1)
 

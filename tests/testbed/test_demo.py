@@ -8,16 +8,16 @@ import pytest
 from purld.errors import UserError
 from purld.model.load import load_encoder
 from purld.pipeline.prompt_pools import load_prompt_pools
-from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, prepare
-from purld.testbed.shipped import DEMOS, STUDENTS, demo_problems, students_of
+from purld.testbed.demo import HELD_OUT_PROMPTS, TRAIN_PROMPTS, prepare_demo
+from purld.testbed.shipped import DEMOS, STUDENT_FOLDERS, demo_problems, students_of
 from purld.testbed.world.world import to_prompt
 
 
 @pytest.mark.parametrize("student", [None, "llava"])
 def test_the_demo_of_scenes_asks_both_tasks_of_one_student(tmp_path: Path, student: str | None) -> None:
-    with prepare("scenes", tmp_path / "run", ["seed=3"], student) as (config, run):
+    with prepare_demo("scenes", tmp_path / "run", ["seed=3"], student) as (config, run):
         assert run.path == tmp_path / "run"
-        assert Path(config.student.model) == STUDENTS[student or "qwen2_5_vl"]
+        assert Path(config.student.model) == STUDENT_FOLDERS[student or "qwen2_5_vl"]
         pools = load_prompt_pools(config, load_encoder(config.student), print)
         for pool, split, n in ((pools.train, "train", TRAIN_PROMPTS), (pools.held_out, "heldout", HELD_OUT_PROMPTS)):
             assert [p.id for p in pool] == [to_prompt(p).id for p in demo_problems("scenes", split, n, 3)]
@@ -31,10 +31,10 @@ def test_what_a_demo_refuses() -> None:
         ("counting", "llava", "--student llava: of the testbed's students text can do counting"),
         ("scenes", "text", "--student text: of the testbed's students qwen2_5_vl and llava can do scenes"),
     ):
-        with pytest.raises(UserError, match=said), prepare(task, None, [], student):
+        with pytest.raises(UserError, match=said), prepare_demo(task, None, [], student):
             pass
 
 
 def test_every_demo_has_students_and_every_student_a_folder() -> None:
-    assert {student for demo in DEMOS for student in students_of(demo)} == set(STUDENTS)
-    assert all((folder / "config.json").exists() for folder in STUDENTS.values())
+    assert {student for demo in DEMOS for student in students_of(demo)} == set(STUDENT_FOLDERS)
+    assert all((folder / "config.json").exists() for folder in STUDENT_FOLDERS.values())

@@ -1,4 +1,4 @@
-"""The domain of pictures: what is drawn is read, and every statement about it is checked against the pixels."""
+"""The domain of images: what is rendered is recognised, and every statement is checked against the pixels."""
 
 import base64
 import io
@@ -20,9 +20,9 @@ from purld.data.prompts import parse_prompt
 from purld.records import IMAGE, Prompt
 from purld.tasks.checks import find_check
 from purld.testbed.server import JUDGE, TEACHER, UNKNOWN_QUESTION, TestbedServer
-from purld.testbed.students.scene_corpus import base_answer, near_miss
+from purld.testbed.students.scene_corpus import draw_base_answer, draw_near_miss
 from purld.testbed.world import scene_image, seeing, world
-from purld.testbed.world.claims import read_claims
+from purld.testbed.world.claims import parse_claims
 from purld.testbed.world.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
 from purld.testbed.world.world import SCENE_TASKS, Problem
 
@@ -38,7 +38,7 @@ def problems(draw: st.DrawFn) -> Problem:
     return world.draw_problem(draw(st.sampled_from(SCENE_TASKS)), random.Random(draw(SEEDS)))
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -47,8 +47,8 @@ def test_what_is_drawn_is_read_after_any_lossless_encoding(form: str) -> None:
     for _ in range(150):
         scene = draw_scene(rng)
         buffer = io.BytesIO()
-        scene_image.draw(scene, rng).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
-        assert scene_image.read(Pil.open(buffer)) == scene
+        scene_image.render_scene(scene, rng).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
+        assert scene_image.recognise_scene(Pil.open(buffer)) == scene
 
 
 def test_every_shape_is_read_in_every_colour_size_and_cell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,11 +57,13 @@ def test_every_shape_is_read_in_every_colour_size_and_cell(monkeypatch: pytest.M
         monkeypatch.setattr(scene_image, "_SIZES", [size])
         for number, shape in enumerate(SHAPES):
             things = [Thing(COLOURS[(i + number) % len(COLOURS)], shape, place) for i, place in enumerate(PLACES)]
-            assert scene_image.read(scene_image.draw(Scene(tuple(things)), rng)) == Scene(tuple(things))
+            assert scene_image.recognise_scene(scene_image.render_scene(Scene(tuple(things)), rng)) == Scene(
+                tuple(things)
+            )
 
 
 def test_what_is_no_scene_is_not_read() -> None:
-    drawn = scene_image.draw(SCENE, random.Random(0))
+    drawn = scene_image.render_scene(SCENE, random.Random(0))
     blurred = io.BytesIO()
     drawn.save(blurred, "JPEG", quality=60)
     dotted = drawn.copy()
@@ -71,10 +73,10 @@ def test_what_is_no_scene_is_not_read() -> None:
         drawn.rotate(45),
         Pil.open(blurred),
         dotted,
-        scene_image.draw(Scene(()), random.Random(0)),
+        scene_image.render_scene(Scene(()), random.Random(0)),
         Pil.new("L", drawn.size),
     ]
-    assert [scene_image.read(other) for other in others] == [None] * len(others)
+    assert [scene_image.recognise_scene(other) for other in others] == [None] * len(others)
 
 
 # --- what sentences claim ----------------------------------------------------------------------------------------
@@ -90,14 +92,14 @@ def test_what_is_no_scene_is_not_read() -> None:
     ],
 )
 def test_claims_are_read_word_for_word(text: str, things: list[tuple[Thing, ...]]) -> None:
-    claims = read_claims(text)
+    claims = parse_claims(text)
     assert claims is not None
     assert [claim.things for claim in claims] == things
 
 
 @pytest.mark.parametrize("text", ["", "Red.", "The circle is nice.", "There is a red circle at the top left"])
 def test_what_cannot_be_checked_is_no_claim(text: str) -> None:
-    assert read_claims(text) is None
+    assert parse_claims(text) is None
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_what_cannot_be_checked_is_no_claim(text: str) -> None:
 def test_a_rationale_is_right_if_all_it_says_is_true_and_it_says_what_was_asked(
     question: str, answer: str, right: bool
 ) -> None:
-    asked = seeing.parse(f"Question: {question}", SCENE)
+    asked = seeing.parse_question(f"Question: {question}", SCENE)
     assert asked is not None
     assert seeing.is_right(asked, answer) == right
 
@@ -155,7 +157,7 @@ def test_a_rationale_is_right_if_all_it_says_is_true_and_it_says_what_was_asked(
     ],
 )
 def test_a_choice_is_what_an_answer_commits_itself_to(answer: str, right: bool) -> None:
-    asked = seeing.parse(MC, SCENE)
+    asked = seeing.parse_question(MC, SCENE)
     assert asked is not None
     assert seeing.is_right(asked, answer) == right
 
@@ -172,7 +174,7 @@ def test_a_choice_is_what_an_answer_commits_itself_to(answer: str, right: bool) 
     ],
 )
 def test_what_has_no_one_answer_is_no_question(question: str) -> None:
-    assert seeing.parse(question, SCENE) is None
+    assert seeing.parse_question(question, SCENE) is None
 
 
 # --- the world's promises ----------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def test_every_family_occurs() -> None:
 @given(problems())
 def test_a_question_reads_back_and_its_teacher_is_right(problem: Problem) -> None:
     prompt = world.to_prompt(problem)
-    assert scene_image.read(open_image(prompt.images[0])) == problem.scene
+    assert scene_image.recognise_scene(open_image(prompt.images[0])) == problem.scene
     assert world.recognise_problem(problem.question, problem.scene) == problem
     answer = world.teacher_answer(problem)
     assert answer == world.teacher_answer(problem)
@@ -210,31 +212,31 @@ def test_a_question_reads_back_and_its_teacher_is_right(problem: Problem) -> Non
 @given(problems(), SEEDS)
 def test_every_right_wording_passes_and_every_mistake_fails(problem: Problem, seed: int) -> None:
     rng = random.Random(seed)
-    for text in seeing.wordings(problem.asked()):
+    for text in seeing.list_phrasings(problem.scene_question()):
         assert world.is_right(problem, text)
     assert world.is_right(problem, world.right_answer(problem, rng))
-    miss = near_miss(problem, rng)
+    miss = draw_near_miss(problem, rng)
     assert not world.is_right(problem, miss)
     assert world.answer_quality(problem, miss) == 0
-    if problem.asked().options:
-        assert problem.truth in problem.asked().options
+    if problem.scene_question().options:
+        assert problem.truth in problem.scene_question().options
 
 
 def test_the_base_errs_as_often_as_it_shall() -> None:
     rng = random.Random(0)
     for task in SCENE_TASKS:
         problems = world.generate_problems(task, "train", 600, 0)
-        assert 0.5 < sum(world.is_right(p, base_answer(p, rng)) for p in problems) / 600 < 0.7
-        assert all(world.is_right(p, base_answer(p, rng, errors=0.0)) for p in problems[:50])
+        assert 0.5 < sum(world.is_right(p, draw_base_answer(p, rng)) for p in problems) / 600 < 0.7
+        assert all(world.is_right(p, draw_base_answer(p, rng, errors=0.0)) for p in problems[:50])
 
 
 def test_the_check_knows_its_prompts_by_their_pixels() -> None:
-    """The same question of another picture has another answer, and a picture of nothing none."""
+    """The same question about another image has another answer, and none if the image does not fit it."""
     check = find_check(Data(prompts="x", check="testbed"))
     assert check is not None
     other = Scene((Thing("green", "ring", "top left"),))
     for scene, right in ((SCENE, True), (other, False)):
-        shown = read_image(scene_image.encode(scene_image.draw(scene, random.Random(3))), Path())
+        shown = read_image(scene_image.encode_png(scene_image.render_scene(scene, random.Random(3))), Path())
         prompt = Prompt.from_text(f"{IMAGE}Question: Where is the blue ring?", images=(shown,))
         if right:
             assert check(prompt, "The blue ring is at the middle center.")
@@ -268,12 +270,12 @@ def client():
 
 def url_of(scene: Scene, form: str = "png") -> str:
     buffer = io.BytesIO()
-    scene_image.draw(scene, random.Random(1)).save(buffer, form)
+    scene_image.render_scene(scene, random.Random(1)).save(buffer, form)
     return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def ask(client: openai.OpenAI, model: str, text: str, *urls: str) -> str | None:
-    """The reply to a turn whose pictures stand at its IMAGE marks."""
+    """Return the reply to a message whose images are at its IMAGE marks."""
     first, *rest = text.split(IMAGE)
     parts: list = [{"type": "text", "text": first}]
     for url, words in zip(urls, rest, strict=True):
@@ -282,7 +284,7 @@ def ask(client: openai.OpenAI, model: str, text: str, *urls: str) -> str | None:
     return client.chat.completions.create(model=model, messages=messages).choices[0].message.content
 
 
-def test_the_teacher_reads_the_picture_it_is_sent(client) -> None:
+def test_the_teacher_reads_the_image_it_is_sent(client) -> None:
     said = ask(client, TEACHER, IMAGE + MC, url_of(SCENE))
     problem = world.recognise_problem(IMAGE + MC, SCENE)
     assert problem is not None and said == world.teacher_answer(problem)
@@ -299,16 +301,16 @@ def test_the_teacher_reads_the_picture_it_is_sent(client) -> None:
         "/etc/passwd",
     ],
 )
-def test_a_picture_that_cannot_be_read_is_no_question(client, url: str) -> None:
+def test_an_image_that_cannot_be_read_is_no_question(client, url: str) -> None:
     assert ask(client, TEACHER, IMAGE + MC, url) == UNKNOWN_QUESTION
 
 
-def test_no_picture_and_two_pictures_are_no_question(client) -> None:
+def test_no_image_and_two_images_are_no_question(client) -> None:
     assert ask(client, TEACHER, MC) == UNKNOWN_QUESTION
     assert ask(client, TEACHER, IMAGE + IMAGE + MC, url_of(SCENE), url_of(SCENE)) == UNKNOWN_QUESTION
 
 
-def test_the_judge_prefers_what_the_picture_bears_out(client) -> None:
+def test_the_judge_prefers_what_the_image_bears_out(client) -> None:
     question = f"{IMAGE}Question: Where is the blue ring?"
     right, wrong = "The blue ring is at the middle center.", "The blue ring is at the top left."
     because = "It is at the middle center, because the blue ring is at the middle center."
@@ -318,7 +320,7 @@ def test_the_judge_prefers_what_the_picture_bears_out(client) -> None:
     assert ask(client, JUDGE, templates.judge_turn(question, "", right, wrong), url_of(moved)) == "B"
 
 
-def test_the_teacher_scores_an_answer_to_a_picture(client) -> None:
+def test_the_teacher_scores_an_answer_about_an_image(client) -> None:
     question = f"{IMAGE}Question: Where is the blue ring?"
     for answer, score in (("The blue ring is at the middle center.", "0.50"), ("The blue ring is red.", "0.00")):
         assert ask(client, TEACHER, templates.rating_turn(question, answer), url_of(SCENE)) == score

@@ -1,4 +1,4 @@
-"""The students that see: their directories, their lessons, their curriculum at toy size, and those that ship."""
+"""The students that read images: their directories, their lessons, their curriculum at toy size, the shipped ones."""
 
 import json
 import random
@@ -17,12 +17,12 @@ from purld.model.processor import read_processor
 from purld.model.vision import pixel_inputs
 from purld.records import IMAGE, Prompt
 from purld.runs.files import append_rows, read_rows
-from purld.testbed.shipped import STUDENTS
+from purld.testbed.shipped import STUDENT_FOLDERS
 from purld.testbed.students import build, card, scene_corpus
-from purld.testbed.students.learner import READING, Learner, as_images
+from purld.testbed.students.learner import PROMPT_LOSS_WEIGHTS, Learner, to_prompt_images
 from purld.testbed.students.lessons import GARBAGE, RIGHT, WRONG, Phase
 from purld.testbed.students.rounds import Rounds
-from purld.testbed.students.students import STUDENTS as DESIGNS
+from purld.testbed.students.students import DESIGNS
 from purld.testbed.world import scene_image, world
 from purld.testbed.world.scenes import draw_scene
 from purld.testbed.world.world import SCENE_TASKS
@@ -37,7 +37,7 @@ def name(request) -> str:
 
 @pytest.fixture(scope="module")
 def student(name: str) -> Student:
-    return Student(model=str(STUDENTS[name]), max_anchor_tokens=card.MAX_ANCHOR_TOKENS)
+    return Student(model=str(STUDENT_FOLDERS[name]), max_anchor_tokens=card.MAX_ANCHOR_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +56,15 @@ def model(student: Student):
 def test_the_shipped_students_are_small_and_complete(model, encoder, name) -> None:
     assert 0.8e6 < model.num_parameters() < 1.1e6
     assert model.dtype == torch.float32
-    assert AutoConfig.from_pretrained(STUDENTS[name]).model_type == name
+    assert AutoConfig.from_pretrained(STUDENT_FOLDERS[name]).model_type == name
     assert model.get_input_embeddings().num_embeddings == len(encoder.tokenizer)
     assert model.generation_config.eos_token_id == encoder.tokenizer.eos_token_id
-    size = sum(path.stat().st_size for each in SEEING for path in STUDENTS[each].iterdir())
+    size = sum(path.stat().st_size for each in SEEING for path in STUDENT_FOLDERS[each].iterdir())
     assert size <= 8_000_000
 
 
 def test_the_shipped_cards_keep_their_promises(name) -> None:
-    quality = json.loads((STUDENTS[name] / "quality_card.json").read_text())
+    quality = json.loads((STUDENT_FOLDERS[name] / "quality_card.json").read_text())
     assert quality["tasks"].keys() == set(SCENE_TASKS)
     for figures in quality["tasks"].values():
         assert 0.17 <= figures["sampled"] <= 0.6
@@ -79,15 +79,15 @@ def test_the_shipped_cards_keep_their_promises(name) -> None:
 @pytest.mark.parametrize("task", SCENE_TASKS)
 def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> None:
     """Measured again on other held-out problems than the card's."""
-    figures = card.measure(model, encoder, task, n=200, k=8, seed=99)
+    figures = card.measure_student(model, encoder, task, n=200, k=8, seed=99)
     assert 0.12 <= figures.sampled <= 0.6
     assert figures.pass_at_k > 0.55
     assert figures.auc >= 0.9
 
 
-def test_a_picture_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encoder, name) -> None:
-    """LLaVA's own way is to put a turn's pictures before its words."""
-    (image,) = as_images([scene_image.draw(draw_scene(random.Random(0)), random.Random(0))])
+def test_an_image_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encoder, name) -> None:
+    """LLaVA puts a message's images before its text."""
+    (image,) = to_prompt_images([scene_image.render_scene(draw_scene(random.Random(0)), random.Random(0))])
     head = encoder.encode_prompt(Prompt.from_text(f"Look: {IMAGE}What is at the top left?", images=(image,)))
     inside = [place for place, token in enumerate(head.ids) if token in encoder.placeholders]
     assert len(inside) == inside[-1] - inside[0] + 1 == 9
@@ -95,10 +95,10 @@ def test_a_picture_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encode
     assert before.endswith("Look: <|vision_start|>" if name == "qwen2_5_vl" else "user\n")
 
 
-def test_a_students_answers_depend_on_the_picture(model, encoder) -> None:
-    """The same question of two pictures: what is true of one is far likelier said of that one."""
+def test_a_students_answers_depend_on_the_image(model, encoder) -> None:
+    """The same question about two images: what is true of one is far more likely for that one."""
     scenes = [draw_scene(random.Random(seed)) for seed in range(2)]
-    images = as_images([scene_image.draw(scene, random.Random(0)) for scene in scenes])
+    images = to_prompt_images([scene_image.render_scene(scene, random.Random(0)) for scene in scenes])
     likelihood = torch.zeros(2, 2)
     for row, image in enumerate(images):
         head = encoder.encode_prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
@@ -116,30 +116,30 @@ def test_a_students_answers_depend_on_the_picture(model, encoder) -> None:
 
 def test_no_lesson_is_of_a_held_out_problem() -> None:
     rng = random.Random(0)
-    for problem, picture in scene_corpus.problems(200, rng):
+    for problem, image in scene_corpus.draw_problems(200, rng):
         assert world.split_of(problem) == "train"
-        assert scene_image.read(picture) == problem.scene
+        assert scene_image.recognise_scene(image) == problem.scene
     for _ in range(100):
         scene = draw_scene(rng)
-        picture = scene_image.draw(scene, rng)
-        judged = scene_corpus.judging_lesson(scene, picture, rng).prompt
+        image = scene_image.render_scene(scene, rng)
+        judged = scene_corpus.draw_judgement_lesson(scene, image, rng).prompt
         question = judged.partition("Question:\n")[2].partition("\n\nReference Answer:")[0]
-        for asked in (scene_corpus.answer_lesson(scene, picture, 1.0, rng).prompt, question):
+        for asked in (scene_corpus.draw_answer_lesson(scene, image, 1.0, rng).prompt, question):
             problem = world.recognise_problem(asked, scene)
             assert problem is not None and world.split_of(problem) == "train"
 
 
-def test_a_step_has_the_lessons_of_its_phase_and_few_pictures() -> None:
+def test_a_step_has_the_lessons_of_its_phase_and_few_images() -> None:
     rng = random.Random(0)
     for phase, expected in (
         (Phase("a", 1, judging=0.5, bare=1.0, captions=1.0), {"caption": 24, "comparison": 24}),
         (Phase("b", 1, judging=0.25), {"answer": 36, "judgement": 12}),
         (Phase("c", 1, judging=0.0, lookups=1.0), {"lookup": 48}),
     ):
-        batch = scene_corpus.lessons(phase, 48, [], rng)
+        batch = scene_corpus.draw_lessons(phase, 48, [], rng)
         assert Counter(lesson.kind for lesson in batch) == expected
-        assert len({id(lesson.picture) for lesson in batch if lesson.picture is not None}) == 12
-        assert all((lesson.picture is not None) == (IMAGE in lesson.prompt) for lesson in batch)
+        assert len({id(lesson.image) for lesson in batch if lesson.image is not None}) == 12
+        assert all((lesson.image is not None) == (IMAGE in lesson.prompt) for lesson in batch)
 
 
 def test_judgements_and_comparisons_are_balanced_and_true() -> None:
@@ -147,48 +147,49 @@ def test_judgements_and_comparisons_are_balanced_and_true() -> None:
     scores = {"judgement": [], "comparison": []}
     for _ in range(600):
         scene = draw_scene(rng)
-        picture = scene_image.draw(scene, rng)
+        image = scene_image.render_scene(scene, rng)
         for lesson in (
-            scene_corpus.judging_lesson(scene, picture, rng),
-            scene_corpus.comparison_lesson(scene, picture, rng),
+            scene_corpus.draw_judgement_lesson(scene, image, rng),
+            scene_corpus.draw_comparison_lesson(scene, image, rng),
         ):
             scores[lesson.kind].append(lesson.reply)
             said = lesson.prompt.partition("Candidate Answer:\n")[2].partition("\n\nScalar")[0]
             if f"{IMAGE}Look." in lesson.prompt:
-                (claim,) = scene_corpus.seeing.read_claims(said) or [None]
-                assert claim is not None and lesson.reply == (RIGHT if claim.holds(scene) else WRONG)
+                (claim,) = scene_corpus.seeing.parse_claims(said) or [None]
+                assert claim is not None and lesson.reply == (RIGHT if claim.is_true_of(scene) else WRONG)
     for said in scores.values():
         assert 0.4 < said.count(RIGHT) / len(said) < 0.65
     assert scores["judgement"].count(GARBAGE)
 
 
 def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None:
-    """By hand, with each lesson's picture given to the model as pixels; placeholders are never predicted."""
+    """By hand, with each lesson's image given to the model as pixels; placeholders are never predicted."""
     rng = random.Random(0)
     learner = Learner(model, encoder)
     scenes = [draw_scene(rng) for _ in range(2)]
-    shown = [scene_image.draw(scene, rng) for scene in scenes]
+    shown = [scene_image.render_scene(scene, rng) for scene in scenes]
     lessons = [
-        scene_corpus.answer_lesson(scenes[0], shown[0], 1.0, rng),
-        scene_corpus.judging_lesson(scenes[1], shown[1], rng),
-        scene_corpus.caption_lesson(scenes[0], shown[0], rng),
+        scene_corpus.draw_answer_lesson(scenes[0], shown[0], 1.0, rng),
+        scene_corpus.draw_judgement_lesson(scenes[1], shown[1], rng),
+        scene_corpus.draw_caption_lesson(scenes[0], shown[0], rng),
     ]
     turns = [learner.encode(lesson) for lesson in lessons]
     with torch.no_grad():
-        seen = learner.features(shown)
-        together = learner.losses(turns, [seen[shown.index(turn.lesson.picture)] for turn in turns])
+        seen = learner.image_features(shown)
+        together = learner.losses(turns, [seen[shown.index(turn.lesson.image)] for turn in turns])
         for turn, loss in zip(turns, together):
             head = encoder.encode_prompt(
-                Prompt.from_text(turn.lesson.prompt, images=tuple(as_images([turn.lesson.picture])))
+                Prompt.from_text(turn.lesson.prompt, images=tuple(to_prompt_images([turn.lesson.image])))
             )
-            assert head.ids == turn.head.ids
+            assert head.ids == turn.prompt.ids
             ids = torch.tensor([turn.ids])
             logs = model(input_ids=ids, **pixel_inputs([head], ids)).logits[0].log_softmax(-1)
             start, kind = len(head), turn.lesson.kind
             read = [-logs[t - 1, i] for t, i in enumerate(head.ids) if t and i not in encoder.placeholders]
             replied = [-logs[t - 1, turn.ids[t]] for t in range(start, len(turn.ids))]
             by_hand = (
-                sum(replied) * (1 if turn.lesson.judging else 2 / len(replied)) + READING[kind] * sum(read) / start
+                sum(replied) * (1 if turn.lesson.judging else 2 / len(replied))
+                + PROMPT_LOSS_WEIGHTS[kind] * sum(read) / start
             )
             assert loss.item() == pytest.approx(by_hand.item(), rel=1e-3)
 
@@ -197,14 +198,14 @@ def test_the_gradient_of_a_batch_is_that_of_its_mean_loss(model, encoder) -> Non
     """The tower's too, although it is passed once for all parts."""
     rng = random.Random(1)
     learner = Learner(model, encoder)
-    batch = scene_corpus.lessons(Phase("x", 1, judging=0.5, bare=0.5, captions=0.3), 12, [], rng)
+    batch = scene_corpus.draw_lessons(Phase("x", 1, judging=0.5, bare=0.5, captions=0.3), 12, [], rng)
     model.zero_grad()
     learner.backward(batch, 3)
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     turns = [learner.encode(lesson) for lesson in batch]
-    shown = [turn.lesson.picture for turn in turns if turn.lesson.picture is not None]
-    learner.losses(turns, list(learner.features(shown))).mean().backward()
+    shown = [turn.lesson.image for turn in turns if turn.lesson.image is not None]
+    learner.losses(turns, list(learner.image_features(shown))).mean().backward()
     for parameter_name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[parameter_name], parameter.grad, atol=2e-5, rtol=1e-3)
@@ -226,7 +227,9 @@ def toys(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> None:
     assert (toys[0] / "model.safetensors").read_bytes() == (toys[1] / "model.safetensors").read_bytes()
     assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
-    assert {p.name for p in STUDENTS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {"build_log.jsonl"}
+    assert {p.name for p in STUDENT_FOLDERS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {
+        "build_log.jsonl"
+    }
     rows = read_rows(toys[0] / "build_log.jsonl")
     assert [row["phase"] for row in rows] == ["look", "find one of five", "settle", "settle again"]
     assert rows[-1]["step"] == rows[-1]["of"] and len({row["of"] for row in rows}) == 1
@@ -277,9 +280,11 @@ def test_rounds_are_kept_with_the_rows_before_them(tmp_path: Path) -> None:
 
 
 def test_another_build_has_other_weights_and_one_builds_at_a_time(tmp_path: Path) -> None:
-    hashes = {build.made_of(*of) for of in (("llava", 0, 1.0), ("llava", 1, 1.0), ("llava", 0, 0.5), ("text", 0, 1.0))}
+    hashes = {
+        build.build_hash(*of) for of in (("llava", 0, 1.0), ("llava", 1, 1.0), ("llava", 0, 0.5), ("text", 0, 1.0))
+    }
     assert len({Rounds(tmp_path / "out", each).folder for each in hashes}) == 4
-    assert build.made_of("llava", 0, 1.0) in hashes
+    assert build.build_hash("llava", 0, 1.0) in hashes
     with Rounds(tmp_path / "out", "of another").lock(), pytest.raises(UserError, match="another purld process"):
         build.build_student(tmp_path / "out", 0, 1.0)
 
@@ -323,8 +328,8 @@ def test_a_complete_build_takes_the_place_of_the_old_one_whenever_it_is_killed(
 
 def test_a_student_that_sees_starts_as_the_one_that_reads(name: str, tmp_path: Path) -> None:
     learner = build.new_learner(DESIGNS[name], tmp_path, random.Random(0), 0.1)
-    reader = load_model(Student(model=str(STUDENTS["text"])), STUDENTS["text"])
-    texts = load_encoder(Student(model=str(STUDENTS["text"])))
+    reader = load_model(Student(model=str(STUDENT_FOLDERS["text"])), STUDENT_FOLDERS["text"])
+    texts = load_encoder(Student(model=str(STUDENT_FOLDERS["text"])))
     layers = learner.model.get_decoder().layers.state_dict()
     assert all(torch.equal(value, layers[key]) for key, value in reader.model.layers.state_dict().items())
     (mine,), (theirs,) = (e.encode_literal("1") for e in (learner.encoder, texts))

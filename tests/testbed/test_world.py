@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from purld.errors import UserError
 from purld.records import Prompt
-from purld.testbed.students.corpus import near_miss
+from purld.testbed.students.corpus import draw_near_miss
 from purld.testbed.students.lessons import spoil_answer
 from purld.testbed.world import counting, world, writing
 from purld.testbed.world.world import TEXT_TASKS, Problem
@@ -57,7 +57,7 @@ def test_a_question_reads_back_and_its_teacher_is_right(problem: Problem) -> Non
 
 @given(problems(), SEEDS)
 def test_near_misses_are_wrong_and_worth_nothing(problem: Problem, seed: int) -> None:
-    wrong = near_miss(problem, random.Random(seed))
+    wrong = draw_near_miss(problem, random.Random(seed))
     assert not world.is_right(problem, wrong)
     assert world.answer_quality(problem, wrong) == 0
 

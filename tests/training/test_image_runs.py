@@ -61,7 +61,8 @@ def write_config(request, teacher, shipped_student, tmp_path_factory):
         "data": {"prompts": str(folder / "prompts.jsonl"), "eval_prompts": str(folder / "held_out.jsonl")},
         "teacher": {"kind": "openai", "base_url": teacher.url, "model": "m", "max_calls": 200},
         "sft": {"epochs": 2, "learning_rate": 1e-3, "batch_size": 4, "validation_fraction": 0.2},
-        "align": {"steps": 2, "candidates": 3, "prompts_per_step": 2, "learning_rate": 1e-3, "max_new_tokens": 6},
+        "align": {"steps": 2, "candidates": 3, "prompts_per_step": 2, "learning_rate": 1e-3, "max_new_tokens": 6}
+        | {"score": "expected", "weak_signal": "continue"},
         "evaluate": {"max_new_tokens": 6, "batch_size": 4, "judge": None, "opponent": None},
     }
     path = folder / "run.yaml"

@@ -1,6 +1,6 @@
 """Judge without gold whether scores carry a signal: known pairs, spread, labels, length, and a verdict.
 
-Pure functions on numbers; `purld.training.probe` measures them with a model.
+Pure functions on numbers; `purld.pipeline.probe` measures them with a model.
 """
 
 from __future__ import annotations
@@ -130,12 +130,13 @@ def pair_rate(better: Scores, worse: Scores) -> PairRate | None:
 def pool_rates(rates: Sequence[PairRate]) -> PairRate:
     """Average the rates of several kinds of pairs, each kind with equal weight.
 
-    The interval is the normal one of the mean of independent rates; a kind of few pairs makes it wide.
+    The distances of the kinds' limits from their rates are combined in quadrature, as for independent errors; a kind of
+    few pairs makes the interval wide.
     """
     rate = float(np.mean([r.rate for r in rates]))
-    # Half a Wilson interval is about 1.96 standard errors, also at a rate of 0 or 1.
-    error = math.sqrt(sum(((r.high - r.low) / 2) ** 2 for r in rates)) / len(rates)
-    return PairRate(rate, max(0.0, rate - error), min(1.0, rate + error), sum(r.n for r in rates))
+    below = math.sqrt(sum((r.rate - r.low) ** 2 for r in rates)) / len(rates)
+    above = math.sqrt(sum((r.high - r.rate) ** 2 for r in rates)) / len(rates)
+    return PairRate(rate, rate - below, rate + above, sum(r.n for r in rates))
 
 
 def pooled_spread(groups: Sequence[Scores]) -> float:

@@ -22,6 +22,7 @@ from purld.records import Prompt
 Rows = Sequence[Sequence[int]]
 """Token ids of K sequences, each with its end-of-turn token where it has one."""
 
+MAX_GAIN = 2.0  # nats per token
 _SEPARATOR = "\n\n"  # between a candidate and the anchor that is read after it
 
 
@@ -29,9 +30,11 @@ _SEPARATOR = "\n\n"  # between a candidate and the anchor that is read after it
 def in_context_scores(
     model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, rows: Rows, batch_size: int
 ) -> list[float]:
-    """Return what the anchor adds to each row: mean over tokens of log p(y_t | x, a, y_<t) - log p(y_t | x, y_<t).
+    """Return what the anchor adds to each row: the mean over tokens of log p(y_t | x, a, y_<t) - log p(y_t | x, y_<t).
 
-    In nats per token. The prompt with the anchor is one shared prefix, the bare prompt another.
+    In nats per token. Each token's gain is clipped to `MAX_GAIN` nats, so that no single surprising token decides, such
+    as a rare word that the anchor has too; docs/probe.md compares the forms that were tried. The prompt with the anchor
+    is one shared prefix, the bare prompt another.
 
     Args:
         model: the frozen p_sft.
@@ -43,7 +46,9 @@ def in_context_scores(
     """
     with_anchor = _token_log_probs(model, encoder.encode_anchored_prompt(prompt, anchor), rows, encoder.pad, batch_size)
     bare = _token_log_probs(model, encoder.encode_prompt(prompt), rows, encoder.pad, batch_size)
-    return [float((given - alone).mean()) for given, alone in zip(with_anchor, bare, strict=True)]
+    return [
+        float((given - alone).clamp(-MAX_GAIN, MAX_GAIN).mean()) for given, alone in zip(with_anchor, bare, strict=True)
+    ]
 
 
 @torch.no_grad()

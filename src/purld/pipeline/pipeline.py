@@ -13,6 +13,7 @@ import yaml
 
 from purld.config.clients import TRANSPORT
 from purld.config.load import load_config
+from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.errors import UserError
@@ -20,7 +21,7 @@ from purld.model.load import load_encoder
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
 from purld.pipeline.preflight import check_context, check_judging, check_scoring
-from purld.pipeline.probe import probe_fingerprint, run_probe, takes_probe
+from purld.pipeline.probe import choose_signal, probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.runs.files import atomic_write, measure_seconds
@@ -129,6 +130,9 @@ class Pipeline:
         for earlier in STAGES[: STAGES.index(stage)]:
             if earlier != "probe" and self._takes_part(earlier) and earlier not in self.run.finished_stages():
                 raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
+        if stage == "align":  # before it has begun, so that the settings may still change
+            assert isinstance(self.config.align, StageTwoSettings)
+            choose_signal(self.config.align, self.run.finished_stages().get("probe"))
         self.run.begin(stage)
         self.reporter.headline(_TITLES[stage])
         with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):

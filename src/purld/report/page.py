@@ -20,6 +20,7 @@ from purld.report.cost import cost_section
 from purld.report.figures import draw_figures
 from purld.report.headline import Headline, Tone, write_headline
 from purld.report.markup import PageSection, escape_text, figure_grid
+from purld.report.probe import probe_section
 from purld.report.run_data import RunData, read_run
 from purld.report.sensitivity import sensitivity_section
 from purld.report.tables import results_section
@@ -55,7 +56,7 @@ def _page(runs: Sequence[RunData]) -> str:
     data = answer_browser(runs)
     script, style = _read_asset("browser.js"), _read_asset("page.css")
     training = _convergence_sections(runs) if len(runs) > _MAX_FULL_RUNS else _training_sections(runs)
-    numbers = [sensitivity_section(runs), results_section(runs), *training, cost_section(runs)]
+    numbers = [sensitivity_section(runs), results_section(runs), probe_section(runs), *training, cost_section(runs)]
     candidates = [*numbers, _browser_section(data), _config_section(runs)]
     sections = [section for section in candidates if section.body]
     names = ", ".join(run.name for run in runs)
@@ -97,7 +98,7 @@ def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
     headlines = [(run, write_headline(run)) for run in runs]
     if len(headlines) == 1:
         run, sentence = headlines[0]
-        lines = f'<h1 class="verdict {sentence.tone}">{escape_text(sentence.text)}</h1>{_facts(run)}'
+        lines = f'<h1 class="verdict {sentence.tone}">{escape_text(sentence.text)}</h1>{_warnings(run)}{_facts(run)}'
     else:
         each = "".join(
             f'<p class="verdict {s.tone}"><b>{escape_text(run.name)}:</b> {escape_text(s.text)}</p>'
@@ -109,6 +110,14 @@ def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
     links = "\n".join(section.to_link() for section in sections)
     brand = '<p class="brand">purld <span>report</span></p>'
     return f'<header>\n{brand}\n{lines}\n<nav aria-label="Sections">\n{links}\n</nav>\n</header>'
+
+
+def _warnings(run: RunData) -> str:
+    """Return what puts the result in doubt, as a list under the headline."""
+    items = "".join(
+        f"<li>{escape_text(warning[:1].upper() + warning[1:])}</li>" for warning in run.results.get("warnings", [])
+    )
+    return f'<ul class="warnings">{items}</ul>' if items else ""
 
 
 def _tally(headlines: Sequence[tuple[RunData, Headline]]) -> str:

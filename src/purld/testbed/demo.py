@@ -1,7 +1,7 @@
-"""The demo: an ordinary run whose prompts, teacher and judge come from the testbed.
+"""Set up the demo: an ordinary run whose prompts, teacher and judge come from the testbed.
 
-It writes a prompt file, a held-out file and a configuration, starts the testbed's server, and hands over the
-same configuration and run directory that `purld run` would build. Nothing else in purld knows of it.
+It writes a prompt file, a held-out file and a configuration, starts the testbed's server, and yields the same
+configuration and run directory that `purld run` builds. Nothing else in purld knows about the demo.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from purld.errors import UserError
 from purld.runs.files import atomic_write
 from purld.runs.run_dir import RunDir
 from purld.testbed.server import TestbedServer
-from purld.testbed.shipped import DEMOS, STUDENTS, demo_problems, students_of
+from purld.testbed.shipped import DEMOS, STUDENT_FOLDERS, demo_problems, students_of
 from purld.testbed.world.world import write_prompts
 
 KEY_VARIABLE = "PURLD_TESTBED_KEY"
@@ -31,21 +31,21 @@ HELD_OUT_PROMPTS = 200
 
 
 @contextlib.contextmanager
-def prepare(
+def prepare_demo(
     task: str, run_dir: Path | None, overrides: Sequence[str], student: str | None = None
 ) -> Iterator[tuple[Config, RunDir]]:
-    """The configuration and run directory of a demo, with the testbed's server running.
+    """Yield the configuration and run directory of a demo while the testbed's server runs.
 
     Raises:
         UserError: the task is unknown or not for this student, an override is wrong, or the server cannot start.
     """
-    # Matrices this small are not worth two threads: a step took 0.8 s on one thread and 1.2 s on two.
+    # The matrices are too small for two threads: a step took 0.8 s on one thread and 1.2 s on two.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if task not in DEMOS:
         raise UserError(f"--task {task}: the testbed has {', '.join(DEMOS)}.")
-    able = students_of(task)
-    if student is not None and student not in able:
-        raise UserError(f"--student {student}: of the testbed's students {' and '.join(able)} can do {task}.")
+    capable = students_of(task)
+    if student is not None and student not in capable:
+        raise UserError(f"--student {student}: of the testbed's students {' and '.join(capable)} can do {task}.")
     seed = _seed(overrides)
     name = "-".join(["demo", task, *([student] if student else []), *([f"seed{seed}"] if seed else [])])
     folder = run_dir or Path("runs") / name
@@ -62,17 +62,17 @@ def prepare(
 
 
 def demo_values(task: str, source: Path, base_url: str, student: str | None = None) -> dict[str, Any]:
-    """The demo's configuration as plain values. docs/results.md says how its numbers were chosen."""
+    """Return the demo's configuration as plain values. docs/results.md says how its numbers were chosen."""
     endpoint = {"kind": "openai", "base_url": base_url, "api_key_env": KEY_VARIABLE}
     student = student or students_of(task)[0]
-    # The students that see are at their lowest validation loss after one or two.
+    # The students that read images reach their lowest validation loss after one or two epochs.
     epochs = 16 if student == "text" else 4
     return {
         "student": {
-            "model": str(STUDENTS[student]),
+            "model": str(STUDENT_FOLDERS[student]),
             "max_prompt_tokens": 256,
             "max_anchor_tokens": 128,
-            # Towers are as good as they get; frozen, they look at a picture once.
+            # The towers do not improve further; frozen, they encode an image once.
             **({} if student == "text" else {"train_vision": False}),
         },
         "data": {
@@ -95,7 +95,7 @@ def demo_values(task: str, source: Path, base_url: str, student: str | None = No
             "schedule": "linear",
             "gamma": 10.0,
             "candidates": 16,
-            "score": "expected",  # the shipped students were taught to write scores
+            "score": "expected",  # the shipped students are trained to write scores
             "margin_scale": "literal",
             "micro_batch_size": 16,
             "score_batch_size": 32,
@@ -113,16 +113,16 @@ def demo_values(task: str, source: Path, base_url: str, student: str | None = No
 
 
 def _seed(overrides: Sequence[str]) -> int:
-    """The seed that the overrides ask for: it also draws the prompts."""
-    chosen = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "seed"]
+    """Return the seed that the overrides ask for, which also draws the prompts."""
+    seeds = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "seed"]
     try:
-        return int(chosen[-1]) if chosen else 0
+        return int(seeds[-1]) if seeds else 0
     except ValueError:
-        raise UserError(f"override seed={chosen[-1]}: a seed is a whole number.") from None
+        raise UserError(f"override seed={seeds[-1]}: a seed is a whole number.") from None
 
 
 def _former_port(folder: Path) -> int:
-    """The port of an interrupted demo, so that its ledger knows the endpoint again; 0 is any free one."""
+    """Return the port of an interrupted demo, so that its ledger recognises the endpoint; 0 means any free port."""
     path = folder / "config.yaml"
     if not path.exists():
         return 0

@@ -1,8 +1,8 @@
-"""The world's teacher and judge behind an OpenAI-compatible chat-completions endpoint on this machine.
+"""Serve the world's teacher and judge as an OpenAI-compatible chat-completions endpoint on 127.0.0.1.
 
-They read pictures (data URLs in content parts) from their pixels, and know nothing but what they are sent.
-`POST /v1/chat/completions` and `GET /v1/models`, with a bearer key. Sampling settings are accepted and change
-nothing, for both models are deterministic. There is no streaming, and nothing is logged.
+Both answer `POST /v1/chat/completions` and `GET /v1/models` with a bearer key. They recognise images (data URLs in
+content parts) by their pixels, and know only what a request contains. Both are deterministic, so sampling settings are
+accepted and ignored. There is no streaming, and nothing is logged.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ class TestbedServer:
     """The endpoint, served from a thread between `__enter__` and `__exit__`.
 
     Args:
-        api_key: what clients must send as bearer key.
-        port: 0 takes a free one.
+        api_key: the bearer key that clients must send.
+        port: the port to listen on; 0 takes a free one.
     """
 
-    __test__ = False  # The name is not that of a test class.
+    __test__ = False  # pytest would collect the class by its name
 
     def __init__(self, api_key: str, port: int = 0) -> None:
         self._http = _HttpServer(("127.0.0.1", port), api_key)
-        # A short poll makes leaving fast.
+        # A short poll interval makes shutdown fast.
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True)
 
     @property
     def base_url(self) -> str:
-        """What an OpenAI client wants as `base_url`."""
+        """The `base_url` for an OpenAI client."""
         return f"http://127.0.0.1:{self._http.server_port}/v1"
 
     @property
     def requests(self) -> dict[str, int]:
-        """How many completions each model has given."""
+        """The number of completions that each model has given."""
         with self._http.lock:
             return dict(self._http.completions)
 
@@ -74,51 +74,60 @@ class TestbedServer:
 
 
 @dataclass(frozen=True)
-class UserTurn:
-    """What somebody said: a text with an IMAGE for each picture, and what these show (None: nothing of this world)."""
+class ChatMessage:
+    """A message of a chat: its text with an IMAGE for each image, and the scene of each image.
+
+    An image that is not of this world has None in place of a scene.
+    """
 
     role: str
     text: str
-    shown: tuple[Scene | None, ...] = ()
+    scenes: tuple[Scene | None, ...] = ()
 
     @property
     def scene(self) -> Scene | None:
-        """What the one picture shows; a problem has one at most."""
-        return self.shown[0] if len(self.shown) == 1 else None
+        """The scene of the only image, None unless there is exactly one; a problem has at most one image."""
+        return self.scenes[0] if len(self.scenes) == 1 else None
 
 
-def reply(model: str, turn: UserTurn) -> str:
-    """What a model says to the last user turn."""
-    return judge(turn.text, turn.scene) if model == JUDGE else teach(turn.text, turn.scene)
+def reply_as(model: str, message: ChatMessage) -> str:
+    """Return a model's reply to the last user message."""
+    return (
+        reply_as_judge(message.text, message.scene) if model == JUDGE else reply_as_teacher(message.text, message.scene)
+    )
 
 
-def teach(user_turn: str, scene: Scene | None = None) -> str:
-    """The teacher's answer, its score of somebody's answer, or a sentence that it has none."""
-    if scored := _rate(user_turn, scene):
+def reply_as_teacher(user_text: str, scene: Scene | None = None) -> str:
+    """Return the teacher's answer, its score if asked to rate an answer, or UNKNOWN_QUESTION."""
+    if scored := _rating_reply(user_text, scene):
         return scored
-    problem = recognise_problem(user_turn, scene)
+    problem = recognise_problem(user_text, scene)
     return teacher_answer(problem) if problem else UNKNOWN_QUESTION
 
 
-def _rate(user_turn: str, scene: Scene | None) -> str | None:
-    """The score for a filled rating template, the judge's measure of quality on [0, 1]; None for any other text."""
+def _rating_reply(user_text: str, scene: Scene | None) -> str | None:
+    """Return the score for a filled rating template, None for any other text.
+
+    The score is the judge's measure of quality, scaled to [0, 1].
+    """
     opening, to_candidate = re.split(r"\{\w+\}", templates.RATING_HEAD)
-    question, found, rest = user_turn.removeprefix(opening).partition(to_candidate)
-    problem = recognise_problem(question, scene) if found and user_turn.startswith(opening) else None
+    question, mark_found, rest = user_text.removeprefix(opening).partition(to_candidate)
+    problem = recognise_problem(question, scene) if mark_found and user_text.startswith(opening) else None
     return f"{answer_quality(problem, rest.removesuffix(templates.SELF_EVALUATION_TAIL)) / 2:.2f}" if problem else None
 
 
-def judge(user_turn: str, scene: Scene | None = None) -> str:
-    """A, B or T for a filled judge template; T if the question is not of this world or the text is no template.
+def reply_as_judge(user_text: str, scene: Scene | None = None) -> str:
+    """Return A, B or T for a filled judge template; T if the question is not of this world or the text is no template.
 
-    An answer that contains the mark between the answers makes the template ambiguous. Then the verdict is what all
-    readings agree on, else T: forging marks cannot win.
+    An answer that contains the mark between the answers makes the template ambiguous. The verdict is then the one that
+    all readings agree on, else T, so forging marks cannot win.
     """
-    verdicts = {_compare(*reading, scene) for reading in _readings(user_turn)}
+    verdicts = {_verdict(*reading, scene) for reading in _possible_readings(user_text)}
     return verdicts.pop() if len(verdicts) == 1 else "T"
 
 
-def _compare(question: str, answer_a: str, answer_b: str, scene: Scene | None) -> str:
+def _verdict(question: str, answer_a: str, answer_b: str, scene: Scene | None) -> str:
+    """Compare two answers by their quality: A, B or T."""
     problem = recognise_problem(question, scene)
     if problem is None:
         return "T"
@@ -126,22 +135,22 @@ def _compare(question: str, answer_a: str, answer_b: str, scene: Scene | None) -
     return "A" if a > b else "B" if b > a else "T"
 
 
-def _readings(user_turn: str) -> Iterator[tuple[str, str, str]]:
-    """Every (question, answer A, answer B) that fills the judge template to make this text."""
+def _possible_readings(user_text: str) -> Iterator[tuple[str, str, str]]:
+    """Yield every (question, answer A, answer B) that fills the judge template to make this text."""
     opening, to_reference, to_a, to_b = re.split(r"\{\w+\}", templates.JUDGE)[:4]
-    if not user_turn.startswith(opening):
+    if not user_text.startswith(opening):
         return
-    # Questions and references are ours and contain no marks: the first mark is the real one.
-    question, _, rest = user_turn.removeprefix(opening).partition(to_reference)
-    _, found, answers = rest.partition(to_a)
-    if not found:
+    # Questions and references are the testbed's own and contain no marks, so the first mark is the real one.
+    question, _, rest = user_text.removeprefix(opening).partition(to_reference)
+    _, mark_found, answers = rest.partition(to_a)
+    if not mark_found:
         return
     for mark in re.finditer(re.escape(to_b), answers):
         yield question, answers[: mark.start()], answers[mark.end() :]
 
 
 class _ApiError(Exception):
-    """Becomes an OpenAI-style error body."""
+    """An error that is sent as an OpenAI-style error body."""
 
     def __init__(self, status: HTTPStatus, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -150,7 +159,7 @@ class _ApiError(Exception):
 
 
 class _HttpServer(ThreadingHTTPServer):
-    daemon_threads = True  # Idle keep-alive connections must not hold up leaving.
+    daemon_threads = True  # idle keep-alive connections must not block shutdown
 
     def __init__(self, address: tuple[str, int], api_key: str) -> None:
         super().__init__(address, _Handler)
@@ -159,7 +168,7 @@ class _HttpServer(ThreadingHTTPServer):
         self.completions: Counter[str] = Counter()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that hang up."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -185,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(error.status, error.body)
 
     def _read_body(self) -> bytes:
-        # The body is read even if the request is refused: on a kept-alive connection it precedes the next.
+        # Read the body even if the request is refused: on a kept-alive connection it precedes the next request.
         length = self.headers.get("Content-Length", "0")
         if self.headers.get("Transfer-Encoding") or not length.isdecimal():
             self.close_connection = True
@@ -201,11 +210,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _ApiError(HTTPStatus.UNAUTHORIZED, "Incorrect API key provided.", "invalid_api_key")
 
     def _complete(self, body: bytes) -> dict[str, Any]:
-        model, prompt, turn = _read_request(body)
+        model, prompt, message = _parse_request(body)
         if model not in MODELS:
-            message = f"The model {model!r} does not exist."
-            raise _ApiError(HTTPStatus.NOT_FOUND, message, "model_not_found")
-        text = reply(model, turn)
+            raise _ApiError(HTTPStatus.NOT_FOUND, f"The model {model!r} does not exist.", "model_not_found")
+        text = reply_as(model, message)
         with self.server.lock:
             self.server.completions[model] += 1
         return _completion(model, prompt, text)
@@ -229,39 +237,39 @@ def _list_models(_body: bytes) -> dict[str, Any]:
     return {"object": "list", "data": entries}
 
 
-def _read_request(body: bytes) -> tuple[str, str, UserTurn]:
-    """The model, the whole conversation and its last user turn."""
+def _parse_request(body: bytes) -> tuple[str, str, ChatMessage]:
+    """Return the requested model, the text of the whole conversation, and the last user message."""
     try:
         request = json.loads(body)
         model = request["model"]
-        turns = [_read_turn(turn["role"], turn["content"]) for turn in request["messages"]]
-        user_turn = next(turn for turn in reversed(turns) if turn.role == "user")
+        messages = [_parse_message(message["role"], message["content"]) for message in request["messages"]]
+        last_message = next(message for message in reversed(messages) if message.role == "user")
     except ValueError:
         raise _ApiError(HTTPStatus.BAD_REQUEST, "The request body is not valid JSON.") from None
     except (TypeError, KeyError, AttributeError, StopIteration):
-        message = "The request needs a model and messages with at least one user turn of text."
-        raise _ApiError(HTTPStatus.BAD_REQUEST, message) from None
+        reason = "The request needs a model and messages with at least one user turn of text."
+        raise _ApiError(HTTPStatus.BAD_REQUEST, reason) from None
     if request.get("stream"):
         raise _ApiError(HTTPStatus.BAD_REQUEST, "Streaming is not supported.")
-    return str(model), "\n".join(turn.text for turn in turns), user_turn
+    return str(model), "\n".join(message.text for message in messages), last_message
 
 
-def _read_turn(role: str, content: Any) -> UserTurn:
-    """A turn whose content is a string or a list of parts of type text and image_url."""
+def _parse_message(role: str, content: Any) -> ChatMessage:
+    """Parse a message whose content is a string or a list of parts of type text and image_url."""
     if isinstance(content, str):
-        return UserTurn(role, content)
-    text, shown = "", list[Scene | None]()
+        return ChatMessage(role, content)
+    text, scenes = "", list[Scene | None]()
     for part in content:
         if part["type"] == "text":
             text += part["text"]
         elif part["type"] == "image_url":
             text += IMAGE
-            shown.append(_look(part["image_url"]["url"]))
-    return UserTurn(role, text, tuple(shown))
+            scenes.append(_recognise_image_url(part["image_url"]["url"]))
+    return ChatMessage(role, text, tuple(scenes))
 
 
-def _look(url: str) -> Scene | None:
-    """What a picture shows that came as a data URL; nothing else is opened."""
+def _recognise_image_url(url: str) -> Scene | None:
+    """Return the scene of an image that comes as a data URL, else None; no other URL is opened."""
     if not url.startswith("data:"):
         return None
     try:
@@ -294,5 +302,5 @@ def _completion(model: str, prompt: str, text: str) -> dict[str, Any]:
 
 
 def _count_tokens(text: str) -> int:
-    """A plausible count to bill: words and punctuation marks."""
+    """Return a plausible token count to bill: words and punctuation marks."""
     return len(re.findall(r"\w+|[^\w\s]", text))

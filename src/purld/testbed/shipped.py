@@ -1,4 +1,4 @@
-"""The students that ship with purld, what each can do, and what a demo asks."""
+"""List the shipped students, the demos by name, and which student can do which demo."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 from purld.testbed.world.world import SCENE_TASKS, TEXT_TASKS, Problem, Split, Task, generate_problems
 
 _ASSETS = Path(str(files("purld.testbed") / "assets"))
-STUDENTS = {name: _ASSETS / folder for name, folder in (("text", "student"), ("qwen2_5_vl",) * 2, ("llava",) * 2)}
-# The tasks of a demo by its name.
+STUDENT_FOLDERS = {
+    name: _ASSETS / folder for name, folder in (("text", "student"), ("qwen2_5_vl",) * 2, ("llava",) * 2)
+}
+# Tasks by demo name.
 DEMOS: dict[str, tuple[Task, ...]] = {
     **{task: (task,) for task in TEXT_TASKS},
     "scenes": SCENE_TASKS,
@@ -18,12 +20,12 @@ DEMOS: dict[str, tuple[Task, ...]] = {
 
 
 def students_of(demo: str) -> tuple[str, ...]:
-    """The students that can do a demo's tasks, the usual one first."""
+    """Return the students that can do a demo's tasks, the default one first."""
     return ("text",) if DEMOS[demo][0] in TEXT_TASKS else ("qwen2_5_vl", "llava")
 
 
 def demo_problems(demo: str, split: Split, n: int, seed: int) -> list[Problem]:
-    """`n` problems of a demo, in turn from each of its tasks."""
+    """Return `n` problems of a demo, alternating between its tasks."""
     tasks = DEMOS[demo]
-    drawn = [generate_problems(task, split, -(-n // len(tasks)), seed) for task in tasks]
-    return [problem for together in zip(*drawn) for problem in together][:n]
+    by_task = [generate_problems(task, split, -(-n // len(tasks)), seed) for task in tasks]
+    return [problem for one_of_each in zip(*by_task) for problem in one_of_each][:n]

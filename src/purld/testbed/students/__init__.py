@@ -1,8 +1,11 @@
-"""For maintainers: train the tiny students that the demo ships, again from scratch. Users need none of this.
+"""For maintainers: train the shipped tiny students again from scratch. Running the demo does not need this package.
 
-from pathlib import Path
+    from pathlib import Path
 
-from purld.testbed.students.build import build_student
+    from purld.testbed.students.build import build_student
 
-build_student(Path("student"), seed=0)  # about a quarter of an hour on two cores
+    build_student(Path("student"), seed=0)  # about 24 minutes on one core; the same as `purld testbed build student`
+
+`build` runs the curriculum, `corpus` and `scene_corpus` draw its lessons, `students` describes the architectures and
+`card` measures the result.
 """

@@ -1,6 +1,6 @@
-"""What the tiny student can do, measured: its accuracy and whether it can tell its right answers from its wrong ones.
+"""Measure a tiny student: its accuracy, and whether it can tell its right answers from its wrong ones.
 
-The sampler, the self-evaluation and the statistics are those of a run. All figures are on held-out problems.
+Sampler, self-evaluation and statistics are those of a run. All figures are on held-out problems.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROMPTS_AT_A_TIME = 256
 class Figures:
     """The figures of one task. Intervals are 95%, (low, high); margins are mean score minus the anchor's score.
 
-    `auc` is over all pairs of a right and a wrong answer, `auc_within` over pairs of one problem.
+    `auc` is over all pairs of a right and a wrong answer, `auc_within` over the pairs of one problem.
     """
 
     problems: int
@@ -51,28 +51,30 @@ class Figures:
     margin_wrong: float
 
 
-def measure(model: PreTrainedModel, encoder: Encoder, task: Task, n: int, k: int, seed: int) -> Figures:
-    """Figures on `n` held-out problems with `k` sampled answers each. Changes torch's random state."""
+def measure_student(model: PreTrainedModel, encoder: Encoder, task: Task, n: int, k: int, seed: int) -> Figures:
+    """Measure `n` held-out problems with `k` sampled answers each. Changes torch's random state."""
     problems = world.generate_problems(task, "heldout", n, seed)
     torch.manual_seed(seed)
     prompts = [world.to_prompt(p) for p in problems]
-    drawn = answers(model, encoder, prompts, k)
-    right = np.array([[is_right(p, text) for text in texts] for p, texts in zip(problems, drawn)])
-    best = [is_right(p, text) for p, (text,) in zip(problems, answers(model, encoder, prompts, greedy=True))]
-    evaluator = SelfEvaluator(encoder, "expected", batch_size=k + 1)
-    judged = [
-        evaluator.score(model, prompt, teacher_answer(p), texts) for p, prompt, texts in zip(problems, prompts, drawn)
+    samples = sample_answers(model, encoder, prompts, k)
+    right = np.array([[is_right(p, text) for text in texts] for p, texts in zip(problems, samples)])
+    greedy_right = [
+        is_right(p, text) for p, (text,) in zip(problems, sample_answers(model, encoder, prompts, greedy=True))
     ]
-    return _figures(np.array(best), right, judged, seed)
+    evaluator = SelfEvaluator(encoder, "expected", batch_size=k + 1)
+    scored_groups = [
+        evaluator.score(model, prompt, teacher_answer(p), texts) for p, prompt, texts in zip(problems, prompts, samples)
+    ]
+    return _figures(np.array(greedy_right), right, scored_groups, seed)
 
 
-def _figures(best: np.ndarray, right: np.ndarray, judged: Sequence[GroupScores], seed: int) -> Figures:
-    """The figures from greedy (n,) and sampled (n, k) rights and the scores of the sampled ones."""
-    scores = np.array([group.candidates for group in judged], dtype=float)
-    anchor_scores = np.array([[group.anchor] for group in judged], dtype=float)
+def _figures(greedy_right: np.ndarray, right: np.ndarray, scored_groups: Sequence[GroupScores], seed: int) -> Figures:
+    """Compute the figures from the correctness of greedy (n,) and sampled (n, k) answers and the samples' scores."""
+    scores = np.array([group.candidates for group in scored_groups], dtype=float)
+    anchor_scores = np.array([[group.anchor] for group in scored_groups], dtype=float)
     groups = [CheckedGroup(str(i), 0, s.tolist(), r.tolist()) for i, (s, r) in enumerate(zip(scores, right))]
     quality = score_quality(groups, seed)
-    greedy, greedy_ci = accuracy_with_interval(best)
+    greedy, greedy_ci = accuracy_with_interval(greedy_right)
     sampled, sampled_ci = accuracy_with_interval(right)
     passed, passed_ci = accuracy_with_interval(right.any(axis=1))
     return Figures(
@@ -93,25 +95,25 @@ def _figures(best: np.ndarray, right: np.ndarray, judged: Sequence[GroupScores],
     )
 
 
-def answers(
+def sample_answers(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[Prompt], count: int = 1, *, greedy: bool = False
 ) -> list[list[str]]:
-    """`count` answers to each prompt, sampled at temperature 1 or greedy, from torch's random state."""
+    """Return `count` answers to each prompt, sampled at temperature 1 or greedy, from torch's random state."""
     decoding = Decoding(temperature=0.0 if greedy else 1.0, max_new_tokens=MAX_NEW_TOKENS)
-    found: list[list[str]] = []
+    answers: list[list[str]] = []
     for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-        heads = [encoder.encode_prompt(prompt) for prompt in prompts[start : start + _PROMPTS_AT_A_TIME]]
-        for completions in generate_completions(model, encoder, heads, count, decoding):
-            found.append([encoder.decode_text(c.ids) for c in completions])
-    return found
+        encoded_prompts = [encoder.encode_prompt(prompt) for prompt in prompts[start : start + _PROMPTS_AT_A_TIME]]
+        for completions in generate_completions(model, encoder, encoded_prompts, count, decoding):
+            answers.append([encoder.decode_text(c.ids) for c in completions])
+    return answers
 
 
-def to_json(figures: Figures) -> dict[str, Any]:
-    """Figures rounded for reading; what could not be measured is absent."""
-    found = {key: value for key, value in asdict(figures).items() if value is not None and not np.isnan(value).any()}
+def figures_to_json(figures: Figures) -> dict[str, Any]:
+    """Round figures for reading, without those that could not be measured."""
+    measured = {key: value for key, value in asdict(figures).items() if value is not None and not np.isnan(value).any()}
     return {
         key: [round(v, 4) for v in value] if isinstance(value, tuple) else round(value, 4)
-        for key, value in found.items()
+        for key, value in measured.items()
     }
 
 

@@ -1,4 +1,4 @@
-"""A tiny student in training: lessons in, losses and gradients out, whatever its architecture."""
+"""Turn lessons into losses and gradients for a tiny student of any architecture. Optimizers are in `build`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL.Image import Image as Picture
+from PIL.Image import Image as PilImage
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -22,126 +22,138 @@ from purld.testbed.students.lessons import Kind, Lesson
 from purld.testbed.world import scene_image
 from purld.testbed.world.scenes import Scene
 
-# Next to the reply the user turn is read too, at this weight: predicting words that are copied from the question
-# teaches copying many times faster than the reply alone. A bare comparison is of random words, and a caption's turn
-# is always the same: nothing to predict.
-READING: dict[Kind, float] = {"answer": 1.0, "judgement": 0.3, "comparison": 0.0, "caption": 0.0, "lookup": 0.0}
+# Weight of the mean loss over the prompt's tokens. Predicting words that are copied from the question teaches copying
+# many times faster than the reply alone. The prompt of a bare comparison is random words and that of a caption is
+# always the same, so both have nothing to predict.
+PROMPT_LOSS_WEIGHTS: dict[Kind, float] = {
+    "answer": 1.0,
+    "judgement": 0.3,
+    "comparison": 0.0,
+    "caption": 0.0,
+    "lookup": 0.0,
+}
 
 
 @dataclass(frozen=True)
 class EncodedLesson:
-    """A lesson in tokens; the reply starts after the head."""
+    """A lesson in tokens: the reply follows the prompt."""
 
-    head: EncodedPrompt
+    prompt: EncodedPrompt
     reply: list[int]
     lesson: Lesson
 
     @property
     def ids(self) -> list[int]:
-        """Head and reply."""
-        return [*self.head.ids, *self.reply]
+        """The token ids of prompt and reply."""
+        return [*self.prompt.ids, *self.reply]
 
 
 class Learner:
     """A model in training with what makes its tensors.
 
     Args:
-        model: the model.
-        encoder: of the processor that its directory will be loaded with, so that lessons have the tokens of a run.
+        model: the model to train.
+        encoder: uses the processor that the student's directory is loaded with, so that lessons have the token ids of
+            a run.
     """
 
     def __init__(self, model: PreTrainedModel, encoder: Encoder) -> None:
         self.model, self.encoder = model, encoder
-        # All pictures are of one size and take the same places: one stands in for all where only tokens are meant.
-        (self._any,) = as_images([scene_image.draw(Scene(()), random.Random(0))])
+        # All images have the same size and take the same token positions, so any one of them gives the token ids.
+        (self._any_image,) = to_prompt_images([scene_image.render_scene(Scene(()), random.Random(0))])
 
     def encode(self, lesson: Lesson) -> EncodedLesson:
-        """The lesson as the student will see it, closed by the end of the turn."""
-        prompt = Prompt.from_text(lesson.prompt, images=(self._any,) * lesson.prompt.count(IMAGE))
+        """Encode a lesson as the student reads it, closed by the end of the turn."""
+        prompt = Prompt.from_text(lesson.prompt, images=(self._any_image,) * lesson.prompt.count(IMAGE))
         return EncodedLesson(
             self.encoder.encode_prompt(prompt), [*self.encoder.encode_literal(lesson.reply), self.encoder.end], lesson
         )
 
-    def features(self, shown: Sequence[Picture]) -> Tensor:
-        """(P, cells, H): pictures as the language model sees them."""
-        pixels = self.encoder.processor.image_processor(images=list(shown), return_tensors="pt")
-        found = self.model.model.get_image_features(**pixels, return_dict=True)
-        return torch.stack(list(found.pooler_output))
+    def image_features(self, images: Sequence[PilImage]) -> Tensor:
+        """Compute the vectors that the language model reads for each image, shape (images, cells, hidden)."""
+        pixels = self.encoder.processor.image_processor(images=list(images), return_tensors="pt")
+        encoded = self.model.model.get_image_features(**pixels, return_dict=True)
+        return torch.stack(list(encoded.pooler_output))
 
     def embedding(self, word: str) -> Tensor:
-        """(H,): the vector of a word inside a sentence, without gradient.
+        """Return the input embedding (hidden,) of a word inside a sentence, without gradient.
 
         Raises:
-            ValueError: the tokenizer has no piece of its own for it.
+            ValueError: the word is not a single token.
         """
         ids = self.encoder.encode_literal(f" {word}")
         if len(ids) != 1:
-            raise ValueError(f"{word!r} is no single token")
+            raise ValueError(f"{word!r} is not a single token")
         weight = cast(Tensor, self.model.get_input_embeddings().weight)
         return weight[ids[0]].detach().clone()
 
-    def losses(self, turns: Sequence[EncodedLesson], seen: Sequence[Tensor]) -> Tensor:
-        """Cross-entropy of each turn in nats, shape (B,): twice the mean over an answer's tokens, the sum over a
-        bare reply's, and the mean over the user turn at its READING weight.
+    def losses(self, batch: Sequence[EncodedLesson], features: Sequence[Tensor]) -> Tensor:
+        """Compute the loss of each lesson, shape (B,): weighted cross-entropy in nats.
 
-        A score's tokens but one or two are always the same, and a mean would thin out the one that matters.
+        An answer counts twice its mean over tokens, a bare reply the sum over its tokens, and the prompt its mean
+        times PROMPT_LOSS_WEIGHTS. All but one or two tokens of a score are always the same, so a mean would thin out
+        the one that matters.
 
         Args:
-            turns: what to learn.
-            seen: the features (cells, H) of the pictures of those turns that have one.
+            batch: encoded lessons.
+            features: image features (cells, hidden) of those lessons that have an image, in order.
         """
-        ids, _ = pad_right([turn.ids for turn in turns], 0, torch.device("cpu"))
+        ids, _ = pad_right([encoded.ids for encoded in batch], 0, torch.device("cpu"))
         weights = torch.zeros(ids.shape)
-        for row, turn in enumerate(turns):
-            start, length = len(turn.head), len(turn.reply)
-            weights[row, :start] = READING[turn.lesson.kind] / start
-            weights[row, start : start + length] = 1.0 if turn.lesson.bare else 2.0 / length
+        for row, encoded in enumerate(batch):
+            start, length = len(encoded.prompt), len(encoded.reply)
+            weights[row, :start] = PROMPT_LOSS_WEIGHTS[encoded.lesson.kind] / start
+            weights[row, start : start + length] = 1.0 if encoded.lesson.bare else 2.0 / length
         weights[torch.isin(ids, torch.tensor(self.encoder.placeholders, dtype=torch.long))] = 0.0
-        # Padding on the right needs no mask: nothing that counts attends to it.
-        hidden = self._hidden(turns, ids[:, :-1], seen)
+        # Right padding needs no attention mask: no weighted position attends to it.
+        hidden = self._hidden(batch, ids[:, :-1], features)
         weights, targets = weights[:, 1:], ids[:, 1:]
-        counted = weights > 0
-        logits = self.model.lm_head(hidden[counted])
-        losses = torch.nn.functional.cross_entropy(logits, targets[counted], reduction="none")
-        return torch.zeros_like(weights).masked_scatter(counted, losses * weights[counted]).sum(1)
+        weighted = weights > 0
+        logits = self.model.lm_head(hidden[weighted])
+        losses = torch.nn.functional.cross_entropy(logits, targets[weighted], reduction="none")
+        return torch.zeros_like(weights).masked_scatter(weighted, losses * weights[weighted]).sum(1)
 
-    def backward(self, lessons: Iterable[Lesson], parts: int) -> tuple[float, float]:
-        """Gradients of the mean loss of a batch; returns the mean loss of its answers and of its judgements.
+    def backward(self, lessons: Iterable[Lesson], micro_batches: int) -> tuple[float, float]:
+        """Add the gradients of the mean loss of a batch; return the mean losses of its answers and its judgements.
 
-        The batch is computed in `parts` from the shorter to the longer lessons: less padding. The tower is passed
-        once, a picture once: the parts leave their gradients at its features.
+        Micro-batches go from shorter to longer lessons, which saves padding. The tower encodes each distinct image
+        once: micro-batches accumulate gradients at the image features, and one backward pass takes them through the
+        tower.
         """
-        turns = sorted((self.encode(lesson) for lesson in lessons), key=lambda turn: len(turn.ids))
-        shown = list({id(t.lesson.picture): t.lesson.picture for t in turns if t.lesson.picture is not None}.values())
-        features = self.features(shown) if shown else torch.empty(0)
+        batch = sorted((self.encode(lesson) for lesson in lessons), key=lambda encoded: len(encoded.ids))
+        images = list({id(e.lesson.image): e.lesson.image for e in batch if e.lesson.image is not None}.values())
+        features = self.image_features(images) if images else torch.empty(0)
         leaf = features.detach().requires_grad_()
-        place = {id(picture): index for index, picture in enumerate(shown)}
-        total, size = [0.0, 0.0], -(-len(turns) // parts)
-        for start in range(0, len(turns), size):
-            part = turns[start : start + size]
-            loss = self.losses(part, [leaf[place[id(t.lesson.picture)]] for t in part if t.lesson.picture is not None])
-            (loss.sum() / len(turns)).backward()
-            for turn, value in zip(part, loss.tolist()):
-                total[turn.lesson.judging] += value
-        if shown:
+        image_index = {id(image): index for index, image in enumerate(images)}
+        total, size = [0.0, 0.0], -(-len(batch) // micro_batches)
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            loss = self.losses(
+                part, [leaf[image_index[id(e.lesson.image)]] for e in part if e.lesson.image is not None]
+            )
+            (loss.sum() / len(batch)).backward()
+            for encoded, value in zip(part, loss.tolist()):
+                total[encoded.lesson.judging] += value
+        if images:
             features.backward(leaf.grad)
-        judged = sum(turn.lesson.judging for turn in turns)
-        return total[0] / max(1, len(turns) - judged), total[1] / max(1, judged)
+        judgements = sum(encoded.lesson.judging for encoded in batch)
+        return total[0] / max(1, len(batch) - judgements), total[1] / max(1, judgements)
 
-    def _hidden(self, turns: Sequence[EncodedLesson], ids: Tensor, seen: Sequence[Tensor]) -> Tensor:
-        """(B, L, H) last hidden states."""
-        given: dict[str, Any] = {}
-        if seen:
-            given = pixel_inputs([turn.head for turn in turns], ids)
-            # Not the pixels of the picture that stands in, but what was made of those that are meant.
-            del given[PIXELS]
-            given["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=cast(Tensor, list(seen)))}
-        hidden: Tensor = self.model.model(input_ids=ids, use_cache=False, **given).last_hidden_state
+    def _hidden(self, batch: Sequence[EncodedLesson], ids: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """Return the last hidden states, shape (B, L, hidden)."""
+        extra_inputs: dict[str, Any] = {}
+        if features:
+            extra_inputs = pixel_inputs([encoded.prompt for encoded in batch], ids)
+            # The pixels are those of the stand-in image; the features are those of the lessons' own images.
+            del extra_inputs[PIXELS]
+            output = BaseModelOutputWithPooling(pooler_output=cast(Tensor, list(features)))
+            extra_inputs["mm_encoder_outputs"] = {"image": output}
+        hidden: Tensor = self.model.model(input_ids=ids, use_cache=False, **extra_inputs).last_hidden_state
         return hidden
 
 
-def as_images(shown: Sequence[Picture]) -> list[Image]:
-    """Pictures as prompts carry them; one that comes several times is encoded once."""
-    distinct = {id(picture): picture for picture in shown}
-    found = {key: read_image(scene_image.encode(picture), Path()) for key, picture in distinct.items()}
-    return [found[id(picture)] for picture in shown]
+def to_prompt_images(images: Sequence[PilImage]) -> list[Image]:
+    """Convert images to the form that prompts carry; an image that occurs several times is encoded once."""
+    distinct = {id(image): image for image in images}
+    encoded = {key: read_image(scene_image.encode_png(image), Path()) for key, image in distinct.items()}
+    return [encoded[id(image)] for image in images]

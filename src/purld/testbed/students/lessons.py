@@ -1,4 +1,4 @@
-"""What a tiny student is taught, one lesson at a time, whatever the domain."""
+"""Define lessons, phases and candidates: what a tiny student is taught, in any domain."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from PIL.Image import Image
+from PIL.Image import Image as PilImage
 
 from purld import templates
-from purld.testbed.world.scenes import THINGS
+from purld.testbed.world.scenes import THING_COUNTS
 from purld.testbed.world.world import Problem, is_right, right_answer, teacher_answer
 
 Kind = Literal["answer", "caption", "lookup", "judgement", "comparison"]
@@ -20,12 +20,12 @@ RIGHT, WRONG, GARBAGE = "1.00", "0.10", "0.00"
 
 @dataclass(frozen=True)
 class Lesson:
-    """A user turn and the reply to learn; `picture` is what stands at the turn's IMAGE."""
+    """A prompt and the reply to learn; `image` is the image at the prompt's IMAGE."""
 
     kind: Kind
     prompt: str
     reply: str
-    picture: Image | None = None
+    image: PilImage | None = None
 
     @property
     def judging(self) -> bool:
@@ -34,27 +34,33 @@ class Lesson:
 
     @property
     def bare(self) -> bool:
-        """Whether the reply is a word or a number: nothing but what matters."""
+        """Whether the reply is only a word or a number."""
         return self.judging or self.kind == "lookup"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer that a student drew itself, to a problem with its picture."""
+    """An answer that a student sampled itself, with its problem and image."""
 
     problem: Problem
     text: str
-    picture: Image | None = None
+    image: PilImage | None = None
 
 
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the curriculum.
 
-    `judging` is the share of judgements among the lessons; of these, `bare` are bare comparisons and `own` have a
-    candidate that the student drew itself. Of the other lessons `lookups` ask for a word of what a picture shows and
-    `captions` for all of it; the rest are answers, wrong `errors` times as often as the base's shall be. `things` are
-    the numbers of things that a scene may hold.
+    Attributes:
+        name: for the build log.
+        steps: number of optimizer steps.
+        judging: share of judgements among the lessons.
+        own: share of judgements whose candidate the student sampled itself.
+        bare: share of bare comparisons among the judgements.
+        lookups: share of the other lessons that ask for one word about an image.
+        captions: share of the other lessons that ask for all that an image shows; the rest are answers.
+        errors: factor on the base's error rate in answers.
+        thing_counts: how many things a scene may hold.
     """
 
     name: str
@@ -65,60 +71,63 @@ class Phase:
     lookups: float = 0.0
     captions: float = 0.0
     errors: float = 1.0
-    things: Sequence[int] = THINGS
+    thing_counts: Sequence[int] = THING_COUNTS
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Where a domain's candidates to judge come from; about half of them are right.
+    """A domain's sources of candidates to judge; about half of the candidates are right.
 
-    `weights` are of the anchor itself, a right answer, the base's, a near-miss, an answer to another problem, garbage.
+    `weights` are those of the anchor itself, a right answer, the base's answer, a near-miss, an answer to another
+    problem, and garbage.
     """
 
     weights: tuple[int, int, int, int, int, int]
-    base: Callable[[Problem, random.Random], str]
-    miss: Callable[[Problem, random.Random], str]
-    another: Callable[[Problem, random.Random], Problem]
+    base_answer: Callable[[Problem, random.Random], str]
+    near_miss: Callable[[Problem, random.Random], str]
+    other_problem: Callable[[Problem, random.Random], Problem]
 
-    def draw(self, problem: Problem, anchor: str, rng: random.Random) -> tuple[str, bool]:
-        """A candidate and whether it was made as garbage."""
+    def draw_candidate(self, problem: Problem, anchor: str, rng: random.Random) -> tuple[str, bool]:
+        """Draw a candidate; also return whether it was made as garbage."""
         match rng.choices(("anchor", "right", "base", "miss", "other", "garbage"), self.weights)[0]:
             case "anchor":
                 return anchor, False
             case "right":
                 return right_answer(problem, rng), False
             case "base":
-                return self.base(problem, rng), False
+                return self.base_answer(problem, rng), False
             case "miss":
-                return self.miss(problem, rng), False
+                return self.near_miss(problem, rng), False
             case "other":
-                return right_answer(self.another(problem, rng), rng), False
+                return right_answer(self.other_problem(problem, rng), rng), False
             case _:
-                return spoil_answer(self.base(problem, rng), rng), True
+                return spoil_answer(self.base_answer(problem, rng), rng), True
 
 
-def judgement_turn(
+def make_judgement_lesson(
     problem: Problem,
     candidates: Candidates,
     rng: random.Random,
     own: Sample | None = None,
-    picture: Image | None = None,
+    image: PilImage | None = None,
 ) -> Lesson:
-    """A candidate to score against an anchor; the candidate is `own` if given."""
+    """Make a lesson that scores a candidate against an anchor; the candidate is `own` if given, else drawn."""
     anchor = teacher_answer(problem) if rng.random() < 0.5 else right_answer(problem, rng)
-    candidate, garbage = (own.text, False) if own else candidates.draw(problem, anchor, rng)
+    candidate, garbage = (own.text, False) if own else candidates.draw_candidate(problem, anchor, rng)
     score = RIGHT if is_right(problem, candidate) else GARBAGE if garbage else WRONG
-    return Lesson("judgement", templates.self_evaluation_turn(problem.question, anchor, candidate), score, picture)
+    return Lesson("judgement", templates.self_evaluation_turn(problem.question, anchor, candidate), score, image)
 
 
-def comparison_turn(question: str, anchor: str, candidate: str, right: bool, picture: Image | None = None) -> Lesson:
-    """A bare comparison in the words of the self-evaluation prompt."""
+def make_comparison_lesson(
+    question: str, anchor: str, candidate: str, right: bool, image: PilImage | None = None
+) -> Lesson:
+    """Make a bare comparison in the words of the self-evaluation prompt."""
     prompt = templates.self_evaluation_turn(question, anchor, candidate)
-    return Lesson("comparison", prompt, RIGHT if right else WRONG, picture)
+    return Lesson("comparison", prompt, RIGHT if right else WRONG, image)
 
 
 def spoil_answer(text: str, rng: random.Random) -> str:
-    """Garbage made of an answer: cut off, shuffled, stuttering or empty."""
+    """Make garbage of an answer: cut off, shuffled, stuttering or empty."""
     words = text.split()
     match rng.randrange(4):
         case 0:

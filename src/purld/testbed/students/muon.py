@@ -1,8 +1,7 @@
-"""Muon: momentum whose update is orthogonalised, for the weight matrices of the tiny student.
+"""Muon, momentum with orthogonalised updates, for the weight matrices of the tiny students.
 
-It learns the world's answers in a sixth of the steps that AdamW needs. torch has one of its own, which works in
-bfloat16, and that is emulated, and slow, on most CPUs; this one stays in float32. Embeddings, biases and norms
-are left to AdamW.
+It learns the world's answers in a sixth of the steps that AdamW needs. torch's own Muon works in bfloat16, which most
+CPUs emulate slowly; this one stays in float32. Embeddings, biases and norms are left to AdamW.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Quintic Newton-Schulz iteration that takes singular values near 1 in few steps (Jordan et al. 2024).
+# Quintic Newton-Schulz iteration that brings singular values near 1 in few steps (Jordan et al. 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _STEPS = 5
-# Brings an update's root mean square near AdamW's, so that one learning rate suits both (Liu et al. 2025).
+# Scales an update's root mean square to near AdamW's, so that one learning rate suits both (Liu et al. 2025).
 _SCALE = 0.2
 
 
@@ -24,9 +23,9 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised per matrix.
 
     Args:
-        parameters: matrices, shape (rows, columns).
+        parameters: matrices of shape (rows, columns).
         lr: learning rate in AdamW's scale.
-        momentum: of the running mean of gradients.
+        momentum: decay of the running mean of gradients.
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
@@ -40,12 +39,12 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
                     mean.lerp_(parameter.grad, 1 - group["momentum"])
-                    update = orthogonal(parameter.grad.lerp(mean, group["momentum"]))
+                    update = orthogonalize_matrix(parameter.grad.lerp(mean, group["momentum"]))
                     parameter.add_(update, alpha=-group["lr"] * _SCALE * max(parameter.shape) ** 0.5)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The (rows, columns) matrix with the same singular vectors and singular values near 1."""
+def orthogonalize_matrix(matrix: Tensor) -> Tensor:
+    """Return a (rows, columns) matrix with the same singular vectors and singular values near 1."""
     tall = matrix.size(0) > matrix.size(1)
     x: Tensor = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)

@@ -1,6 +1,6 @@
-"""The finished rounds of a build on disk: one that was stopped goes on after the last of them.
+"""Keep the finished rounds of a build on disk, so that a stopped build continues after the last of them.
 
-Weights and log are all that has to be kept: every round begins with optimizers, samples and random numbers of its own.
+Only weights and log are kept, because every round starts with new optimizers, samples and random numbers.
 """
 
 from __future__ import annotations
@@ -21,54 +21,54 @@ from purld.runs.run_dir import RunDir
 
 @dataclass(frozen=True)
 class Rounds:
-    """Where a build works until it is complete.
+    """The working files of a build until it is complete.
 
     Attributes:
         out: where the complete build goes.
-        made_of: a hash of all that makes the build what it is: another build goes on from other weights.
+        build_hash: a hash of everything that the build depends on; builds with other hashes keep other weights.
     """
 
     out: Path
-    made_of: str
+    build_hash: str
 
     @property
     def folder(self) -> Path:
-        """What will be at `out`."""
-        return self._beside / self.made_of[:12]
+        """The directory that will be moved to `out`."""
+        return self._work_folder / self.build_hash[:12]
 
     @property
     def log(self) -> Path:
-        """Rows of the losses."""
+        """The build log: one row per logged loss."""
         return self.folder / "build_log.jsonl"
 
     @property
-    def _beside(self) -> Path:
+    def _work_folder(self) -> Path:
         return self.out.with_name(f".{self.out.name}.build")
 
     @property
     def _weights(self) -> Path:
-        return self._beside / f"{self.made_of[:12]}.pt"
+        return self._work_folder / f"{self.build_hash[:12]}.pt"
 
     @property
-    def _aside(self) -> Path:
-        return self._beside / "old"
+    def _replaced(self) -> Path:
+        return self._work_folder / "old"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Build at `out` alone; what a kill had set aside there is put back first.
+        """Lock `out` for this process, and first put back an earlier build that a killed `publish` had set aside.
 
         Raises:
             UserError: another process builds at `out`.
         """
-        with RunDir(self._beside).lock():
-            if self._aside.exists() and not self.out.exists():
-                os.replace(self._aside, self.out)
+        with RunDir(self._work_folder).lock():
+            if self._replaced.exists() and not self.out.exists():
+                os.replace(self._replaced, self.out)
             yield
 
     def restore(self, model: PreTrainedModel) -> int:
-        """Give the model the weights after the last finished round; returns how many rounds are finished.
+        """Load the weights after the last finished round into the model; return how many rounds are finished.
 
-        Rows of the log that came after it are cut off, for they will come again.
+        Later rows of the log are cut off, because their steps are repeated.
         """
         saved = {"rounds": 0, "rows": 0}
         if self._weights.exists():
@@ -78,32 +78,32 @@ class Rounds:
         return int(saved["rounds"])
 
     def save(self, model: PreTrainedModel, rounds: int) -> None:
-        """Keep the weights after so many rounds in the place of earlier ones."""
+        """Save the weights after `rounds` rounds, replacing earlier ones."""
         partial = self._weights.with_suffix(".partial")
         with partial.open("wb") as handle:
             torch.save({"rounds": rounds, "rows": len(read_rows(self.log)), "weights": model.state_dict()}, handle)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, self._weights)
-        sync_folder(self._beside)
+        sync_folder(self._work_folder)
 
     def seconds(self) -> float:
-        """What the rows of the log took together, over all sittings."""
+        """Return the time that the logged rows took together, over all sittings."""
         rows = read_rows(self.log)
         return float(rows[-1]["seconds"]) if rows else 0.0
 
     def publish(self) -> None:
-        """Put the complete build in its place.
+        """Move the complete build to `out`.
 
-        What was there is set aside for a moment, and put back by the next build if a kill falls into it; the weights
-        between rounds go last, so that this costs no more than measuring once more.
+        An earlier build there is set aside first; if the process is killed in between, the next build puts it back. The
+        weights between rounds are removed last, so that a kill costs only another measurement.
         """
         for path in self.folder.iterdir():
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         if self.out.exists():
-            shutil.rmtree(self._aside, ignore_errors=True)
-            os.replace(self.out, self._aside)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.replace(self.out, self._replaced)
         os.replace(self.folder, self.out)
         sync_folder(self.out.parent)
-        shutil.rmtree(self._beside)
+        shutil.rmtree(self._work_folder)

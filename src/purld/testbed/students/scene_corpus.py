@@ -1,8 +1,8 @@
-"""What the students that see learn from: captions, answers that are often wrong, judgements and bare comparisons.
+"""Draw the lessons of the students that read images: captions, often wrong answers, judgements, bare comparisons.
 
-Lessons come in pages of one picture, whose features are computed once. The learner's weaknesses are those of the
-text student: the base is right about half of the time, judgements carry the labels of the world's own check, and only
-problems of the training split are used.
+Lessons come in groups that share one image, whose features are computed once. As for the text student, the base is
+right about half of the time, judgements are labelled by the world's own check, and only problems of the training split
+are used.
 """
 
 from __future__ import annotations
@@ -10,29 +10,36 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from PIL.Image import Image
+from PIL.Image import Image as PilImage
 
 from purld.records import IMAGE
-from purld.testbed.students.lessons import Candidates, Lesson, Phase, Sample, comparison_turn, judgement_turn
+from purld.testbed.students.lessons import (
+    Candidates,
+    Lesson,
+    Phase,
+    Sample,
+    make_comparison_lesson,
+    make_judgement_lesson,
+)
 from purld.testbed.world import scene_image, seeing
-from purld.testbed.world.claims import KINDS, NUMBERS, listing, plural
+from purld.testbed.world.claims import KINDS, NUMBERS, list_things, pluralize_kind
 from purld.testbed.world.scenes import COLOURS, PLACES, SHAPES, Scene, Thing, draw_scene
-from purld.testbed.world.world import SCENE_TASKS, Problem, Task, right_answer, scene_problem, split_of
+from purld.testbed.world.world import SCENE_TASKS, Problem, Task, draw_scene_problem, right_answer, split_of
 
 TOKENIZER_TEXTS = 3000
-# A step's lessons, computed in so many parts, and those that share a picture.
-LESSONS, PARTS, LESSONS_A_PICTURE = 48, 3, 4
+LESSONS_PER_STEP, MICRO_BATCHES, LESSONS_PER_IMAGE = 48, 3, 4
 OWN_SAMPLES = 192
 CAPTION, IN_A_WORD = "Describe the picture.", "In a word."
-# How often the base answers wrongly; the model's own slips come on top.
-ERRORS: dict[Task, float] = {"scenes-mc": 0.40, "scenes-rationale": 0.40}
-# Three rises and falls of the learning rate: to find one thing among ever more, to judge and to answer, and both again.
+# How often the base answers wrongly. The model's own mistakes add to these.
+ERROR_RATES: dict[Task, float] = {"scenes-mc": 0.40, "scenes-rationale": 0.40}
+# Three rounds, each one rise and fall of the learning rate: find one thing among more and more, judge and answer, both
+# again.
 CURRICULUM = (
     (
-        Phase("find one", 120, judging=0.0, lookups=1.0, things=(1,)),
-        Phase("find one of two", 120, judging=0.0, lookups=1.0, things=(1, 2)),
-        Phase("find one of three", 120, judging=0.0, lookups=1.0, things=(2, 3)),
-        Phase("find one of four", 120, judging=0.0, lookups=1.0, things=(3, 4)),
+        Phase("find one", 120, judging=0.0, lookups=1.0, thing_counts=(1,)),
+        Phase("find one of two", 120, judging=0.0, lookups=1.0, thing_counts=(1, 2)),
+        Phase("find one of three", 120, judging=0.0, lookups=1.0, thing_counts=(2, 3)),
+        Phase("find one of four", 120, judging=0.0, lookups=1.0, thing_counts=(3, 4)),
         Phase("find one of five", 720, judging=0.0, lookups=1.0),
     ),
     (
@@ -49,113 +56,120 @@ CURRICULUM = (
 )
 
 
-def lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> list[Lesson]:
-    """The lessons of one step. `own` are samples in runs of LESSONS_A_PICTURE that share a picture."""
+def draw_lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random) -> list[Lesson]:
+    """Draw the `n` lessons of one step. `own` are samples in runs of LESSONS_PER_IMAGE that share an image."""
     batch: list[Lesson] = []
-    for page in range(n // LESSONS_A_PICTURE):
+    for group in range(n // LESSONS_PER_IMAGE):
         samples: Sequence[Sample] = []
         if own and rng.random() < phase.own:
-            start = rng.randrange(len(own) // LESSONS_A_PICTURE) * LESSONS_A_PICTURE
-            samples = own[start : start + LESSONS_A_PICTURE]
-            scene, picture = samples[0].problem.scene, samples[0].picture
+            start = rng.randrange(len(own) // LESSONS_PER_IMAGE) * LESSONS_PER_IMAGE
+            samples = own[start : start + LESSONS_PER_IMAGE]
+            scene, image = samples[0].problem.scene, samples[0].image
         else:
-            scene = draw_scene(rng, phase.things)
-            picture = scene_image.draw(scene, rng)
-        assert scene is not None and picture is not None
-        for place in range(LESSONS_A_PICTURE):
-            index = place * (n // LESSONS_A_PICTURE) + page
+            scene = draw_scene(rng, phase.thing_counts)
+            image = scene_image.render_scene(scene, rng)
+        assert scene is not None and image is not None
+        for position in range(LESSONS_PER_IMAGE):
+            index = position * (n // LESSONS_PER_IMAGE) + group
             if index >= round(phase.judging * n):
-                batch.append(_unjudged(phase, scene, picture, rng))
+                batch.append(_draw_unjudged_lesson(phase, scene, image, rng))
             elif rng.random() < phase.bare:
-                batch.append(comparison_lesson(scene, picture, rng))
+                batch.append(draw_comparison_lesson(scene, image, rng))
             else:
-                batch.append(judging_lesson(scene, picture, rng, samples[place] if samples else None))
+                batch.append(draw_judgement_lesson(scene, image, rng, samples[position] if samples else None))
     return batch
 
 
-def _unjudged(phase: Phase, scene: Scene, picture: Image, rng: random.Random) -> Lesson:
+def _draw_unjudged_lesson(phase: Phase, scene: Scene, image: PilImage, rng: random.Random) -> Lesson:
+    """Draw a lookup, a caption or an answer."""
     kind = rng.random()
     if kind < phase.lookups:
-        return lookup_lesson(scene, picture, rng)
+        return draw_lookup_lesson(scene, image, rng)
     if kind < phase.lookups + phase.captions:
-        return caption_lesson(scene, picture, rng)
-    return answer_lesson(scene, picture, phase.errors, rng)
+        return draw_caption_lesson(scene, image, rng)
+    return draw_answer_lesson(scene, image, phase.errors, rng)
 
 
-def problems(n: int, rng: random.Random) -> list[tuple[Problem, Image]]:
-    """Training problems with their pictures, in runs of LESSONS_A_PICTURE that share one."""
-    found = []
-    for _ in range(n // LESSONS_A_PICTURE):
+def draw_problems(n: int, rng: random.Random) -> list[tuple[Problem, PilImage]]:
+    """Draw training problems with their images, in runs of LESSONS_PER_IMAGE that share one."""
+    problems = []
+    for _ in range(n // LESSONS_PER_IMAGE):
         scene = draw_scene(rng)
-        picture = scene_image.draw(scene, rng)
-        found += [(training_problem(rng.choice(SCENE_TASKS), scene, rng), picture) for _ in range(LESSONS_A_PICTURE)]
-    return found
+        image = scene_image.render_scene(scene, rng)
+        problems += [
+            (draw_training_problem(rng.choice(SCENE_TASKS), scene, rng), image) for _ in range(LESSONS_PER_IMAGE)
+        ]
+    return problems
 
 
-def training_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
-    """A problem about a scene, of the training split."""
+def draw_training_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
+    """Draw a problem of the training split about a scene."""
     while True:
-        problem = scene_problem(task, scene, rng)
+        problem = draw_scene_problem(task, scene, rng)
         if split_of(problem) == "train":
             return problem
 
 
-def lookup_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
-    """A question that is answered in a word: finding a thing by one of its parts and naming another, and no more."""
-    problem = training_problem("scenes-rationale", scene, rng)
-    return Lesson("lookup", f"{problem.question}\n{IN_A_WORD}", f"It is {problem.truth}.", picture)
+def draw_lookup_lesson(scene: Scene, image: PilImage, rng: random.Random) -> Lesson:
+    """Draw a question that is answered in a word: find a thing by one attribute and name another."""
+    problem = draw_training_problem("scenes-rationale", scene, rng)
+    return Lesson("lookup", f"{problem.question}\n{IN_A_WORD}", f"It is {problem.truth}.", image)
 
 
-def caption_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
-    """All that a picture shows, in any order.
+def draw_caption_lesson(scene: Scene, image: PilImage, rng: random.Random) -> Lesson:
+    """Draw a description of everything that an image shows, in random order.
 
-    Each sentence names some part of a thing first and goes on with what has to be looked up: the same skill as
+    Each sentence starts with some attribute of a thing and continues with what has to be looked up: the same skill as
     answering a question, several times a lesson.
     """
-    said = " ".join(seeing.rationale(thing, rng) for thing in rng.sample(scene.things, len(scene.things)))
-    return Lesson("caption", IMAGE + CAPTION, said, picture)
+    said = " ".join(seeing.draw_rationale(thing, rng) for thing in rng.sample(scene.things, len(scene.things)))
+    return Lesson("caption", IMAGE + CAPTION, said, image)
 
 
-def answer_lesson(scene: Scene, picture: Image, errors: float, rng: random.Random) -> Lesson:
-    """A question with the answer that a student of partial knowledge gives, wrong `errors` times as often."""
-    problem = training_problem(rng.choice(SCENE_TASKS), scene, rng)
-    return Lesson("answer", problem.question, base_answer(problem, rng, errors), picture)
+def draw_answer_lesson(scene: Scene, image: PilImage, errors: float, rng: random.Random) -> Lesson:
+    """Draw a question with the answer of a student of partial knowledge, wrong `errors` times as often as the base."""
+    problem = draw_training_problem(rng.choice(SCENE_TASKS), scene, rng)
+    return Lesson("answer", problem.question, draw_base_answer(problem, rng, errors), image)
 
 
-def judging_lesson(scene: Scene, picture: Image, rng: random.Random, own: Sample | None = None) -> Lesson:
-    """A candidate to score against an anchor; the candidate is `own` if given."""
-    problem = own.problem if own else training_problem(rng.choice(SCENE_TASKS), scene, rng)
-    return judgement_turn(problem, CANDIDATES, rng, own, picture)
+def draw_judgement_lesson(scene: Scene, image: PilImage, rng: random.Random, own: Sample | None = None) -> Lesson:
+    """Draw a candidate to score against an anchor; the candidate is `own` if given."""
+    problem = own.problem if own else draw_training_problem(rng.choice(SCENE_TASKS), scene, rng)
+    return make_judgement_lesson(problem, CANDIDATES, rng, own, image)
 
 
-def base_answer(problem: Problem, rng: random.Random, errors: float = 1.0) -> str:
-    """An answer of the base student: right or a near-miss, that `errors` times as often."""
-    return near_miss(problem, rng) if rng.random() < errors * ERRORS[problem.task] else right_answer(problem, rng)
+def draw_base_answer(problem: Problem, rng: random.Random, errors: float = 1.0) -> str:
+    """Draw an answer of the base student: right or a near-miss, the latter `errors` times as often as usual."""
+    return (
+        draw_near_miss(problem, rng)
+        if rng.random() < errors * ERROR_RATES[problem.task]
+        else right_answer(problem, rng)
+    )
 
 
-def near_miss(problem: Problem, rng: random.Random) -> str:
-    """A wrong answer of the right form."""
-    return seeing.mistake(problem.asked(), rng)
+def draw_near_miss(problem: Problem, rng: random.Random) -> str:
+    """Draw a wrong answer of the right form."""
+    return seeing.draw_mistake(problem.scene_question(), rng)
 
 
-def _about_the_same(problem: Problem, rng: random.Random) -> Problem:
-    """Another problem of the same task and scene."""
+def _draw_related_problem(problem: Problem, rng: random.Random) -> Problem:
+    """Draw another problem of the same task and scene."""
     assert problem.scene is not None
-    return training_problem(problem.task, problem.scene, rng)
+    return draw_training_problem(problem.task, problem.scene, rng)
 
 
-CANDIDATES = Candidates((6, 26, 32, 26, 4, 6), base_answer, near_miss, _about_the_same)
+CANDIDATES = Candidates((6, 26, 32, 26, 4, 6), draw_base_answer, draw_near_miss, _draw_related_problem)
 
 
-def comparison_lesson(scene: Scene, picture: Image, rng: random.Random) -> Lesson:
-    """The bare comparison that judging rests on: is it the same word, thing or list; is it what the picture shows."""
+def draw_comparison_lesson(scene: Scene, image: PilImage, rng: random.Random) -> Lesson:
+    """Draw a bare comparison: is it the same word, thing or list, or is it what the image shows."""
     if rng.random() < 0.2:
         thing = rng.choice(scene.things)
-        other = thing if rng.random() < 0.5 else seeing.slip(thing, rng)
-        said = seeing.rationale(other, rng)
-        return comparison_turn(f"{IMAGE}Look.", CAPTION, said, other in scene.things, picture)
+        other = thing if rng.random() < 0.5 else seeing.change_attribute(thing, rng)
+        said = seeing.draw_rationale(other, rng)
+        return make_comparison_lesson(f"{IMAGE}Look.", CAPTION, said, other in scene.things, image)
     kind = rng.choices((_same_value, _same_thing, _same_list), (5, 4, 2))[0]
-    return comparison_turn("Compare.", *kind(rng))
+    return make_comparison_lesson("Compare.", *kind(rng))
 
 
 Compared = tuple[str, str, bool]
@@ -171,22 +185,22 @@ def _same_value(rng: random.Random) -> Compared:
 
 def _same_thing(rng: random.Random) -> Compared:
     thing = _random_thing(rng)
-    other = thing if rng.random() < 0.5 else seeing.slip(thing, rng)
-    return seeing.rationale(thing, rng), seeing.rationale(other, rng), thing == other
+    other = thing if rng.random() < 0.5 else seeing.change_attribute(thing, rng)
+    return seeing.draw_rationale(thing, rng), seeing.draw_rationale(other, rng), thing == other
 
 
 def _same_list(rng: random.Random) -> Compared:
-    things = list(draw_scene(rng).things[: rng.randint(1, seeing.MOST)])
+    things = list(draw_scene(rng).things[: rng.randint(1, seeing.MAX_COUNT)])
     others = list(things)
     if rng.random() < 0.5:
-        place = rng.randrange(len(others))
+        index = rng.randrange(len(others))
         if len(others) > 1 and rng.random() < 0.3:
-            del others[place]
+            del others[index]
         else:
-            others[place] = seeing.slip(others[place], rng)
+            others[index] = seeing.change_attribute(others[index], rng)
     kind = rng.choice(KINDS)
     said, again = (
-        f"{rng.choice(('There are', 'I count', 'I see'))} {NUMBERS[len(t)]} {plural(kind)}: {listing(t)}."
+        f"{rng.choice(('There are', 'I count', 'I see'))} {NUMBERS[len(t)]} {pluralize_kind(kind)}: {list_things(t)}."
         for t in (things, others)
     )
     return said, again, things == others
@@ -196,14 +210,14 @@ def _random_thing(rng: random.Random) -> Thing:
     return Thing(rng.choice(COLOURS), rng.choice(SHAPES), rng.choice(PLACES))
 
 
-def tokenizer_texts(rng: random.Random, n: int) -> Iterator[str]:
-    """Texts whose pieces the tokenizer should know."""
+def draw_tokenizer_texts(rng: random.Random, n: int) -> Iterator[str]:
+    """Draw the texts from which the tokenizer learns its pieces."""
     yield from ["system\nuser\nassistant\n"] * 20
     yield from [CAPTION, IN_A_WORD, "Look.", "Compare."] * 20
     for _ in range(n // 2):
         scene = draw_scene(rng)
         yield scene.describe()
         for task in SCENE_TASKS:
-            problem = training_problem(task, scene, rng)
+            problem = draw_training_problem(task, scene, rng)
             yield problem.question.replace(IMAGE, "")
-            yield base_answer(problem, rng)
+            yield draw_base_answer(problem, rng)

@@ -1,7 +1,7 @@
-"""The tiny students before they have learned anything: what each is made of and how it reads a turn.
+"""Describe the tiny students before training: their architectures, processors and chat templates.
 
-`text` is a Qwen2. The two that see are a LLaVA (CLIP tower, Qwen2 language model, as llava-interleave has it) and a
-Qwen2.5-VL. Both take a picture as nine vectors, one a cell, and both speak through ordinary Hugging Face processors.
+`text` is a Qwen2. The two that read images are a LLaVA (CLIP tower, Qwen2 language model, as in llava-interleave) and a
+Qwen2.5-VL. Both encode an image as nine vectors, one per cell, and both use ordinary Hugging Face processors.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from purld.testbed.shipped import STUDENTS as SHIPPED
+from purld.testbed.shipped import STUDENT_FOLDERS
 from purld.testbed.students import corpus, scene_corpus
 from purld.testbed.world.scenes import COLUMNS
 from purld.testbed.world.world import SCENE_TASKS, TEXT_TASKS, Task
 
-# What a tower sees of a picture, in pixels: a cell is 16 wide.
-_SIGHT, _CELL = 48, 16
+# Pixels of the image that a tower encodes, and of one cell.
+_IMAGE_SIDE, _PATCH_SIDE = 48, 16
 _VISION_START, _VISION_END, _IMAGE_PAD, _VIDEO_PAD = (
     "<|vision_start|>",
     "<|vision_end|>",
@@ -52,7 +52,7 @@ _TEXT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Pictures stand where the chat puts them.
+# Images stay where the message has them.
 _QWEN_VL_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -66,7 +66,7 @@ _QWEN_VL_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# A turn's pictures come before its words.
+# A message's images come before its text.
 _LLAVA_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -86,12 +86,12 @@ class Design:
     """What a student is made of.
 
     Attributes:
-        tasks: what it is measured on.
-        corpus: the module that it learns from.
-        chat_template: how it reads a chat.
+        tasks: the tasks that it is measured on.
+        corpus: the module that draws its lessons.
+        chat_template: its Jinja chat template.
         model: makes the untrained model for a tokenizer.
-        save_processor: saves what its directory holds beside the model.
-        marks: special tokens of its own, for pictures.
+        save_processor: saves the tokenizer or processor to the model's directory.
+        image_tokens: special tokens for images.
     """
 
     tasks: tuple[Task, ...]
@@ -99,16 +99,16 @@ class Design:
     chat_template: str
     model: Callable[[PreTrainedTokenizerBase], PreTrainedModel]
     save_processor: Callable[[PreTrainedTokenizerBase, Path], None]
-    marks: tuple[str, ...] = ()
+    image_tokens: tuple[str, ...] = ()
 
     @property
-    def sees(self) -> bool:
-        """Whether it takes pictures."""
-        return len(self.marks) > 0
+    def reads_images(self) -> bool:
+        """Whether it reads images."""
+        return len(self.image_tokens) > 0
 
 
-def _language(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The settings that the students' language models share."""
+def _language_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the settings that the students' language models share."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -117,10 +117,10 @@ def _language(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
         "max_position_embeddings": 4096,
-        # Tied, the output's gradient would blur the input embeddings, and comparing words needs them distinct.
+        # If tied, the output's gradient would blur the input embeddings, which must be distinct to compare words.
         "tie_word_embeddings": False,
         "rms_norm_eps": 1e-6,
-        # The usual 0.02 suits wide models; at this width attention would start out uniform and stay so for long.
+        # The usual 0.02 suits wide models; at this width attention would start uniform and stay so for long.
         "initializer_range": 0.08,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
@@ -129,7 +129,7 @@ def _language(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _text_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return Qwen2ForCausalLM(Qwen2Config(**_language(tokenizer)))
+    return Qwen2ForCausalLM(Qwen2Config(**_language_config(tokenizer)))
 
 
 def _llava_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -139,11 +139,11 @@ def _llava_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
             intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=4,
-            image_size=_SIGHT,
-            patch_size=_CELL,
+            image_size=_IMAGE_SIDE,
+            patch_size=_PATCH_SIDE,
             initializer_range=0.08,
         ),
-        text_config=Qwen2Config(**_language(tokenizer)),
+        text_config=Qwen2Config(**_language_config(tokenizer)),
         image_token_index=cast(int, tokenizer.convert_tokens_to_ids("<image>")),
         image_seq_length=len(COLUMNS) ** 2,
         vision_feature_layer=-1,
@@ -154,7 +154,7 @@ def _llava_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
 
 
 def _qwen2_5_vl_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    language = _language(tokenizer)
+    language = _language_config(tokenizer)
     language["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]}
     ids: dict[str, Any] = {
         name: tokenizer.convert_tokens_to_ids(token)
@@ -172,10 +172,10 @@ def _qwen2_5_vl_model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_heads": 4,
-            "patch_size": _CELL // 2,
+            "patch_size": _PATCH_SIDE // 2,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
-            "window_size": _SIGHT,
+            "window_size": _IMAGE_SIDE,
             "out_hidden_size": 128,
             "fullatt_block_indexes": [0, 1],
             "initializer_range": 0.08,
@@ -191,11 +191,13 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 
 
 def _save_llava_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    pixels = CLIPImageProcessorPil(size={"shortest_edge": _SIGHT}, crop_size={"height": _SIGHT, "width": _SIGHT})
+    pixels = CLIPImageProcessorPil(
+        size={"shortest_edge": _IMAGE_SIDE}, crop_size={"height": _IMAGE_SIDE, "width": _IMAGE_SIDE}
+    )
     processor = LlavaProcessor(
         pixels,
         tokenizer,
-        patch_size=_CELL,
+        patch_size=_PATCH_SIDE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
@@ -204,14 +206,14 @@ def _save_llava_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -> Non
 
 
 def _save_qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """What `Qwen2_5_VLProcessor.save_pretrained` writes, its part for videos too: where torchvision is, it is loaded.
+    """Write the files of `Qwen2_5_VLProcessor.save_pretrained`, including the video part.
 
-    The class itself cannot be had without torchvision.
+    The class itself needs torchvision to be instantiated. Where torchvision is installed, the video part is loaded too.
     """
     tokenizer.save_pretrained(path)
     pixels = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": _SIGHT**2, "longest_edge": _SIGHT**2},
-        patch_size=_CELL // 2,
+        size={"shortest_edge": _IMAGE_SIDE**2, "longest_edge": _IMAGE_SIDE**2},
+        patch_size=_PATCH_SIDE // 2,
         merge_size=2,
         temporal_patch_size=2,
     )
@@ -222,24 +224,24 @@ def _save_qwen2_5_vl_processor(tokenizer: PreTrainedTokenizerBase, path: Path) -
 
 
 def start_from_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a model the text student's layers and, for the tokens that both know, its embeddings.
+    """Copy the text student's layers, and its embeddings of the tokens that both know, into a model.
 
-    A model that sees is built on one that reads, as the real ones are.
+    A model that reads images is built on one that reads text, as real ones are.
     """
-    known = AutoModelForCausalLM.from_pretrained(SHIPPED["text"])
-    read = AutoTokenizer.from_pretrained(SHIPPED["text"]).get_vocab()
+    text_model = AutoModelForCausalLM.from_pretrained(STUDENT_FOLDERS["text"])
+    text_vocabulary = AutoTokenizer.from_pretrained(STUDENT_FOLDERS["text"]).get_vocab()
     decoder = model.get_decoder()
-    decoder.layers.load_state_dict(known.model.layers.state_dict())
-    decoder.norm.load_state_dict(known.model.norm.state_dict())
+    decoder.layers.load_state_dict(text_model.model.layers.state_dict())
+    decoder.norm.load_state_dict(text_model.model.norm.state_dict())
     vocabulary = tokenizer.get_vocab()
-    shared = sorted(vocabulary.keys() & read.keys())
-    mine, theirs = [vocabulary[token] for token in shared], [read[token] for token in shared]
+    shared = sorted(vocabulary.keys() & text_vocabulary.keys())
+    own_ids, text_ids = [vocabulary[token] for token in shared], [text_vocabulary[token] for token in shared]
     with torch.no_grad():
-        for ours, its in (
-            (model.get_input_embeddings(), known.get_input_embeddings()),
-            (model.get_output_embeddings(), known.get_output_embeddings()),
+        for own, text in (
+            (model.get_input_embeddings(), text_model.get_input_embeddings()),
+            (model.get_output_embeddings(), text_model.get_output_embeddings()),
         ):
-            cast(Tensor, cast(Any, ours).weight)[mine] = cast(Any, its).weight[theirs]
+            cast(Tensor, cast(Any, own).weight)[own_ids] = cast(Any, text).weight[text_ids]
 
 
 _VIDEO = {
@@ -251,7 +253,7 @@ _VIDEO = {
     "video_processor_type": "Qwen2VLVideoProcessor",
 }
 
-STUDENTS = {
+DESIGNS = {
     "text": Design(TEXT_TASKS, corpus, _TEXT_TEMPLATE, _text_model, _save_tokenizer),
     "qwen2_5_vl": Design(
         SCENE_TASKS,

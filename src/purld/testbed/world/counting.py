@@ -1,7 +1,7 @@
 """Counting and probability word problems: six families, their worked answers and the usual mistakes.
 
-A family is a few templates, a way to draw their slots, the right working and the near-misses a learner makes.
-Answers are not simplified ("4/12"); whoever checks them compares values.
+A family is a few templates, a way to draw their slots, the right working and the near-misses that a learner makes.
+Answers are not simplified ("4/12"), so checks must compare values.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLUBS = ("chess", "book", "film", "choir", "garden", "hiking")
 
 @dataclass(frozen=True)
 class Working:
-    """One way through a problem: a calculation, its answer and a sentence that says it in words."""
+    """One way through a problem: a calculation, its answer, and a sentence that says it in words."""
 
     step: str
     answer: str
@@ -33,27 +33,27 @@ class Working:
 
 
 @dataclass(frozen=True)
-class Family:
-    """Problems that are solved alike.
+class CountingFamily:
+    """Word problems that are solved in the same way.
 
     `solve` raises LookupError for slots that make no problem (a colour that is not in the jar).
     """
 
     name: str
     templates: tuple[str, ...]
-    draw: Callable[[random.Random], Slots]
+    draw_slots: Callable[[random.Random], Slots]
     solve: Callable[[Slots], Working]
     mistakes: Callable[[Slots], list[Working]]
 
 
-def draw(rng: random.Random) -> str:
-    """A question."""
+def draw_question(rng: random.Random) -> str:
+    """Draw a random question."""
     family = rng.choice(FAMILIES)
-    return rng.choice(family.templates).format_map(family.draw(rng))
+    return rng.choice(family.templates).format_map(family.draw_slots(rng))
 
 
-def parse(question: str) -> tuple[Family, Slots] | None:
-    """The family and slots of a question, or None if it is not a counting problem."""
+def parse_question(question: str) -> tuple[CountingFamily, Slots] | None:
+    """Return the family and slots of a question, or None if it is not a counting problem."""
     for family in FAMILIES:
         for template in family.templates:
             slots = parse_slots(template, question)
@@ -62,15 +62,15 @@ def parse(question: str) -> tuple[Family, Slots] | None:
     return None
 
 
-def _makes_sense(family: Family, slots: Slots) -> bool:
+def _makes_sense(family: CountingFamily, slots: Slots) -> bool:
     try:
         return Fraction(family.solve(slots).answer) > 0
     except LookupError:
         return False
 
 
-def phrasings(working: Working) -> tuple[str, ...]:
-    """The same working in different words. All but the last show how the answer comes about."""
+def list_phrasings(working: Working) -> tuple[str, ...]:
+    """Return the same working in different words. All but the last show how the answer comes about."""
     return (
         f"{working.step}, so the answer is {working.answer}.",
         f"{working.step}. The answer is {working.answer}.",
@@ -80,23 +80,23 @@ def phrasings(working: Working) -> tuple[str, ...]:
     )
 
 
-_NUMBER = r"(?P<top>[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*(?P<bottom>[0-9]+))?"
-_STATED = re.compile(r"answer(?:\s+is|:)\s*" + _NUMBER, re.IGNORECASE)
-_ANY = re.compile(_NUMBER)
+_NUMBER = r"(?P<numerator>[0-9]+(?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*(?P<denominator>[0-9]+))?"
+_STATED_ANSWER = re.compile(r"answer(?:\s+is|:)\s*" + _NUMBER, re.IGNORECASE)
+_ANY_NUMBER = re.compile(_NUMBER)
 
 
 def final_answer(text: str) -> Fraction | None:
-    """The value an answer commits itself to.
+    """Return the value that an answer commits itself to.
 
-    That is the last "answer is X" or "answer: X"; without one, the last number, "a/b" or "a out of b". None if there
-    is no number or it divides by zero.
+    That is the last "answer is X" or "answer: X"; without one, the last number, "a/b" or "a out of b". None if there is
+    no number or it divides by zero.
     """
-    found = list(_STATED.finditer(text)) or list(_ANY.finditer(text))
-    if not found:
+    matches = list(_STATED_ANSWER.finditer(text)) or list(_ANY_NUMBER.finditer(text))
+    if not matches:
         return None
-    # Longer digit strings are never answers here, and Python refuses to read very long ones.
-    top, bottom = found[-1]["top"][:20], (found[-1]["bottom"] or "1")[:20]
-    return None if int(bottom) == 0 else Fraction(top) / int(bottom)
+    # Longer digit strings are never answers here, and Python refuses to parse very long ones.
+    numerator, denominator = matches[-1]["numerator"][:20], (matches[-1]["denominator"] or "1")[:20]
+    return None if int(denominator) == 0 else Fraction(numerator) / int(denominator)
 
 
 def _numbers(slots: Slots) -> list[int]:
@@ -257,8 +257,8 @@ def _die_mistakes(slots: Slots) -> list[Working]:
     return [at_least, at_least, below, slip, _die_working(f"{sides} - {bound}", bound, sides)]
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family(
+FAMILIES: tuple[CountingFamily, ...] = (
+    CountingFamily(
         "jar",
         (
             "{who} has a jar with {n1} {c1} and {n2} {c2} {things} and draws one at random. "
@@ -270,7 +270,7 @@ FAMILIES: tuple[Family, ...] = (
         _solve_jar,
         _jar_mistakes,
     ),
-    Family(
+    CountingFamily(
         "meals",
         (
             "{who} can choose from {n1} {a} and {n2} {b}. How many meals of one of each are there?",
@@ -280,7 +280,7 @@ FAMILIES: tuple[Family, ...] = (
         _solve_meals,
         _meals_mistakes,
     ),
-    Family(
+    CountingFamily(
         "pick",
         (
             "{who} has {n1} {a} and {n2} {b} and takes a single thing. How many choices are there?",
@@ -290,7 +290,7 @@ FAMILIES: tuple[Family, ...] = (
         _solve_pick,
         _pick_mistakes,
     ),
-    Family(
+    CountingFamily(
         "handshakes",
         (
             "{who} watches {n1} {group} shake hands, each with every other once. How many handshakes are there?",
@@ -300,7 +300,7 @@ FAMILIES: tuple[Family, ...] = (
         _solve_hands,
         _hands_mistakes,
     ),
-    Family(
+    CountingFamily(
         "posts",
         (
             "The {club} club of {who} has {n1} members. In how many ways can it pick a president and a secretary?",
@@ -311,7 +311,7 @@ FAMILIES: tuple[Family, ...] = (
         _solve_posts,
         _posts_mistakes,
     ),
-    Family(
+    CountingFamily(
         "die",
         (
             "{who} rolls a die with {n1} sides. What is the probability that it shows more than {n2}?",

@@ -1,8 +1,8 @@
-"""Draws a scene and reads it back.
+"""Render a scene as an image and recognise the scene of an image.
 
-Nothing is smoothed at the edges and every colour is exactly one of the palette's, so reading is exact: a cell's shape
-is the one that, drawn at the size and place that are seen, gives the same pixels. It survives any lossless encoding;
-a picture that was scaled, blurred or drawn by somebody else is not a scene.
+Edges are not smoothed and every colour is exactly one of the palette's, so recognition is exact: a cell's shape is the
+one that, rendered at the size and position found in the cell, gives the same pixels. This survives any lossless
+encoding. An image that was scaled or blurred, or that was made elsewhere, is not recognised.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from purld.testbed.world.scenes import COLOURS, COLUMNS, PLACES, SHAPES, Scene, 
 CELL = 64
 SIDE = CELL * len(COLUMNS)
 PAPER, LINE, FRAME = (250, 250, 250), (215, 215, 215), (90, 90, 90)
-# The frame tells the cells apart: a tower that sees only parts knows a corner by its two thick sides.
+# The frame tells the cells apart for a tower that sees one cell at a time: a corner has two thick sides.
 _FRAME_WIDTH = 4
 _PALETTE = {
     "red": (215, 40, 40),
@@ -32,10 +32,10 @@ _PALETTE = {
 _SIZES, _MARGIN = range(34, 47), 6
 
 
-def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as an RGB picture of SIDE by SIDE pixels; sizes and places inside the cells are random."""
-    picture = Image.new("RGB", (SIDE, SIDE), PAPER)
-    pen = ImageDraw.Draw(picture)
+def render_scene(scene: Scene, rng: random.Random) -> Image.Image:
+    """Render a scene as an RGB image of SIDE by SIDE pixels, with random sizes and positions inside the cells."""
+    image = Image.new("RGB", (SIDE, SIDE), PAPER)
+    pen = ImageDraw.Draw(image)
     for offset in range(CELL, SIDE, CELL):
         pen.line((offset, 0, offset, SIDE), LINE)
         pen.line((0, offset, SIDE, offset), LINE)
@@ -44,37 +44,37 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         size = rng.choice(_SIZES)
         left, top = (rng.randint(_MARGIN, CELL - _MARGIN - size) for _ in range(2))
         x, y = _corner(PLACES.index(thing.place))
-        picture.paste(_PALETTE[thing.colour], (x + left, y + top), Image.fromarray(_mask(thing.shape, size)))
-    return picture
+        image.paste(_PALETTE[thing.colour], (x + left, y + top), Image.fromarray(_mask(thing.shape, size)))
+    return image
 
 
-def read(picture: Image.Image) -> Scene | None:
-    """The scene that a picture shows, or None if it is not one of ours."""
-    if picture.size != (SIDE, SIDE):
+def recognise_scene(image: Image.Image) -> Scene | None:
+    """Return the scene of an image, or None if the image is not one of the testbed's."""
+    if image.size != (SIDE, SIDE):
         return None
-    pixels = np.asarray(picture.convert("RGB"))
+    pixels = np.asarray(image.convert("RGB"))
     things = []
     for index, place in enumerate(PLACES):
         x, y = _corner(index)
         inner = pixels[y + _MARGIN : y + CELL - _MARGIN, x + _MARGIN : x + CELL - _MARGIN]
         if (inner == PAPER).all():
             continue
-        seen = _recognise(inner)
+        seen = _recognise_cell(inner)
         if seen is None:
             return None
         things.append(Thing(*seen, place))
     return Scene(tuple(things)) if things else None
 
 
-def encode(picture: Image.Image) -> bytes:
-    """The picture as a PNG."""
+def encode_png(image: Image.Image) -> bytes:
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _recognise(inner: np.ndarray) -> tuple[str, str] | None:
-    """Colour and shape of what stands on the paper of a cell, shape (height, width, 3)."""
+def _recognise_cell(inner: np.ndarray) -> tuple[str, str] | None:
+    """Return colour and shape of the thing in the inner pixels (height, width, 3) of a cell, or None."""
     inked = (inner != PAPER).any(-1)
     rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
     top, left = rows[0], columns[0]
@@ -89,7 +89,7 @@ def _recognise(inner: np.ndarray) -> tuple[str, str] | None:
 
 @functools.cache
 def _mask(shape: str, size: int) -> np.ndarray:
-    """Where a shape of a size puts ink: (size, size) of 0 and 255; it touches all four sides."""
+    """Return the ink of a shape, (size, size) of 0 and 255; it touches all four sides."""
     mask = Image.new("L", (size, size), 0)
     pen, last, third = ImageDraw.Draw(mask), size - 1, size // 3
     match shape:
@@ -109,5 +109,6 @@ def _mask(shape: str, size: int) -> np.ndarray:
 
 
 def _corner(index: int) -> tuple[int, int]:
+    """Return x and y of a cell's top left pixel."""
     row, column = divmod(index, len(COLUMNS))
     return column * CELL, row * CELL

@@ -1,4 +1,4 @@
-"""Small scenes: a board of three by three cells, some of which hold a thing of one shape and one colour."""
+"""Scenes: a board of three by three cells, some of which hold a thing of one shape and one colour."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "black")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
-# In reading order.
+# The cells in reading order.
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
-THINGS = range(3, 6)
+THING_COUNTS = range(3, 6)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What a cell holds."""
+    """A coloured shape in a cell."""
 
     colour: str
     shape: str
@@ -24,27 +24,27 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """Its colour and shape."""
+        """The colour and shape in words."""
         return f"{self.colour} {self.shape}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The things on the board, in reading order."""
+    """A board: its things in reading order."""
 
     things: tuple[Thing, ...]
 
-    def at(self, place: str) -> Thing | None:
-        """The thing in a cell, if there is one."""
+    def thing_at(self, place: str) -> Thing | None:
+        """Return the thing in a cell, or None if the cell is empty."""
         return next((thing for thing in self.things if thing.place == place), None)
 
     def describe(self) -> str:
-        """The whole scene in words: the truth of a picture."""
+        """Return the whole scene in words."""
         return ", ".join(f"a {thing.name} at the {thing.place}" for thing in self.things)
 
 
-def draw_scene(rng: random.Random, things: Sequence[int] = THINGS) -> Scene:
-    """A random scene of one of the numbers `things`. Shapes and colours repeat often enough to be counted."""
-    places = sorted(rng.sample(range(len(PLACES)), rng.choice(things)))
+def draw_scene(rng: random.Random, thing_counts: Sequence[int] = THING_COUNTS) -> Scene:
+    """Draw a random scene of one of `thing_counts` things. Shapes and colours repeat often enough to be counted."""
+    indices = sorted(rng.sample(range(len(PLACES)), rng.choice(thing_counts)))
     shapes, colours = rng.sample(SHAPES, 3), rng.sample(COLOURS, 4)
-    return Scene(tuple(Thing(rng.choice(colours), rng.choice(shapes), PLACES[place]) for place in places))
+    return Scene(tuple(Thing(rng.choice(colours), rng.choice(shapes), PLACES[index]) for index in indices))

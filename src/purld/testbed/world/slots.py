@@ -1,7 +1,7 @@
-"""Question templates that can be filled and read back.
+"""Match texts against question templates to recover the slots that fill them.
 
-Slots whose name starts with `n` hold numbers from 1 to 99, all others one word; a slot that occurs twice must hold
-the same text twice.
+Slots whose name starts with `n` hold numbers from 1 to 99, all others one word; a slot that occurs twice must hold the
+same text twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Slots = dict[str, str]
 
 
 def parse_slots(template: str, text: str) -> Slots | None:
-    """The slots that fill `template` to make `text`, or None if none do."""
+    """Return the slots that fill `template` to make `text`, or None if none do."""
     match = _pattern(template).fullmatch(text)
     return match.groupdict() if match else None
 

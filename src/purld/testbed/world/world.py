@@ -1,8 +1,8 @@
-"""A synthetic world with known truth: problems, their teacher, their check.
+"""Problems, their teacher and their check, for all tasks.
 
-Everything follows from a question's text and from the pixels of its picture, so a check, a teacher and a judge need
-nothing else. Which split a question belongs to is a property of the same: training and held-out problems cannot meet.
-No model is known here.
+Everything follows from a question's text and from the pixels of its image, so check, teacher and judge need nothing
+else. The split of a problem is a hash of the same content, so training and held-out problems cannot overlap. No model
+is used here.
 """
 
 from __future__ import annotations
@@ -28,18 +28,23 @@ TEXT_TASKS: tuple[Task, ...] = ("counting", "writing")
 SCENE_TASKS: tuple[Task, ...] = ("scenes-mc", "scenes-rationale")
 TASKS = TEXT_TASKS + SCENE_TASKS
 
-# One question in this many is held out.
+# One problem in this many is held out.
 _HELD_OUT_SHARE = 5
-# So many draws in a row without a new question mean that the world has run out of them.
-_PATIENCE = 2000
+# After this many draws in a row without a new problem the world counts as exhausted.
+_MAX_FAILURES = 2000
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with what is known of it.
+    """A question with its known answer.
 
-    `truth` is the answer of a counting problem ("4/12"), what a piece of writing must do, or what a picture is asked
-    for ("blue"). `scene` is what stands at the question's IMAGE.
+    Attributes:
+        task: the task that it belongs to.
+        family: the kind of question within the task.
+        question: the text, with an IMAGE where the image is.
+        truth: the answer of a counting problem ("4/12"), what a piece of writing must do, or what is asked about a
+            scene ("blue").
+        scene: what the image shows, if there is one.
     """
 
     task: Task
@@ -48,107 +53,113 @@ class Problem:
     truth: str
     scene: Scene | None = None
 
-    def asked(self) -> seeing.SceneQuestion:
-        """The question about the scene."""
+    def scene_question(self) -> seeing.SceneQuestion:
+        """Return the parsed question about the scene."""
         assert self.scene is not None
-        question = seeing.parse(self.question.replace(IMAGE, ""), self.scene)
+        question = seeing.parse_question(self.question.replace(IMAGE, ""), self.scene)
         assert question is not None
         return question
 
 
 def split_of(problem: Problem) -> Split:
-    """The split a problem belongs to, from a hash of its question and of what its picture shows."""
+    """Return the split of a problem, from a hash of its question and of its scene."""
     return "heldout" if int(_identity(problem), 16) % _HELD_OUT_SHARE == 0 else "train"
 
 
 def _identity(problem: Problem) -> str:
-    """A hash of all that is asked."""
+    """Return a hash of the question and the scene."""
     if problem.scene is None:
         return content_hash(problem.question)
     return content_hash([problem.question, problem.scene.describe()])
 
 
 def generate_problems(task: Task, split: Split, n: int, seed: int) -> list[Problem]:
-    """`n` distinct problems; the same arguments give the same problems.
+    """Return `n` distinct problems; the same arguments give the same problems.
 
     Raises:
-        UserError: the world does not have so many.
+        UserError: the world has fewer than `n`.
     """
     rng = random.Random(f"{task}/{split}/{seed}")
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     failures = 0
-    while len(found) < n:
+    while len(problems) < n:
         problem = draw_problem(task, rng)
         identity = _identity(problem)
-        if split_of(problem) != split or identity in found:
+        if split_of(problem) != split or identity in problems:
             failures += 1
-            if failures > _PATIENCE:
+            if failures > _MAX_FAILURES:
                 raise UserError(f"testbed: task {task} has no {n} distinct problems in split {split}.")
             continue
         failures = 0
-        found[identity] = problem
-    return list(found.values())
+        problems[identity] = problem
+    return list(problems.values())
 
 
 def draw_problem(task: Task, rng: random.Random) -> Problem:
-    """A random problem of either split."""
+    """Draw a random problem of either split."""
     if task in SCENE_TASKS:
-        return scene_problem(task, draw_scene(rng), rng)
-    problem = recognise_problem(writing.draw(rng) if task == "writing" else counting.draw(rng))
+        return draw_scene_problem(task, draw_scene(rng), rng)
+    problem = recognise_problem(writing.draw_question(rng) if task == "writing" else counting.draw_question(rng))
     assert problem is not None
     return problem
 
 
-def scene_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
-    """A random problem about a scene."""
-    problem = recognise_problem(IMAGE + seeing.draw(scene, task == "scenes-mc", rng), scene)
+def draw_scene_problem(task: Task, scene: Scene, rng: random.Random) -> Problem:
+    """Draw a random problem about a scene."""
+    problem = recognise_problem(IMAGE + seeing.draw_question(scene, task == "scenes-mc", rng), scene)
     assert problem is not None
     return problem
 
 
 def recognise_problem(question: str, scene: Scene | None = None) -> Problem | None:
-    """The problem that a text asks, about a scene if its one IMAGE shows one; None if it is not of this world."""
+    """Return the problem that a text asks, or None if it is not of this world.
+
+    Args:
+        question: the text, with an IMAGE if it is about an image.
+        scene: what its only image shows.
+    """
     question = question.strip()
     if scene is not None:
-        seen = seeing.parse(question.replace(IMAGE, "", 1).strip(), scene)
-        if seen is None:
+        asked = seeing.parse_question(question.replace(IMAGE, "", 1).strip(), scene)
+        if asked is None:
             return None
         return Problem(
-            "scenes-mc" if seen.options else "scenes-rationale", seen.ask.family, question, seen.value, scene
+            "scenes-mc" if asked.options else "scenes-rationale", asked.query.family, question, asked.value, scene
         )
-    if counted := counting.parse(question):
+    if counted := counting.parse_question(question):
         family, slots = counted
         return Problem("counting", family.name, question, family.solve(slots).answer)
-    if written := writing.parse(question):
+    if written := writing.parse_question(question):
         name, brief = written
         return Problem("writing", name, question, brief.describe())
     return None
 
 
 def problem_image(problem: Problem) -> bytes:
-    """The problem's picture as a PNG: always the same one."""
+    """Return the problem's image as a PNG, always the same one."""
     assert problem.scene is not None
-    return scene_image.encode(scene_image.draw(problem.scene, random.Random(f"picture/{_identity(problem)}")))
+    rng = random.Random(f"picture/{_identity(problem)}")
+    return scene_image.encode_png(scene_image.render_scene(problem.scene, rng))
 
 
 def to_prompt(problem: Problem) -> Prompt:
-    """The problem as a model is asked it."""
-    shown = () if problem.scene is None else (read_image(problem_image(problem), Path()),)
-    return Prompt.from_text(problem.question, images=shown, reference=problem.truth)
+    """Return the problem as a prompt for a model."""
+    images = () if problem.scene is None else (read_image(problem_image(problem), Path()),)
+    return Prompt.from_text(problem.question, images=images, reference=problem.truth)
 
 
 @functools.lru_cache(maxsize=4096)
 def read_scene(image: Image) -> Scene | None:
-    """What a picture shows, or None if it is none of this world's.
+    """Return the scene of an image, or None if the image is not of this world.
 
     Raises:
-        UserError: its file is gone, or is another one than was read.
+        UserError: the image's file is missing or has changed since it was read.
     """
-    return scene_image.read(open_image(image))
+    return scene_image.recognise_scene(open_image(image))
 
 
 def check_answer(prompt: Prompt, text: str) -> bool:
-    """Whether `text` is a right answer to a prompt of this world.
+    """Tell whether `text` is a right answer to a prompt of this world.
 
     Raises:
         UserError: the prompt is not of this world.
@@ -161,36 +172,36 @@ def check_answer(prompt: Prompt, text: str) -> bool:
 
 
 def is_right(problem: Problem, text: str) -> bool:
-    """Whether `text` answers the problem: by value in counting, by rule in writing."""
+    """Tell whether `text` answers the problem: by value in counting, by rule in the other tasks."""
     if problem.scene is not None:
-        return seeing.is_right(problem.asked(), text)
+        return seeing.is_right(problem.scene_question(), text)
     if problem.task == "counting":
         return counting.final_answer(text) == Fraction(problem.truth)
-    return writing.fulfils(_brief(problem), text)
+    return writing.fulfils_brief(_brief(problem), text)
 
 
 def teacher_answer(problem: Problem) -> str:
-    """The teacher's answer: always right, in words that depend on the question alone."""
+    """Return the teacher's answer: always right, in words that depend on the problem alone."""
     return right_answer(problem, random.Random(_identity(problem)))
 
 
 def right_answer(problem: Problem, rng: random.Random) -> str:
-    """A right answer in randomly chosen words; in counting one that shows how it comes about."""
+    """Draw a right answer in random words; in counting one that shows the calculation."""
     if problem.scene is not None:
-        return seeing.right_answer(problem.asked(), rng)
+        return seeing.right_answer(problem.scene_question(), rng)
     if problem.task == "writing":
-        return writing.compose(_brief(problem), rng)
-    parsed = counting.parse(problem.question)
+        return writing.compose_piece(_brief(problem), rng)
+    parsed = counting.parse_question(problem.question)
     assert parsed is not None
     family, slots = parsed
-    return rng.choice(counting.phrasings(family.solve(slots))[:-1])
+    return rng.choice(counting.list_phrasings(family.solve(slots))[:-1])
 
 
 def answer_quality(problem: Problem, text: str) -> float:
-    """How good an answer is, for a judge: 0 if wrong, else between 1 and 2.
+    """Rate an answer for the judge: 0 if wrong, else between 1 and 2.
 
     Among right answers the judge prefers a calculation that is shown and then concluded, a piece with more different
-    words, a choice that is stated and then concluded, a rationale that gives its reason and sees more than was asked.
+    words, a choice that is stated and then concluded, a rationale that gives its reason and adds a true remark.
     """
     if not is_right(problem, text):
         return 0.0
@@ -200,13 +211,13 @@ def answer_quality(problem: Problem, text: str) -> float:
         return 1.0 + 0.5 * ("answer is" in text) + 0.25 * (len(text.split()) > 4)
     if problem.task == "counting":
         return 1.0 + 0.5 * ("=" in text) + 0.25 * ("answer is" in text)
-    return 1.0 + min(len(set(writing.words_of(text))) // 5, 4) / 4
+    return 1.0 + min(len(set(writing.split_words(text))) // 5, 4) / 4
 
 
 def write_prompts(path: Path, problems: Iterable[Problem]) -> None:
     """Write problems as prompt rows: `prompt`, `images`, `reference` (the truth), `task`, `family`.
 
-    Pictures become PNG files in the folder `pictures` beside `path`; `images` are relative to that of `path`.
+    Images become PNG files in the folder `pictures` next to `path`; rows name them relative to the folder of `path`.
     """
     write_rows(path, [_row(problem, path.parent) for problem in problems])
 
@@ -222,6 +233,6 @@ def _row(problem: Problem, folder: Path) -> dict[str, Any]:
 
 
 def _brief(problem: Problem) -> writing.Brief:
-    parsed = writing.parse(problem.question)
+    parsed = writing.parse_question(problem.question)
     assert parsed is not None
     return parsed[1]

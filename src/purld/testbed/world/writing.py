@@ -1,7 +1,7 @@
-"""Short pieces about a stated subject under two constraints that a rule can check.
+"""Short pieces about a given subject under two constraints that a rule can check.
 
-The rules look at form only: the subject is named, the constraints hold, the sentences are sentences. Whether a piece
-is any good is nobody's business here.
+The rules look at form only: the subject is named, the constraints hold, the sentences are sentences. Literary quality
+is not judged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PLACES = (
     "village", "castle", "mill", "field", "barn", "station", "valley", "church",
 )
 # fmt: on
-TAKES = ("found", "carried", "dropped", "sold", "mended", "hid")
-RESTS = ("waited", "slept", "sang", "danced", "walked", "worked")
-NEAR = ("near the", "by the", "behind the", "beyond the")
+TAKING_VERBS = ("found", "carried", "dropped", "sold", "mended", "hid")
+RESTING_VERBS = ("waited", "slept", "sang", "danced", "walked", "worked")
+PREPOSITIONS = ("near the", "by the", "behind the", "beyond the")
 TIMES = ("At dawn", "At noon", "In winter", "In summer", "One day", "Last night")
-LOOKS = ("old", "heavy", "bright", "broken", "little", "golden")
+ADJECTIVES = ("old", "heavy", "bright", "broken", "little", "golden")
 MAX_SENTENCES = 3
 MAX_CHARACTERS = 400
 
@@ -56,43 +56,43 @@ class Brief:
     end: str
 
     def describe(self) -> str:
-        """The brief as a short text."""
+        """Return the brief as a short text."""
         return f"names {self.subject}; uses {self.use}; ends with {self.end}"
 
 
-def draw(rng: random.Random) -> str:
-    """A question."""
+def draw_question(rng: random.Random) -> str:
+    """Draw a random question."""
     names = rng.sample(list(CONSTRAINTS), len(CONSTRAINTS))
     text = " ".join([rng.choice(OPENINGS), *(CONSTRAINTS[name] for name in names)])
     return text.format(subject=rng.choice(SUBJECTS), use=rng.choice(OBJECTS), end=rng.choice(PLACES))
 
 
-def parse(question: str) -> tuple[str, Brief] | None:
-    """The family and brief of a question, or None if it is not a writing problem."""
+def parse_question(question: str) -> tuple[str, Brief] | None:
+    """Return the family and brief of a question, or None if it is not a writing problem."""
     sentences = re.findall(r"\S[^.]*\.", question)
     if len(sentences) != 3 or " ".join(sentences) != question:
         return None
-    found = [_first_match(OPENINGS, sentences[0])]
-    found += [_first_match(CONSTRAINTS.values(), sentence) for sentence in sentences[1:]]
-    slots = {key: value for part in found for key, value in (part or {}).items()}
+    parts = [_first_match(OPENINGS, sentences[0])]
+    parts += [_first_match(CONSTRAINTS.values(), sentence) for sentence in sentences[1:]]
+    slots = {key: value for part in parts for key, value in (part or {}).items()}
     if slots.keys() != {"subject", *CONSTRAINTS}:
         return None
     return FAMILY, Brief(slots["subject"], slots["use"], slots["end"])
 
 
 def _first_match(choices: Iterable[str], text: str) -> Slots | None:
-    found = (parse_slots(choice, text) for choice in choices)
-    return next((slots for slots in found if slots is not None), None)
+    matches = (parse_slots(choice, text) for choice in choices)
+    return next((slots for slots in matches if slots is not None), None)
 
 
-def fulfils(brief: Brief, text: str) -> bool:
-    """Whether `text` does what the brief asks and is made of sane sentences.
+def fulfils_brief(brief: Brief, text: str) -> bool:
+    """Tell whether `text` does what the brief asks and consists of sane sentences.
 
     Sane: one to three sentences that each end with a period and have at least four words, no word three times in a
     row, at most MAX_CHARACTERS.
     """
     text = text.strip()
-    sentences = [words_of(sentence) for sentence in text.split(".")[:-1]]
+    sentences = [split_words(sentence) for sentence in text.split(".")[:-1]]
     words = [word for sentence in sentences for word in sentence]
     sane = (
         len(text) <= MAX_CHARACTERS
@@ -104,29 +104,30 @@ def fulfils(brief: Brief, text: str) -> bool:
     return sane and brief.subject.lower() in words and brief.use.lower() in words and words[-1] == brief.end.lower()
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case."""
+def split_words(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
     return re.findall(r"[a-z']+", text.lower())
 
 
-def compose(brief: Brief, rng: random.Random) -> str:
-    """A piece that fulfils the brief."""
+def compose_piece(brief: Brief, rng: random.Random) -> str:
+    """Compose a random piece that fulfils the brief."""
     count = rng.choice((1, 2))
-    use_in = rng.randrange(count)
+    use_index = rng.randrange(count)
     sentences = []
     for index in range(count):
         place = brief.end if index == count - 1 else rng.choice(PLACES)
-        item = brief.use if index == use_in else None
+        item = brief.use if index == use_index else None
         sentences.append(_sentence(brief.subject, item, place, index == 0, rng))
     return " ".join(sentences)
 
 
 def _sentence(subject: str, item: str | None, place: str, first: bool, rng: random.Random) -> str:
-    near, rests, takes = rng.choice(NEAR), rng.choice(RESTS), rng.choice(TAKES)
+    preposition = rng.choice(PREPOSITIONS)
+    resting_verb, taking_verb = rng.choice(RESTING_VERBS), rng.choice(TAKING_VERBS)
     who = f"the {subject}" if first or rng.random() < 0.3 else "they"
     if item is None and rng.random() < 0.4:
-        return f"{rng.choice(TIMES)} {who} {rests} {near} {place}."
+        return f"{rng.choice(TIMES)} {who} {resting_verb} {preposition} {place}."
     item = item or rng.choice(OBJECTS)
     if first or rng.random() < 0.6:
-        return f"{who.capitalize()} {takes} the {item} {near} {place}."
-    return f"They saw the {rng.choice(LOOKS)} {item} {near} {place}."
+        return f"{who.capitalize()} {taking_verb} the {item} {preposition} {place}."
+    return f"They saw the {rng.choice(ADJECTIVES)} {item} {preposition} {place}."

@@ -1,0 +1,141 @@
+"""The probe: it measures, it stops a student that cannot evaluate itself, and it lets one pass that can.
+
+Stand-ins: a random student has no signal in any score; one whose scorer is a rule that knows the truth has.
+"""
+
+import json
+
+import pytest
+
+from purld.config.load import load_config
+from purld.display.progress import Reporter
+from purld.errors import UserError
+from purld.model.self_evaluation import GroupScores
+from purld.pipeline import probe as module
+from purld.pipeline.pipeline import Pipeline
+from purld.runs.files import read_json, read_rows
+from purld.runs.run_dir import RunDir
+from purld.training import scoring
+from purld.training.scoring import ScorerEntry
+
+AUTO = ["align.score=auto", "align.weak_signal=stop", "align.margin_scale=calibrated"]
+
+
+def overlap(groups):
+    """A student that can evaluate itself: the share of the anchor's words that a candidate has, and of its own."""
+
+    def score(text, anchor):
+        ours, theirs = text.split(), anchor.split()
+        right = sum(a == b for a, b in zip(ours, theirs))
+        return right / max(len(ours), len(theirs), 1) + 0.001 * len(set(ours)) / (1 + len(ours))
+
+    return [GroupScores(score(g.anchor, g.anchor), [score(t, g.anchor) for t in g.candidates]) for g in groups]
+
+
+def constant(groups):
+    """A student that gives everything the same score."""
+    return [GroupScores(0.97, [0.97] * len(g.candidates)) for g in groups]
+
+
+def nothing(groups):
+    """A student whose scores cannot be read."""
+    return [GroupScores(None, [None] * len(g.candidates)) for g in groups]
+
+
+@pytest.fixture
+def scorers(monkeypatch):
+    """Puts stand-ins in the place of all scorers."""
+
+    def put(**rules):
+        entries = {name: ScorerEntry(lambda context, rule=rule: rule) for name, rule in rules.items()}
+        monkeypatch.setattr(scoring, "SCORERS", entries)
+        monkeypatch.setattr(module, "SCORERS", entries)
+
+    return put
+
+
+def pipeline(config, run, *overrides):
+    return Pipeline(load_config(config, [*AUTO, "align.steps=2", *overrides]), run, Reporter())
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path):
+    run = RunDir(tmp_path / "run")
+    pipeline(tiny_config, run).execute(["anchors", "sft"])
+    return run
+
+
+def test_auto_takes_the_scorer_with_a_signal_and_keeps_its_scale(tiny_config, run, scorers):
+    scorers(expected=constant, in_context=overlap)
+    pipeline(tiny_config, run).execute(["align"])
+    finished = run.finished_stages()
+    facts = finished["probe"]
+    assert facts["chosen"] == finished["align"]["score"] == "in_context"
+    measured = {row["name"]: row for row in facts["scorers"]}
+    assert "rounding" in measured["expected"]["weakness"] and "weakness" not in measured["in_context"]
+    assert measured["in_context"]["agreement"]["ci"][0] > 0.5
+    assert finished["align"]["margin_scale"] == pytest.approx(0.3 / measured["in_context"]["spread"])
+    assert facts["verdict"].startswith("in_context carries a signal: it ranks ")
+    groups = read_rows(run.groups)
+    assert groups and all(group["anchor_score"] != 0.97 for group in groups)
+    assert read_json(run.probe) == {key: facts[key] for key in read_json(run.probe)}
+
+
+@pytest.mark.parametrize(("rule", "words"), [(constant, "rounding"), (nothing, "100% of the answers got no score")])
+def test_a_student_that_cannot_evaluate_itself_is_stopped_before_stage_two(tiny_config, run, scorers, rule, words):
+    scorers(expected=rule)
+    with pytest.raises(UserError, match="Stage II was not started: expected carries no signal") as stopped:
+        pipeline(tiny_config, run).execute(["align"])
+    assert words in str(stopped.value) and "teacher_judge_grpo" in str(stopped.value)
+    assert "align" not in run.finished_stages() and not run.groups.exists()
+    # The probe is not repeated, and the user may insist.
+    if rule is constant:
+        pipeline(tiny_config, run, "align.weak_signal=continue").execute(["align"])
+        warnings = run.finished_stages()["align"]["warnings"]
+        assert any("labels stayed uniform" in warning for warning in warnings)
+
+
+def test_a_named_scorer_is_kept_and_the_better_one_is_named(tiny_config, run, scorers):
+    scorers(expected=constant, in_context=overlap)
+    with pytest.raises(UserError, match="expected carries no signal"):
+        pipeline(tiny_config, run, "align.score=expected").execute(["align"])
+    assert [row["name"] for row in run.finished_stages()["probe"]["scorers"]] == ["expected"]
+    # Another score is another probe: the run goes on with it.
+    pipeline(tiny_config, run, "align.score=in_context").execute(["align"])
+    assert run.finished_stages()["align"]["score"] == "in_context"
+
+
+def test_the_same_probe_gives_the_same_measures(tiny_config, run, scorers):
+    scorers(in_context=overlap)
+    first, second = (pipeline(tiny_config, run).probe() for _ in range(2))
+    for probe in (first, second):
+        for row in probe["scorers"]:
+            del row["seconds_per_group"]
+    assert first == second
+
+
+def test_the_command_measures_every_scorer_of_a_random_student(tiny_config, tmp_path, capsys, monkeypatch):
+    """Real scorers; gold is there, so the AUC is reported. Before anchors, one sentence."""
+    from purld.cli import main
+
+    arguments = [str(tiny_config), "align.candidates=3", "--run-dir", str(tmp_path / "run")]
+
+    def purld(command):
+        monkeypatch.setattr("sys.argv", ["purld", command, *arguments])
+        try:
+            main()
+        except SystemExit as ended:
+            return ended.code
+        return 0
+
+    assert purld("probe") == 2
+    assert "the probe needs anchors; run `purld anchors` first" in capsys.readouterr().err
+    assert purld("anchors") in (0, None)
+    assert purld("probe") in (0, None)
+    printed = capsys.readouterr().out
+    for name in ("expected", "verbal", "in_context", "reference"):
+        assert name in printed
+    probe = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert probe["model"] == "base" and probe["prompts"] == 8
+    assert {row["name"] for row in probe["scorers"]} == {"expected", "verbal", "in_context", "reference"}
+    assert all(0 <= row["label_entropy"] <= 1.0001 for row in probe["scorers"])
