@@ -274,7 +274,7 @@ def import_gguf(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.", show_default=False)],
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
-    """Turn a GGUF file into a model directory that a student can be."""
+    """Turn a GGUF file into a model directory for a student."""
     from purld.model.import_gguf import import_gguf as convert
 
     print(convert(file, out, dtype))

@@ -95,11 +95,11 @@ def test_a_saved_tokenizer_loads_with_the_rules_it_was_trained_with(tmp_path: Pa
         lesson = rng.choice([corpus.draw_answer_lesson, corpus.draw_judgement_lesson, corpus.draw_comparison_lesson])(
             rng
         )
-        turns = [{"role": "user", "content": lesson.prompt}]
-        text = loaded.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        turn = learner.encode(lesson)
-        assert turn.ids == loaded(text + lesson.reply)["input_ids"] + [loaded.eos_token_id]
-        assert loaded.decode(turn.prompt.ids) == text
+        messages = [{"role": "user", "content": lesson.prompt}]
+        text = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        encoded_lesson = learner.encode_lesson(lesson)
+        assert encoded_lesson.ids == loaded(text + lesson.reply)["input_ids"] + [loaded.eos_token_id]
+        assert loaded.decode(encoded_lesson.prompt.ids) == text
 
 
 def test_digits_are_single_and_a_space_does_not_change_them(tokenizer) -> None:
@@ -110,16 +110,16 @@ def test_digits_are_single_and_a_space_does_not_change_them(tokenizer) -> None:
 
 
 def test_chat_turns_are_chatml(tokenizer) -> None:
-    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     system, user = f"{START_OF_TURN}system\nS{END_OF_TURN}\n", f"{START_OF_TURN}user\nU{END_OF_TURN}\n"
     assert text == f"{system}{user}{START_OF_TURN}assistant\n"
 
 
 def test_a_long_foreign_text_is_no_trouble(model, tokenizer) -> None:
     foreign = "".join(chr(c) for c in range(0x20, 0x1500, 3)) + " \U0001f600 \x00"
-    turns = [{"role": "user", "content": foreign}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": foreign}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     encoded = tokenizer(text, return_tensors="pt")
     assert encoded["input_ids"].shape[1] > 2000
     with torch.no_grad():
@@ -166,17 +166,17 @@ def test_comparisons_tell_the_truth() -> None:
 
 
 def test_losses_are_weighted_within_each_sequence_by_itself(model, encoder) -> None:
-    """By hand: an answer's mean twice, a score's sum, the read turn's mean at its weight, whatever the batch."""
+    """By hand: an answer's mean twice, a score's sum, the prompt's mean at its weight, whatever the batch."""
     rng = random.Random(0)
     learner = Learner(model, encoder)
     lessons = [corpus.draw_answer_lesson(rng), corpus.draw_judgement_lesson(rng), corpus.draw_comparison_lesson(rng)]
-    turns = [learner.encode(lesson) for lesson in lessons]
+    encoded_lessons = [learner.encode_lesson(lesson) for lesson in lessons]
     with torch.no_grad():
-        together = learner.losses(turns, [])
-        for turn, loss in zip(turns, together):
-            logs = model(input_ids=torch.tensor([turn.ids])).logits[0].log_softmax(-1)
-            tokens = [-logs[t - 1, turn.ids[t]] for t in range(1, len(turn.ids))]
-            start, kind = len(turn.prompt), turn.lesson.kind
+        together = learner.compute_losses(encoded_lessons, [])
+        for encoded_lesson, loss in zip(encoded_lessons, together):
+            logs = model(input_ids=torch.tensor([encoded_lesson.ids])).logits[0].log_softmax(-1)
+            tokens = [-logs[t - 1, encoded_lesson.ids[t]] for t in range(1, len(encoded_lesson.ids))]
+            start, kind = len(encoded_lesson.prompt), encoded_lesson.lesson.kind
             read, replied = tokens[: start - 1], tokens[start - 1 :]
             by_hand = sum(replied) * (2 / len(replied) if kind == "answer" else 1)
             by_hand += PROMPT_LOSS_WEIGHTS[kind] * sum(read) / start
@@ -188,10 +188,10 @@ def test_muon_updates_are_nearly_orthogonal(shape: tuple[int, int]) -> None:
     """Against the exact answer: the same singular vectors, with singular values between 0.5 and 1.5."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    found = left.T @ orthogonalize_matrix(matrix) @ right.T
-    values = found.diagonal()
+    rotated = left.T @ orthogonalize_matrix(matrix) @ right.T
+    values = rotated.diagonal()
     assert ((values > 0.5) & (values < 1.5)).all()
-    torch.testing.assert_close(found, torch.diag(values), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rotated, torch.diag(values), atol=1e-4, rtol=0)
 
 
 def test_figures_by_hand() -> None:
@@ -201,26 +201,26 @@ def test_figures_by_hand() -> None:
     """
     judged = [GroupScores(0.8, [0.9, 0.5]), GroupScores(0.8, [0.1, 0.5])]
     right = np.array([[True, False], [False, True]])
-    figures = card._figures(np.array([True, False]), right, judged, seed=0)
+    figures = card._compute_figures(np.array([True, False]), right, judged, seed=0)
     assert (figures.greedy, figures.sampled, figures.pass_at_k) == (0.5, 0.5, 1.0)
     assert (figures.auc, figures.auc_within) == pytest.approx((3.5 / 4, 1.0))
     assert (figures.margin_right, figures.margin_wrong) == pytest.approx((-0.1, -0.5))
 
 
 def test_what_could_not_be_measured_is_absent_from_the_card() -> None:
-    figures = card._figures(np.array([True]), np.array([[True]]), [GroupScores(0.8, [0.9])], seed=0)
+    figures = card._compute_figures(np.array([True]), np.array([[True]]), [GroupScores(0.8, [0.9])], seed=0)
     written = card.figures_to_json(figures)
     assert {"auc", "auc_within", "margin_wrong"}.isdisjoint(written)
     assert written["margin_right"] == pytest.approx(0.1)
 
 
 def test_a_toy_build_is_complete_and_repeatable(tmp_path: Path) -> None:
-    seen: list[tuple] = []
+    updates: list[tuple] = []
     cards = [
-        build.build_student(tmp_path / name, 7, scale=0.001, progress=lambda *told: seen.append(told))
+        build.build_student(tmp_path / name, 7, scale=0.001, progress=lambda *update: updates.append(update))
         for name in ("a", "b")
     ]
-    assert seen and seen[0][:2] == (len(corpus.CURRICULUM[0]), len(corpus.CURRICULUM[0]))
+    assert updates and updates[0][:2] == (len(corpus.CURRICULUM[0]), len(corpus.CURRICULUM[0]))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert weights[0] == weights[1]
     assert cards[0]["tasks"] == cards[1]["tasks"]

@@ -173,10 +173,10 @@ def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None
         scene_corpus.draw_judgement_lesson(scenes[1], shown[1], rng),
         scene_corpus.draw_caption_lesson(scenes[0], shown[0], rng),
     ]
-    turns = [learner.encode(lesson) for lesson in lessons]
+    encoded_lessons = [learner.encode_lesson(lesson) for lesson in lessons]
     with torch.no_grad():
         seen = learner.image_features(shown)
-        together = learner.losses(turns, [seen[shown.index(turn.lesson.image)] for turn in turns])
+        together = learner.compute_losses(turns, [seen[shown.index(turn.lesson.image)] for turn in turns])
         for turn, loss in zip(turns, together):
             head = encoder.encode_prompt(
                 Prompt.from_text(turn.lesson.prompt, images=tuple(to_prompt_images([turn.lesson.image])))
@@ -200,12 +200,12 @@ def test_the_gradient_of_a_batch_is_that_of_its_mean_loss(model, encoder) -> Non
     learner = Learner(model, encoder)
     batch = scene_corpus.draw_lessons(Phase("x", 1, judging=0.5, bare=0.5, captions=0.3), 12, [], rng)
     model.zero_grad()
-    learner.backward(batch, 3)
+    learner.accumulate_gradients(batch, 3)
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    turns = [learner.encode(lesson) for lesson in batch]
+    encoded_lessons = [learner.encode_lesson(lesson) for lesson in batch]
     shown = [turn.lesson.image for turn in turns if turn.lesson.image is not None]
-    learner.losses(turns, list(learner.image_features(shown))).mean().backward()
+    learner.compute_losses(turns, list(learner.image_features(shown))).mean().backward()
     for parameter_name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(found[parameter_name], parameter.grad, atol=2e-5, rtol=1e-3)
@@ -251,7 +251,7 @@ def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path],
         build.build_student(out, 7, scale=0.001, student=name, progress=until)
     assert not out.exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rounds, "publish", lambda self: until(0, 0, "settle:"))
+        patch.setattr(Rounds, "publish_build", lambda self: until(0, 0, "settle:"))
         with pytest.raises(KeyboardInterrupt):
             build.build_student(out, 7, scale=0.001, student=name, progress=lambda *said: told.append(said))
     assert [note.partition(":")[0] for _, _, note in told] == ["settle", "settle again"]
@@ -271,12 +271,12 @@ def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path],
 def test_rounds_are_kept_with_the_rows_before_them(tmp_path: Path) -> None:
     rounds, model, again = Rounds(tmp_path / "out", "a" * 64), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     append_rows(rounds.log, [{"seconds": 3.0}])
-    assert rounds.restore(again) == 0 and rounds.seconds() == 0.0
+    assert rounds.restore_weights(again) == 0 and rounds.elapsed_seconds() == 0.0
     append_rows(rounds.log, [{"seconds": 3.0}])
-    rounds.save(model, 1)
+    rounds.save_weights(model, 1)
     append_rows(rounds.log, [{"seconds": 5.0}])
-    assert rounds.restore(again) == 1 and torch.equal(again.weight, model.weight)
-    assert rounds.seconds() == 3.0
+    assert rounds.restore_weights(again) == 1 and torch.equal(again.weight, model.weight)
+    assert rounds.elapsed_seconds() == 3.0
 
 
 def test_another_build_has_other_weights_and_one_builds_at_a_time(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def complete(out: Path, content: str) -> Rounds:
     rounds = Rounds(out, content * 64)
     with rounds.lock():
         append_rows(rounds.log, [{"seconds": 3.0}])
-        rounds.save(torch.nn.Linear(2, 2), 1)
+        rounds.save_weights(torch.nn.Linear(2, 2), 1)
     return rounds
 
 
@@ -316,12 +316,12 @@ def test_a_complete_build_takes_the_place_of_the_old_one_whenever_it_is_killed(
 
     with monkeypatch.context() as patch, rounds.lock(), pytest.raises(KeyboardInterrupt):
         patch.setattr("purld.testbed.students.rounds.os.replace", replace)
-        rounds.publish()
+        rounds.publish_build()
     again = torch.nn.Linear(2, 2)
     with rounds.lock():
         assert [path.name for path in out.iterdir()] == ["of the old one"]
-        assert rounds.restore(again) == 1
-        rounds.publish()
+        assert rounds.restore_weights(again) == 1
+        rounds.publish_build()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.v2.build", "out"]
     assert [path.name for path in out.iterdir()] == ["build_log.jsonl"]
 

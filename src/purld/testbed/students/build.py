@@ -78,9 +78,9 @@ def build_student(
         rng = random.Random(f"student/{seed}")
         torch.manual_seed(seed)
         learner = new_learner(design, rounds.folder, rng, scale)
-        done = rounds.restore(learner.model)
-        started = time.monotonic() - rounds.seconds()
-        for row in train_curriculum(learner, design, rng, seed, scale, rounds, done):
+        finished = rounds.restore_weights(learner.model)
+        started = time.monotonic() - rounds.elapsed_seconds()
+        for row in train_curriculum(learner, design, rng, seed, scale, rounds, finished):
             row["seconds"] = round(time.monotonic() - started, 1)
             append_rows(rounds.log, [row])
             if progress:
@@ -89,7 +89,7 @@ def build_student(
         quality = make_quality_card(learner, design, seed, scale) | {"seconds": round(time.monotonic() - started, 1)}
         learner.model.save_pretrained(rounds.folder)
         write_json(rounds.folder / "quality_card.json", quality)
-        rounds.publish()
+        rounds.publish_build()
     return quality
 
 
@@ -118,26 +118,26 @@ def new_learner(design: Design, work: Path, rng: random.Random, scale: float) ->
 
 
 def train_curriculum(
-    learner: Learner, design: Design, rng: random.Random, seed: int, scale: float, rounds: Rounds, done: int
+    learner: Learner, design: Design, rng: random.Random, seed: int, scale: float, rounds: Rounds, finished: int
 ) -> Iterator[dict[str, Any]]:
-    """Run the rounds of the curriculum after the first `done`; yield rows for the build log.
+    """Run the rounds of the curriculum after the first `finished`; yield rows for the build log.
 
     The first round continues `rng`, which has created the student; each later round seeds its own random numbers.
     """
     vision_steps = max(1, int(VISION_STEPS * scale)) if design.reads_images else 0
     lengths = [sum(scaled_steps(phase, scale) for phase in phases) for phases in design.corpus.CURRICULUM]
     total = vision_steps + sum(lengths)
-    if vision_steps and not done:
+    if vision_steps and not finished:
         for row in train_vision_tower(learner, rng, vision_steps):
             yield row | {"of": total}
-    for number, phases in list(enumerate(design.corpus.CURRICULUM))[done:]:
+    for number, phases in list(enumerate(design.corpus.CURRICULUM))[finished:]:
         if number:
             rng = random.Random(f"student/{seed}/round {number}")
             torch.manual_seed(seed_from_content("student", seed, number))
-        before = vision_steps + sum(lengths[:number])
+        steps_before = vision_steps + sum(lengths[:number])
         for row in train_round(learner, design.corpus, phases, rng, scale):
-            yield row | {"step": before + row["step"], "of": total}
-        rounds.save(learner.model, number + 1)
+            yield row | {"step": steps_before + row["step"], "of": total}
+        rounds.save_weights(learner.model, number + 1)
 
 
 def train_round(
@@ -160,7 +160,9 @@ def train_round(
             samples = sample_own_answers(learner, corpus, rng, max(8, int(corpus.OWN_SAMPLES * min(1, scale))))
             own = (own + samples)[-4 * corpus.OWN_SAMPLES :]
         losses.append(
-            learner.backward(corpus.draw_lessons(phase, corpus.LESSONS_PER_STEP, own, rng), corpus.MICRO_BATCHES)
+            learner.accumulate_gradients(
+                corpus.draw_lessons(phase, corpus.LESSONS_PER_STEP, own, rng), corpus.MICRO_BATCHES
+            )
         )
         update_weights(learner.model, optimizers)
         for schedule in schedules:
@@ -183,7 +185,7 @@ def train_vision_tower(learner: Learner, rng: random.Random, steps: int) -> Iter
     a text finds it in an image too. Yields rows for the build log; the loss is a share of the targets' variance.
     """
     optimizers = make_optimizers(learner.model, LEARNING_RATE)
-    words = {word: learner.embedding(word) for word in (*COLOURS, *SHAPES, *ROWS, *COLUMNS)}
+    words = {word: learner.word_embedding(word) for word in (*COLOURS, *SHAPES, *ROWS, *COLUMNS)}
     losses = []
     for step in range(1, steps + 1):
         scenes = [draw_scene(rng) for _ in range(VISION_BATCH_SIZE)]

@@ -65,10 +65,12 @@ def measure_student(model: PreTrainedModel, encoder: Encoder, task: Task, n: int
     scored_groups = [
         evaluator.score(model, prompt, teacher_answer(p), texts) for p, prompt, texts in zip(problems, prompts, samples)
     ]
-    return _figures(np.array(greedy_right), right, scored_groups, seed)
+    return _compute_figures(np.array(greedy_right), right, scored_groups, seed)
 
 
-def _figures(greedy_right: np.ndarray, right: np.ndarray, scored_groups: Sequence[GroupScores], seed: int) -> Figures:
+def _compute_figures(
+    greedy_right: np.ndarray, right: np.ndarray, scored_groups: Sequence[GroupScores], seed: int
+) -> Figures:
     """Compute the figures from the correctness of greedy (n,) and sampled (n, k) answers and the samples' scores."""
     scores = np.array([group.candidates for group in scored_groups], dtype=float)
     anchor_scores = np.array([[group.anchor] for group in scored_groups], dtype=float)
@@ -90,8 +92,8 @@ def _figures(greedy_right: np.ndarray, right: np.ndarray, scored_groups: Sequenc
         quality.auc_within,
         quality.auc_within_ci,
         float(anchor_scores.mean()),
-        _mean((scores - anchor_scores)[right]),
-        _mean((scores - anchor_scores)[~right]),
+        _mean_or_nan((scores - anchor_scores)[right]),
+        _mean_or_nan((scores - anchor_scores)[~right]),
     )
 
 
@@ -117,5 +119,5 @@ def figures_to_json(figures: Figures) -> dict[str, Any]:
     }
 
 
-def _mean(values: np.ndarray) -> float:
+def _mean_or_nan(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")

@@ -86,31 +86,33 @@ def draw_judgement_lesson(rng: random.Random, own: Sample | None = None) -> Less
 
 def draw_comparison_lesson(rng: random.Random) -> Lesson:
     """Draw a bare comparison: are two numbers or words the same, is a word present, is it the last."""
-    return rng.choice((_same_number, _same_word, _word_present, _word_last))(rng)
+    return rng.choice((_compare_numbers, _compare_words, _compare_word_present, _compare_last_word))(rng)
 
 
-def _same_number(rng: random.Random) -> Lesson:
+def _compare_numbers(rng: random.Random) -> Lesson:
     number = rng.randint(0, 99)
     other = number if rng.random() < 0.5 else rng.choice((number + 1, max(number - 1, 0), rng.randint(0, 99)))
-    below = f"/{rng.randint(2, 27)}" if rng.random() < 0.4 else ""
-    said = rng.choice(("", "The answer is ", "so the answer is "))
-    return make_comparison_lesson("Compare.", f"{said}{number}{below}.", f"{said}{other}{below}.", number == other)
+    denominator = f"/{rng.randint(2, 27)}" if rng.random() < 0.4 else ""
+    opening = rng.choice(("", "The answer is ", "so the answer is "))
+    return make_comparison_lesson(
+        "Compare.", f"{opening}{number}{denominator}.", f"{opening}{other}{denominator}.", number == other
+    )
 
 
-def _same_word(rng: random.Random) -> Lesson:
+def _compare_words(rng: random.Random) -> Lesson:
     word = rng.choice(_WORDS)
     other = word if rng.random() < 0.5 else rng.choice(_WORDS)
     return make_comparison_lesson("Compare.", f"The {word}.", f"The {other}.", word == other)
 
 
-def _word_present(rng: random.Random) -> Lesson:
+def _compare_word_present(rng: random.Random) -> Lesson:
     words = rng.sample(_WORDS, rng.randint(1, 6))
     asked = rng.choice(words) if rng.random() < 0.5 else rng.choice(_WORDS)
     question = writing.CONSTRAINTS["use"].format(use=asked)
     return make_comparison_lesson(question, f"The {asked}.", f"The {' '.join(words)}.", asked in words)
 
 
-def _word_last(rng: random.Random) -> Lesson:
+def _compare_last_word(rng: random.Random) -> Lesson:
     words = rng.sample(_WORDS, rng.randint(1, 6))
     asked = words[-1] if rng.random() < 0.5 else rng.choice(words[:-1] or _WORDS)
     question = writing.CONSTRAINTS["end"].format(end=asked)
@@ -120,30 +122,30 @@ def _word_last(rng: random.Random) -> Lesson:
 def draw_base_answer(problem: Problem, rng: random.Random) -> str:
     """Draw an answer of the base student: right or a near-miss, more often a miss if the problem is hard."""
     if problem.task == "writing":
-        return writing.compose_piece(_flawed(_brief(problem), WRITING_ERROR_RATES, rng), rng)
+        return writing.compose_piece(_change_brief(_parse_brief(problem), WRITING_ERROR_RATES, rng), rng)
     truth = Fraction(problem.truth)
     errors = COUNTING_ERROR_RATES[problem.family] + LARGE_ANSWER_ERROR_RATE * (truth.numerator >= 10)
     if rng.random() < errors:
         return draw_near_miss(problem, rng)
-    family, slots = _parsed(problem)
+    family, slots = _parse_counting_problem(problem)
     return rng.choice(counting.list_phrasings(family.solve(slots)))
 
 
 def draw_near_miss(problem: Problem, rng: random.Random) -> str:
     """Draw a wrong answer of the right form: a slip, a wrong operation, a swapped part, a dropped constraint."""
     if problem.task == "counting":
-        family, slots = _parsed(problem)
+        family, slots = _parse_counting_problem(problem)
         wrong = [m for m in family.mistakes(slots) if Fraction(m.answer) != Fraction(problem.truth)]
         return rng.choice(counting.list_phrasings(rng.choice(wrong)))
-    brief = _brief(problem)
+    brief = _parse_brief(problem)
     while True:
         # A piece may use the dropped word by chance, so draw until it is wrong.
-        text = writing.compose_piece(_flawed(brief, {rng.choice(list(WRITING_ERROR_RATES)): 1.0}, rng), rng)
+        text = writing.compose_piece(_change_brief(brief, {rng.choice(list(WRITING_ERROR_RATES)): 1.0}, rng), rng)
         if not writing.fulfils_brief(brief, text):
             return text
 
 
-def _flawed(brief: writing.Brief, errors: dict[str, float], rng: random.Random) -> writing.Brief:
+def _change_brief(brief: writing.Brief, errors: dict[str, float], rng: random.Random) -> writing.Brief:
     """Return the brief with parts replaced by something else, each with its own probability."""
     others = {
         "subject": writing.SUBJECTS,
@@ -175,13 +177,13 @@ CANDIDATES = Candidates(
 )
 
 
-def _parsed(problem: Problem) -> tuple[counting.CountingFamily, dict[str, str]]:
+def _parse_counting_problem(problem: Problem) -> tuple[counting.CountingFamily, dict[str, str]]:
     parsed = counting.parse_question(problem.question)
     assert parsed is not None
     return parsed
 
 
-def _brief(problem: Problem) -> writing.Brief:
+def _parse_brief(problem: Problem) -> writing.Brief:
     parsed = writing.parse_question(problem.question)
     assert parsed is not None
     return parsed[1]

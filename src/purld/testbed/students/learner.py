@@ -62,7 +62,7 @@ class Learner:
         # All images have the same size and take the same token positions, so any one of them gives the token ids.
         (self._any_image,) = to_prompt_images([scene_image.render_scene(Scene(()), random.Random(0))])
 
-    def encode(self, lesson: Lesson) -> EncodedLesson:
+    def encode_lesson(self, lesson: Lesson) -> EncodedLesson:
         """Encode a lesson as the student reads it, closed by the end of the turn."""
         prompt = Prompt.from_text(lesson.prompt, images=(self._any_image,) * lesson.prompt.count(IMAGE))
         return EncodedLesson(
@@ -75,7 +75,7 @@ class Learner:
         encoded = self.model.model.get_image_features(**pixels, return_dict=True)
         return torch.stack(list(encoded.pooler_output))
 
-    def embedding(self, word: str) -> Tensor:
+    def word_embedding(self, word: str) -> Tensor:
         """Return the input embedding (hidden,) of a word inside a sentence, without gradient.
 
         Raises:
@@ -87,7 +87,7 @@ class Learner:
         weight = cast(Tensor, self.model.get_input_embeddings().weight)
         return weight[ids[0]].detach().clone()
 
-    def losses(self, batch: Sequence[EncodedLesson], features: Sequence[Tensor]) -> Tensor:
+    def compute_losses(self, batch: Sequence[EncodedLesson], features: Sequence[Tensor]) -> Tensor:
         """Compute the loss of each lesson, shape (B,): weighted cross-entropy in nats.
 
         An answer counts twice its mean over tokens, a bare reply the sum over its tokens, and the prompt its mean
@@ -113,31 +113,31 @@ class Learner:
         losses = torch.nn.functional.cross_entropy(logits, targets[weighted], reduction="none")
         return torch.zeros_like(weights).masked_scatter(weighted, losses * weights[weighted]).sum(1)
 
-    def backward(self, lessons: Iterable[Lesson], micro_batches: int) -> tuple[float, float]:
+    def accumulate_gradients(self, lessons: Iterable[Lesson], micro_batches: int) -> tuple[float, float]:
         """Add the gradients of the mean loss of a batch; return the mean losses of its answers and its judgements.
 
         Micro-batches go from shorter to longer lessons, which saves padding. The tower encodes each distinct image
         once: micro-batches accumulate gradients at the image features, and one backward pass takes them through the
         tower.
         """
-        batch = sorted((self.encode(lesson) for lesson in lessons), key=lambda encoded: len(encoded.ids))
-        images = list({id(e.lesson.image): e.lesson.image for e in batch if e.lesson.image is not None}.values())
+        batch = sorted((self.encode_lesson(lesson) for lesson in lessons), key=lambda encoded: len(encoded.ids))
+        lesson_images = [encoded.lesson.image for encoded in batch if encoded.lesson.image is not None]
+        images = list({id(image): image for image in lesson_images}.values())
         features = self.image_features(images) if images else torch.empty(0)
         leaf = features.detach().requires_grad_()
         image_index = {id(image): index for index, image in enumerate(images)}
-        total, size = [0.0, 0.0], -(-len(batch) // micro_batches)
+        totals, size = [0.0, 0.0], -(-len(batch) // micro_batches)
         for start in range(0, len(batch), size):
-            part = batch[start : start + size]
-            loss = self.losses(
-                part, [leaf[image_index[id(e.lesson.image)]] for e in part if e.lesson.image is not None]
-            )
-            (loss.sum() / len(batch)).backward()
-            for encoded, value in zip(part, loss.tolist()):
-                total[encoded.lesson.judging] += value
+            micro_batch = batch[start : start + size]
+            micro_batch_images = [e.lesson.image for e in micro_batch if e.lesson.image is not None]
+            losses = self.compute_losses(micro_batch, [leaf[image_index[id(image)]] for image in micro_batch_images])
+            (losses.sum() / len(batch)).backward()
+            for encoded, loss in zip(micro_batch, losses.tolist()):
+                totals[encoded.lesson.judging] += loss
         if images:
             features.backward(leaf.grad)
         judgements = sum(encoded.lesson.judging for encoded in batch)
-        return total[0] / max(1, len(batch) - judgements), total[1] / max(1, judgements)
+        return totals[0] / max(1, len(batch) - judgements), totals[1] / max(1, judgements)
 
     def _hidden(self, batch: Sequence[EncodedLesson], ids: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Return the last hidden states, shape (B, L, hidden)."""

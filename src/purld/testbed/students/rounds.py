@@ -55,7 +55,7 @@ class Rounds:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock `out` for this process, and first put back an earlier build that a killed `publish` had set aside.
+        """Lock `out` for this process, and first put back an earlier build that a killed `publish_build` had set aside.
 
         Raises:
             UserError: another process builds at `out`.
@@ -65,7 +65,7 @@ class Rounds:
                 os.replace(self._replaced, self.out)
             yield
 
-    def restore(self, model: PreTrainedModel) -> int:
+    def restore_weights(self, model: PreTrainedModel) -> int:
         """Load the weights after the last finished round into the model; return how many rounds are finished.
 
         Later rows of the log are cut off, because their steps are repeated.
@@ -77,7 +77,7 @@ class Rounds:
         write_rows(self.log, read_rows(self.log)[: saved["rows"]])
         return int(saved["rounds"])
 
-    def save(self, model: PreTrainedModel, rounds: int) -> None:
+    def save_weights(self, model: PreTrainedModel, rounds: int) -> None:
         """Save the weights after `rounds` rounds, replacing earlier ones."""
         partial = self._weights.with_suffix(".partial")
         with partial.open("wb") as handle:
@@ -87,12 +87,12 @@ class Rounds:
         os.replace(partial, self._weights)
         sync_folder(self._work_folder)
 
-    def seconds(self) -> float:
+    def elapsed_seconds(self) -> float:
         """Return the time that the logged rows took together, over all sittings."""
         rows = read_rows(self.log)
         return float(rows[-1]["seconds"]) if rows else 0.0
 
-    def publish(self) -> None:
+    def publish_build(self) -> None:
         """Move the complete build to `out`.
 
         An earlier build there is set aside first; if the process is killed in between, the next build puts it back. The

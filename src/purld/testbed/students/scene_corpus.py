@@ -82,10 +82,10 @@ def draw_lessons(phase: Phase, n: int, own: Sequence[Sample], rng: random.Random
 
 def _draw_unjudged_lesson(phase: Phase, scene: Scene, image: PilImage, rng: random.Random) -> Lesson:
     """Draw a lookup, a caption or an answer."""
-    kind = rng.random()
-    if kind < phase.lookups:
+    draw = rng.random()
+    if draw < phase.lookups:
         return draw_lookup_lesson(scene, image, rng)
-    if kind < phase.lookups + phase.captions:
+    if draw < phase.lookups + phase.captions:
         return draw_caption_lesson(scene, image, rng)
     return draw_answer_lesson(scene, image, phase.errors, rng)
 
@@ -122,8 +122,8 @@ def draw_caption_lesson(scene: Scene, image: PilImage, rng: random.Random) -> Le
     Each sentence starts with some attribute of a thing and continues with what has to be looked up: the same skill as
     answering a question, several times a lesson.
     """
-    said = " ".join(seeing.draw_rationale(thing, rng) for thing in rng.sample(scene.things, len(scene.things)))
-    return Lesson("caption", IMAGE + CAPTION, said, image)
+    description = " ".join(seeing.draw_rationale(thing, rng) for thing in rng.sample(scene.things, len(scene.things)))
+    return Lesson("caption", IMAGE + CAPTION, description, image)
 
 
 def draw_answer_lesson(scene: Scene, image: PilImage, errors: float, rng: random.Random) -> Lesson:
@@ -166,30 +166,31 @@ def draw_comparison_lesson(scene: Scene, image: PilImage, rng: random.Random) ->
     if rng.random() < 0.2:
         thing = rng.choice(scene.things)
         other = thing if rng.random() < 0.5 else seeing.change_attribute(thing, rng)
-        said = seeing.draw_rationale(other, rng)
-        return make_comparison_lesson(f"{IMAGE}Look.", CAPTION, said, other in scene.things, image)
-    kind = rng.choices((_same_value, _same_thing, _same_list), (5, 4, 2))[0]
-    return make_comparison_lesson("Compare.", *kind(rng))
+        description = seeing.draw_rationale(other, rng)
+        return make_comparison_lesson(f"{IMAGE}Look.", CAPTION, description, other in scene.things, image)
+    compare = rng.choices((_compare_values, _compare_things, _compare_lists), (5, 4, 2))[0]
+    return make_comparison_lesson("Compare.", *compare(rng))
 
 
-Compared = tuple[str, str, bool]
+# Anchor, candidate, and whether they say the same.
+Comparison = tuple[str, str, bool]
 
 
-def _same_value(rng: random.Random) -> Compared:
+def _compare_values(rng: random.Random) -> Comparison:
     values: Sequence[str] = rng.choice((COLOURS, SHAPES, PLACES, NUMBERS[1:]))
     value = rng.choice(values)
     other = value if rng.random() < 0.5 else rng.choice(values)
-    said, again = (rng.choice(("", "The answer is ", "It is ")) for _ in range(2))
-    return f"{said}{value}.", f"{again}{other}.", value == other
+    opening, other_opening = (rng.choice(("", "The answer is ", "It is ")) for _ in range(2))
+    return f"{opening}{value}.", f"{other_opening}{other}.", value == other
 
 
-def _same_thing(rng: random.Random) -> Compared:
+def _compare_things(rng: random.Random) -> Comparison:
     thing = _random_thing(rng)
     other = thing if rng.random() < 0.5 else seeing.change_attribute(thing, rng)
     return seeing.draw_rationale(thing, rng), seeing.draw_rationale(other, rng), thing == other
 
 
-def _same_list(rng: random.Random) -> Compared:
+def _compare_lists(rng: random.Random) -> Comparison:
     things = list(draw_scene(rng).things[: rng.randint(1, seeing.MAX_COUNT)])
     others = list(things)
     if rng.random() < 0.5:
@@ -199,11 +200,12 @@ def _same_list(rng: random.Random) -> Compared:
         else:
             others[index] = seeing.change_attribute(others[index], rng)
     kind = rng.choice(KINDS)
-    said, again = (
-        f"{rng.choice(('There are', 'I count', 'I see'))} {NUMBERS[len(t)]} {pluralize_kind(kind)}: {list_things(t)}."
-        for t in (things, others)
+    anchor, candidate = (
+        f"{rng.choice(('There are', 'I count', 'I see'))} {NUMBERS[len(listed)]} "
+        f"{pluralize_kind(kind)}: {list_things(listed)}."
+        for listed in (things, others)
     )
-    return said, again, things == others
+    return anchor, candidate, things == others
 
 
 def _random_thing(rng: random.Random) -> Thing:
