@@ -1,4 +1,4 @@
-"""What a cell does: one small cell of each kind, and the scorers that only the experiments have."""
+"""Run one small cell of each kind, and test the scorers that only the experiments have."""
 
 from __future__ import annotations
 

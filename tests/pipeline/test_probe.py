@@ -92,6 +92,7 @@ def test_a_student_that_cannot_evaluate_itself_is_stopped_before_stage_two(tiny_
     if rule is constant:
         pipeline(tiny_config, run, "align.weak_signal=continue").execute(["align"])
         warnings = run.finished_stages()["align"]["warnings"]
+        assert "expected carries no signal with this student" in warnings[0]
         assert any("labels stayed uniform" in warning for warning in warnings)
 
 

@@ -1,4 +1,4 @@
-"""What a demo sets up: its files, its student, and what it refuses."""
+"""The setup of a demo: its files, its student, and the arguments that it refuses."""
 
 from collections import Counter
 from pathlib import Path

@@ -50,7 +50,7 @@ def model(student: Student):
     return load_model(student, student.model)
 
 
-# --- those that ship ---------------------------------------------------------------------------------------------
+# --- shipped students ---------------------------------------------------------------------------------------------
 
 
 def test_the_shipped_students_are_small_and_complete(model, encoder, name) -> None:
@@ -88,10 +88,10 @@ def test_the_shipped_student_is_as_good_as_its_card(model, encoder, task) -> Non
 def test_an_image_takes_a_token_a_cell_and_stands_where_the_chat_puts_it(encoder, name) -> None:
     """LLaVA puts a message's images before its text."""
     (image,) = to_prompt_images([scene_image.render_scene(draw_scene(random.Random(0)), random.Random(0))])
-    head = encoder.encode_prompt(Prompt.from_text(f"Look: {IMAGE}What is at the top left?", images=(image,)))
-    inside = [place for place, token in enumerate(head.ids) if token in encoder.placeholders]
-    assert len(inside) == inside[-1] - inside[0] + 1 == 9
-    before = encoder.tokenizer.decode(head.ids[: inside[0]])
+    encoded_prompt = encoder.encode_prompt(Prompt.from_text(f"Look: {IMAGE}What is at the top left?", images=(image,)))
+    image_positions = [index for index, token in enumerate(encoded_prompt.ids) if token in encoder.placeholders]
+    assert len(image_positions) == image_positions[-1] - image_positions[0] + 1 == 9
+    before = encoder.tokenizer.decode(encoded_prompt.ids[: image_positions[0]])
     assert before.endswith("Look: <|vision_start|>" if name == "qwen2_5_vl" else "user\n")
 
 
@@ -101,13 +101,13 @@ def test_a_students_answers_depend_on_the_image(model, encoder) -> None:
     images = to_prompt_images([scene_image.render_scene(scene, random.Random(0)) for scene in scenes])
     likelihood = torch.zeros(2, 2)
     for row, image in enumerate(images):
-        head = encoder.encode_prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
+        encoded_prompt = encoder.encode_prompt(Prompt.from_text(IMAGE + scene_corpus.CAPTION, images=(image,)))
         for column, scene in enumerate(scenes):
             reply = encoder.encode_literal(" ".join(f"There is a {t.name} at the {t.place}." for t in scene.things))
-            ids = torch.tensor([[*head.ids, *reply]])
+            ids = torch.tensor([[*encoded_prompt.ids, *reply]])
             with torch.no_grad():
-                logs = model(input_ids=ids, **pixel_inputs([head], ids)).logits[0].log_softmax(-1)
-            likelihood[row, column] = sum(logs[len(head) - 1 + n, token] for n, token in enumerate(reply))
+                logs = model(input_ids=ids, **pixel_inputs([encoded_prompt], ids)).logits[0].log_softmax(-1)
+            likelihood[row, column] = sum(logs[len(encoded_prompt) - 1 + n, token] for n, token in enumerate(reply))
     assert (likelihood.diag() > likelihood.flip(1).diag() + 5).all()
 
 
@@ -153,12 +153,12 @@ def test_judgements_and_comparisons_are_balanced_and_true() -> None:
             scene_corpus.draw_comparison_lesson(scene, image, rng),
         ):
             scores[lesson.kind].append(lesson.reply)
-            said = lesson.prompt.partition("Candidate Answer:\n")[2].partition("\n\nScalar")[0]
+            candidate = lesson.prompt.partition("Candidate Answer:\n")[2].partition("\n\nScalar")[0]
             if f"{IMAGE}Look." in lesson.prompt:
-                (claim,) = scene_corpus.seeing.parse_claims(said) or [None]
+                (claim,) = scene_corpus.seeing.parse_claims(candidate) or [None]
                 assert claim is not None and lesson.reply == (RIGHT if claim.is_true_of(scene) else WRONG)
-    for said in scores.values():
-        assert 0.4 < said.count(RIGHT) / len(said) < 0.65
+    for replies in scores.values():
+        assert 0.4 < replies.count(RIGHT) / len(replies) < 0.65
     assert scores["judgement"].count(GARBAGE)
 
 
@@ -167,28 +167,32 @@ def test_losses_are_those_of_the_model_on_its_own_inputs(model, encoder) -> None
     rng = random.Random(0)
     learner = Learner(model, encoder)
     scenes = [draw_scene(rng) for _ in range(2)]
-    shown = [scene_image.render_scene(scene, rng) for scene in scenes]
+    images = [scene_image.render_scene(scene, rng) for scene in scenes]
     lessons = [
-        scene_corpus.draw_answer_lesson(scenes[0], shown[0], 1.0, rng),
-        scene_corpus.draw_judgement_lesson(scenes[1], shown[1], rng),
-        scene_corpus.draw_caption_lesson(scenes[0], shown[0], rng),
+        scene_corpus.draw_answer_lesson(scenes[0], images[0], 1.0, rng),
+        scene_corpus.draw_judgement_lesson(scenes[1], images[1], rng),
+        scene_corpus.draw_caption_lesson(scenes[0], images[0], rng),
     ]
     encoded_lessons = [learner.encode_lesson(lesson) for lesson in lessons]
     with torch.no_grad():
-        seen = learner.image_features(shown)
-        together = learner.compute_losses(turns, [seen[shown.index(turn.lesson.image)] for turn in turns])
-        for turn, loss in zip(turns, together):
-            head = encoder.encode_prompt(
-                Prompt.from_text(turn.lesson.prompt, images=tuple(to_prompt_images([turn.lesson.image])))
+        features = learner.image_features(images)
+        together = learner.compute_losses(
+            encoded_lessons, [features[images.index(encoded_lesson.lesson.image)] for encoded_lesson in encoded_lessons]
+        )
+        for encoded_lesson, loss in zip(encoded_lessons, together):
+            encoded_prompt = encoder.encode_prompt(
+                Prompt.from_text(
+                    encoded_lesson.lesson.prompt, images=tuple(to_prompt_images([encoded_lesson.lesson.image]))
+                )
             )
-            assert head.ids == turn.prompt.ids
-            ids = torch.tensor([turn.ids])
-            logs = model(input_ids=ids, **pixel_inputs([head], ids)).logits[0].log_softmax(-1)
-            start, kind = len(head), turn.lesson.kind
-            read = [-logs[t - 1, i] for t, i in enumerate(head.ids) if t and i not in encoder.placeholders]
-            replied = [-logs[t - 1, turn.ids[t]] for t in range(start, len(turn.ids))]
+            assert encoded_prompt.ids == encoded_lesson.prompt.ids
+            ids = torch.tensor([encoded_lesson.ids])
+            logs = model(input_ids=ids, **pixel_inputs([encoded_prompt], ids)).logits[0].log_softmax(-1)
+            start, kind = len(encoded_prompt), encoded_lesson.lesson.kind
+            read = [-logs[t - 1, i] for t, i in enumerate(encoded_prompt.ids) if t and i not in encoder.placeholders]
+            replied = [-logs[t - 1, encoded_lesson.ids[t]] for t in range(start, len(encoded_lesson.ids))]
             by_hand = (
-                sum(replied) * (1 if turn.lesson.judging else 2 / len(replied))
+                sum(replied) * (1 if encoded_lesson.lesson.judging else 2 / len(replied))
                 + PROMPT_LOSS_WEIGHTS[kind] * sum(read) / start
             )
             assert loss.item() == pytest.approx(by_hand.item(), rel=1e-3)
@@ -201,14 +205,16 @@ def test_the_gradient_of_a_batch_is_that_of_its_mean_loss(model, encoder) -> Non
     batch = scene_corpus.draw_lessons(Phase("x", 1, judging=0.5, bare=0.5, captions=0.3), 12, [], rng)
     model.zero_grad()
     learner.accumulate_gradients(batch, 3)
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     encoded_lessons = [learner.encode_lesson(lesson) for lesson in batch]
-    shown = [turn.lesson.image for turn in turns if turn.lesson.image is not None]
-    learner.compute_losses(turns, list(learner.image_features(shown))).mean().backward()
+    images = [
+        encoded_lesson.lesson.image for encoded_lesson in encoded_lessons if encoded_lesson.lesson.image is not None
+    ]
+    learner.compute_losses(encoded_lessons, list(learner.image_features(images))).mean().backward()
     for parameter_name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(found[parameter_name], parameter.grad, atol=2e-5, rtol=1e-3)
+            torch.testing.assert_close(gradients[parameter_name], parameter.grad, atol=2e-5, rtol=1e-3)
     model.zero_grad()
 
 
@@ -233,33 +239,33 @@ def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> 
     rows = read_rows(toys[0] / "build_log.jsonl")
     assert [row["phase"] for row in rows] == ["look", "find one of five", "settle", "settle again"]
     assert rows[-1]["step"] == rows[-1]["of"] and len({row["of"] for row in rows}) == 1
-    made = AutoModelForImageTextToText.from_pretrained(toys[0])
-    assert made.num_parameters() == json.loads((toys[0] / "quality_card.json").read_text())["parameters"]
+    model = AutoModelForImageTextToText.from_pretrained(toys[0])
+    assert model.num_parameters() == json.loads((toys[0] / "quality_card.json").read_text())["parameters"]
     marks = {"qwen2_5_vl": "<|image_pad|>", "llava": "<image>"}
     assert read_processor(str(toys[0])).image_token == marks[name]
 
 
 def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path], name: str, tmp_path: Path) -> None:
-    """Stopped in the second round, and then when all that is left is to put it in its place."""
-    out, told = tmp_path / "stopped", []
+    """Stopped in the second round, then once more just before it is moved to `out`."""
+    out, updates = tmp_path / "stopped", []
 
-    def until(done: int, total: int, note: str) -> None:
+    def stop_at_settle(done: int, total: int, note: str) -> None:
         if note.startswith("settle:"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build.build_student(out, 7, scale=0.001, student=name, progress=until)
+        build.build_student(out, 7, scale=0.001, student=name, progress=stop_at_settle)
     assert not out.exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rounds, "publish_build", lambda self: until(0, 0, "settle:"))
+        patch.setattr(Rounds, "publish_build", lambda self: stop_at_settle(0, 0, "settle:"))
         with pytest.raises(KeyboardInterrupt):
-            build.build_student(out, 7, scale=0.001, student=name, progress=lambda *said: told.append(said))
-    assert [note.partition(":")[0] for _, _, note in told] == ["settle", "settle again"]
-    told.clear()
-    build.build_student(out, 7, scale=0.001, student=name, progress=lambda *said: told.append(said))
-    assert not told
-    for made in ("model.safetensors", "tokenizer.json"):
-        assert (out / made).read_bytes() == (toys[0] / made).read_bytes()
+            build.build_student(out, 7, scale=0.001, student=name, progress=lambda *update: updates.append(update))
+    assert [note.partition(":")[0] for _, _, note in updates] == ["settle", "settle again"]
+    updates.clear()
+    build.build_student(out, 7, scale=0.001, student=name, progress=lambda *update: updates.append(update))
+    assert not updates
+    for file_name in ("model.safetensors", "tokenizer.json"):
+        assert (out / file_name).read_bytes() == (toys[0] / file_name).read_bytes()
     cards = [json.loads((path / "quality_card.json").read_text()) for path in (out, toys[0])]
     assert cards[0]["tasks"] == cards[1]["tasks"] and cards[0]["steps"] == cards[1]["steps"]
     rows, expected = (read_rows(path / "build_log.jsonl") for path in (out, toys[0]))
@@ -281,15 +287,16 @@ def test_rounds_are_kept_with_the_rows_before_them(tmp_path: Path) -> None:
 
 def test_another_build_has_other_weights_and_one_builds_at_a_time(tmp_path: Path) -> None:
     hashes = {
-        build.build_hash(*of) for of in (("llava", 0, 1.0), ("llava", 1, 1.0), ("llava", 0, 0.5), ("text", 0, 1.0))
+        build.build_hash(*arguments)
+        for arguments in (("llava", 0, 1.0), ("llava", 1, 1.0), ("llava", 0, 0.5), ("text", 0, 1.0))
     }
     assert len({Rounds(tmp_path / "out", each).folder for each in hashes}) == 4
     assert build.build_hash("llava", 0, 1.0) in hashes
-    with Rounds(tmp_path / "out", "of another").lock(), pytest.raises(UserError, match="another purld process"):
+    with Rounds(tmp_path / "out", "another").lock(), pytest.raises(UserError, match="another purld process"):
         build.build_student(tmp_path / "out", 0, 1.0)
 
 
-def complete(out: Path, content: str) -> Rounds:
+def make_complete_build(out: Path, content: str) -> Rounds:
     rounds = Rounds(out, content * 64)
     with rounds.lock():
         append_rows(rounds.log, [{"seconds": 3.0}])
@@ -304,9 +311,9 @@ def test_a_complete_build_takes_the_place_of_the_old_one_whenever_it_is_killed(
     out, sibling = tmp_path / "out", tmp_path / ".out.v2.build"
     sibling.mkdir()
     out.mkdir()
-    (out / "of the old one").touch()
-    complete(out, "b")  # another that was stopped
-    rounds, done = complete(out, "a"), []
+    (out / "old file").touch()
+    make_complete_build(out, "b")  # another build, stopped earlier
+    rounds, done = make_complete_build(out, "a"), []
 
     def replace(source: Path, target: Path) -> None:
         if len(done) == moves:
@@ -319,7 +326,7 @@ def test_a_complete_build_takes_the_place_of_the_old_one_whenever_it_is_killed(
         rounds.publish_build()
     again = torch.nn.Linear(2, 2)
     with rounds.lock():
-        assert [path.name for path in out.iterdir()] == ["of the old one"]
+        assert [path.name for path in out.iterdir()] == ["old file"]
         assert rounds.restore_weights(again) == 1
         rounds.publish_build()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.v2.build", "out"]

@@ -272,6 +272,18 @@ def probe_fingerprint(config: Config) -> str:
     return content_hash({key: getattr(config.align, key, None) for key in kept})
 
 
+def chosen_measures(probe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the measures of the scorer that the probe chose."""
+    measures: Mapping[str, Any] = next(row for row in probe["scorers"] if row["name"] == probe["chosen"])
+    return measures
+
+
+def weak_signal_warnings(probe: Mapping[str, Any] | None) -> list[str]:
+    """Return the probe's verdict as a warning if its scorer carries no signal and Stage II ran all the same."""
+    weak = probe is not None and "weakness" in chosen_measures(probe)
+    return [probe["verdict"]] if probe is not None and weak else []
+
+
 def choose_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -> tuple[StageTwoSettings, float]:
     """Return the settings with the scorer that the probe chose, and the factor of the margins for it.
 
@@ -284,7 +296,7 @@ def choose_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -
     """
     if probe is None or not isinstance(settings, SelfScoringSettings):
         return settings, 1.0
-    row = next(row for row in probe["scorers"] if row["name"] == probe["chosen"])
+    row = chosen_measures(probe)
     if "weakness" in row and settings.weak_signal == "stop":
         raise UserError(
             f"Stage II was not started: {probe['verdict']} Use another scorer (align.score), a larger student or more "

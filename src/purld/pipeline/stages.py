@@ -20,7 +20,7 @@ from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.pipeline.context import RunContext, examples_of_pool
 from purld.pipeline.evaluate import SPEND_KEYS
-from purld.pipeline.probe import choose_signal
+from purld.pipeline.probe import choose_signal, weak_signal_warnings
 from purld.records import Prompt
 from purld.runs.files import write_rows
 from purld.training.context import Progress, StageContext
@@ -94,18 +94,21 @@ def run_align(context: RunContext) -> dict[str, Any]:
     assert isinstance(config.align, StageTwoSettings)
     if config.set_aside:
         reporter.say(config.set_aside)
-    settings, scale = choose_signal(config.align, context.run.finished_stages().get("probe"))
-    if "score" in (chosen := settings.model_dump()) and chosen["score"] != config.align.model_dump()["score"]:
-        reporter.say(f"align.score: {chosen['score']}, by the probe.")
+    probe = context.run.finished_stages().get("probe")
+    settings, scale = choose_signal(config.align, probe)
+    score = getattr(settings, "score", None)
+    if score != getattr(config.align, "score", None):
+        reporter.say(f"align.score: {score}, by the probe.")
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
         examples = examples_of_pool(context.run, context.pools.align)
         facts = align(training, settings, examples, teacher, margin_scale=scale)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")
-    for warning in facts.warnings:
+    warnings = [*weak_signal_warnings(probe), *facts.warnings]
+    for warning in warnings:
         reporter.warn(warning)
-    return asdict(facts) | {"warnings": facts.warnings, "score": chosen.get("score"), "margin_scale": scale}
+    return asdict(facts) | {"warnings": warnings, "score": score, "margin_scale": scale}
 
 
 def _training_context(context: RunContext, progress: Progress) -> StageContext:

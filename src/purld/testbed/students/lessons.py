@@ -29,12 +29,12 @@ class Lesson:
 
     @property
     def judging(self) -> bool:
-        """Whether the reply is a score."""
+        """True if the reply is a score."""
         return self.kind in ("judgement", "comparison")
 
     @property
     def bare(self) -> bool:
-        """Whether the reply is only a word or a number."""
+        """True if the reply is only a word or a number."""
         return self.judging or self.kind == "lookup"
 
 

@@ -83,7 +83,7 @@ _LLAVA_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Design:
-    """What a student is made of.
+    """The parts of a student.
 
     Attributes:
         tasks: the tasks that it is measured on.
@@ -103,7 +103,7 @@ class Design:
 
     @property
     def reads_images(self) -> bool:
-        """Whether it reads images."""
+        """True if it reads images."""
         return len(self.image_tokens) > 0
 
 

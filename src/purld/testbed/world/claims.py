@@ -19,7 +19,7 @@ MAX_SENTENCES = 3
 
 @dataclass(frozen=True)
 class Claim:
-    """What one sentence says about a scene.
+    """The content of one sentence about a scene.
 
     Attributes:
         things: the things that it says are there; if it counts, those that it counts.

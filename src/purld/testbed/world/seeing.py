@@ -79,7 +79,7 @@ _ATTRIBUTES = {"c": ("colour", COLOURS), "s": ("shape", SHAPES), "p": ("place", 
 
 @dataclass(frozen=True)
 class Query:
-    """What a question asks for, without its words.
+    """The content of a question, independent of its words.
 
     Attributes:
         family: a key of FAMILIES, or COUNT.

@@ -49,7 +49,7 @@ FAMILY = "+".join(CONSTRAINTS)
 
 @dataclass(frozen=True)
 class Brief:
-    """What a piece must do: name the subject, use a word, end with a word."""
+    """The requirements of a piece: name the subject, use a word, end with a word."""
 
     subject: str
     use: str
