@@ -18,7 +18,7 @@ from purld.runs.run_dir import RunDir
 from purld.training import scoring
 from purld.training.scoring import ScorerEntry
 
-AUTO = ["align.score=auto", "align.weak_signal=stop", "align.margin_scale=calibrated"]
+STOP = ["align.weak_signal=stop", "align.margin_scale=calibrated"]
 
 
 def overlap(groups):
@@ -55,7 +55,7 @@ def scorers(monkeypatch):
 
 
 def pipeline(config, run, *overrides):
-    return Pipeline(load_config(config, [*AUTO, "align.steps=2", *overrides]), run, Reporter())
+    return Pipeline(load_config(config, [*STOP, "align.steps=2", *overrides]), run, Reporter())
 
 
 @pytest.fixture
@@ -65,20 +65,36 @@ def run(tiny_config, tmp_path):
     return run
 
 
-def test_auto_takes_the_scorer_with_a_signal_and_keeps_its_scale(tiny_config, run, scorers):
+def test_a_student_that_can_evaluate_itself_goes_on_and_its_scale_is_kept(tiny_config, run, scorers):
     scorers(expected=constant, in_context=overlap)
-    pipeline(tiny_config, run).execute(["align"])
+    pipeline(tiny_config, run, "align.score=in_context").execute(["align"])
     finished = run.finished_stages()
     facts = finished["probe"]
-    assert facts["chosen"] == finished["align"]["score"] == "in_context"
-    measured = {row["name"]: row for row in facts["scorers"]}
-    assert "rounding" in measured["expected"]["weakness"] and "weakness" not in measured["in_context"]
-    assert measured["in_context"]["agreement"]["ci"][0] > 0.5
-    assert finished["align"]["margin_scale"] == pytest.approx(0.3 / measured["in_context"]["spread"])
-    assert facts["verdict"].startswith("in_context carries a signal: it ranks ")
+    (measured,) = facts["scorers"]
+    assert facts["chosen"] == measured["name"] == "in_context" and "weakness" not in measured
+    assert measured["agreement"]["ci"][0] > 0.5
+    assert finished["align"]["margin_scale"] == pytest.approx(0.3 / measured["spread"])
+    assert facts["verdict"].startswith("in_context tells candidates apart (spread ")
     groups = read_rows(run.groups)
     assert groups and all(group["anchor_score"] != 0.97 for group in groups)
     assert read_json(run.probe) == {key: facts[key] for key in read_json(run.probe)}
+
+
+def test_the_literal_form_keeps_the_unit_of_the_scores(tiny_config, run, scorers):
+    scorers(expected=overlap)
+    pipeline(tiny_config, run, "align.margin_scale=literal", "align.weak_signal=continue").execute(["align"])
+    assert run.finished_stages()["align"]["margin_scale"] == 1.0
+
+
+def test_scores_that_differ_by_a_thousandth_are_uniform_labels(tiny_config, run, scorers):
+    """What a real small student gave: 0.97 to everything, margins of a thousandth, which Eq. 2 cannot see."""
+
+    def nearly_constant(groups):
+        return [GroupScores(0.97, [0.97 + 0.001 * (len(t) % 3 - 1) for t in g.candidates]) for g in groups]
+
+    scorers(expected=nearly_constant)
+    with pytest.raises(UserError, match=r"the labels are uniform \(entropy (1\.0000|0\.999\d) of ln K\)"):
+        pipeline(tiny_config, run, "align.margin_scale=literal").execute(["align"])
 
 
 @pytest.mark.parametrize(("rule", "words"), [(constant, "rounding"), (nothing, "100% of the answers got no score")])
@@ -96,18 +112,19 @@ def test_a_student_that_cannot_evaluate_itself_is_stopped_before_stage_two(tiny_
         assert any("labels stayed uniform" in warning for warning in warnings)
 
 
-def test_a_named_scorer_is_kept_and_the_better_one_is_named(tiny_config, run, scorers):
+def test_the_command_names_scorers_that_tell_candidates_apart(tiny_config, run, scorers):
     scorers(expected=constant, in_context=overlap)
+    probe = pipeline(tiny_config, run).probe()
+    assert probe["verdict"].endswith("which is rounding. These tell candidates apart: in_context.")
     with pytest.raises(UserError, match="expected carries no signal"):
-        pipeline(tiny_config, run, "align.score=expected").execute(["align"])
-    assert [row["name"] for row in run.finished_stages()["probe"]["scorers"]] == ["expected"]
+        pipeline(tiny_config, run).execute(["align"])
     # Another score is another probe: the run goes on with it.
     pipeline(tiny_config, run, "align.score=in_context").execute(["align"])
-    assert run.finished_stages()["align"]["score"] == "in_context"
+    assert run.finished_stages()["probe"]["chosen"] == "in_context"
 
 
 def test_the_same_probe_gives_the_same_measures(tiny_config, run, scorers):
-    scorers(in_context=overlap)
+    scorers(expected=overlap)
     first, second = (pipeline(tiny_config, run).probe() for _ in range(2))
     for probe in (first, second):
         for row in probe["scorers"]:

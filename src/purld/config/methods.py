@@ -64,15 +64,15 @@ class GroupSettings(SamplingSettings):
         return self.candidates
 
 
-ScoreName = Literal["auto", "expected", "verbal", "in_context", "reference"]
+ScoreName = Literal["expected", "verbal", "in_context", "reference"]
 
 
 class SelfScoringSettings(Section):
     """Settings of a method whose candidates are scored by the frozen p_sft."""
 
-    score: ScoreName = "auto"  # auto: the scorer that the probe ranks first, without gold
+    score: ScoreName = "expected"
     score_batch_size: Count = 16
-    weak_signal: Literal["stop", "continue"] = "stop"  # what to do where the probe finds no signal in the scores
+    weak_signal: Literal["stop", "continue"] = "stop"  # what to do where the probe finds scores without a signal
 
 
 class ClippingSettings(StageTwoSettings):
@@ -105,8 +105,8 @@ class LdlGrpo(GroupSettings, SelfScoringSettings):
     q: Literal["ratio", "likelihood", "mean"] = "ratio"
     gamma: Positive = 5.0
     tau: Positive = 1.2
-    # calibrated: margins in units of the scorer's own spread, as the probe measured it; literal: as in Eq. 2.
-    margin_scale: Literal["calibrated", "literal"] = "calibrated"
+    # literal: margins as in Eq. 2; calibrated: in units of the scorer's own spread, as the probe measured it.
+    margin_scale: Literal["literal", "calibrated"] = "literal"
     beta: NonNegative = 0.01  # weight of KL(p || p_sft), as in every method that has one
 
 

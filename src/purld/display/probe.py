@@ -21,7 +21,7 @@ def print_probe(probe: Mapping[str, Any], console: Console | None = None) -> Non
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     columns = [
         "scorer",
-        "known pairs ranked right",
+        "known pairs",
         "spread",
         "noise",
         "H(D)/ln K",

@@ -1,4 +1,4 @@
-"""Judge without gold whether scores carry a signal: known pairs, spread, labels, length, and a verdict.
+"""Measure without gold what scores are worth, by spread, labels, length and known pairs, and say where it is nothing.
 
 Pure functions on numbers; `purld.pipeline.probe` measures them with a model.
 """
@@ -17,7 +17,6 @@ from purld.methods.labels import UNIFORM_ENTROPY
 
 Scores = Sequence[float | None]
 
-CHANCE = 0.5
 MAX_UNSCORED = 0.5  # with more, most of a group is missing
 NOISE_FACTOR = 3.0  # a spread below this many times the rounding is rounding
 
@@ -65,28 +64,17 @@ class ScorerMeasures:
 
 
 def weakness(measures: ScorerMeasures) -> str | None:
-    """Say in a clause why a scorer's scores carry no signal; None if they do."""
+    """Say in a clause why nothing can be learned from a scorer's scores; None if something may be.
+
+    Known pairs do not count: on a real student they did not predict the AUC against gold (docs/probe.md).
+    """
     if measures.unscored > MAX_UNSCORED:
         return f"{measures.unscored:.0%} of the answers got no score"
-    if not measures.pairs:
-        return "no pair of answers could be compared"
     if measures.spread <= NOISE_FACTOR * measures.noise:
         return f"the candidates' scores differ by {measures.spread:.1e}, which is rounding"
     if measures.label_entropy > UNIFORM_ENTROPY:
         return f"the labels are uniform (entropy {measures.label_entropy:.4f} of ln K)"
-    agreement = measures.agreement
-    if agreement.low <= CHANCE:
-        return (
-            f"it ranks {agreement.rate:.0%} of pairs right of which one is known to be worse "
-            f"(95% interval {agreement.low:.0%} to {agreement.high:.0%}; chance is 50%)"
-        )
     return None
-
-
-def best_scorer(measured: Sequence[ScorerMeasures]) -> ScorerMeasures | None:
-    """Return the scorer with a signal that ranks known pairs best; None if there is none. Gold is not read."""
-    usable = [m for m in measured if weakness(m) is None]
-    return max(usable, key=lambda m: m.agreement.rate) if usable else None
 
 
 def measures_as_results(measures: ScorerMeasures) -> dict[str, Any]:

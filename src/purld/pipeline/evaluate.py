@@ -63,8 +63,11 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
 
 
 def _probe_results(probe: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what results.json keeps of the probe; all of it is in probe.json."""
-    return {} if probe is None else {key: probe[key] for key in ("prompts", "chosen", "verdict", "scorers")}
+    """Return what results.json keeps of the probe; all of it, with the time it took, is in probe.json."""
+    if probe is None:
+        return {}
+    scorers = [{key: value for key, value in row.items() if key != "seconds_per_group"} for row in probe["scorers"]]
+    return {"prompts": probe["prompts"], "chosen": probe["chosen"], "verdict": probe["verdict"], "scorers": scorers}
 
 
 def _warnings(results: dict[str, Any], align: dict[str, Any]) -> list[str]:

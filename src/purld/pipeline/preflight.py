@@ -38,7 +38,7 @@ def check_scoring(config: Config, encoder: Encoder) -> None:
     Raises:
         UserError: its tokenizer does not spell numbers as `expected` needs.
     """
-    if isinstance(config.align, SelfScoringSettings) and config.align.score != "auto":
+    if isinstance(config.align, SelfScoringSettings):
         check = find_scorer(config.align.score).check
         if check is not None:
             check(encoder)

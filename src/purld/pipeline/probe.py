@@ -2,7 +2,7 @@
 
 Candidates are drawn as Stage II would draw them. Every scorer scores them, next to answers of which it is known that
 one is worse than another (`purld.evaluation.known_pairs`); `purld.evaluation.signal` turns the scores into measures and
-a verdict. Gold, where there is any, is only reported: nothing is chosen by it.
+a verdict. Known pairs and gold, where there is any, are only reported: nothing is decided by them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from purld.evaluation.known_pairs import spoil_answer
 from purld.evaluation.score_quality import CheckedGroup, score_quality
 from purld.evaluation.signal import (
     ScorerMeasures,
-    best_scorer,
     mean_length_correlation,
     measures_as_results,
     pair_rate,
@@ -225,7 +224,7 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
 
     Args:
         context: the run. Without a finished Stage I the student's own weights are measured.
-        every_scorer: measure all of them; else all for `align.score: auto`, and only the named one otherwise.
+        every_scorer: measure all of them; else only the one that `align.score` names.
 
     Raises:
         UserError: fewer than two prompts have anchors.
@@ -252,14 +251,12 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
             named = settings.model_copy(update={"score": name})
             scorer = entry.make(ScorerContext(context.encoder, roles, named, True, device_autocast))
             measured.append(measure_scorer(name, scorer, groups, training, settings, context.check))
-    best = best_scorer(measured)
-    chosen = settings.score if settings.score != "auto" else best.name if best else measured[0].name
     facts = {
         "prompts": len(groups),
         "model": "sft" if folder == run.sft else "base",
         "scorers": [measures_as_results(m) for m in measured],
-        "chosen": chosen,
-        "verdict": _verdict(measured, chosen),
+        "chosen": settings.score,
+        "verdict": _verdict(measured, settings.score),
         "fingerprint": probe_fingerprint(config),
     }
     write_json(run.probe, facts)
@@ -285,7 +282,7 @@ def weak_signal_warnings(probe: Mapping[str, Any] | None) -> list[str]:
 
 
 def choose_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -> tuple[StageTwoSettings, float]:
-    """Return the settings with the scorer that the probe chose, and the factor of the margins for it.
+    """Check the probe's verdict, and return the settings and the factor of the margins for the scorer.
 
     Args:
         settings: the method's settings.
@@ -299,18 +296,16 @@ def choose_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -
     row = chosen_measures(probe)
     if "weakness" in row and settings.weak_signal == "stop":
         raise UserError(
-            f"Stage II was not started: {probe['verdict']} Use another scorer (align.score), a larger student or more "
+            f"Stage II was not started: {probe['verdict']} Use another scorer (purld probe measures all; "
+            "align.score=in_context with align.margin_scale=calibrated asks for no number), a larger student or more "
             f"of Stage I; or let the teacher score, with about {settings.candidates_in_all:,} more calls "
             "(align.method=teacher_judge_grpo). align.weak_signal=continue starts Stage II all the same."
         )
-    chosen = settings.model_copy(update={"score": probe["chosen"]})
-    return chosen, labels_scale(chosen, row["spread"]) if isinstance(chosen, LdlGrpo) else 1.0
+    return settings, labels_scale(settings, row["spread"]) if isinstance(settings, LdlGrpo) else 1.0
 
 
 def _scorers_to_measure(settings: SelfScoringSettings, every_scorer: bool) -> list[str]:
-    if settings.score != "auto" and not every_scorer:
-        return [settings.score]
-    return [name for name in SCORERS if name != "teacher"]
+    return [name for name in SCORERS if name != "teacher"] if every_scorer else [settings.score]
 
 
 def _probe_examples(context: RunContext, settings: SamplingSettings) -> list[tuple[Prompt, Anchor]]:
@@ -324,15 +319,12 @@ def _probe_examples(context: RunContext, settings: SamplingSettings) -> list[tup
 
 
 def _verdict(measured: Sequence[ScorerMeasures], chosen: str) -> str:
-    """Say in one sentence whether the chosen scorer carries a signal, and which other one does."""
+    """Say in one sentence whether Stage II can learn from the chosen scorer, and which other one it could."""
     by_name = {m.name: m for m in measured}
     problem = weakness(by_name[chosen])
     if problem is None:
-        agreement = by_name[chosen].agreement
-        return (
-            f"{chosen} carries a signal: it ranks {agreement.rate:.0%} of known pairs right "
-            f"(95% interval {agreement.low:.0%} to {agreement.high:.0%}; chance is 50%)."
-        )
-    best = best_scorer(measured)
-    other = f" {best.name} does carry one (align.score={best.name})." if best else ""
-    return f"{chosen} carries no signal with this student: {problem}.{other}"
+        spread, entropy = by_name[chosen].spread, by_name[chosen].label_entropy
+        return f"{chosen} tells candidates apart (spread {spread:.3g}, entropy of the labels {entropy:.3f} of ln K)."
+    others = [m.name for m in measured if weakness(m) is None]
+    hint = f" These tell candidates apart: {', '.join(others)}." if others else ""
+    return f"{chosen} carries no signal with this student: {problem}.{hint}"

@@ -96,9 +96,6 @@ def run_align(context: RunContext) -> dict[str, Any]:
         reporter.say(config.set_aside)
     probe = context.run.finished_stages().get("probe")
     settings, scale = choose_signal(config.align, probe)
-    score = getattr(settings, "score", None)
-    if score != getattr(config.align, "score", None):
-        reporter.say(f"align.score: {score}, by the probe.")
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
         examples = examples_of_pool(context.run, context.pools.align)
@@ -108,7 +105,7 @@ def run_align(context: RunContext) -> dict[str, Any]:
     warnings = [*weak_signal_warnings(probe), *facts.warnings]
     for warning in warnings:
         reporter.warn(warning)
-    return asdict(facts) | {"warnings": warnings, "score": score, "margin_scale": scale}
+    return asdict(facts) | {"warnings": warnings, "margin_scale": scale}
 
 
 def _training_context(context: RunContext, progress: Progress) -> StageContext:

@@ -8,7 +8,7 @@ from typing import Any
 from purld.report.markup import PageSection, escape_text, scrolling_table
 from purld.report.run_data import RunData
 
-_HEADINGS = ("Scorer", "Known pairs ranked right", "Spread", "Noise", "H(D)/ln K", "With length", "Against gold")
+_HEADINGS = ("Scorer", "Known pairs", "Spread", "Noise", "H(D)/ln K", "With length", "Against gold")
 
 
 def probe_section(runs: Sequence[RunData]) -> PageSection:
