@@ -27,7 +27,7 @@ FILTER = re.compile(r"content_filter|content management policy|content_policy")
 
 @dataclass(frozen=True)
 class CallOutcome:
-    """How a call ended, and the consequences for later calls."""
+    """The end of a call, and its consequences for later calls."""
 
     result: CallResult
     repeat: bool = False

@@ -131,7 +131,7 @@ Judge = Annotated[OpenAIEndpoint | AnswerFile | LocalModel, Field(discriminator=
 
 
 class AnchorPolicy(Section):
-    """What to do with a prompt whose answer is incomplete.
+    """Settings for a prompt whose answer is incomplete.
 
     `failed` covers every prompt without an answer: failed, lost after sending, missing from an answer file, or not
     sent because of a cap.

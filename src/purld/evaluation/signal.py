@@ -23,7 +23,7 @@ NOISE_FACTOR = 3.0  # a spread below this many times the rounding is rounding
 
 @dataclass(frozen=True)
 class PairRate:
-    """How often the better answer of a known pair scores higher, ties counting half, with its 95% interval."""
+    """The share of known pairs whose better answer scores higher, ties counting half, with its 95% interval."""
 
     rate: float
     low: float
@@ -33,7 +33,7 @@ class PairRate:
 
 @dataclass(frozen=True)
 class ScorerMeasures:
-    """What the probe measured of one scorer.
+    """The measures of one scorer in the probe.
 
     Attributes:
         name: the scorer.
@@ -59,7 +59,7 @@ class ScorerMeasures:
 
     @property
     def agreement(self) -> PairRate:
-        """How often the scorer ranks known pairs right, over all kinds with equal weight."""
+        """Return the share of known pairs ranked right, over all kinds with equal weight."""
         return pool_rates(list(self.pairs.values()))
 
 

@@ -31,7 +31,7 @@ ScoreSource = Literal["anchored", "alone", "teacher"]
 
 @dataclass(frozen=True)
 class GroupEvidence:
-    """What a method may make its signal of, for one group.
+    """The evidence that a method makes its signal of, for one group.
 
     Attributes:
         scores: (K,) scores of the candidates that have one; (0,) for a method without a scorer.
@@ -48,7 +48,7 @@ class GroupEvidence:
 
 @dataclass(frozen=True)
 class StageTwoMethod(Generic[Signal]):
-    """How a method learns in Stage II; `settings` is its section of the configuration.
+    """The way a method learns in Stage II; `settings` is its section of the configuration.
 
     Attributes:
         signal: (evidence, settings) -> what the objective learns from; None leaves the group out.

@@ -76,7 +76,7 @@ class SweepCell:
 
     @property
     def finished(self) -> bool:
-        """Whether every stage is finished under exactly this configuration."""
+        """Return whether every stage is finished under exactly this configuration."""
         if "report" not in self.run.finished_stages() or not self.run.config.exists():
             return False
         recorded = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))

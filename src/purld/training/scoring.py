@@ -51,7 +51,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class ScorerContext:
-    """What a scorer is made of.
+    """The parts that a scorer is made of.
 
     Attributes:
         encoder: the run's encoder.
