@@ -78,7 +78,7 @@ def demo(
     """Run the whole loop on the testbed.
 
     Anchors, SFT, LDL-GRPO, evaluation, report: an ordinary run with a tiny student and a local teacher.
-    Takes about three minutes on two cores.
+    Takes three to five minutes on two cores.
     """
     from purld.testbed.demo import prepare_demo
 
