@@ -21,7 +21,7 @@ from purld.model.load import load_encoder
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
 from purld.pipeline.preflight import check_context, check_judging, check_scoring
-from purld.pipeline.probe import choose_signal, probe_fingerprint, run_probe, takes_probe
+from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.runs.files import atomic_write, measure_seconds
@@ -132,7 +132,7 @@ class Pipeline:
                 raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
         if stage == "align":  # before it has begun, so that the settings may still change
             assert isinstance(self.config.align, StageTwoSettings)
-            choose_signal(self.config.align, self.run.finished_stages().get("probe"))
+            check_signal(self.config.align, self.run.finished_stages().get("probe"))
         self.run.begin(stage)
         self.reporter.headline(_TITLES[stage])
         with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):

@@ -281,8 +281,8 @@ def weak_signal_warnings(probe: Mapping[str, Any] | None) -> list[str]:
     return [probe["verdict"]] if probe is not None and weak else []
 
 
-def choose_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -> tuple[StageTwoSettings, float]:
-    """Check the probe's verdict, and return the settings and the factor of the margins for the scorer.
+def check_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -> None:
+    """Check that Stage II may start on the probe's verdict.
 
     Args:
         settings: the method's settings.
@@ -292,16 +292,21 @@ def choose_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -
         UserError: the scorer carries no signal, and `align.weak_signal` is `stop`.
     """
     if probe is None or not isinstance(settings, SelfScoringSettings):
-        return settings, 1.0
-    row = chosen_measures(probe)
-    if "weakness" in row and settings.weak_signal == "stop":
+        return
+    if "weakness" in chosen_measures(probe) and settings.weak_signal == "stop":
         raise UserError(
             f"Stage II was not started: {probe['verdict']} Use another scorer (purld probe measures all; "
             "align.score=in_context with align.margin_scale=calibrated asks for no number), a larger student or more "
             f"of Stage I; or let the teacher score, with about {settings.candidates_in_all:,} more calls "
             "(align.method=teacher_judge_grpo). align.weak_signal=continue starts Stage II all the same."
         )
-    return settings, labels_scale(settings, row["spread"]) if isinstance(settings, LdlGrpo) else 1.0
+
+
+def probed_scale(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -> float:
+    """Return the factor of the margins for the run's scorer, from the spread that the probe measured; 1 without one."""
+    if probe is None or not isinstance(settings, LdlGrpo):
+        return 1.0
+    return labels_scale(settings, chosen_measures(probe)["spread"])
 
 
 def _scorers_to_measure(settings: SelfScoringSettings, every_scorer: bool) -> list[str]:

@@ -20,7 +20,7 @@ from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.pipeline.context import RunContext, examples_of_pool
 from purld.pipeline.evaluate import SPEND_KEYS
-from purld.pipeline.probe import choose_signal, weak_signal_warnings
+from purld.pipeline.probe import probed_scale, weak_signal_warnings
 from purld.records import Prompt
 from purld.runs.files import write_rows
 from purld.training.context import Progress, StageContext
@@ -95,11 +95,11 @@ def run_align(context: RunContext) -> dict[str, Any]:
     if config.set_aside:
         reporter.say(config.set_aside)
     probe = context.run.finished_stages().get("probe")
-    settings, scale = choose_signal(config.align, probe)
+    scale = probed_scale(config.align, probe)
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
         examples = examples_of_pool(context.run, context.pools.align)
-        facts = align(training, settings, examples, teacher, margin_scale=scale)
+        facts = align(training, config.align, examples, teacher, margin_scale=scale)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")
     warnings = [*weak_signal_warnings(probe), *facts.warnings]
