@@ -37,3 +37,18 @@ def test_held_out_prompts_without_gold_are_told_before_anything_is_paid_for():
         assert words in (missing_gold(data, [gold, other]) or "")
         assert missing_gold(data, [gold]) is None
         assert missing_gold(Data(prompts="p"), [gold, other]) is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"),
+    [
+        ("Paris", "**Paris**", True), ("Paris", '"paris".', True), ("Paris", " PARIS\n", True),
+        ("Paris", "The answer is Paris", False), ("Paris", "Parish", False), ("St. Louis", "st. louis", True),
+        ("0.5", ".5", False), (".5", ".5", True), (".5", "5", False), ("5", "5.", True), ("-5", "5", False),
+        ("102", "10²", False), ("10²", "10²", True), ("21/2", "2½", False), ("１２", "12", True),
+        ("caf\u00e9", "cafe\u0301", True),
+        ("1,000", "1000", False), ("50%", "50", False), ("7", "The answer is not 5 but 7", False),
+    ],
+)  # fmt: skip
+def test_an_exact_answer_has_the_same_characters_and_numbers(reference, answer, right):
+    assert exact_match(Prompt.from_text("q", reference=reference), answer) is right

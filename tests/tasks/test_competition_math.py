@@ -3,10 +3,12 @@
 import builtins
 import json
 import os
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from answer_phrasings import RIGHT, WRONG
 
 from purld.errors import UserError
 from purld.records import Prompt
@@ -138,6 +140,42 @@ def test_nothing_there(tmp_path):
 def test_answers_are_compared_as_mathematics(gold, answer, right):
     prompt = Prompt.from_text("q", reference=rf"First $3$, then $\boxed{{{gold}}}$ after $5$ steps.")
     assert is_correct(prompt, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("gold", "answers", "right"),
+    [(gold, answers, True) for gold, answers in RIGHT.items()]
+    + [(gold, answers, False) for gold, answers in WRONG.items()],
+)
+def test_phrasings_of_an_answer(gold, answers, right):
+    """The gold answer stands alone, and as the box of a solution."""
+    references = [gold] if "boxed" in gold else [gold, rf"First $3$, then $\boxed{{{gold}}}$."]
+    for reference in references:
+        prompt = Prompt.from_text("q", reference=reference)
+        assert {answer: is_correct(prompt, answer) for answer in answers} == dict.fromkeys(answers, right)
+
+
+@pytest.mark.parametrize(
+    ("solution", "right", "wrong"),
+    [
+        (r"We get $\boxed{5}$. Another way gives $2 + 3 = \boxed{5}.$", ["5"], ["2", "3"]),
+        (r"At first $\boxed{5}$. Corrected: $\boxed{7}$.", ["7"], ["5", r"\boxed{5, 7}"]),
+        (r"It is $\boxed{15\frac{39}{40}},$ or $\boxed{\frac{639}{40}}$ inches.", ["639/40"], ["15"]),
+        (r"The roots are $\boxed{5}$ and $\boxed{7}$.", [r"\boxed{7, 5}", r"\boxed{5} and \boxed{7}"], ["7", "5"]),
+        (r"The roots are $\boxed{5, 7}$.", ["5 and 7", r"\boxed{7,5}"], ["5", "7"]),
+    ],
+)
+def test_of_several_boxes_the_last_counts_unless_they_are_one_list(solution, right, wrong):
+    prompt = Prompt.from_text("q", reference=solution)
+    assert all(is_correct(prompt, answer) for answer in right)
+    assert not any(is_correct(prompt, answer) for answer in wrong)
+
+
+@pytest.mark.parametrize("text", ["the answer is ", "1,", "not 5 ", r"\boxed{5} and ", r"\boxed{", "1 ", "$", "(", " "])
+def test_a_text_that_repeats_itself_is_read_in_linear_time(text):
+    started = time.monotonic()
+    is_correct(Prompt.from_text("q", reference="7"), text * (40_000 // len(text)))
+    assert time.monotonic() - started < 10
 
 
 def test_without_a_reference_an_answer_is_not_wrong_but_unscored():

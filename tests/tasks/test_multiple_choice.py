@@ -26,6 +26,47 @@ def test_an_answer_chooses_one_option_or_none(answer, index):
     assert chosen_option(answer, COLOURS) == index
 
 
+CITIES = ["London", "Rome", "Paris", "Berlin"]
+SETTINGS = ["{}", "Answer: {}", "**Answer:** {}", "The answer is {}.", "The correct option is {}",
+            "The correct choice is {}.",
+            "Let me think.\nIt is in France.\n{}", "The final answer is {}", "I choose {}.", "It is not A but {}.",
+            "First I thought A. Wait, the answer is {}.", "A. London\nB. Rome\nC. Paris\nD. Berlin\n\n{}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("label", ["C", "(C)", "**C**", "**(C)**", r"\boxed{C}", r"$\boxed{\text{(C)}}$", "option C"])
+def test_a_letter_is_read_in_every_setting_and_form(setting, label):
+    assert chosen_option(setting.format(label), CITIES) == 2
+
+
+@pytest.mark.parametrize(
+    ("index", "answers"),
+    [
+        (2, ["C. Paris", "C) Paris", "C: Paris", "**C. Paris**", '"C"', "“C”", "'C'", "`C`", "[C]", "c", "(c)", "c)",
+             r"\boxed{\text{C. Paris}}", r"\boxed{Paris}", "The answer is C because Rome is in Italy.",
+             "C, because Rome is not.",
+             "C is correct.", "Option C is the right answer.", "Therefore, C.", "I would go with C", "A is wrong. C.",
+             "Answer: C\nExplanation: A is in England.", "<answer>C</answer>", "#### C", "It's not London but Paris.",
+             r"First \boxed{A}. Corrected: \boxed{C}", "The answer is Paris, the capital.", "The answer is 2."]),
+        (0, ["A", "A.", "(A)", "**A**", "A) London", "The answer is A.", "Answer: A",
+             "The answer is A because it is."]),
+        (None, ["A city in France.", "The answer is a city.", "A big city", "A or B", "Both A and C", "A, C",
+                "London or Paris",
+                "The answer is A or C.", "E", "The answer is E.", "It has vitamin C in it", "C. London",
+                r"\boxed{A, C}", r"\boxed{A} or \boxed{C}", r"\boxed{", "The answer is not C.",
+                "A. London\nB. Rome\nC. Paris\nD. Berlin"]),
+    ],
+)  # fmt: skip
+def test_phrasings_of_a_choice(index, answers):
+    assert {answer: chosen_option(answer, CITIES) for answer in answers} == dict.fromkeys(answers, index)
+
+
+def test_an_article_belongs_to_the_option_and_is_no_label():
+    animals = ["a cat", "a dog", "no animal", "a dog and a cat"]
+    answers = {"A dog.": 1, "The answer is a dog.": 1, "B. a dog": 1, "A. a cat": 0, "It is a dog and a cat": 3}
+    assert {answer: chosen_option(answer, animals) for answer in answers} == answers
+
+
 def test_an_option_that_looks_like_a_label_is_meant_itself():
     counts = ["2", "1", "4", "0"]
     assert chosen_option("2", counts) == 0

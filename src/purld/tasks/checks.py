@@ -71,5 +71,14 @@ def exact_match(prompt: Prompt, text: str) -> bool:
 
 
 def _normalise(text: str) -> str:
-    words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return words.strip("*_`\"'“”‘’ .")
+    folded = "".join(
+        character if _is_raised(character) else unicodedata.normalize("NFKC", character) for character in text
+    )
+    words = " ".join(unicodedata.normalize("NFC", folded).casefold().split())
+    words = words.strip("*_`\"'“”‘’ ").rstrip(". ")
+    return words.strip("*_`\"'“”‘’ ")
+
+
+def _is_raised(character: str) -> bool:
+    """Return whether folding a character would change its meaning: "10²" is not "102", and "2½" not "21/2"."""
+    return unicodedata.decomposition(character).startswith(("<super>", "<sub>", "<fraction>"))

@@ -8,13 +8,12 @@ expressions and not as texts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from purld.data.files import BadRowError, FileRow, check_text, parse_json_file
 from purld.errors import UserError
 from purld.records import Message, Prompt
+from purld.tasks.expressions import answer_in_words, gold_in_words, parse_answer
 from purld.tasks.sources import Splits, hub_splits, is_hub_id, row_splits, split_name
 
 PREFIX = "Solve the following competition math problem: "
@@ -68,7 +67,7 @@ def require_math_verify() -> None:
 
 
 def is_correct(prompt: Prompt, answer: str) -> bool:
-    """Return whether an answer equals the reference's answer as a mathematical expression.
+    """Return whether an answer equals the reference's answer, as a mathematical expression or as the same words.
 
     Raises:
         ValueError: the prompt has no reference.
@@ -77,19 +76,10 @@ def is_correct(prompt: Prompt, answer: str) -> bool:
 
     if prompt.reference is None:
         raise ValueError(f"prompt {prompt.id} has no reference to compare an answer with")
-    return bool(verify(_parse_reference(prompt.reference), _parse_expressions(answer)))
-
-
-@lru_cache(maxsize=4096)
-def _parse_reference(reference: str) -> list[Any]:
-    return _parse_expressions(reference)
-
-
-def _parse_expressions(text: str) -> list[Any]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    # A \boxed{} takes precedence, even if the text also has "the answer is" before another number.
-    return list(parse(text, [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]))
+    words = gold_in_words(prompt.reference)
+    if words is not None and words in answer_in_words(answer):
+        return True
+    return bool(verify(parse_answer(prompt.reference), parse_answer(answer)))
 
 
 def _folder_splits(root: Path) -> dict[str, Iterable[FileRow]]:

@@ -1,18 +1,40 @@
 """Parse the option that an answer chooses, and check it against the reference.
 
 The options of a prompt are `metadata["choices"]`. An answer or a reference names an option by its text, by its number
-from 0, as in "(2)", or by its letter from A. An answer that names several options chooses none.
+from 0, as in "(2)", or by its letter from A, with or without a box, emphasis or quotation marks around it. A box counts
+before a statement ("The correct option is C"), and that before the rest of the answer; the last of each counts. An
+answer that names several options chooses none. A letter inside a sentence is a word ("A dog").
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from purld.records import Prompt
+from purld.tasks.final_answer import boxed_answer, stated_answers, without_denials
 
-_STATEMENT = re.compile(r"\banswer(?:\s+is)?\s*[:*\s]+", re.IGNORECASE)
-_LABEL = re.compile(r"\W*(?:[Oo]ption\s+)?\(?(\d+|[A-Z])\)?(?:\s*[.:)](?!\d)|\s*$|(?<=\))\s)")
+_WRAPPERS = re.compile(r"\\(?:text(?:bf|rm)?|mathbf|mathrm)\b|\\[()\[\]]|[*_`$\"“”{}]|(?<!\w)['‘’]|['‘’](?!\w)|</?\w+>")
+_REASON = r"(?:because|since|as)\b|and\s+the\b|[,;]|[–—-]\s"
+_LABEL = re.compile(
+    r"\W*?(?:(?i:option|choice|letter)\s+)?(?:"
+    r"[(\[]\s*(?P<enclosed>\d{1,3}|[A-Za-z])\s*[)\]](?!\w)"
+    rf"|(?P<open>\d{{1,3}}|[A-Z])(?:\s*[.:)](?!\d)|\s*\Z|,(?!\d)|\s+(?:{_REASON}))"
+    r"|(?P<small>[a-z])(?:\)|\.?\s*\Z))"
+)
+_FURTHER_LABEL = re.compile(
+    r"\s*(?:,|/|&|and\b|or\b)\s*(?:(?i:option)\s+)?[(\[]?([A-Z]|\d{1,3})[)\]]?(?![\w'’])(?=\W*\Z|\W*\s)"
+)
+_LETTER = r"(?:option\s+|choice\s+)?[(\[]?(?-i:([A-Z]|\d{1,3}))[)\]]?"
+_CALLED_RIGHT = re.compile(
+    rf"(?<![\w'’]){_LETTER}\s+(?:is|would\s+be)\s+(?:the\s+|my\s+)?(?:only\s+)?(?:correct|right|best|answer)\b"
+    rf"|\b(?:choose|chose|pick|select|go\s+with|must\s+be|therefore|thus|hence|so)[,:]?\s+(?:it(?:['’]s|\s+is)\s+)?"
+    rf"{_LETTER}(?=[.!)]*\s*(?:\n|\Z)|\s+(?:{_REASON}))",
+    re.IGNORECASE,
+)
+_LAST_SENTENCE = re.compile(r"(?:\A|[.!?\n])\s*(?:[Oo]ption\s+)?[(\[]?([A-Z]|\d{1,3})[)\]]?[.!]?\s*\Z")
+_EMPHASISED = re.compile(r"(?:\*\*|__|[\"“'‘])[(\[]?([A-Z]|\d{1,3})[)\]]?(?:[.:)][^*\n]*)?(?:\*\*|__|[\"”'’])")
+_DENIED_BEFORE = re.compile(r"(?:\bnot|\b(?:is|was|are)n t|\binstead of|\brather than)(?: the| an?)? \Z")
 
 
 def is_correct(prompt: Prompt, answer: str) -> bool:
@@ -33,16 +55,14 @@ def has_gold(prompt: Prompt) -> bool:
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """Return the index of the option that an answer chooses, or None if it chooses none or several."""
-    statements = list(_STATEMENT.finditer(answer))
-    choice = answer[statements[-1].end() :].strip() if statements else answer.strip()
-    first_line = choice.partition("\n")[0]
-    plain_options = [_plain_words(option) for option in options]
-    # An option whose text is a number or a letter takes precedence over the label of the same form.
-    text = _plain_words(first_line)
-    if text and text in plain_options and not first_line.startswith("("):
-        return plain_options.index(text)
-    label = _parse_label(first_line, len(options))
-    return label if label is not None else _find_mention(text if statements else _plain_words(choice), plain_options)
+    plain = [_plain_words(option) for option in options]
+    boxes = boxed_answer(answer)
+    if boxes is not None:
+        return _only({index for box in boxes for index in _named_options(box, plain)})
+    for sentence in stated_answers(answer):
+        if named := _named_options(sentence, plain):
+            return _only(named)
+    return _only(_named_in_text(without_denials(answer), plain))
 
 
 def _options(prompt: Prompt) -> list[str]:
@@ -50,26 +70,88 @@ def _options(prompt: Prompt) -> list[str]:
     return [str(option) for option in options] if isinstance(options, list | tuple) else []
 
 
-def _parse_label(text: str, count: int) -> int | None:
-    match = _LABEL.match(text)
-    if match is None:
-        return None
-    index = int(match[1]) if match[1].isdigit() else ord(match[1]) - ord("A")
-    return index if index < count else None
+def _only(named: set[int]) -> int | None:
+    return next(iter(named)) if len(named) == 1 else None
 
 
-def _find_mention(text: str, options: Sequence[str]) -> int | None:
-    """Return the index of the only option mentioned, ignoring options inside a longer option that is mentioned too."""
+def _named_in_text(text: str, options: Sequence[str]) -> set[int]:
+    """Return the options that an answer without a box and without a statement names."""
+    if exact := _exact_option(text, options):
+        return exact
+    count = len(options)
+    for pattern in (_LAST_SENTENCE, _CALLED_RIGHT):
+        if labels := [label for match in pattern.finditer(_unwrapped(text)) if (label := _last_group(match))]:
+            return _indices(labels[-1:], count)
+    lines = [_unwrapped(line) for line in text.strip().splitlines()]
+    labelled = [match for line in lines if (match := _LABEL.match(line)) and _label_index(match, count) is not None]
+    if labelled:
+        return set().union(*(_labelled_options(match, options) for match in labelled))
+    emphasised = _indices((match[1] for match in _EMPHASISED.finditer(text)), count)
+    return emphasised or _mentioned_options(_plain_words(text), options)
+
+
+def _named_options(sentence: str, options: Sequence[str]) -> set[int]:
+    """Return the options that a box or a statement names: by an option's text, by a label, or by a mention of texts."""
+    if exact := _exact_option(sentence, options):
+        return exact
+    match = _LABEL.match(_unwrapped(sentence))
+    if match is not None and _label_index(match, len(options)) is not None:
+        return _labelled_options(match, options)
+    first, _, rest = _unwrapped(sentence).partition(" ")
+    label = _indices([first], len(options)) if re.fullmatch(r"[A-Z]|\d{1,3}", first) else set()
+    if label and label == _exact_option(rest, options):  # "C Paris"
+        return label
+    return _mentioned_options(_plain_words(sentence), options)
+
+
+def _exact_option(text: str, options: Sequence[str]) -> set[int]:
+    """Return the option whose text this is; it takes precedence over a label of the same form, but "(2)" is a label."""
+    text = _unwrapped(text)
+    words = _plain_words(text)
+    return {options.index(words)} if words and words in options and not text.startswith("(") else set()
+
+
+def _labelled_options(match: re.Match[str], options: Sequence[str]) -> set[int]:
+    """Return the option of a label, and those that the text after it names: another label or another option's text."""
+    index, rest = _label_index(match, len(options)), match.string[match.end() :]
+    assert index is not None
+    further = re.match(_FURTHER_LABEL, match.string[match.start() :][len(match[0].rstrip(" ,")) :])
+    return {index} | (_indices([further[1]], len(options)) if further else set()) | _exact_option(rest, options)
+
+
+def _label_index(match: re.Match[str], count: int) -> int | None:
+    label = _last_group(match)
+    return next(iter(_indices([label], count)), None) if label else None
+
+
+def _last_group(match: re.Match[str]) -> str | None:
+    return next((group for group in match.groups() if group), None)
+
+
+def _indices(labels: Iterable[str], count: int) -> set[int]:
+    """Return the indices of labels, digits from 0 and letters from A, that are less than `count`."""
+    indices = {int(label) if label.isdecimal() else ord(label.upper()) - ord("A") for label in labels}
+    return {index for index in indices if index < count}
+
+
+def _mentioned_options(text: str, options: Sequence[str]) -> set[int]:
+    """Return the options that are mentioned and not denied, without those inside a longer mentioned option."""
     spans = {}
     for index, option in enumerate(options):
-        if option and (match := re.search(rf"\b{re.escape(option)}\b", text)):
-            spans[index] = match.span()
-    mentioned = [
+        for match in re.finditer(rf"\b{re.escape(option)}\b", text) if option else ():
+            if not _DENIED_BEFORE.search(text, 0, match.start()):
+                spans[index] = match.span()
+                break
+    return {
         index
         for index, (start, end) in spans.items()
         if not any(s <= start and end <= e and (s, e) != (start, end) for s, e in spans.values())
-    ]
-    return mentioned[0] if len(mentioned) == 1 else None
+    }
+
+
+def _unwrapped(text: str) -> str:
+    """Return a text without emphasis, quotation marks and LaTeX commands around its words."""
+    return _WRAPPERS.sub("", text).strip()
 
 
 def _plain_words(text: str) -> str:
