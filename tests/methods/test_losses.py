@@ -19,6 +19,7 @@ from purld.methods.losses import (
     loss_coefficients,
     nll_loss,
     ppo_loss,
+    reverse_kl_loss,
 )
 
 FORMS = ("ratio", "likelihood", "mean")
@@ -211,6 +212,30 @@ def test_ppo_without_a_critic_is_refused():
     credit = TokenCredit(torch.zeros(1, 1), torch.zeros(1, 1))
     with pytest.raises(ValueError, match="critic"):
         ppo_loss(members([[0.0]]), credit, clip=0.2, value_clip=0.2)
+
+
+def test_hand_derived_reverse_kl():
+    """Two members; log-ratios (-1 + 2, -3 + 2.5) = (1, -0.5) and -4 + 1 = -3, padding left out.
+
+    value: ((1 * -1 + -0.5 * -3) / 2 + -3 * -4) / 2 = (0.25 + 12) / 2 = 6.125; gradients are the log-ratios over the
+    member's tokens and the members: 1 / 4, -0.5 / 4, -3 / 2. The KL is the mean of 0.5 and -3 nats per answer.
+    """
+    group = members([[-1.0, -3.0], [-4.0, -7.0]], [[-2.0, -2.5], [-1.0, -9.0]], mask=[[1.0, 1.0], [1.0, 0.0]])
+    loss, coefficients, _ = loss_coefficients(reverse_kl_loss, group)
+    assert loss.value.item() == pytest.approx(6.125)
+    assert coefficients.tolist() == [[0.25, -0.125], [-1.5, 0.0]]
+    assert loss.metrics["kl_anchored"].item() == pytest.approx(-1.25)
+
+
+def test_reverse_kl_has_the_exact_gradient_in_expectation():
+    """Over one token of a categorical with four outcomes."""
+    generator = torch.Generator().manual_seed(6)
+    logits, reference = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    log_p, log_reference = logits.log_softmax(0), reference.log_softmax(0)
+    _, coefficients, _ = loss_coefficients(reverse_kl_loss, members(log_p.unsqueeze(1), log_reference.unsqueeze(1)))
+    scores = torch.eye(4, dtype=logits.dtype) - log_p.exp()  # row y: d log p(y) / d logits
+    mean = 4 * (log_p.exp() * coefficients[:, 0]) @ scores  # a group's mean divides by its four members
+    assert torch.allclose(mean, exact_kl_gradient(logits, reference), atol=1e-12)
 
 
 def test_likelihood_is_the_mean_over_a_members_own_tokens():

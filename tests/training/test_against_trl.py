@@ -1,7 +1,7 @@
-"""Our DPO and GRPO against TRL's own trainers: the same model, batch, reference and settings, in float32.
+"""Our objectives against TRL's own trainers: the same model, batch, reference and settings, in float32.
 
-What is compared is the loss and the gradient in every parameter. TRL's side is its trainers' own loss functions, and
-for GRPO its own advantages too, so a change on either side fails here.
+What is compared is the loss and the gradient in every parameter. TRL's side is its trainers' own loss functions, for
+GRPO its own advantages and for self-distillation its own teacher prompts too, so a change on either side fails here.
 """
 
 import contextlib
@@ -9,13 +9,18 @@ import contextlib
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
+from purld.config.schema import Student
 from purld.methods.advantages import group_advantages
-from purld.methods.losses import dpo_loss, grpo_loss
-from purld.model.load import Roles
+from purld.methods.losses import dpo_loss, grpo_loss, reverse_kl_loss
+from purld.model.load import Roles, load_encoder
 from purld.model.vision import EncodedPrompt
+from purld.records import Prompt
+from purld.templates import IN_CONTEXT_TAIL
 from purld.training.group_update import GroupUpdate
 
 HEAD_LENGTH, LENGTHS = 19, (5, 12, 9, 12)
@@ -41,7 +46,7 @@ def group():
 
 
 def gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def ours(policy, reference, members, objective, micro_batch_size=3):
@@ -153,3 +158,49 @@ def test_grpo(random_student, tokenizer, tmp_path, beta, moved):
     if moved:
         [clipped] = trainer._metrics["eval"]["clip_ratio/region_mean"]
         assert 0 < clipped < 1
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_self_distillation(random_student, tokenizer, tmp_path, adapter):
+    """TRL draws with its student and writes the teacher's prompt around the anchor, by our template. With an adapter
+    the teacher is the student with its adapter off, on both sides."""
+    question, anchor = "How many apples has Ana?", "Ana has 3 + 4 = 7 apples."
+    row = {"prompt": [{"role": "user", "content": question}], "privileged_context": anchor}
+    trainer = SDFTTrainer(
+        model=load(random_student),  # its teacher is the model of this directory
+        args=arguments(
+            SDFTConfig,
+            tmp_path,
+            distillation_mode="sampled_token",
+            distillation_alpha=1.0,
+            teacher_model_kind="base",
+            teacher_prompt_template="{prompt}" + IN_CONTEXT_TAIL.format(anchor="{privileged_context}"),
+            num_generations=4,
+            per_device_train_batch_size=4,
+            max_completion_length=12,
+            seed=3,
+        ),
+        train_dataset=Dataset.from_list([row]),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=4, init_lora_weights=False, lora_dropout=0.1) if adapter else None,
+    )
+    policy = trainer.model.eval()
+    if not adapter:
+        policy.load_state_dict(load(random_student, 1).state_dict())
+    torch.manual_seed(0)
+    batch = trainer._prepare_training_batch([row] * 4)
+    encoder = load_encoder(Student(model=str(random_student), max_anchor_tokens=64))
+    prompt = Prompt.from_text(question)
+    lengths = batch["completion_mask"].sum(dim=1).tolist()
+    ids = [row[:n] for row, n in zip(batch["completion_ids"].tolist(), lengths)]
+    anchored = encoder.encode_anchored_prompt(prompt, anchor)
+    assert batch["teacher_input_ids"][0].tolist()[: len(anchored)] == anchored.ids
+    assert len(set(map(tuple, ids))) > 1
+    their = theirs(policy, trainer.compute_loss(policy, batch))
+    our = ours(
+        policy,
+        None if adapter else load(random_student),
+        lambda update: update.members(policy, encoder.encode_prompt(prompt), ids, False, anchored),
+        reverse_kl_loss,
+    )
+    agree(our, their)

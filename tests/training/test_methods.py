@@ -28,6 +28,7 @@ RECORDED = {  # what a group has in its record, where not all have it
     "anchorrank_dpo": {"scores", "margins"},
     "anchor_grpo": {"scores", "margins", "advantages"},
     "self_ppo": {"scores", "advantages"},
+    "self_distillation": set(),
     "singlepair_dpo": set(),
     "teacher_judge_grpo": {"scores", "advantages"},
 }
@@ -178,7 +179,7 @@ def prompts_seen(pipeline):
     return seen
 
 
-@pytest.mark.parametrize("method", ["sft_sft", "singlepair_dpo", "teacher_judge_grpo"])
+@pytest.mark.parametrize("method", ["sft_sft", "singlepair_dpo", "self_distillation", "teacher_judge_grpo"])
 def test_results_and_report_cope_with_every_method(method, after_stage_one):
     pipeline = after_stage_one(method, "align.steps=2")
     pipeline.execute()

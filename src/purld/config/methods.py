@@ -54,7 +54,7 @@ class SamplingSettings(StageTwoSettings):
 
 
 class GroupSettings(SamplingSettings):
-    """Settings of a method that compares the candidates of a group."""
+    """Settings of a method that draws a group of candidates per prompt."""
 
     candidates: Annotated[int, Field(ge=2)] = 8  # K
 
@@ -153,6 +153,13 @@ class SinglePairDpo(SamplingSettings):
     beta: Positive = 0.1
 
 
+class SelfDistillation(GroupSettings):
+    """Stage II by distillation of p_sft with the anchor in its context into the policy without it."""
+
+    method: Literal["self_distillation"]
+    candidates: Count = 8  # nothing compares them, so one is enough
+
+
 class SftSft(StageTwoSettings):
     """Stage II by further fine-tuning on the anchors of its prompts."""
 
@@ -166,6 +173,14 @@ class SftOnly(Section):
 
 
 Align = Annotated[
-    LdlGrpo | AnchorRankDpo | AnchorGrpo | SelfPpo | SinglePairDpo | SftSft | TeacherJudgeGrpo | SftOnly,
+    LdlGrpo
+    | AnchorRankDpo
+    | AnchorGrpo
+    | SelfDistillation
+    | SelfPpo
+    | SinglePairDpo
+    | SftSft
+    | TeacherJudgeGrpo
+    | SftOnly,
     Field(discriminator="method"),
 ]

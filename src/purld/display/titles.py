@@ -9,6 +9,7 @@ MODEL_TITLES = {
     "ldl_grpo": "LDL-GRPO",
     "anchorrank_dpo": "AnchorRank-DPO",
     "anchor_grpo": "Anchor-GRPO",
+    "self_distillation": "Self-distillation",
     "self_ppo": "Self-PPO",
     "singlepair_dpo": "SinglePair-DPO",
     "teacher_judge_grpo": "Teacher-judge GRPO",

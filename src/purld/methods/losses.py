@@ -29,7 +29,7 @@ class GroupTokens:
 
     Attributes:
         policy: log p_theta of each token, in nats; the objective is differentiated in it.
-        reference: the same under the frozen p_sft.
+        reference: the same under the frozen p_sft, which reads the anchor too if the method's row says so.
         old: the same under the policy that drew the members.
         mask: 1 on a member's tokens, 0 on padding.
         values: the critic's value before each token; differentiated too. None without a critic.
@@ -255,6 +255,26 @@ def _clipped_surrogate(tokens: GroupTokens, advantages: Tensor, clip: float) -> 
 def _ratios(tokens: GroupTokens) -> Tensor:
     """Return p_theta / p_old of each token, (K, C)."""
     return (tokens.policy - tokens.old).exp()
+
+
+# --- distillation --------------------------------------------------------------------------------------------
+
+
+def reverse_kl_loss(tokens: GroupTokens) -> GroupLoss:
+    """Compute the reverse KL of the policy to the reference at each token that was drawn, as a surrogate.
+
+    With y_t ~ p_theta, E[(log p_theta - log p_ref) grad log p_theta] is the gradient of KL(p_theta || p_ref) at that
+    position. So the value is the mean of (log p_theta - log p_ref) log p_theta with the first factor held fixed, over a
+    member's tokens and then over members. Its gradient is the one to follow; its size means nothing, and `kl_anchored`
+    has the estimate of the KL in nats per answer. It is the sampled-token objective of self-distillation (Shenfeld et
+    al., 2026), where the reference reads the anchor and the policy does not.
+
+    Args:
+        tokens: candidates drawn from the policy.
+    """
+    log_ratios = (tokens.policy - tokens.reference).detach()
+    value = mean_over_tokens(log_ratios * tokens.policy, tokens.mask).mean()
+    return GroupLoss(value, {"kl_anchored": tokens.sequences(log_ratios).mean()})
 
 
 # --- imitation -----------------------------------------------------------------------------------------------

@@ -23,7 +23,16 @@ from purld.methods.advantages import (
     whiten_advantages,
 )
 from purld.methods.labels import PuLabels, pu_labels
-from purld.methods.losses import GroupLoss, GroupTokens, dpo_loss, grpo_loss, ldl_loss, nll_loss, ppo_loss
+from purld.methods.losses import (
+    GroupLoss,
+    GroupTokens,
+    dpo_loss,
+    grpo_loss,
+    ldl_loss,
+    nll_loss,
+    ppo_loss,
+    reverse_kl_loss,
+)
 
 Signal = TypeVar("Signal")
 ScoreSource = Literal["anchored", "alone", "teacher"]
@@ -55,6 +64,7 @@ class StageTwoMethod(Generic[Signal]):
         loss: (tokens, signal, settings) -> the objective on one group.
         scorer: `anchored` self-evaluation, self-evaluation `alone` (without the anchor), the `teacher`, or None.
         anchor_member: whether the anchor is the group's first member, before the candidates.
+        anchored_reference: whether p_sft reads the anchor when it gives the members' reference log-probs.
         critic: whether a value head is learned with the policy.
         across: (signals, masks) -> the signals of a step's prompts, normalised over all of them.
     """
@@ -63,6 +73,7 @@ class StageTwoMethod(Generic[Signal]):
     loss: Callable[[GroupTokens, Signal, Any], GroupLoss]
     scorer: ScoreSource | None = None
     anchor_member: bool = False
+    anchored_reference: bool = False
     critic: bool = False
     across: Callable[[list[Signal], list[Tensor]], list[Signal]] | None = None
 
@@ -124,8 +135,12 @@ def _ppo_loss(tokens: GroupTokens, credit: TokenCredit, settings: Any) -> GroupL
     return ppo_loss(tokens, credit, clip=settings.clip, value_clip=settings.value_clip)
 
 
-def _imitate(evidence: GroupEvidence, settings: Any) -> bool:
+def _members_alone(evidence: GroupEvidence, settings: Any) -> bool:
     return True  # the objective needs nothing but the members
+
+
+def _reverse_kl_loss(tokens: GroupTokens, signal: bool, settings: Any) -> GroupLoss:
+    return reverse_kl_loss(tokens)
 
 
 def _nll_loss(tokens: GroupTokens, signal: bool, settings: Any) -> GroupLoss:
@@ -162,6 +177,13 @@ _ROWS = (
         stage_two=StageTwoMethod(_credit, _ppo_loss, scorer="alone", critic=True, across=whiten_advantages),
     ),
     Method(
+        "self_distillation",
+        signal="the student itself with the anchor in its context, token by token",
+        objective="reverse KL at the candidates' tokens",
+        teacher_calls="N",
+        stage_two=StageTwoMethod(_members_alone, _reverse_kl_loss, anchored_reference=True),
+    ),
+    Method(
         "singlepair_dpo",
         signal="the anchor over one candidate",
         objective="DPO",
@@ -173,7 +195,7 @@ _ROWS = (
         signal="the anchors of Stage II's prompts",
         objective="maximum likelihood",
         teacher_calls="N",
-        stage_two=StageTwoMethod(_imitate, _nll_loss, anchor_member=True),
+        stage_two=StageTwoMethod(_members_alone, _nll_loss, anchor_member=True),
     ),
     Method(
         "teacher_judge_grpo",

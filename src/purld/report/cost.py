@@ -47,6 +47,8 @@ def _saved_calls(run: RunData) -> str:
     if not steps or "candidates" not in align or "prompts_per_step" not in align:
         return ""
     stage = METHODS[align["method"]].stage_two if align.get("method") in METHODS else None
+    if stage is not None and stage.scorer is None:
+        return ""
     if stage is not None and stage.scorer == "teacher":
         return '<p class="note">The teacher scored every candidate; the calls above include these.</p>\n'
     scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"] // align.get("updates_per_rollout", 1)

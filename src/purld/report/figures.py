@@ -96,6 +96,13 @@ PANELS = (
         baseline=0,
     ),
     MetricPanel(
+        "KL from the SFT model that reads the anchor",
+        "nats per answer",
+        {"kl_anchored": ("KL(θ‖SFT with the anchor)", "stage2")},
+        "What self-distillation brings down: the policy without the anchor against the SFT model with it.",
+        baseline=0,
+    ),
+    MetricPanel(
         "Scores",
         "score",
         {"anchor_score": ("anchor", "labels"), "score": ("candidates", "policy")},

@@ -133,7 +133,8 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             return loss
 
         loss, tokens = self._update(model, rollout.members, objective, share=1.0 / len(self._rollouts))
-        self._metrics.add_update(loss, tokens, candidates=len(rollout.member_candidates))
+        from_sft = not self._method.anchored_reference
+        self._metrics.add_update(loss, tokens, len(rollout.member_candidates), from_sft)
         if is_fresh and rollout.completions:
             early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
             record = group_record(self.state.global_step + 1, rollout, loss, keep_ids=early)

@@ -74,11 +74,24 @@ class GroupUpdate:
 
     @torch.no_grad()
     def members(
-        self, policy: CausalLM, prompt: EncodedPrompt, ids: Sequence[Sequence[int]], keep_old: bool
+        self,
+        policy: CausalLM,
+        prompt: EncodedPrompt,
+        ids: Sequence[Sequence[int]],
+        keep_old: bool,
+        reference_prompt: EncodedPrompt | None = None,
     ) -> GroupMembers:
-        """Measure a group; with `keep_old` also under the policy that drew it, for several updates on one rollout."""
+        """Measure a group.
+
+        Args:
+            policy: the policy that drew the members.
+            prompt: the prompt.
+            ids: the members' token ids.
+            keep_old: measure them under the policy too, for several updates on one rollout.
+            reference_prompt: what p_sft reads before a member; the prompt unless given.
+        """
         with self.roles.frozen() as reference:
-            log_probs, mask = self._measure(reference, prompt, ids)
+            log_probs, mask = self._measure(reference, reference_prompt or prompt, ids)
             states = None
             if self.critic is not None:
                 with self.autocast():

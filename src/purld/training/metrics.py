@@ -39,12 +39,15 @@ class StepMetrics:
             self._values["anchor_score"].append(rollout.scores.anchor)
             self._values["margin"] += [s - rollout.scores.anchor for s in scores]
 
-    def add_update(self, loss: GroupLoss, tokens: GroupTokens, candidates: int) -> None:
-        """Note the objective of one group, whose last `candidates` members were drawn from the policy."""
+    def add_update(self, loss: GroupLoss, tokens: GroupTokens, candidates: int, from_sft: bool = True) -> None:
+        """Note the objective of one group, whose last `candidates` members were drawn from the policy.
+
+        `from_sft` says that the reference is p_sft on the bare prompt, so that the log-ratios are the distance to it.
+        """
         self._values["objective"].append(loss.value.item())
         for name, metric in loss.metrics.items():
             self._values[name].append(metric.item())
-        if candidates:
+        if candidates and from_sft:
             log_ratios = tokens.sequences(tokens.policy - tokens.reference)[-candidates:]
             self._values["kl"].append(log_ratios.mean().item())
 

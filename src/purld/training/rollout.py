@@ -120,8 +120,12 @@ class RolloutMaker:
         return replace(rollout, members=members, member_candidates=tuple(indices), signal=signal)
 
     def _measure_members(self, policy: CausalLM, rollout: Rollout, ids: Sequence[Sequence[int]]) -> GroupMembers:
+        question = rollout.question
         keep_old = self.method.critic or self.settings.updates > 1
-        return self.update.members(policy, rollout.question.encoded, ids, keep_old)
+        anchored = None
+        if self.method.anchored_reference:
+            anchored = self.encoder.encode_anchored_prompt(question.prompt, question.anchor)
+        return self.update.members(policy, question.encoded, ids, keep_old, anchored)
 
     def _combine_prompts(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Let the signals of a step's prompts change each other, for a method that does so."""
