@@ -1,22 +1,42 @@
-"""What many tests share: a tiny random student of any architecture, and the shipped one."""
+"""What many tests share: no network but loopback, a tiny random student of any architecture, and the shipped one."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 from hypothesis import settings
+from network_guard import LOG_VARIABLE, forbid_network
+
+GUARD = Path(__file__).parent / "no_network"
+NETWORK_LOG = Path(tempfile.mkdtemp()) / "network.log"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Libraries that stay silent on a build server or offline would hide what they send from a user's machine.
+for variable in ("CI", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.pop(variable, None)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(GUARD), os.environ.get("PYTHONPATH")]))
+os.environ[LOG_VARIABLE] = str(NETWORK_LOG)
+forbid_network()
 
 settings.register_profile("shared-machine", deadline=None)  # a slow moment of the machine is no failure
 settings.load_profile("shared-machine")
 torch.set_num_threads(1)  # tests run side by side, and sums must not depend on how many cores there are
+
+
+@pytest.fixture(autouse=True)
+def loopback_only() -> Iterator[None]:
+    """Fail a test during which this process or one that it started tried to reach another machine."""
+    yield
+    if NETWORK_LOG.exists():
+        attempts = NETWORK_LOG.read_text(encoding="utf-8")
+        NETWORK_LOG.unlink()
+        pytest.fail(f"something tried to leave this machine: {attempts}")
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,16 @@
     results = purld.run(config, run_dir="runs/first")
     print(results.models["ldl_grpo"].accuracy)
 
-Names are imported when they are first used, so `import purld` loads neither torch nor transformers.
+Names are imported when they are first used, so `import purld` loads neither torch nor transformers. The import switches
+the telemetry of the Hugging Face libraries and their access to the hub off in this process: see `purld.hub_offline`.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from purld.hub_offline import forbid_hub_access
 
 if TYPE_CHECKING:
     from purld.api import align, anchors, check, evaluate, run, sft, write_report
@@ -101,6 +104,8 @@ __all__ = [
     "sft",
     "write_report",
 ]
+
+forbid_hub_access()
 
 
 def __getattr__(name: str) -> Any:

@@ -56,7 +56,7 @@ def extended(tmp_path_factory):
 
 def command(extended, *arguments):
     """Run the copy's command line; fail with what it wrote to stderr."""
-    env = os.environ | {"PYTHONPATH": str(extended.parent)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(extended.parent), os.environ["PYTHONPATH"]])}
     run = subprocess.run([sys.executable, "-m", "purld", *map(str, arguments)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout

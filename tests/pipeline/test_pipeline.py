@@ -186,6 +186,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_half_done(
     [
         (["run", "none.yaml"], "none.yaml: no such configuration file"),
         (["run", "CONFIG", "student.model=./nowhere"], "./nowhere does not exist"),
+        (["check", "CONFIG", "student.model=owner/name"], "purld downloads nothing; fetch it before with `hf download"),
+        (["run", "CONFIG", "teacher={kind: local, model: owner/name}"], "teacher.model: owner/name is neither"),
         (["run", "CONFIG", "align.temprature=1"], "did you mean temperature?"),
         (["run", "CONFIG", "student.max_anchor_tokens=4000"], "lower one of them"),
         (["run", "CONFIG", "student.max_prompt_tokens=4"], "no prompts are left"),

@@ -75,24 +75,31 @@ def test_parquet_and_the_name_subject(tmp_path):
     assert len(load_task("competition_math_counting", str(tmp_path))[0].prompts) == 1
 
 
-def test_a_hub_data_set_is_loaded_configuration_by_configuration(monkeypatch):
+def test_a_hub_data_set_is_loaded_configuration_by_configuration(tmp_path, monkeypatch):
     import datasets
+    import pyarrow.parquet
 
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["counting", "geometry"])
-    tables = {"counting": [problem("a")], "geometry": [problem("b", GEOMETRY)]}
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda name, config: {s: datasets.Dataset.from_list(tables[config]) for s in ("train", "test")},
-    )
-    pool, held_out = load_task("competition_math", "owner/math")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, card = tmp_path / "math", ["---", "configs:"]
+    for config, row in {"counting": problem("a"), "geometry": problem("b", GEOMETRY)}.items():
+        (folder / config).mkdir(parents=True)
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split in ("train", "test"):
+            file = f"{config}/{split}-00000-of-00001.parquet"
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), folder / file)
+            card += [f"  - split: {split}", f"    path: {file}"]
+    (folder / "README.md").write_text("\n".join([*card, "---"]))
+    pool, held_out = load_task("competition_math", str(folder))
     assert len(pool.prompts) == len(held_out.prompts) == 2
+    torn = tmp_path / "torn" / "data" / "train-00000-of-00001.parquet"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"torn")
+    with pytest.raises(UserError, match="torn: cannot be loaded as a data set of the hub"):
+        load_task("competition_math", str(tmp_path / "torn"))
 
-    def fail(name):
-        raise ConnectionError("no route\nto the hub")
 
-    monkeypatch.setattr(datasets, "get_dataset_config_names", fail)
-    with pytest.raises(UserError, match=r"^owner/math: is neither a file nor .* \(no route to the hub\)\.$"):
+def test_a_hub_data_set_that_is_not_here_is_not_downloaded():
+    with pytest.raises(UserError, match=r"^owner/math: is neither .* purld downloads nothing; fetch it before"):
         load_task("competition_math", "owner/math")
 
 

@@ -42,7 +42,7 @@ Engine = GenerateEngine
 
 
 class Student(Section):
-    """The model to align. `model` is a directory or a hub id; without `lora` all weights train."""
+    """The model to align. `model` is a directory, or a hub id in the local cache; without `lora` all weights train."""
 
     model: str
     lora: Lora | None = None
@@ -87,7 +87,7 @@ class Data(Section):
 
     prompts: str | None = None
     task: TaskName | None = None  # `purld tasks` lists them
-    path: str | None = None  # the task's data: a file or folder in the published format, or a hub dataset
+    path: str | None = None  # the task's data: a file or folder in the published format, or of the hub
     columns: Columns = Columns()
     eval_prompts: str | None = None
     eval_fraction: Fraction = 0.1

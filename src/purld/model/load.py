@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from purld.config.schema import Student
 from purld.errors import UserError
+from purld.hub_offline import is_hub_model_cached
 from purld.model.causal_lm import AdaptedCausalLM, CausalLM
 from purld.model.encode import Encoder
 from purld.model.processor import auto_model_class, read_processor, reads_images, save_processor
@@ -179,25 +180,34 @@ def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, pat
     save_processor(encoder.processor, student.model, path)
 
 
-def check_model_directory(model: str) -> None:
-    """Raise an error for a path that is not a model directory; hub ids pass.
+def check_model_directory(model: str, key: str = "student.model") -> None:
+    """Raise an error for a path that is not a model directory, and for a hub id that is not in the local cache.
+
+    Args:
+        model: the directory or hub id.
+        key: the configuration's key that names it, for the message.
 
     Raises:
-        UserError: `model` is a folder without a readable config.json, is a file, or looks like a path that does not
-            exist.
+        UserError: `model` is a folder without a readable config.json, is a file, does not exist, or would have to be
+            downloaded.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise UserError(f"student.model: {model} is not a model directory; it holds no config.json.")
+            raise UserError(f"{key}: {model} is not a model directory; it holds no config.json.")
         try:
             json.loads((path / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise UserError(f"student.model: {model}/config.json is not readable JSON.") from None
+            raise UserError(f"{key}: {model}/config.json is not readable JSON.") from None
     elif path.is_file():
-        raise UserError(f"student.model: {model} is a file; give the directory that holds config.json.")
+        raise UserError(f"{key}: {model} is a file; give the directory that holds config.json.")
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"student.model: {model} does not exist; give a model directory or a hub id.")
+        raise UserError(f"{key}: {model} does not exist; give a model directory.")
+    elif not is_hub_model_cached(model):
+        raise UserError(
+            f"{key}: {model} is neither a directory here nor in the Hugging Face cache, and purld downloads "
+            f"nothing; fetch it before with `hf download {model}`."
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

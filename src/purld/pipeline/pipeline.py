@@ -20,7 +20,7 @@ from purld.errors import UserError
 from purld.model.load import load_encoder
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
-from purld.pipeline.preflight import check_context, check_judging, check_scoring
+from purld.pipeline.preflight import check_context, check_judging, check_local_models, check_scoring
 from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
@@ -83,6 +83,7 @@ class Pipeline:
         self.encoder = load_encoder(config.student)
         self.check = find_check(config.data)
         check_trackers(config.report_to)
+        check_local_models(config)
         check_context(config)
         check_scoring(config, self.encoder)
 

@@ -13,7 +13,7 @@ from purld.pipeline.pipeline import STAGES
 from purld.pipeline.plan_machine import plan_machine
 from purld.pipeline.plan_requests import plan_requests
 from purld.pipeline.plan_sheet import Plan
-from purld.pipeline.preflight import check_context, check_judging, check_scoring
+from purld.pipeline.preflight import check_context, check_judging, check_local_models, check_scoring
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
@@ -30,6 +30,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     """
     plan = Plan()
     encoder = load_encoder(config.student)
+    check_local_models(config)
     check_context(config)
     check_scoring(config, encoder)
     pools = load_prompt_pools(config, encoder, lambda line: plan.add_lines("Prompts", line))

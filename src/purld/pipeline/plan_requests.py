@@ -103,6 +103,8 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
     if isinstance(config.evaluate.judge, OpenAIEndpoint):
         _plan_judge(plan, config.evaluate.judge, config, encoder, pools)
     _plan_training_requests(plan, config, encoder, pools)
+    if config.report_to:
+        plan.add_lines(_HEADING, f"trackers: metrics to where {', '.join(config.report_to)} is set up to (report_to)")
 
 
 def _describe_answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: str) -> str:

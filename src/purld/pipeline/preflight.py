@@ -1,13 +1,13 @@
-"""Check the limits of a run before anything is paid for: the student's context and scoring, the teacher's cap."""
+"""Check before anything is paid for: the student's context and scoring, local models, the teacher's cap."""
 
 from __future__ import annotations
 
-from purld.config.clients import OpenAIEndpoint, TeacherAnchors
+from purld.config.clients import LocalModel, OpenAIEndpoint, TeacherAnchors
 from purld.config.methods import SelfScoringSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.model.encode import Encoder
-from purld.model.load import context_length
+from purld.model.load import check_model_directory, context_length
 from purld.pipeline.prompt_pools import PromptPools
 from purld.training.scoring import find_scorer
 
@@ -42,6 +42,17 @@ def check_scoring(config: Config, encoder: Encoder) -> None:
         check = find_scorer(config.align.score).check
         if check is not None:
             check(encoder)
+
+
+def check_local_models(config: Config) -> None:
+    """Check that the models of a local teacher or judge are on this machine.
+
+    Raises:
+        UserError: one is neither a model directory nor in the local cache.
+    """
+    for key, client in (("teacher.model", config.teacher), ("evaluate.judge.model", config.evaluate.judge)):
+        if isinstance(client, LocalModel):
+            check_model_directory(client.model, key)
 
 
 def check_judging(config: Config, pools: PromptPools) -> None:

@@ -14,7 +14,7 @@ from purld.data.files import BadRowError, FileRow, check_text, parse_json_file
 from purld.errors import UserError
 from purld.records import Message, Prompt
 from purld.tasks.expressions import answer_in_words, gold_in_words, parse_answer
-from purld.tasks.sources import Splits, hub_splits, is_hub_id, row_splits, split_name
+from purld.tasks.sources import Splits, hub_splits, is_hub_data, row_splits, split_name
 
 PREFIX = "Solve the following competition math problem: "
 COUNTING = "Counting & Probability"
@@ -27,7 +27,7 @@ def read_splits(path: str) -> Splits:
     Raises:
         UserError: `path` holds none of these.
     """
-    if is_hub_id(path):
+    if is_hub_data(path):
         return hub_splits(path)
     splits = row_splits(path) or _folder_splits(Path(path))
     if not splits:

@@ -17,8 +17,8 @@ from purld.errors import UserError
 from purld.tasks import aokvqa, competition_math, writingprompts
 from purld.tasks.sources import Splits
 
-_WRITING = "a folder of .wp_source and .wp_target, or a hub id"
-_MATH = "a folder {train,test}/TYPE/NUMBER.json, .jsonl or .parquet, or a hub id"
+_WRITING = "a folder of .wp_source and .wp_target, or a downloaded hub data set"
+_MATH = "a folder {train,test}/TYPE/NUMBER.json, .jsonl or .parquet, or a downloaded hub data set"
 _IMAGES = "a folder of aokvqa_v1p0_{train,val}.json with COCO's images"
 
 

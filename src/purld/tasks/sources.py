@@ -1,4 +1,4 @@
-"""Find the splits of a published data set: files by name, or a data set on the Hugging Face hub.
+"""Find the splits of a published data set: files by name, or a data set of the Hugging Face hub, downloaded before.
 
 Rows are read lazily. The modules of the tasks parse them.
 """
@@ -51,16 +51,17 @@ def row_splits(path: str) -> dict[str, Iterable[FileRow]]:
     return find_splits(path, "*.jsonl", iter_rows) or find_splits(path, "*.parquet", iter_rows)
 
 
-def is_hub_id(path: str) -> bool:
-    """Return whether `path` has the form of a hub id and does not exist as a local path."""
-    return not Path(path).exists() and _HUB_ID.fullmatch(path) is not None
+def is_hub_data(path: str) -> bool:
+    """Return whether `path` is a folder laid out as on the hub, or does not exist and has the form of a hub id."""
+    folder = Path(path)
+    return any(folder.glob("*/*.parquet")) if folder.exists() else _HUB_ID.fullmatch(path) is not None
 
 
 def hub_splits(name: str) -> dict[str, Iterable[FileRow]]:
-    """Load the splits of a data set on the hub, with the rows of all its configurations in sequence.
+    """Load the splits of a hub data set in a folder or the local cache, all its configurations in sequence.
 
     Raises:
-        UserError: the data set cannot be loaded.
+        UserError: the data set cannot be loaded; nothing is downloaded.
     """
     import datasets
 
@@ -69,10 +70,16 @@ def hub_splits(name: str) -> dict[str, Iterable[FileRow]]:
         for config in datasets.get_dataset_config_names(name):
             for split, table in datasets.load_dataset(name, config).items():
                 tables.setdefault(split_name(split), []).append(_hub_rows(table, f"{name} ({config}, {split})"))
-    # The library passes on the errors of its transports, which share no base class.
+    # The library passes on the errors of its file formats and transports, which share no base class.
     except Exception as error:
+        if not Path(name).exists():
+            raise UserError(
+                f"{name}: is neither a file or folder here nor a data set in the Hugging Face cache, and purld "
+                f"downloads nothing; fetch it before with `hf download --repo-type dataset {name} --local-dir DIR` and "
+                "give DIR."
+            ) from None
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: is neither a file nor a data set that the hub can load ({reason}).") from None
+        raise UserError(f"{name}: cannot be loaded as a data set of the hub ({reason}).") from None
     return {split: chain.from_iterable(parts) for split, parts in tables.items()}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from purld.data.files import BadRowError, FileRow, check_text
 from purld.errors import UserError
 from purld.records import Message, Prompt
-from purld.tasks.sources import Splits, find_splits, hub_splits, is_hub_id
+from purld.tasks.sources import Splits, find_splits, hub_splits, is_hub_data
 
 _TAG = re.compile(r"\s*\[\s*(\w+)\s*\]\s*")
 _SPACE_BEFORE = re.compile(r" +([.,;:!?%)\]}]|n't\b|'(?:s|re|ve|ll|d|m)\b)", re.IGNORECASE)
@@ -29,7 +29,7 @@ def read_splits(path: str) -> Splits:
     Raises:
         UserError: `path` holds none of these.
     """
-    if is_hub_id(path):
+    if is_hub_data(path):
         return hub_splits(path)
     splits = find_splits(path, "*.wp_source", _read_pair)
     if not splits:
