@@ -1,13 +1,16 @@
 """Compare forms of the in-context score on real groups: word problems with gold, and open-ended answers with verdicts.
 
     python benchmarks/score_forms.py problems STUDENT RUN/sft PROBLEMS.jsonl OUT/problems.jsonl --groups 60
+    python benchmarks/score_forms.py again STUDENT OUT/problems.jsonl OUT/before.jsonl
     python benchmarks/score_forms.py judged STUDENT JUDGED.jsonl OUT/judged.jsonl --groups 30
-    python benchmarks/score_forms.py table OUT/problems.jsonl OUT/judged.jsonl
+    python benchmarks/score_forms.py table OUT/problems.jsonl OUT/before.jsonl OUT/judged.jsonl
 
-The first two store per-token log-probs of every answer with and without the anchor in its context, under several
-templates; stopped, they continue. The third makes every form of them, in seconds. PROBLEMS has rows of prompt,
-reference (a number) and teacher (the anchor); JUDGED has rows of prompt, anchor and answers, each with text and wins,
-the probability that a judge prefers it to a fixed opponent. A pair counts if its verdicts differ by more than 0.3.
+The first and the third store per-token log-probs of every answer in several contexts: without the anchor, with it under
+several templates, and with another prompt's anchor; and of the anchor with each answer in its context. `again` measures
+the same answers with the student's own weights, before Stage I. Stopped, all three continue. The last makes every form
+of what they stored, in seconds. PROBLEMS has rows of prompt, reference (a number) and teacher (the anchor); JUDGED has
+rows of prompt, anchor and answers, each with text and wins, the probability that a judge prefers it to a fixed
+opponent. A pair counts if its verdicts differ by more than 0.3.
 """
 
 from __future__ import annotations
@@ -36,7 +39,6 @@ from purld.records import Prompt
 
 TEMPLATES = {
     "own words": "{q}\n\nHere is an answer to this:\n{a}\n\nWrite the same answer in your own words.",
-    "correct is": "{q}\n\n(The correct answer is: {a})",
     "reference": "{q}\n\nReference answer:\n{a}\n\nAnswer the question in agreement with the reference answer.",
 }
 CANDIDATES = 8
@@ -50,19 +52,31 @@ Form = Callable[[np.ndarray, np.ndarray], float]
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def measure_answers(model: CausalLM, encoder: Encoder, question: str, anchor: str, rows: list[list[int]]) -> Row:
-    """Return the log-probs of every token in each context, and the scores that need no form; row 0 is the anchor."""
-    contexts = {"bare": question} | {name: text.format(q=question, a=anchor) for name, text in TEMPLATES.items()}
-    log_probs = {}
-    for name, text in contexts.items():
-        values, _ = token_log_probs(model, encoder.encode_prompt(Prompt.from_text(text)), rows, encoder.pad)
-        log_probs[name] = [[round(v, 4) for v in line[: len(row)]] for line, row in zip(values.tolist(), rows)]
+def measure_answers(
+    model: CausalLM, encoder: Encoder, question: str, anchor: str, other: str, rows: list[list[int]]
+) -> Row:
+    """Return the log-probs of every token in each context, and the scores that need no form; row 0 is the anchor.
+
+    `other` is another prompt's anchor. "reversed" holds the anchor's log-probs with each answer in its context.
+    """
+    texts = [encoder.decode_text(r) for r in rows]
+    own_words = TEMPLATES["own words"]
+    contexts = {"bare": question, "other": own_words.format(q=question, a=other)}
+    contexts |= {name: text.format(q=question, a=anchor) for name, text in TEMPLATES.items()}
+    log_probs = {name: answer_log_probs(model, encoder, text, rows) for name, text in contexts.items()}
+    log_probs["reversed"] = [
+        answer_log_probs(model, encoder, own_words.format(q=question, a=text), rows[:1])[0] for text in texts
+    ]
     prompt = Prompt.from_text(question)
-    expected = SelfEvaluator(encoder, "expected", 16).score(
-        model, prompt, anchor, [encoder.decode_text(r) for r in rows]
-    )
+    expected = SelfEvaluator(encoder, "expected", 16).score(model, prompt, anchor, texts)
     reference = reference_scores(model, encoder, prompt, anchor, rows, 16)
     return {"log_probs": log_probs, "expected": expected.candidates, "reference": reference}
+
+
+def answer_log_probs(model: CausalLM, encoder: Encoder, context: str, rows: list[list[int]]) -> list[list[float]]:
+    """Return the log-probs of the rows' tokens after a user's turn."""
+    values, _ = token_log_probs(model, encoder.encode_prompt(Prompt.from_text(context)), rows, encoder.pad)
+    return [[round(v, 4) for v in line[: len(row)]] for line, row in zip(values.tolist(), rows)]
 
 
 def measure_problems(args: argparse.Namespace) -> None:
@@ -72,9 +86,11 @@ def measure_problems(args: argparse.Namespace) -> None:
     sampler = GenerateSampler(encoder, Decoding(1.0, 48))
     done = read_rows(args.out)
     mixed = sum("log_probs" in row for row in done)
-    for problem in read_rows(args.problems)[len(done) :]:
+    problems = read_rows(args.problems)
+    for index in range(len(done), len(problems)):
         if mixed >= args.groups:
             return
+        problem, other = problems[index], problems[index - 1]["teacher"]
         prompt = Prompt.from_text(problem["prompt"])
         (drawn,) = sampler(model, [encoder.encode_prompt(prompt)], CANDIDATES, seed_from_content("forms", prompt.id))
         ids = [c.ids for c in drawn]
@@ -82,10 +98,25 @@ def measure_problems(args: argparse.Namespace) -> None:
         row: Row = {"id": prompt.id, "right": right, "tokens": [len(i) for i in ids]}
         if any(right) and not all(right):
             mixed += 1
-            anchor = encoder.encode_answer(problem["teacher"]).ids
-            row |= measure_answers(model, encoder, problem["prompt"], problem["teacher"], [anchor, *ids])
+            question, anchor = problem["prompt"], problem["teacher"]
+            rows = [encoder.encode_answer(anchor).ids, *ids]
+            row |= {"question": question, "anchor": anchor, "other": other, "rows": rows}
+            row |= measure_answers(model, encoder, question, anchor, other, rows)
         append_row(args.out, row)
         print(f"{mixed} of {args.groups} groups with right and wrong answers", flush=True)
+
+
+def measure_again(args: argparse.Namespace) -> None:
+    """Measure the same answers to the same problems with the student's own weights."""
+    student, encoder = open_student(args.student)
+    model = load_model(student, args.student)
+    done = {row["id"] for row in read_rows(args.out)}
+    for row in read_rows(args.problems):
+        if "log_probs" not in row or row["id"] in done:
+            continue
+        measured = measure_answers(model, encoder, row["question"], row["anchor"], row["other"], row["rows"])
+        append_row(args.out, {name: row[name] for name in ("id", "right", "tokens")} | measured)
+        print(f"{row['id']} measured", flush=True)
 
 
 def measure_judged(args: argparse.Namespace) -> None:
@@ -93,14 +124,16 @@ def measure_judged(args: argparse.Namespace) -> None:
     student, encoder = open_student(args.student)
     model = load_model(student, args.student)
     done = {row["id"] for row in read_rows(args.out)}
-    for item in read_rows(args.judged)[: args.groups]:
+    items = read_rows(args.judged)
+    for index, item in enumerate(items[: args.groups]):
         if item["id"] in done:
             continue
-        anchor_ids = encoder.encode_literal(item["anchor"])
-        anchor = encoder.decode_text(anchor_ids[:ANCHOR_TOKENS])
+        anchor, other = (
+            encoder.decode_text(encoder.encode_literal(i["anchor"])[:ANCHOR_TOKENS]) for i in (item, items[index - 1])
+        )
         rows = [cut_answer(encoder, text) for text in (item["anchor"], *(a["text"] for a in item["answers"]))]
         row = {"id": item["id"], "wins": [a["wins"] for a in item["answers"]], "tokens": [len(r) for r in rows[1:]]}
-        append_row(args.out, row | measure_answers(model, encoder, item["prompt"], anchor, rows))
+        append_row(args.out, row | measure_answers(model, encoder, item["prompt"], anchor, other, rows))
         print(f"{item['id']} measured", flush=True)
 
 

@@ -67,6 +67,7 @@ def test_the_length_correlation_is_the_mean_over_groups_with_spread() -> None:
         ({"unscored": 0.6}, "60% of the answers got no score"),
         ({"spread": 2e-6}, "rounding"),
         ({"label_entropy": 0.99999}, "uniform"),
+        ({"anchor_auc": (0.39, 0.29, 0.49)}, r"below the others of their prompt \(AUC 0.39 \[0.29, 0.49\]\)"),
     ],
 )
 def test_each_weakness_is_named(changes: dict[str, object], words: str) -> None:
@@ -80,6 +81,7 @@ def test_known_pairs_and_gold_do_not_decide() -> None:
     """On a real student neither a high nor a low rate of known pairs went with the AUC against gold."""
     assert weakness(replace(GOOD, pairs={"anchor/number": PairRate(0.1, 0.05, 0.2, 50)})) is None
     assert weakness(replace(GOOD, gold_auc=(0.3, 0.2, 0.4))) is None
+    assert weakness(replace(GOOD, anchor_auc=(0.45, 0.38, 0.52))) is None  # may be chance
 
 
 def test_results_hold_what_was_measured_and_nothing_else() -> None:

@@ -64,13 +64,14 @@ class GroupSettings(SamplingSettings):
         return self.candidates
 
 
-ScoreName = Literal["expected", "verbal", "in_context", "reference"]
+ScoreName = Literal["auto", "expected", "verbal", "in_context", "reference", "agreement"]
 
 
 class SelfScoringSettings(Section):
-    """Settings of a method whose candidates are scored by the frozen p_sft."""
+    """Settings of a method whose candidates are scored by the frozen p_sft, or by their agreement with the anchor."""
 
-    score: ScoreName = "expected"
+    # auto: `agreement` where `data.check` can compare a candidate's result with the anchor's, else `in_context`.
+    score: ScoreName = "auto"
     score_batch_size: Count = 16
     weak_signal: Literal["stop", "continue"] = "stop"  # what to do where the probe finds scores without a signal
 
@@ -105,8 +106,9 @@ class LdlGrpo(GroupSettings, SelfScoringSettings):
     q: Literal["ratio", "likelihood", "mean"] = "ratio"
     gamma: Positive = 5.0
     tau: Positive = 1.2
-    # literal: margins as in Eq. 2; calibrated: in units of the scorer's own spread, as the probe measured it.
-    margin_scale: Literal["literal", "calibrated"] = "literal"
+    # literal: margins as in Eq. 2; calibrated: in units of the scorer's own spread, as the probe measured it;
+    # auto: literal for scores from 0 to 1 that are meant absolutely, calibrated for the others.
+    margin_scale: Literal["auto", "literal", "calibrated"] = "auto"
     beta: NonNegative = 0.01  # weight of KL(p || p_sft), as in every method that has one
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +17,8 @@ def print_probe(probe: Mapping[str, Any], console: Console | None = None) -> Non
         console: where to print; stdout by default.
     """
     console = console or Console(highlight=False)
-    has_gold = any("gold_auc" in row for row in probe["scorers"])
+    aucs = [key for key in ("anchor_auc", "gold_auc") if any(key in row for row in probe["scorers"])]
+    titles = {"anchor_auc": "AUC against anchors", "gold_auc": "AUC against gold"}
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     columns = [
         "scorer",
@@ -29,7 +30,7 @@ def print_probe(probe: Mapping[str, Any], console: Console | None = None) -> Non
         "unscored",
         "s/group",
     ]
-    for heading in [*columns, *(["AUC against gold"] if has_gold else [])]:
+    for heading in [*columns, *(titles[key] for key in aucs)]:
         table.add_column(heading, no_wrap=heading == "scorer")
     for row in probe["scorers"]:
         cells = [
@@ -42,7 +43,7 @@ def print_probe(probe: Mapping[str, Any], console: Console | None = None) -> Non
             f"{row['unscored']:.0%}",
             f"{row['seconds_per_group']:.2f}",
         ]
-        table.add_row(*cells, *([_gold(row)] if has_gold else []))
+        table.add_row(*cells, *(_auc(row.get(key)) for key in aucs))
     console.print(table)
     console.print()
     for row in probe["scorers"]:
@@ -58,8 +59,8 @@ def _rate(rate: Mapping[str, Any] | None) -> str:
     return f"{rate['rate']:.3f} [{low:.2f}, {high:.2f}]"
 
 
-def _gold(row: Mapping[str, Any]) -> str:
-    if "gold_auc" not in row:
+def _auc(auc: Sequence[float] | None) -> str:
+    if auc is None:
         return "-"
-    value, low, high = row["gold_auc"]
+    value, low, high = auc
     return f"{value:.3f} [{low:.2f}, {high:.2f}]"

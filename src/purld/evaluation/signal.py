@@ -19,6 +19,7 @@ Scores = Sequence[float | None]
 
 MAX_UNSCORED = 0.5  # with more, most of a group is missing
 NOISE_FACTOR = 3.0  # a spread below this many times the rounding is rounding
+CHANCE = 0.5  # the AUC of scores that say nothing
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class ScorerMeasures:
         length_correlation: the mean correlation of score and length within groups; None without spread.
         unscored: the share of answers without a score.
         seconds: seconds per group.
+        anchor_auc: AUC within prompts of the candidates that have the anchor's result over those that do not, with its
+            interval; None where the run's check finds no results, or where no group holds both.
         gold_auc: AUC within prompts against gold, with its interval; None without gold or without mixed groups.
     """
 
@@ -55,6 +58,7 @@ class ScorerMeasures:
     length_correlation: float | None
     unscored: float
     seconds: float
+    anchor_auc: tuple[float, float, float] | None = None
     gold_auc: tuple[float, float, float] | None = None
 
     @property
@@ -66,7 +70,8 @@ class ScorerMeasures:
 def weakness(measures: ScorerMeasures) -> str | None:
     """Say in a clause why nothing can be learned from a scorer's scores; None if something may be.
 
-    Known pairs do not count: on a real student they did not predict the AUC against gold (docs/probe.md).
+    Known pairs and gold do not count: on a real student the former did not predict the AUC against gold
+    (docs/probe.md), and gold is for evaluation. The anchor's result does, where results can be compared.
     """
     if measures.unscored > MAX_UNSCORED:
         return f"{measures.unscored:.0%} of the answers got no score"
@@ -74,6 +79,12 @@ def weakness(measures: ScorerMeasures) -> str | None:
         return f"the candidates' scores differ by {measures.spread:.1e}, which is rounding"
     if measures.label_entropy > UNIFORM_ENTROPY:
         return f"the labels are uniform (entropy {measures.label_entropy:.4f} of ln K)"
+    if measures.anchor_auc is not None and measures.anchor_auc[2] < CHANCE:
+        auc, low, high = measures.anchor_auc
+        return (
+            "candidates with the anchor's result score below the others of their prompt "
+            f"(AUC {auc:.2f} [{low:.2f}, {high:.2f}])"
+        )
     return None
 
 
@@ -92,8 +103,9 @@ def measures_as_results(measures: ScorerMeasures) -> dict[str, Any]:
     }
     if measures.pairs:
         row["agreement"] = _rate_row(measures.agreement)
-    if measures.gold_auc is not None:
-        row["gold_auc"] = [round(value, 4) for value in measures.gold_auc]
+    for key, auc in (("anchor_auc", measures.anchor_auc), ("gold_auc", measures.gold_auc)):
+        if auc is not None:
+            row[key] = [round(value, 4) for value in auc]
     return {key: value for key, value in row.items() if value is not None}
 
 

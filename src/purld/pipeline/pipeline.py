@@ -18,6 +18,7 @@ from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.model.load import load_encoder
+from purld.pipeline.chosen_score import with_chosen_score
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
 from purld.pipeline.preflight import check_context, check_judging, check_local_models, check_scoring
@@ -76,6 +77,7 @@ class Pipeline:
     """
 
     def __init__(self, config: Config, run: RunDir, reporter: Reporter, resend_unknown: bool = False) -> None:
+        config = with_chosen_score(config)
         self.config = config
         self.run = run
         self.reporter = reporter

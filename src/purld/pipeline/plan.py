@@ -9,6 +9,7 @@ from pathlib import Path
 from purld.config.methods import LdlGrpo, StageTwoSettings
 from purld.config.schema import Config
 from purld.model.load import load_encoder
+from purld.pipeline.chosen_score import describe_score, with_chosen_score
 from purld.pipeline.pipeline import STAGES
 from purld.pipeline.plan_machine import plan_machine
 from purld.pipeline.plan_requests import plan_requests
@@ -29,6 +30,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
         UserError: a file, a row, the model directory or a length is wrong.
     """
     plan = Plan()
+    given, config = config, with_chosen_score(config)
     encoder = load_encoder(config.student)
     check_local_models(config)
     check_context(config)
@@ -39,6 +41,8 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     _plan_check(plan, config, pools)
     plan_requests(plan, config, encoder, pools, run)
     _plan_training(plan, config, pools)
+    if score := describe_score(given, config):
+        plan.add_lines("Training", score)
     plan_machine(plan, config, run.path)
     _plan_remaining_stages(plan, run)
     return plan

@@ -9,6 +9,7 @@ from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.load import check_model_directory, context_length
 from purld.pipeline.prompt_pools import PromptPools
+from purld.tasks.checks import find_check
 from purld.training.scoring import find_scorer
 
 # A generous allowance for the words of the self-evaluation and chat templates.
@@ -36,12 +37,13 @@ def check_scoring(config: Config, encoder: Encoder) -> None:
     """Check that the student can score as `align.score` asks.
 
     Raises:
-        UserError: its tokenizer does not spell numbers as `expected` needs.
+        UserError: its tokenizer does not spell numbers as `expected` needs, or the run has no check of answers, which
+            `agreement` needs.
     """
     if isinstance(config.align, SelfScoringSettings):
         check = find_scorer(config.align.score).check
         if check is not None:
-            check(encoder)
+            check(encoder, find_check(config.data))
 
 
 def check_local_models(config: Config) -> None:

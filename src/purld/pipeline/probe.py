@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,6 @@ def measure_scorer(
     groups: Sequence[ProbeGroup],
     context: StageContext,
     settings: StageTwoSettings,
-    check: Check | None,
 ) -> ScorerMeasures:
     """Score the probe's groups by one scorer and measure what its scores are worth.
 
@@ -118,9 +117,8 @@ def measure_scorer(
         name: the scorer's name.
         scorer: the scorer.
         groups: the probe's groups.
-        context: the student, the run directory and the seed.
+        context: the student, the run directory, the seed, and the check of answers for the AUCs.
         settings: the method's settings, for the labels.
-        check: tells whether an answer is right, for the AUC against gold; None without gold.
     """
     started = time.monotonic()
     scored = []
@@ -143,11 +141,12 @@ def measure_scorer(
         pairs=rates,
         spread=pooled_spread(drawn),
         noise=_noise(scorer, groups[:_NOISE_GROUPS], [s.candidates for s in scored], context),
-        label_entropy=_label_entropy(drawn, [scores.anchor for scores in scored], settings),
+        label_entropy=_label_entropy(name, drawn, [scores.anchor for scores in scored], settings),
         length_correlation=mean_length_correlation(drawn, [[len(c.ids) for c in g.completions] for g in groups]),
         unscored=sum(s is None for s in everything) / len(everything),
         seconds=seconds,
-        gold_auc=_gold_auc(groups, drawn, check, context.seed),
+        anchor_auc=_auc_within(groups, drawn, _agreement_check(context.check), context.seed),
+        gold_auc=_auc_within(groups, drawn, _gold_check(context.check), context.seed),
     )
 
 
@@ -171,17 +170,42 @@ def _noise(
     return float((sum(squares) / len(squares)) ** 0.5) if squares else 0.0
 
 
-def _gold_auc(
-    groups: Sequence[ProbeGroup], scores: Sequence[Sequence[float | None]], check: Check | None, seed: int
+AnswerJudge = Callable[[ProbeGroup, str], bool | None]
+"""Returns whether a text is a right answer to a group's prompt; None where that cannot be told."""
+
+
+def _gold_check(check: Check | None) -> AnswerJudge:
+    def judge(group: ProbeGroup, text: str) -> bool | None:
+        prompt = group.question.prompt
+        return None if check is None or prompt.reference is None else check(prompt, text)
+
+    return judge
+
+
+def _agreement_check(check: Check | None) -> AnswerJudge:
+    """Return a judge that compares an answer's result with the anchor's; gold is not read."""
+
+    def judge(group: ProbeGroup, text: str) -> bool | None:
+        if check is None:
+            return None
+        anchored = replace(group.question.prompt, reference=group.question.anchor)
+        return check(anchored, text) if check(anchored, group.question.anchor) else None
+
+    return judge
+
+
+def _auc_within(
+    groups: Sequence[ProbeGroup], scores: Sequence[Sequence[float | None]], judge: AnswerJudge, seed: int
 ) -> tuple[float, float, float] | None:
-    """Return the AUC within prompts against gold with its interval; None where there is no gold or no mixed group."""
-    if check is None:
-        return None
-    checked = [
-        CheckedGroup(g.question.prompt.id, 0, s, [check(g.question.prompt, text) for text in g.texts])
-        for g, s in zip(groups, scores, strict=True)
-        if g.question.prompt.reference is not None
-    ]
+    """Return the AUC within prompts of right answers over wrong ones, with its interval.
+
+    None where nothing can be judged or no group holds right and wrong answers.
+    """
+    checked = []
+    for group, drawn in zip(groups, scores, strict=True):
+        right = [judge(group, text) for text in group.texts]
+        if None not in right:
+            checked.append(CheckedGroup(group.question.prompt.id, 0, drawn, [bool(r) for r in right]))
     if not any(s is not None for group in checked for s in group.scores):
         return None
     quality = score_quality(checked, seed)
@@ -191,11 +215,11 @@ def _gold_auc(
 
 
 def _label_entropy(
-    groups: Sequence[Sequence[float | None]], anchors: Sequence[float | None], settings: StageTwoSettings
+    scorer: str, groups: Sequence[Sequence[float | None]], anchors: Sequence[float | None], settings: StageTwoSettings
 ) -> float:
     """Return the mean entropy of D over ln K, with LDL-GRPO's default gamma and tau for another method."""
     labels = settings if isinstance(settings, LdlGrpo) else LdlGrpo()
-    scale = labels_scale(labels, pooled_spread(groups))
+    scale = labels_scale(labels, scorer, pooled_spread(groups))
     ratios = []
     for group, anchor in zip(groups, anchors, strict=True):
         scores = torch.tensor([s for s in group if s is not None], dtype=torch.float64)
@@ -205,9 +229,12 @@ def _label_entropy(
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def labels_scale(settings: LdlGrpo, spread: float) -> float:
-    """Return the factor of the margins for a scorer of this spread, as `align.margin_scale` says."""
-    return margin_scale(spread) if settings.margin_scale == "calibrated" else 1.0
+def labels_scale(settings: LdlGrpo, scorer: str, spread: float) -> float:
+    """Return the factor of the margins for a scorer of this name and spread, as `align.margin_scale` says."""
+    calibrated = settings.margin_scale == "calibrated"
+    if settings.margin_scale == "auto":
+        calibrated = find_scorer(scorer).has_own_unit
+    return margin_scale(spread) if calibrated else 1.0
 
 
 # --- the stage -----------------------------------------------------------------------------------------------
@@ -238,19 +265,21 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
     roles = Roles(model, model)
     measured = []
     with reporter.progress("probe") as progress:
-        training = StageContext(config.student, context.encoder, run, config.seed, progress)
+        training = StageContext(config.student, context.encoder, run, config.seed, progress, check=context.check)
         groups = draw_probe_groups(training, settings, model, examples)
         for name in _scorers_to_measure(settings, every_scorer):
             entry = find_scorer(name)
             try:
                 if entry.check is not None:
-                    entry.check(context.encoder)
+                    entry.check(context.encoder, context.check)
             except UserError as error:
                 reporter.say(f"{name} is left out: {error}")
                 continue
             named = settings.model_copy(update={"score": name})
-            scorer = entry.make(ScorerContext(context.encoder, roles, named, True, device_autocast))
-            measured.append(measure_scorer(name, scorer, groups, training, settings, context.check))
+            scorer = entry.make(
+                ScorerContext(context.encoder, roles, named, True, device_autocast, check=context.check)
+            )
+            measured.append(measure_scorer(name, scorer, groups, training, settings))
     facts = {
         "prompts": len(groups),
         "model": "sft" if folder == run.sft else "base",
@@ -296,7 +325,7 @@ def check_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) ->
     if "weakness" in chosen_measures(probe) and settings.weak_signal == "stop":
         raise UserError(
             f"Stage II was not started: {probe['verdict']} Use another scorer (purld probe measures all; "
-            "align.score=in_context with align.margin_scale=calibrated asks for no number), a larger student or more "
+            "align.score=in_context asks for no number), a larger student or more "
             f"of Stage I; or let the teacher score, with about {settings.candidates_in_all:,} more calls "
             "(align.method=teacher_judge_grpo). align.weak_signal=continue starts Stage II all the same."
         )
@@ -306,7 +335,7 @@ def probed_scale(settings: StageTwoSettings, probe: Mapping[str, Any] | None) ->
     """Return the factor of the margins for the run's scorer, from the spread that the probe measured; 1 without one."""
     if probe is None or not isinstance(settings, LdlGrpo):
         return 1.0
-    return labels_scale(settings, chosen_measures(probe)["spread"])
+    return labels_scale(settings, probe["chosen"], chosen_measures(probe)["spread"])
 
 
 def _scorers_to_measure(settings: SelfScoringSettings, every_scorer: bool) -> list[str]:

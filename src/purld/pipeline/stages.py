@@ -110,7 +110,9 @@ def run_align(context: RunContext) -> dict[str, Any]:
 
 def _training_context(context: RunContext, progress: Progress) -> StageContext:
     config = context.config
-    return StageContext(config.student, context.encoder, context.run, config.seed, progress, config.report_to)
+    return StageContext(
+        config.student, context.encoder, context.run, config.seed, progress, config.report_to, context.check
+    )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 from purld.report.markup import PageSection, escape_text, scrolling_table
 from purld.report.run_data import RunData
 
-_HEADINGS = ("Scorer", "Known pairs", "Spread", "Noise", "H(D)/ln K", "With length", "Against gold")
+_HEADINGS = ("Scorer", "Known pairs", "Spread", "Noise", "H(D)/ln K", "With length", "Against anchors", "Against gold")
 
 
 def probe_section(runs: Sequence[RunData]) -> PageSection:
@@ -27,14 +27,14 @@ def probe_section(runs: Sequence[RunData]) -> PageSection:
 
 
 def _scorer_row(row: Mapping[str, Any], chosen: str) -> str:
-    agreement, gold = row.get("agreement"), row.get("gold_auc")
+    agreement, anchor, gold = row.get("agreement"), row.get("anchor_auc"), row.get("gold_auc")
     cells = (
         _with_interval(agreement["rate"], *agreement["ci"]) if agreement else "–",
         f"{row['spread']:.3g}",
         f"{row['noise']:.1g}",
         f"{row['label_entropy']:.3f}",
         f"{row['length_correlation']:+.2f}" if "length_correlation" in row else "–",
-        _with_interval(*gold) if gold else "–",
+        *(_with_interval(*auc) if auc else "–" for auc in (anchor, gold)),
     )
     name = f"<b>{escape_text(row['name'])}</b>" if row["name"] == chosen else escape_text(row["name"])
     return f'<tr><th scope="row">{name}</th>{"".join(f"<td>{escape_text(cell)}</td>" for cell in cells)}</tr>'

@@ -25,15 +25,16 @@ _CHECKS = {  # module and function
 }
 
 
+_READS_RESULTS = ("math", "choice", "testbed")  # find the result in a whole answer; `exact` takes the text as it is
+
+
 def find_check(data: Data) -> Check | None:
     """Return the check of a run, or None if the run reports no accuracy.
 
     Raises:
         UserError: the check needs a library that is not installed.
     """
-    name: str = data.check
-    if name == "auto":
-        name = TASKS[data.task].check if data.task else "none"
+    name = _check_name(data)
     if name == "none":
         return None
     if name == "math":
@@ -41,6 +42,17 @@ def find_check(data: Data) -> Check | None:
     module, function = _CHECKS[name]
     check: Check = getattr(importlib.import_module(module), function)
     return check
+
+
+def reads_results(data: Data) -> bool:
+    """Return whether the run's check finds the result in a whole answer, so that two answers can be compared."""
+    return _check_name(data) in _READS_RESULTS
+
+
+def _check_name(data: Data) -> str:
+    if data.check == "auto":
+        return TASKS[data.task].check if data.task else "none"
+    return data.check
 
 
 def missing_gold(data: Data, held_out: Sequence[Prompt]) -> str | None:

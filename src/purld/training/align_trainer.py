@@ -87,9 +87,10 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         self._update = GroupUpdate(
             roles, settings.micro_batch_size, encoder.pad, accelerator.backward, accelerator.autocast, self._critic
         )
+        anchored = self._method.scorer == "anchored"
         scorer = make_scorer(
             self._method,
-            ScorerContext(encoder, roles, settings, self._method.scorer == "anchored", accelerator.autocast, teacher),
+            ScorerContext(encoder, roles, settings, anchored, accelerator.autocast, teacher, context.check),
         )
         self._make_rollouts = RolloutMaker(
             self._method,

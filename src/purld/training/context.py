@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from purld.config.schema import Student
 from purld.model.encode import Encoder
 from purld.runs.run_dir import RunDir
+from purld.tasks.checks import Check
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, the total, and a short note."""
@@ -24,6 +25,7 @@ class StageContext:
         seed: the seed of everything random in the stage.
         progress: called after every step.
         report_to: experiment trackers, by name.
+        check: compares an answer with a reference; training gives it the anchor as the reference, never gold.
     """
 
     student: Student
@@ -32,3 +34,4 @@ class StageContext:
     seed: int
     progress: Progress
     report_to: Sequence[str] = ()
+    check: Check | None = None

@@ -1,4 +1,4 @@
-"""Score the candidates of Stage II: by the frozen p_sft, by the teacher, or not at all.
+"""Score the candidates of Stage II: by the frozen p_sft, by their results, by the teacher, or not at all.
 
 A scorer is looked up by name in `SCORERS`; `make_scorer` is the one place that decides who scores. A score that could
 not be had is None, never zero.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from purld.model.likelihood import in_context_scores, reference_scores
 from purld.model.load import Roles
 from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
+from purld.tasks.checks import Check
 from purld.templates import rating_turn
 
 
@@ -60,6 +61,7 @@ class ScorerContext:
         anchored: whether the scorer sees the anchor.
         autocast: the precision to compute in.
         teacher: the teacher's client, for a method that asks it about candidates.
+        check: the check of `data.check`, for the scorer that compares results with the anchor's.
     """
 
     encoder: Encoder
@@ -68,6 +70,7 @@ class ScorerContext:
     anchored: bool
     autocast: Callable[[], AbstractContextManager[Any]]
     teacher: Client | None = None
+    check: Check | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,30 @@ class LikelihoodScorer:
         return GroupScores(scores[0], list(scores[1:]))
 
 
+@dataclass(frozen=True)
+class AgreementScorer:
+    """Score 1 if a candidate's result is the anchor's, by the check of `data.check`, and 0 if not.
+
+    The anchor stands in the reference's place: the prompt's own reference is not read. Where the check finds no result
+    in the anchor itself, the group is unscored. No model is run.
+
+    Attributes:
+        check: compares an answer with a prompt's reference.
+    """
+
+    check: Check
+
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
+        """Score groups; see `Scorer`."""
+        return [self._score_group(group) for group in groups]
+
+    def _score_group(self, group: GroupToScore) -> GroupScores:
+        anchored = replace(group.prompt, reference=group.anchor)
+        if not self.check(anchored, group.anchor):
+            return GroupScores(None, [None for _ in group.candidates])
+        return GroupScores(1.0, [float(self.check(anchored, text)) for text in group.candidates])
+
+
 def score_nothing(groups: Sequence[GroupToScore]) -> list[GroupScores]:
     """Leave every candidate without a score, for a method that uses none."""
     return [GroupScores(None, [None for _ in g.candidates]) for g in groups]
@@ -192,8 +219,21 @@ def _make_teacher_scorer(context: ScorerContext) -> Scorer:
     return TeacherScorer(context.teacher)
 
 
-def _check_expected(encoder: Encoder) -> None:
+def _make_agreement_scorer(context: ScorerContext) -> Scorer:
+    assert context.check is not None and context.anchored
+    return AgreementScorer(context.check)
+
+
+def _check_expected(encoder: Encoder, check: Check | None) -> None:
     SelfEvaluator(encoder, "expected", batch_size=1)
+
+
+def _check_agreement(encoder: Encoder, check: Check | None) -> None:
+    if check is None:
+        raise UserError(
+            "align.score=agreement compares the candidates' results with the anchor's by data.check, which is none; "
+            "set data.check (math, choice or exact), or take another score."
+        )
 
 
 @dataclass(frozen=True)
@@ -202,18 +242,23 @@ class ScorerEntry:
 
     Attributes:
         make: makes the scorer.
-        check: raises a UserError if the student cannot score in this way; called before anything is paid for.
+        check: raises a UserError if this student, or this run's check of answers, cannot score in this way; called
+            before anything is paid for.
+        has_own_unit: whether scores have a unit of their own, such as nats, so that `align.margin_scale: auto`
+            calibrates their margins; False for scores whose 0 and 1 have a meaning.
     """
 
     make: Callable[[ScorerContext], Scorer]
-    check: Callable[[Encoder], None] | None = None
+    check: Callable[[Encoder, Check | None], None] | None = None
+    has_own_unit: bool = False
 
 
 SCORERS: dict[str, ScorerEntry] = {
     "expected": ScorerEntry(_make_self_scorer, _check_expected),
     "verbal": ScorerEntry(_make_self_scorer),
-    "in_context": ScorerEntry(partial(_make_likelihood_scorer, score_rows=in_context_scores)),
-    "reference": ScorerEntry(partial(_make_likelihood_scorer, score_rows=reference_scores)),
+    "in_context": ScorerEntry(partial(_make_likelihood_scorer, score_rows=in_context_scores), has_own_unit=True),
+    "reference": ScorerEntry(partial(_make_likelihood_scorer, score_rows=reference_scores), has_own_unit=True),
+    "agreement": ScorerEntry(_make_agreement_scorer, _check_agreement),
     "teacher": ScorerEntry(_make_teacher_scorer),
 }
 """Every scorer by name. To add one, add its entry here and its name to `purld.config.methods.ScoreName`."""
