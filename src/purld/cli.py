@@ -1,23 +1,25 @@
 """The command line.
 
 Each command imports what it needs, so that `purld --help` is instant. An error that the user can fix is one sentence on
-stderr and exit status 2. Ctrl-C is exit status 130, and the same command continues where it stopped.
+stderr and exit status 2. Ctrl-C, SIGTERM and SIGHUP are exit status 130, 143 and 129, and the same command continues.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from purld.display.streams import protected_streams
 from purld.errors import PlainWarning, UserError
+from purld.signals import Stopped, stopping_signals
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,23 +47,47 @@ ResendUnknown = Annotated[
 
 def main() -> None:
     """Run the `purld` command."""
-    _configure_libraries()
-    _configure_warnings()
+    with protected_streams(), stopping_signals():
+        _configure_libraries()
+        _configure_warnings()
+        status = _run_command()
+    sys.exit(status)
+
+
+def _run_command() -> int:
+    """Run the command and return its exit status; an error or a signal is one sentence on stderr."""
     try:
-        app()
+        status = _status_of(app)
+        sys.stdout.flush()
     except UserError as error:
-        print(f"purld: {error}", file=sys.stderr)
-        sys.exit(2)
+        return _fail(str(error))
+    except Stopped as stopped:
+        how = "interrupted" if stopped.signum == signal.SIGINT else f"stopped by {stopped}"
+        return _fail(f"{how}; run the same command again to continue.", stopped.status)
+    except BrokenPipeError:  # the reader of stdout has left, as `head` does; stderr raises nothing
+        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"purld: {where}the disk is full ({error.strerror}); free some space and run the same command again, "
-            "it continues from here.",
-            file=sys.stderr,
+        return _fail(
+            f"{where}the disk is full ({error.strerror}); free some space and run the same command again, "
+            "it continues from here."
         )
-        sys.exit(2)
+    return status
+
+
+def _status_of(command: Callable[[], object]) -> int:
+    try:
+        command()
+    except SystemExit as end:  # how typer ends a command
+        return end.code if isinstance(end.code, int) else 0
+    return 0
+
+
+def _fail(sentence: str, status: int = 2) -> int:
+    print(f"purld: {sentence}", file=sys.stderr)
+    return status
 
 
 @app.command()
@@ -83,7 +109,7 @@ def demo(
     from purld.testbed.demo import prepare_demo
 
     reporter = _reporter()
-    with _interruptible(), prepare_demo(task, run_dir, overrides or [], student) as (config, run):
+    with prepare_demo(task, run_dir, overrides or [], student) as (config, run):
         _pipeline(config, run, reporter).execute()
     _closing(run)
 
@@ -155,8 +181,7 @@ def probe(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
     from purld.display.probe import print_probe
 
     settings, run = _open(config, overrides, run_dir)
-    with _interruptible():
-        print_probe(_pipeline(settings, run, _reporter()).probe())
+    print_probe(_pipeline(settings, run, _reporter()).probe())
 
 
 @app.command()
@@ -206,8 +231,7 @@ def compare(
     """
     from purld.pipeline.compare import compare_runs, print_comparison
 
-    with _interruptible():
-        print_comparison(compare_runs(run_a, run_b, judge, _reporter()))
+    print_comparison(compare_runs(run_a, run_b, judge, _reporter()))
 
 
 @app.command()
@@ -229,8 +253,7 @@ def sweep(
     from purld.pipeline.sweep import plan_sweep, run_sweep
 
     cells = plan_sweep(config, grid, run_dir or Path("runs") / f"{config.stem}-sweep")
-    with _interruptible():
-        run_sweep(config, cells, jobs, _reporter())
+    run_sweep(config, cells, jobs, _reporter())
 
 
 @app.command()
@@ -335,20 +358,9 @@ def _execute(
     from purld.pipeline.pipeline import STAGES
 
     settings, run = _open(config, overrides, run_dir)
-    with _interruptible():
-        _pipeline(settings, run, _reporter(), resend_unknown).execute(stages or STAGES)
+    _pipeline(settings, run, _reporter(), resend_unknown).execute(stages or STAGES)
     if stages is None:
         _closing(run)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """End a run at Ctrl-C in one sentence."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("purld: interrupted; run the same command again to continue.", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def _pipeline(config: Any, run: Any, reporter: Any, resend_unknown: bool = False) -> Any:

@@ -97,11 +97,12 @@ def check_books(server: Server, ledger_path: Path, log_path: Path) -> None:
     assert totals["unknown"] == len(by_state["unknown"])
 
 
-def test_ctrl_c_ends_promptly_and_keeps_the_books(server: Server, tmp_path: Path):
+def test_ctrl_c_ends_after_the_grace_and_keeps_the_books(server: Server, tmp_path: Path):
     prompts = [f"question {n}" for n in range(40)]
     server.script = {prompt: [lambda handler: time.sleep(90)] for prompt in prompts[20:]}
     code = (
         "import sys; from pathlib import Path; from collect_helpers import collect_answers;"
+        "from purld.clients import endpoint; endpoint.GRACE_SECONDS = 0.5;"
         "collect_answers(sys.argv[1], Path(sys.argv[2]), 40, Path(sys.argv[3]))"
     )
     process = subprocess.Popen(

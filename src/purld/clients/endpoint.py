@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import signal
 import time
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -24,14 +26,16 @@ from purld.clients.ledger import CallResult, CapReachedError, Caps, Ledger, Requ
 from purld.clients.rate_limit import RateLimiter, backoff_seconds
 from purld.clients.requests import build_request, build_requests, read_api_key, token_cost, worst_case_tokens
 from purld.config.clients import OpenAIEndpoint
-from purld.errors import UserError
+from purld.errors import PlainWarning, UserError
 from purld.records import Prompt
+from purld.signals import DeferredSignals, deferred_signals
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 MAX_CONSECUTIVE_FAILURES = 10  # after so many, the endpoint is down or all requests have the same fault
 CONNECT_SECONDS = 10.0
+GRACE_SECONDS = 20.0  # how long a signal to stop waits for the calls in flight
 MIN_SECRET_LENGTH = 16  # a shorter key may be a placeholder such as EMPTY, which an answer may contain by chance
 
 
@@ -48,7 +52,9 @@ class EndpointClient:
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """Return the replies in the order of `prompts`; see `Client.ask`.
 
-        On Ctrl-C the calls in flight become `unknown`; all answers received so far are kept.
+        At SIGINT (Ctrl-C), SIGTERM and SIGHUP nothing more is sent, and the calls in flight, which may be billed, are
+        awaited for up to `GRACE_SECONDS` and stored; after a second SIGINT they become `unknown` at once. Then the
+        signal takes its usual effect. An error of `on_reply` is raised after the calls in flight have been stored.
         """
         keys = [request.key for request in build_requests(self.endpoint, prompts)]
         self.ledger.import_results(dict.fromkeys(keys), self.role)
@@ -60,7 +66,8 @@ class EndpointClient:
             else:
                 pending.append(prompts[index])
         if pending:
-            asyncio.run(_ConcurrentAsk(self, self._key, pending, collector).run())
+            with deferred_signals() as signals:
+                asyncio.run(_ConcurrentAsk(self, self._key, pending, collector).run(signals))
         return collector.in_order()
 
 
@@ -81,24 +88,53 @@ class _ConcurrentAsk:
         self.in_flight = 0
         self.consecutive_failures = 0
         self.stop: str | None = None  # the reason for stopping
+        self.error: BaseException | None = None  # the first that a worker could not handle
+        self.interrupted = False  # by a signal
+        self.workers: list[asyncio.Task[None]] = []
         self.stopped = asyncio.Event()
         self.call_settled = asyncio.Event()
 
-    async def run(self) -> None:
+    async def run(self, signals: DeferredSignals) -> None:
+        loop = asyncio.get_running_loop()
         async with _open_http(self.endpoint, self.key) as http:
-            workers = [
+            self.workers = [
                 asyncio.create_task(self._work(http)) for _ in range(min(self.endpoint.concurrency, len(self.pending)))
             ]
+            signals.notify(lambda signum: loop.call_soon_threadsafe(self._interrupt, signum))
             try:
-                await asyncio.gather(*workers)
+                await asyncio.gather(*self.workers, return_exceptions=True)
             finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+                self._cancel_workers()
+                await asyncio.gather(*self.workers, return_exceptions=True)
+        if self.error:
+            raise self.error
         if self.stop:
             raise UserError(self.stop)
 
+    def _interrupt(self, signum: int) -> None:
+        """Send nothing more at the first signal, and give the calls in flight some time; at a second SIGINT, none."""
+        if not self.interrupted:
+            self.interrupted = True
+            self._stop(f"stopped by {signal.Signals(signum).name}")
+            asyncio.get_running_loop().call_later(GRACE_SECONDS, self._cancel_workers)
+            if self.in_flight:
+                warnings.warn(PlainWarning(_describe_grace(self.in_flight, signum)), stacklevel=2)
+        elif signum == signal.SIGINT:
+            self._cancel_workers()
+
+    def _cancel_workers(self) -> None:
+        for worker in self.workers:
+            worker.cancel()
+
     async def _work(self, http: AsyncOpenAI) -> None:
+        """Ask for pending prompts; after an error, which is raised at the end, let the other workers finish."""
+        try:
+            await self._ask_pending(http)
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            self.error = self.error or error
+            self._stop(str(error))
+
+    async def _ask_pending(self, http: AsyncOpenAI) -> None:
         while self.pending and not self.stop:
             prompt = self.pending.popleft()
             try:
@@ -201,6 +237,12 @@ class _ConcurrentAsk:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self.stopped.wait()
+
+
+def _describe_grace(calls: int, signum: int) -> str:
+    again = "; a second Ctrl-C ends it at once" if signum == signal.SIGINT else ""
+    calls_in_flight = "the call in flight" if calls == 1 else f"the {calls} calls in flight"
+    return f"nothing more is sent; purld waits up to {GRACE_SECONDS:g} s for {calls_in_flight}{again}."
 
 
 def _open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncOpenAI:

@@ -1,7 +1,7 @@
 """Report the progress of a run: a headline per stage, facts, warnings, and a progress bar or plain lines.
 
 A terminal gets a moving bar, a log file a line every few seconds. Everything goes to stderr, so that stdout holds only
-a command's result.
+a command's result. No error of the display reaches the work: what cannot be shown is dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from purld.display.streams import make_unfailing
+
 _SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -23,6 +25,7 @@ class Reporter:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
+        self.console.file = make_unfailing(self.console.file)
 
     def headline(self, text: str) -> None:
         """Print the headline of a stage."""

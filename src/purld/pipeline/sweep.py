@@ -40,6 +40,7 @@ from purld.report.page import write_report
 from purld.runs.files import read_json, read_rows, sync_folder, write_json, write_rows
 from purld.runs.open import final_model
 from purld.runs.run_dir import RunDir
+from purld.signals import Stopped
 
 _PURLD = (sys.executable, "-c", "from purld.cli import main; main()")
 _LOG = "sweep.log"
@@ -236,10 +237,20 @@ def _run_each(
                 if not ended:
                     time.sleep(_POLL_SECONDS)
         finally:
-            for process in running:
-                process.send_signal(signal.SIGINT)
-            for process in running:
-                process.wait()
+            _stop_processes(list(running))
+
+
+def _stop_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask the processes to stop, which keeps the answers in flight, and wait; a second Ctrl-C ends them at once."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    try:
+        for process in processes:
+            process.wait()
+    except (Stopped, KeyboardInterrupt):
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        raise
 
 
 def _start_process(config: Path, command: str, cell: SweepCell, jobs: int) -> subprocess.Popen[bytes]:
