@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from purld.display.streams import protected_streams
-from purld.errors import PlainWarning, UserError
+from purld.errors import PlainWarning, UserError, printable
 from purld.signals import Stopped, stopping_signals
 
 app = typer.Typer(
@@ -86,7 +86,7 @@ def _status_of(command: Callable[[], object]) -> int:
 
 
 def _fail(sentence: str, status: int = 2) -> int:
-    print(f"purld: {sentence}", file=sys.stderr)
+    print(f"purld: {printable(sentence)}", file=sys.stderr)
     return status
 
 

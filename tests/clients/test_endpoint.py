@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import gzip
 import io
 import json
 import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from PIL import Image
 
 from purld import records
 from purld.clients import endpoint as endpoint_module
-from purld.clients import rate_limit
+from purld.clients import rate_limit, transport
 from purld.clients.endpoint import EndpointClient
 from purld.clients.ledger import Ledger, LedgerView
 from purld.clients.requests import (
@@ -246,22 +250,39 @@ FAULTS = {
     "invalid JSON": ([raw(b'{"choices": [{"mess')], "failed", "invalid_response", 1, WORST),
     "a login page": ([raw(b"<html>Sign in</html>")], "failed", "invalid_response", 1, WORST),
     "no UTF-8": ([raw(b"\xff\xfe\x00")], "failed", "invalid_response", 1, WORST),
-    "an error with status 200": ([raw(b'{"error": {"message": "m"}}')], "failed", "invalid_response", 1, WORST),
+    "an error with status 200": ([raw(b'{"error": {"message": "m"}}')], "failed", "http_200: m", 1, WORST),
+    "a status in the body": (
+        [raw(b'{"error": {"message": "Slow down.", "code": 429}}')] * 9, "failed", "http_429: Slow down.", 4, 0
+    ),
+    "a status in the body, once": ([raw(b'{"error": {"message": "m", "code": "502"}}')], "answered", None, 2, 15),
+    "an error within a choice": (
+        [raw(b'{"choices": [{"error": {"code": 502, "message": "m"}, "message": {"content": ""}}]}')],
+        "answered", None, 2, 15,
+    ),
     "no choices": ([raw(b'{"choices": []}')], "failed", "invalid_response", 1, WORST),
     "choices of another kind": ([raw(b'{"choices": [null]}')], "failed", "invalid_response", 1, WORST),
     "JSON nested deep": ([raw(b"[" * 100_000)], "failed", "invalid_response", 1, WORST),
     "empty answer": ([answer("")], "failed", "empty_answer", 1, 15),
     "blank answer": ([answer(" \n")], "failed", "empty_answer", 1, 15),
     "null answer": ([answer(None)], "failed", "empty_answer", 1, 15),
-    "an answer of another kind": ([answer(["x"])], "failed", "empty_answer", 1, 15),
-    "thought too long": ([answer("", "length")], "failed", "empty_answer", 1, 15),
+    "an answer of another kind": (
+        [answer(42)], "failed", "unreadable_answer: a content of type int", 1, 15
+    ),
+    "a tool call": ([answer(None, "tool_calls", tool_calls=[{}])], "failed", "unreadable_answer: tool_calls", 1, 15),
+    "thought too long": ([answer("", "length")], "truncated", None, 1, 15),
+    "nothing for another reason": ([answer(None, "network_error")], "failed", "empty_answer", 1, 15),
     "truncated": ([answer("Half an", "length")], "truncated", None, 1, 15),
     "refusal": ([answer(None, refusal="I can't.")], "refused", None, 1, 15),
     "filtered answer": ([answer("Par", "content_filter")], "refused", None, 1, 15),
+    "filtered answer by another name": ([answer("Par", "SAFETY")], "refused", None, 1, 15),
     "filtered prompt": ([error(400, "content_filter")], "refused", "content_filter", 1, 0),
     "context": ([error(400, "context_length_exceeded")], "failed", "context_too_long", 1, 0),
     "context in words": (
         [error(400, message="This model's maximum context length is 5 tokens.")], "failed", "context_too_long", 1, 0
+    ),
+    "context at the server's size": (
+        [error(500, message="input is too large to process. increase the physical batch size")],
+        "failed", "context_too_long", 1, 0,
     ),
     "a parameter it does not know": ([error(400, message="no such thing")], "failed", "http_400: no such thing", 1, 0),
     "403": ([error(403, message="blocked")], "failed", "http_403: blocked", 1, 0),
@@ -504,6 +525,145 @@ def test_no_file_of_a_run_and_no_message_holds_the_key(server, endpoint, tmp_pat
     for text in [said.encode(), *files.values()]:
         assert SECRET.encode() not in text
         assert SECRET.replace("/", "\\/").encode() not in text
+
+
+def endless(handler):
+    """Send blanks for as long as the client listens."""
+    handler.send_response(handler.status)
+    handler.send_header("Content-Type", "application/json")
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+        while True:
+            handler.wfile.write(b" " * 2**16)
+    handler.close_connection = True
+
+
+def compressed(content: bytes, encoding: str):
+    def send(handler):
+        handler.reply(content, headers={"Content-Encoding": encoding})
+
+    return send
+
+
+def test_an_endless_reply_is_given_up_at_a_limit_and_not_bought_again(server, endpoint, ledger, monkeypatch):
+    monkeypatch.setattr(transport, "MIN_BODY_BYTES", 2**20)
+    server.script["q"] = [lambda handler: (setattr(handler, "status", 200), endless(handler))]
+    started = time.monotonic()
+    [reply] = ask(endpoint(timeout=60), ledger, ["q"])
+    assert time.monotonic() - started < 30
+    assert (reply.state, reply.detail) == ("unknown", "the response is longer than purld reads: 1 MiB")
+    assert ask(endpoint(), ledger, ["q"])[0].state == "unknown" and len(server.arrived) == 1
+
+
+def test_an_endless_error_is_classified_by_its_status(server, endpoint, ledger):
+    server.script["q"] = [lambda handler: (setattr(handler, "status", 429), endless(handler))]
+    assert ask(endpoint(), ledger, ["q"])[0].state == "answered"
+
+
+def test_an_error_whose_body_never_ends_in_time_is_classified_by_its_status(server, endpoint, ledger):
+    def drip_error(handler):
+        handler.send_response(503)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(b"bu")
+        time.sleep(1)
+
+    server.script["q"] = [drip_error]
+    assert ask(endpoint(timeout=0.5), ledger, ["q"])[0].state == "answered"
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "state", "detail"),
+    [
+        (gzip.compress(json.dumps(completion("A")).encode()), "gzip", "answered", ""),
+        (zlib.compress(json.dumps(completion("A")).encode()), "deflate", "answered", ""),
+        (gzip.compress(b" " * 2**22), "gzip", "unknown", "the response is longer than purld reads: 1 MiB"),
+        (b"no gzip", "gzip", "unknown", "gzip, damaged"),
+        (b"x", "br", "unknown", ": br"),
+    ],
+)
+def test_compression_is_not_asked_for_and_a_bomb_stays_small(
+    server, endpoint, ledger, monkeypatch, content, encoding, state, detail
+):
+    monkeypatch.setattr(transport, "MIN_BODY_BYTES", 2**20)
+    server.script["q"] = [compressed(content, encoding)]
+    [reply] = ask(endpoint(), ledger, ["q"])
+    assert reply.state == state and reply.detail.endswith(detail)
+    assert server.headers[0]["accept-encoding"] == "identity"
+
+
+def test_an_answer_that_repeats_itself_holds_up_no_other(server, endpoint, ledger):
+    loop = "\\" * 300_000
+    server.script["loops"] = [answer(loop)]
+    started = time.monotonic()
+    replies = ask(endpoint(timeout=60), ledger, ["loops", *"abcdefg"])
+    assert time.monotonic() - started < 30
+    assert [reply.state for reply in replies] == ["answered"] * 8
+    assert replies[0].text == loop
+
+
+def test_an_answer_that_cannot_be_read_is_bought_once(server, endpoint, ledger):
+    server.script["q"] = [answer({"new": "format"})]
+    first, again = ask(endpoint(), ledger, ["q"]), ask(endpoint(), ledger, ["q"])
+    assert first == again and first[0].state == "failed" and "kept in the ledger" in first[0].detail
+    assert len(server.arrived) == 1
+    [row] = ledger.iter_requests()
+    assert json.loads(row["calls"][0]["raw"])["choices"][0]["message"]["content"] == {"new": "format"}
+    assert ask(endpoint(), ledger, ["q"], resend_unknown=True)[0].text == "An answer."
+
+
+def test_prompts_that_failed_before_are_asked_last(server, endpoint, ledger):
+    server.script["long"] = [error(400, "context_length_exceeded")] * 9
+    assert [r.state for r in ask(endpoint(), ledger, ["long", "a"])] == ["failed", "answered"]
+    ask(endpoint(concurrency=1), ledger, ["long", "a", "b", "c"])
+    assert server.arrived[-3:] == ["b", "c", "long"]
+
+
+def test_a_lost_call_keeps_its_idempotency_key_and_a_failed_one_gets_another(server, endpoint, ledger):
+    server.script["q"] = [error(503), hang_up]
+    ask(endpoint(), ledger, ["q"])
+    ask(endpoint(), ledger, ["q"], resend_unknown=True)
+    [row] = ledger.iter_requests()
+    keys = [headers["idempotency-key"] for headers in server.headers]
+    assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-1"]
+
+
+def test_nothing_of_the_environment_leaves_but_the_configured_key(server, endpoint, ledger, monkeypatch):
+    names = ("ORG_ID", "PROJECT_ID", "ADMIN_KEY", "WEBHOOK_SECRET", "API_KEY")
+    for name in names:
+        monkeypatch.setenv(f"OPENAI_{name}", f"secret-{name}")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Secret: secret-header")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+    ask(endpoint(), ledger, ["q"])
+    assert set(server.headers[0]) == {
+        "host", "accept", "accept-encoding", "connection", "user-agent", "content-length", "content-type",
+        "authorization", "idempotency-key",
+    }  # fmt: skip
+    assert "secret" not in json.dumps(server.headers[0]).lower()
+
+
+@pytest.mark.parametrize(
+    ("proxy", "words"),
+    [
+        ("socks5://user:hidden@127.0.0.1:1080", "a SOCKS proxy .*`pip install socksio`"),
+        ("nonsense://user:hidden@127.0.0.1", "proxy or certificate settings cannot be used"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_one_sentence(endpoint, ledger, monkeypatch, proxy, words):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    with pytest.raises(UserError, match=words) as stopped:
+        ask(endpoint(base_url="http://teacher.example/v1"), ledger, ["q"])
+    assert "hidden" not in str(stopped.value)
+    assert ledger.booked_spend("teacher").calls == 0
+
+
+def test_a_page_at_an_address_without_a_version_stops_at_once(server, endpoint, ledger):
+    server.default = raw(b"<html>Welcome</html>")
+    bare = endpoint(base_url=server.url.removesuffix("/v1"), concurrency=1)
+    with pytest.raises(UserError, match=r"base_url usually ends in /v1: try http://127\.0\.0\.1:\d+/v1\."):
+        EndpointClient(bare, ledger, "teacher").ask(numbered(5))
+    assert len(server.arrived) == 1
 
 
 def test_a_placeholder_for_a_key_is_left_alone_in_answers(server, endpoint, ledger, monkeypatch):

@@ -15,6 +15,7 @@ from purld.config.clients import AnchorPolicy
 from purld.errors import UserError
 from purld.records import Anchor, Prompt
 
+MAX_REASONS = 8  # that are shown; a server may word each error differently
 OnProgress = Callable[[Counter[ReplyState]], None]
 
 
@@ -34,7 +35,11 @@ class CollectedAnchors:
     def summary(self) -> str:
         """Return one line for the user: the counts of all states, and the reasons for missing anchors."""
         states = ", ".join(f"{count:,} {state}" for state, count in self.counts.items() if count)
-        reasons = "; ".join(f"{count:,} × {reason}" for reason, count in self.reasons.items())
+        shown = [f"{count:,} × {reason}" for reason, count in self.reasons.items()]
+        if len(shown) > MAX_REASONS:
+            rest = sum(self.reasons.values()) - sum(list(self.reasons.values())[:MAX_REASONS])
+            shown[MAX_REASONS:] = [f"{rest:,} × other reasons"]
+        reasons = "; ".join(shown)
         return f"{states}; {self.dropped:,} dropped" + (f" ({reasons})" if reasons else "")
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from purld.clients.finish_reasons import FinishKind, finish_kind
 from purld.clients.ledger import CallResult, LedgerView
+from purld.errors import one_line
 from purld.records import Prompt
 
 ReplyState = Literal["answered", "refused", "truncated", "failed", "unknown", "missing", "capped"]
-REFUSALS = ("content_filter", "refusal")
-TRUNCATIONS = ("length", "max_tokens")
 FAILURE_DESCRIPTIONS = {
     "no_connection": "no connection to the endpoint",
     "connection_lost": "the connection broke after the prompt was sent",
@@ -21,6 +21,9 @@ FAILURE_DESCRIPTIONS = {
     "empty_answer": "the answer is empty",
     "context_too_long": "the prompt does not fit the model's context",
     "content_filter": "the endpoint's content filter refused the prompt",
+    "unreadable_answer": "the answer is kept in the ledger, but purld cannot read its form",
+    "too_large": "the response is longer than purld reads",
+    "compressed": "the response is compressed, although purld asks for plain text",
 }
 
 
@@ -84,26 +87,59 @@ class ReplyCollector:
 def reply_from_ledger(ledger: LedgerView, key: str, resend_unknown: bool = False) -> Reply | None:
     """Return the reply to a request that must not be sent again, or None if it would be sent."""
     result = ledger.find_result(key)
-    if result is None or result.state == "failed" or (result.state == "unknown" and resend_unknown):
-        return None
-    return reply_from_result(result)
+    return None if result is None else settled_reply(result, resend_unknown)
+
+
+def settled_reply(result: CallResult, resend_unknown: bool = False) -> Reply | None:
+    """Return the reply of an ended call that must not be sent again, or None if it would be sent.
+
+    With `resend_unknown`, a lost answer and one that cannot be read are asked for again.
+    """
+    lost = result.state == "unknown" or _is_unreadable(result)
+    return None if result.state == "failed" or (lost and resend_unknown) else reply_from_result(result)
 
 
 def reply_from_result(result: CallResult) -> Reply:
     """Convert the result of a settled call to a reply."""
-    match result.state:
-        case "answered" if result.finish_reason in REFUSALS:
-            return Reply("refused", result.text, result.finish_reason, "the model refused")
-        case "answered" if result.finish_reason in TRUNCATIONS:
-            return Reply("truncated", result.text, result.finish_reason, "the answer was cut at the token limit")
-        case "answered":
+    if result.state == "failed" and result.error == "content_filter":
+        return Reply("refused", None, result.finish_reason, describe_failure(result))
+    if result.state != "answered":
+        return Reply(result.state, None, result.finish_reason, describe_failure(result))
+    if _is_unreadable(result):
+        return Reply("failed", None, result.finish_reason, describe_failure(result))
+    return _answer(result)
+
+
+def _is_unreadable(result: CallResult) -> bool:
+    return result.state == "answered" and (result.error or "").startswith("unreadable_answer")
+
+
+def _answer(result: CallResult) -> Reply:
+    """Return the reply of an answered call. Only a finish reason that is known to be good makes it whole."""
+    name = one_line(result.finish_reason or "", 80)
+    named = f"finish reason {name}"
+    match finish_kind(result.finish_reason):
+        case FinishKind.WHOLE:
             return Reply("answered", result.text, result.finish_reason)
-        case "failed" if result.error in REFUSALS:
-            return Reply("refused", None, result.finish_reason, describe_failure(result))
+        case FinishKind.REFUSED:
+            return Reply("refused", result.text, result.finish_reason, f"the model refused, {named}")
+        case FinishKind.CUT if result.text is None:
+            detail = f"the token limit was used up before the answer began, {named}: raise max_tokens_per_answer"
+        case FinishKind.CUT:
+            detail = f"the answer was cut at the token limit, {named}"
+        case FinishKind.CONTEXT:
+            detail = f"the answer was cut at the end of the model's context, {named}"
         case _:
-            return Reply(result.state, None, result.finish_reason, describe_failure(result))
+            detail = f"the answer ended early or for an unknown reason, {named}"
+    return Reply("truncated", result.text, result.finish_reason, detail)
 
 
 def describe_failure(result: CallResult) -> str:
     """Return the reason for a missing answer in words, or its error class if there is no description."""
-    return FAILURE_DESCRIPTIONS.get(result.error or "", result.error or "")
+    error = one_line(result.error or "", 300)
+    error_class, _, words = error.partition(": ")
+    if error_class not in FAILURE_DESCRIPTIONS:
+        return error
+    if error == "empty_answer" and finish_kind(result.finish_reason) != FinishKind.WHOLE:
+        words = f"finish reason {one_line(result.finish_reason or '', 80)}"
+    return FAILURE_DESCRIPTIONS[error_class] + (f": {words}" if words else "")

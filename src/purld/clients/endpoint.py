@@ -1,42 +1,46 @@
 """A client for OpenAI-compatible endpoints that sends requests concurrently and never sends an answered one again.
 
-The SDK is used only as transport: its retries, redirects and environment defaults are off, and it sends exactly the
-bytes in the ledger. `faults` classifies what comes back, `rate_limit` decides when a call may be sent.
-
-Every call opens a new connection. On a kept-alive one, a server that closes while a request is being written cannot be
-distinguished from one that received the request and died, so the call would count as lost.
+`transport` sends exactly the bytes in the ledger, `faults` classifies what comes back, `rate_limit` decides when a call
+may be sent.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import signal
 import time
 import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
-from purld.clients.base import OnReply, Reply, ReplyCollector, describe_failure, reply_from_ledger, reply_from_result
-from purld.clients.faults import CallOutcome, classify_exception, classify_response
+from purld.clients.base import OnReply, Reply, ReplyCollector, reply_from_result, settled_reply
+from purld.clients.completion import MAX_RAW
+from purld.clients.faults import (
+    CallOutcome,
+    classify_exception,
+    classify_response,
+    decode_body,
+    too_large,
+    wrong_encoding,
+)
 from purld.clients.ledger import CallResult, CapReachedError, Caps, Ledger, Request, Role
 from purld.clients.rate_limit import RateLimiter, backoff_seconds
+from purld.clients.redaction import KeyRedactor
 from purld.clients.requests import build_request, build_requests, read_api_key, token_cost, worst_case_tokens
+from purld.clients.transport import Response, body_limit, open_http, post
 from purld.config.clients import OpenAIEndpoint
 from purld.errors import PlainWarning, UserError
 from purld.records import Prompt
 from purld.signals import DeferredSignals, deferred_signals
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from httpx2 import AsyncClient
 
 MAX_CONSECUTIVE_FAILURES = 10  # after so many, the endpoint is down or all requests have the same fault
-CONNECT_SECONDS = 10.0
 GRACE_SECONDS = 20.0  # how long a signal to stop waits for the calls in flight
-MIN_SECRET_LENGTH = 16  # a shorter key may be a placeholder such as EMPTY, which an answer may contain by chance
+LARGE_BODY = 32 * 2**10  # bytes; a larger body is read in a thread, so that other calls are not held up
 
 
 class EndpointClient:
@@ -60,11 +64,16 @@ class EndpointClient:
         self.ledger.import_results(dict.fromkeys(keys), self.role)
         collector = ReplyCollector(keys, on_reply)
         pending: deque[Prompt] = deque()
+        repeated: list[Prompt] = []  # those that failed before come last: they may fail again, and so stop the run
         for key, index in collector.distinct_keys():
-            if known := reply_from_ledger(self.ledger, key, self.resend_unknown):
+            result = self.ledger.find_result(key)
+            if result is None:
+                pending.append(prompts[index])
+            elif known := settled_reply(result, self.resend_unknown):
                 collector.add_reply(key, known)
             else:
-                pending.append(prompts[index])
+                repeated.append(prompts[index])
+        pending.extend(repeated)
         if pending:
             with deferred_signals() as signals:
                 asyncio.run(_ConcurrentAsk(self, self._key, pending, collector).run(signals))
@@ -82,11 +91,14 @@ class _ConcurrentAsk:
         self.role: Role = client.role
         self.caps = Caps(self.endpoint.max_calls, self.endpoint.max_tokens, self.endpoint.max_cost)
         self.key = key
+        self.redactor = KeyRedactor(key)
+        self.large_body = asyncio.Lock()  # one at a time: a parsed body takes many times its bytes
         self.pending = pending
         self.collector = collector
         self.rate_limiter = RateLimiter(self.endpoint.requests_per_minute, self.endpoint.tokens_per_minute)
         self.in_flight = 0
         self.consecutive_failures = 0
+        self.answered = False
         self.stop: str | None = None  # the reason for stopping
         self.error: BaseException | None = None  # the first that a worker could not handle
         self.interrupted = False  # by a signal
@@ -96,7 +108,7 @@ class _ConcurrentAsk:
 
     async def run(self, signals: DeferredSignals) -> None:
         loop = asyncio.get_running_loop()
-        async with _open_http(self.endpoint, self.key) as http:
+        async with open_http(self.endpoint, self.key) as http:
             self.workers = [
                 asyncio.create_task(self._work(http)) for _ in range(min(self.endpoint.concurrency, len(self.pending)))
             ]
@@ -126,7 +138,7 @@ class _ConcurrentAsk:
         for worker in self.workers:
             worker.cancel()
 
-    async def _work(self, http: AsyncOpenAI) -> None:
+    async def _work(self, http: AsyncClient) -> None:
         """Ask for pending prompts; after an error, which is raised at the end, let the other workers finish."""
         try:
             await self._ask_pending(http)
@@ -134,7 +146,7 @@ class _ConcurrentAsk:
             self.error = self.error or error
             self._stop(str(error))
 
-    async def _ask_pending(self, http: AsyncOpenAI) -> None:
+    async def _ask_pending(self, http: AsyncClient) -> None:
         while self.pending and not self.stop:
             prompt = self.pending.popleft()
             try:
@@ -148,7 +160,7 @@ class _ConcurrentAsk:
                 self.collector.add_reply(request.key, reply)
 
     async def _request_reply(
-        self, http: AsyncOpenAI, request: Request, input_tokens: int, output_tokens: int
+        self, http: AsyncClient, request: Request, input_tokens: int, output_tokens: int
     ) -> Reply | None:
         """Request the reply to one prompt, with retries; None if the run was stopped first."""
         outcome = None
@@ -186,7 +198,7 @@ class _ConcurrentAsk:
                 self.in_flight += 1
                 return call
 
-    async def _call(self, http: AsyncOpenAI, request: Request, call: int, tokens: int) -> CallOutcome | None:
+    async def _call(self, http: AsyncClient, request: Request, call: int, tokens: int) -> CallOutcome | None:
         """Send one reserved call and settle it; the ledger stays correct if this is interrupted at any point."""
         sent = settled = False
         try:
@@ -195,7 +207,7 @@ class _ConcurrentAsk:
                 return None
             self.ledger.mark_sent(call)
             sent = True
-            outcome = await _post(http, request.body, self.endpoint, self.key)
+            outcome = await self._exchange(http, request)
             self.ledger.settle(call, outcome.result)
             settled = True
             if usage := outcome.result.usage:
@@ -210,6 +222,34 @@ class _ConcurrentAsk:
             self.call_settled.set()
             self.call_settled = asyncio.Event()
 
+    async def _exchange(self, http: AsyncClient, request: Request) -> CallOutcome:
+        """Make one HTTP call; the timeout covers the whole response, not each piece."""
+        import httpx2
+
+        deadline = asyncio.get_running_loop().time() + self.endpoint.timeout
+        attempt = self.ledger.count_failures(request.key)
+        # A gateway that knows the key of a lost call can give back its answer; a failed call must be made anew.
+        idempotency_key = f"{request.key}-{attempt}" if attempt else request.key
+        try:
+            response = await post(http, self.endpoint, request.body, idempotency_key, deadline)
+        except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError, OSError) as error:
+            return classify_exception(error, self.redactor)
+        # Reading takes time in proportion to the body, which is bounded, so no answer that came in time is given up.
+        if len(response.content) <= LARGE_BODY:
+            return self._classify(response)
+        async with self.large_body:
+            return await asyncio.to_thread(self._classify, response)
+
+    def _classify(self, response: Response) -> CallOutcome:
+        if response.encoding:
+            return wrong_encoding(response.encoding)
+        content_type = response.headers.get("content-type", "")
+        if response.too_large:
+            start = decode_body(response.content[: 4 * MAX_RAW], content_type)
+            return too_large(body_limit(self.endpoint), start, self.redactor)
+        text = decode_body(response.content, content_type)
+        return classify_response(response.status, response.headers, text, self.endpoint, time.time(), self.redactor)
+
     def _retry_wait(self, attempt: int, outcome: CallOutcome) -> float:
         wait = backoff_seconds(attempt, outcome.retry_after)
         if outcome.retry_after is not None:
@@ -219,10 +259,12 @@ class _ConcurrentAsk:
     def _check_health(self, outcome: CallOutcome) -> None:
         """Stop if the outcome means that every further call would fail, or after too many consecutive failures."""
         self.consecutive_failures = self.consecutive_failures + 1 if outcome.suspect else 0
-        reason = outcome.stop
+        self.answered |= outcome.result.state == "answered"
+        reason = outcome.stop or (None if self.answered else outcome.stop_if_first)
         if self.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
-            cause = describe_failure(outcome.result)
-            reason = f"{self.endpoint.base_url}: {self.consecutive_failures} prompts in a row failed ({cause})."
+            cause = reply_from_result(outcome.result).detail
+            failures = f"{self.consecutive_failures} prompts in a row failed ({cause})"
+            reason = reason or f"{self.endpoint.base_url}: {failures}."
         if reason:
             self._stop(reason)
 
@@ -243,53 +285,3 @@ def _describe_grace(calls: int, signum: int) -> str:
     again = "; a second Ctrl-C ends it at once" if signum == signal.SIGINT else ""
     calls_in_flight = "the call in flight" if calls == 1 else f"the {calls} calls in flight"
     return f"nothing more is sent; purld waits up to {GRACE_SECONDS:g} s for {calls_in_flight}{again}."
-
-
-def _open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncOpenAI:
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
-
-    timeout = Timeout(endpoint.timeout, connect=min(CONNECT_SECONDS, endpoint.timeout / 2))
-    # A redirect would send the prompts to an address that is not configured; so would a proxy for a local server.
-    local = urlsplit(endpoint.base_url).hostname in ("127.0.0.1", "::1", "localhost")
-    try:
-        transport = DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False, trust_env=not local)
-    except (OSError, ValueError) as error:
-        raise UserError(f"this machine's proxy or certificate settings cannot be used ({error}).") from None
-    return AsyncOpenAI(
-        api_key=key or "none",  # without a key, the SDK would send OPENAI_API_KEY to this server
-        base_url=endpoint.base_url,
-        timeout=timeout,
-        max_retries=0,
-        default_headers={"Connection": "close"},
-        http_client=transport,
-    )
-
-
-async def _post(http: AsyncOpenAI, body: str, endpoint: OpenAIEndpoint, key: str | None) -> CallOutcome:
-    """Make one HTTP call; the timeout covers the whole response, not each read."""
-    import openai
-
-    try:
-        async with asyncio.timeout(endpoint.timeout):
-            response = await http.post(
-                "/chat/completions",
-                cast_to=openai.HttpxBinaryResponseContent,
-                content=body.encode("ascii"),
-                options={"headers": {"Content-Type": "application/json"}},
-            )
-        status, headers, content = 200, response.response.headers, response.content
-    except openai.APIStatusError as error:
-        status, headers, content = error.status_code, error.response.headers, error.response.content
-    except (openai.APIError, TimeoutError) as error:
-        return classify_exception(error)
-    text = content.decode("utf-8", "replace")
-    # Some servers quote the key, mostly when they refuse it.
-    if key and (status != 200 or len(key) >= MIN_SECRET_LENGTH):
-        text = _redact_key(text, key)
-    return classify_response(status, headers, text, endpoint, time.time())
-
-
-def _redact_key(text: str, key: str) -> str:
-    """Replace the key in a text, including forms in which JSON escapes its characters."""
-    patterns = (rf"\\*(?:{re.escape(letter)}|u00(?i:{ord(letter):02x}))" for letter in key)
-    return re.sub("".join(patterns), "[key]", text)

@@ -218,6 +218,12 @@ class LedgerView:
         _, call = self._find_best_call(key)
         return _to_result(call) if call else None
 
+    def count_failures(self, key: str) -> int:
+        """Return how many calls of a request were sent from here and failed."""
+        query = "SELECT COUNT(*) FROM calls WHERE key = ? AND state = 'failed' AND sent_at IS NOT NULL"
+        with self._mutex, _database_errors_named(self.path):
+            return int(self._db.execute(query, (key,)).fetchone()[0])
+
     def _open_others(self, paths: Sequence[Path]) -> None:
         self.unreadable_ledgers: list[Path] = []
         self._others: list[LedgerView] = []

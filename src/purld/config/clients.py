@@ -73,7 +73,10 @@ class OpenAIEndpoint(Section):
             raise PydanticCustomError(
                 "secret_in_url", "the address may hold no user, password or query; name a key by api_key_env"
             )
-        return url.rstrip("/")
+        url = url.rstrip("/")
+        if url.endswith("/chat/completions"):
+            raise ValueError(f"purld adds /chat/completions itself; give {url.removesuffix('/chat/completions')}")
+        return url
 
     @field_validator("extra_body")
     @classmethod

@@ -16,8 +16,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from purld.display.streams import make_unfailing
+from purld.errors import printable
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+def _shown(text: str) -> str:
+    """Return `text` so that neither the terminal nor rich takes any of it as a command."""
+    return escape(printable(text))
 
 
 class Reporter:
@@ -29,15 +35,15 @@ class Reporter:
 
     def headline(self, text: str) -> None:
         """Print the headline of a stage."""
-        self.console.print(f"[bold]{escape(text)}[/bold]")
+        self.console.print(f"[bold]{_shown(text)}[/bold]")
 
     def say(self, text: str) -> None:
         """Print a fact."""
-        self.console.print(f"  {escape(text)}", soft_wrap=True)
+        self.console.print(f"  {_shown(text)}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print a warning that the user may want to act on."""
-        self.console.print(f"  [yellow]Warning:[/yellow] {escape(text)}", soft_wrap=True)
+        self.console.print(f"  [yellow]Warning:[/yellow] {_shown(text)}", soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
@@ -59,7 +65,7 @@ class Reporter:
             task = bar.add_task(what, total=None, note="")
 
             def update(done: int, total: int, note: str) -> None:
-                bar.update(task, completed=done, total=total, note=escape(note))
+                bar.update(task, completed=done, total=total, note=_shown(note))
 
             yield update
 
@@ -73,7 +79,9 @@ class Reporter:
                 # Estimated from the speed since the last line: what an earlier run had done is reported all at once.
                 seconds_left = (total - done) * (now - last) / max(1, done - last_done)
                 remaining = f"  about {_format_duration(seconds_left)} left" if seconds_left else ""
-                self.console.print(f"  {what} {done}/{total}  {note}{remaining}".rstrip(), markup=False, soft_wrap=True)
+                self.console.print(
+                    f"  {what} {done}/{total}  {printable(note)}{remaining}".rstrip(), markup=False, soft_wrap=True
+                )
                 last, last_done = now, done
 
         yield update

@@ -1,0 +1,167 @@
+"""Read the answer out of a chat completion, in every shape in which servers send one.
+
+An answer that was paid for is never dropped: where it has no text that can be read, the result is `answered` with the
+whole body as `raw`. Pure functions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from purld.clients.finish_reasons import FinishKind, finish_kind
+from purld.clients.ledger import CallResult, Usage
+from purld.clients.requests import token_cost
+from purld.config.clients import OpenAIEndpoint
+from purld.errors import one_line
+
+MAX_RAW = 20_000  # characters kept of the body of a failed call
+# Parts of a content that hold what the model thought before it answered.
+THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought", "summary_text")
+MAX_DEPTH = 4  # of parts within parts
+
+
+@dataclass
+class _Content:
+    """What a message's content holds: its text, a refusal, and the kinds of everything else."""
+
+    texts: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def parse_json(body: str) -> Any:
+    """Parse a body; None if it is no JSON. A number of any length is accepted."""
+    try:
+        return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallResult | None:
+    """Return the result that a parsed body holds, or None if it is not a completion and reports no tokens."""
+    if not isinstance(data, dict):
+        return None
+    usage = _read_usage(data.get("usage"), endpoint)
+    choice = _first_choice(data)
+    if choice is None:
+        if usage is None or not usage.output_tokens:
+            return None
+        return _unreadable("no choices", None, body, usage)
+    message = _message_of(choice)
+    content = _read_content(message.get("content"))
+    content.refusals += _texts_of(message.get("refusal"))
+    content.unreadable += [name for name in ("tool_calls", "function_call", "audio") if message.get(name)]
+    return _to_result(content, _finish_reason(choice, usage, endpoint), body, usage)
+
+
+def _to_result(content: _Content, finish: str | None, body: str, usage: Usage | None) -> CallResult:
+    text, refusal = _clean(content.text), _clean("".join(content.refusals))
+    kind = finish_kind(finish)
+    if refusal.strip() and not text.strip():
+        return CallResult("answered", refusal, "refusal", usage=usage)
+    if text.strip():
+        return CallResult("answered", text, finish, usage=usage)
+    if kind == FinishKind.REFUSED or (kind in (FinishKind.CUT, FinishKind.CONTEXT) and not content.unreadable):
+        return CallResult("answered", None, finish, usage=usage)
+    if content.unreadable:
+        return _unreadable(", ".join(dict.fromkeys(content.unreadable)), finish, body, usage)
+    return CallResult("failed", None, finish, "empty_answer", body[:MAX_RAW], usage)
+
+
+def _unreadable(what: str, finish: str | None, body: str, usage: Usage | None) -> CallResult:
+    return CallResult("answered", None, finish, f"unreadable_answer: {what}", body, usage)
+
+
+def _first_choice(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    choices = data.get("choices")
+    if isinstance(choices, dict):
+        choices = [choices] if "message" in choices else list(choices.values())
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, dict) and first else None
+
+
+def _message_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a choice's message; a bare text, or a server's piece of a stream, is read as one."""
+    for name in ("message", "delta"):
+        message = choice.get(name)
+        if isinstance(message, dict):
+            return message
+        if message is not None:
+            return {"content": message}
+    return {"content": choice.get("text")}
+
+
+def _read_content(content: object) -> _Content:
+    found = _Content()
+    _add_parts(content, found, 0)
+    return found
+
+
+def _add_parts(part: object, found: _Content, depth: int) -> None:
+    """Add the text of a part, or of a list of parts; what is thought before the answer is no part of it."""
+    if part is None:
+        return
+    if isinstance(part, str):
+        found.texts.append(part)
+    elif isinstance(part, list) and depth < MAX_DEPTH:
+        for item in part:
+            _add_parts(item, found, depth + 1)
+    elif isinstance(part, dict) and depth < MAX_DEPTH:
+        _add_part(part, found, depth)
+    else:
+        found.unreadable.append(f"a content of type {type(part).__name__}")
+
+
+def _add_part(part: Mapping[str, Any], found: _Content, depth: int) -> None:
+    kind = part.get("type")
+    if kind in THOUGHTS or part.get("thought") is True:
+        return
+    if kind == "refusal":
+        found.refusals += _texts_of(part.get("refusal"))
+        return
+    for name in ("text", "value", "content", "parts"):
+        if part.get(name) is not None:
+            _add_parts(part[name], found, depth + 1)
+            return
+    found.unreadable.append(f"a part of type {one_line(kind, 40)}" if isinstance(kind, str) else "a part without text")
+
+
+def _texts_of(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+
+
+def _finish_reason(choice: Mapping[str, Any], usage: Usage | None, endpoint: OpenAIEndpoint) -> str | None:
+    """Return the finish reason by name; None only if the server names none and the limit was not reached."""
+    if "finish_reason" not in choice:
+        spent = usage.output_tokens if usage else 0
+        return "length" if spent >= endpoint.max_tokens_per_answer else None
+    reason = choice["finish_reason"]
+    return one_line(reason if isinstance(reason, str) else json.dumps(reason), 80) or "empty"
+
+
+def _read_usage(usage: object, endpoint: OpenAIEndpoint) -> Usage | None:
+    """Return the reported usage, or None if it is not two counts; the worst case then stays booked."""
+    if not isinstance(usage, dict):
+        return None
+    input_tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
+    output_tokens = usage.get("completion_tokens", usage.get("output_tokens"))
+    if _is_count(input_tokens) and _is_count(output_tokens):
+        return Usage(input_tokens, output_tokens, token_cost(endpoint, input_tokens, output_tokens))
+    return None
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _clean(text: str) -> str:
+    """Replace lone surrogates, which neither files nor the ledger can store."""
+    return text.encode("utf-8", "replace").decode("utf-8")

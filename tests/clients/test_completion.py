@@ -1,0 +1,146 @@
+"""Answers in every shape, and what their finish reasons mean."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from faulty_server import completion
+
+from purld.clients.base import Reply, reply_from_result
+from purld.clients.completion import parse_json, read_completion
+from purld.clients.ledger import CallResult
+from purld.config.clients import OpenAIEndpoint
+
+ENDPOINT = OpenAIEndpoint(kind="openai", base_url="http://127.0.0.1/v1", model="m", max_tokens_per_answer=100)
+
+
+def read(payload: Any) -> CallResult | None:
+    body = json.dumps(payload)
+    return read_completion(parse_json(body), body, ENDPOINT)
+
+
+def reply(*args: Any, **message: Any) -> Reply:
+    result = read(completion(*args, **message))
+    assert result is not None
+    return reply_from_result(result)
+
+
+@pytest.mark.parametrize(
+    ("finish", "state"),
+    [
+        *((name, "answered") for name in ("stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence", "COMPLETE")),
+        *((name, "answered") for name in ("FinishReason.STOP", "FINISH_REASON_STOP", "Stop", "normal")),
+        *((name, "truncated") for name in ("length", "max_tokens", "MAX_TOKENS", "max_output_tokens", "model_length")),
+        *((name, "truncated") for name in ("model_context_window_exceeded", "error", "abort", "network_error")),
+        *((name, "truncated") for name in ("tool_calls", "insufficient_system_resource", "OTHER", "", None, 7, {})),
+        *((name, "refused") for name in ("content_filter", "sensitive", "SAFETY", "RECITATION", "refusal")),
+        *((name, "refused") for name in ("PROHIBITED_CONTENT", "guardrail_intervened")),
+    ],
+)
+def test_only_a_good_finish_reason_makes_an_answer_whole(finish, state):
+    found = reply("Half an answer", finish)
+    assert (found.state, found.text) == (state, "Half an answer")
+    name = (finish or "empty") if isinstance(finish, str) else json.dumps(finish)
+    assert state == "answered" or f"finish reason {name}" in found.detail
+
+
+def test_a_server_that_names_no_finish_reason_is_judged_by_its_token_count():
+    for spent, state in ((99, "answered"), (100, "truncated")):
+        payload = completion("Text")
+        del payload["choices"][0]["finish_reason"]
+        payload["usage"]["completion_tokens"] = spent
+        result = read(payload)
+        assert result is not None and reply_from_result(result).state == state
+
+
+TEXTS = {
+    "text": "A",
+    "parts": [{"type": "thinking", "thinking": "I add."}, {"type": "text", "text": "A"}],
+    "parts in two": [{"type": "text", "text": ""}, {"type": "text", "text": "A"}],
+    "thinking in parts": [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "I add."}]},
+        {"type": "text", "text": "A"},
+    ],
+    "output_text": [{"type": "output_text", "text": "A", "annotations": []}],
+    "a value": [{"type": "text", "text": {"value": "A", "annotations": []}}],
+    "strings": ["A"],
+    "one part": {"type": "text", "text": "A"},
+    "no type": [{"text": "A"}],
+    "a thought of Gemini": [{"text": "I add.", "thought": True}, {"text": "A"}],
+    "a content with parts": {"role": "model", "parts": [{"text": "A"}]},
+    "an image as well": [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "A"}],
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_text_is_found_in_parts(name):
+    assert reply(TEXTS[name]) == Reply("answered", "A", "stop")
+
+
+@pytest.mark.parametrize(
+    ("choice", "text"),
+    [
+        ({"text": "A", "finish_reason": "stop"}, "A"),
+        ({"message": "A", "finish_reason": "stop"}, "A"),
+        ({"delta": {"content": "A"}, "finish_reason": "stop"}, "A"),
+        ({"message": {"content": "A"}, "index": 10**30, "finish_reason": "stop"}, "A"),
+    ],
+)
+def test_other_choices_are_read(choice, text):
+    for choices in ([choice], [choice, None]):
+        result = read({"choices": choices})
+        assert result is not None and (result.state, result.text) == ("answered", text)
+
+
+def test_a_number_of_any_length_beside_an_answer_loses_nothing():
+    body = json.dumps(completion("A")).replace('"index": 0', '"index": 1' + "0" * 6000)
+    result = read_completion(parse_json(body), body, ENDPOINT)
+    assert result is not None and result.text == "A"
+
+
+@pytest.mark.parametrize("content", [None, "", " \n", [], [{"type": "thinking", "thinking": "Let me see"}]])
+@pytest.mark.parametrize("finish", ["length", "MAX_TOKENS"])
+def test_a_limit_used_up_by_thinking_is_truncated_and_names_the_setting(content, finish):
+    found = reply(content, finish, reasoning_content="Let me see")
+    assert (found.state, found.text) == ("truncated", None)
+    assert found.detail == (
+        f"the token limit was used up before the answer began, finish reason {finish}: raise max_tokens_per_answer"
+    )
+
+
+@pytest.mark.parametrize(
+    ("payload", "form"),
+    [
+        (completion(42), "a content of type int"),
+        (completion(True), "a content of type bool"),
+        (completion({"answer": 1}), "a part without text"),
+        (completion([{"type": "image_url"}]), "a part of type image_url"),
+        (completion(None, "tool_calls", tool_calls=[{"id": "x"}]), "tool_calls"),
+        ({"usage": completion()["usage"], "output": {"text": "A"}}, "no choices"),
+    ],
+)
+def test_what_cannot_be_read_is_kept_whole_and_counts_as_answered(payload, form):
+    payload["padding"] = "x" * 50_000
+    result = read(payload)
+    assert result is not None and (result.state, result.raw) == ("answered", json.dumps(payload))
+    found = reply_from_result(result)
+    assert (found.state, found.text) == ("failed", None)
+    assert found.detail == f"the answer is kept in the ledger, but purld cannot read its form: {form}"
+
+
+def test_a_refusal_in_parts():
+    found = reply([{"type": "refusal", "refusal": "I can't."}])
+    assert (found.state, found.text, found.finish_reason) == ("refused", "I can't.", "refusal")
+
+
+def test_an_escape_sequence_in_a_finish_reason_is_not_shown():
+    found = reply("Half", "ab\x1b[31mort\u202e\x07")
+    assert found.detail.endswith(", finish reason abort")
+
+
+def test_usage_in_other_words():
+    result = read({**completion("A"), "usage": {"input_tokens": 3, "output_tokens": 4}})
+    assert result is not None and result.usage is not None
+    assert (result.usage.input_tokens, result.usage.output_tokens) == (3, 4)
