@@ -36,29 +36,34 @@ def token_log_probs(model, prompt_ids, answer_ids):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_in_context_is_the_mean_gain_of_the_anchor(model, encoder, batch_size):
     rows = [encoder.encode_answer(text).ids for text in (ANCHOR, "Seven.", "It is 12, as I said.")]
-    scores = in_context_scores(model, encoder, PROMPT, ANCHOR, rows, batch_size)
+    scores = in_context_scores(model, encoder, PROMPT, ANCHOR, rows[1:], batch_size)
     turns = [
         Message("system", "Be brief."),
         Message("user", PROMPT.messages[1].content + IN_CONTEXT_TAIL.format(anchor=ANCHOR)),
     ]
     anchored = encoder.encode_prompt(Prompt(tuple(turns))).ids
     bare = encoder.encode_prompt(PROMPT).ids
-    gains = [token_log_probs(model, anchored, row) - token_log_probs(model, bare, row) for row in rows]
+    without = [token_log_probs(model, bare, row) for row in rows]
+    gains = [token_log_probs(model, anchored, row) - alone for row, alone in zip(rows, without)]
     assert max(gain.abs().max().item() for gain in gains) > MAX_GAIN  # the clip matters here
     expected = [gain.clamp(-2, 2).mean().item() for gain in gains]
-    assert scores == pytest.approx(expected, abs=1e-4)
+    assert [scores.anchor, *scores.candidates] == pytest.approx(expected, abs=1e-4)
+    for found, alone in zip(scores.log_probs, without[1:], strict=True):
+        assert torch.allclose(found, alone, atol=1e-5)
 
 
 def test_reference_is_the_anchors_mean_probability_after_the_candidate(model, encoder):
     rows = [encoder.encode_answer(text).ids for text in ("Seven.", "It is 12.")]
     scores = reference_scores(model, encoder, PROMPT, ANCHOR, rows, batch_size=1)
+    texts = (ANCHOR, "Seven.", "It is 12.")
     bare, target = encoder.encode_prompt(PROMPT).ids, encoder.encode_answer(ANCHOR).ids
     expected = []
-    for text in ("Seven.", "It is 12."):
+    for text in texts:
         before = [*bare, *encoder.encode_literal(text), *encoder.encode_literal("\n\n")]
         expected.append(token_log_probs(model, before, target).exp().mean().item())
-    assert scores == pytest.approx(expected, abs=1e-5)
-    assert all(0 < score < 1 for score in scores)
+    assert [scores.anchor, *scores.candidates] == pytest.approx(expected, abs=1e-5)
+    assert all(0 < score < 1 for score in scores.candidates)
+    assert scores.log_probs is None
 
 
 def test_an_anchor_cannot_close_its_own_turn(encoder):

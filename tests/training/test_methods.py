@@ -145,6 +145,17 @@ def test_q_after_is_that_of_the_saved_model(after_stage_one):
     assert found["groups"] == 8 and found["after"] != found["before"]
 
 
+def test_grpo_on_the_reference_score_from_the_probe_to_the_policy(after_stage_one):
+    pipeline = after_stage_one("anchor_grpo", "align.score=reference", "align.steps=1")
+    pipeline.execute(["align"])
+    assert pipeline.run.finished_stages()["probe"]["chosen"] == "reference"
+    for group in read_rows(pipeline.run.groups):
+        scores = torch.tensor(group["scores"])
+        assert all(0 < score < 1 for score in group["scores"])
+        advantages = (scores - scores.mean()) / (scores.std() + 1e-4)
+        assert group["advantages"] == pytest.approx(advantages.tolist(), abs=1e-4)
+
+
 def check_groups(groups, method):
     name, _, updates = method.partition("+")
     drawn = {"sft_sft": 0, "singlepair_dpo": 1, "self_ppo": 1}.get(name, 3)

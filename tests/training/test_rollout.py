@@ -1,12 +1,14 @@
-"""Groups as they are made for the update: what p_sft reads before the members."""
+"""Groups as they are made for the update: the members' log-probs under p_sft, what they cost, and RLPR's reward."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
+from counted_tokens import counted_tokens
 from transformers import AutoModelForCausalLM
 
-from purld.config.methods import SelfDistillation
+from purld.config.methods import AnchorGrpo, LdlGrpo, SelfDistillation
 from purld.config.schema import Student
 from purld.methods.table import METHODS
 from purld.model.load import Roles, load_encoder
@@ -15,7 +17,7 @@ from purld.model.sample import Completion
 from purld.records import Prompt
 from purld.training.group_update import GroupUpdate
 from purld.training.rollout import AnchoredPrompt, RolloutMaker
-from purld.training.scoring import score_nothing
+from purld.training.scoring import SCORERS, GroupToScore, ScorerContext, score_nothing
 
 PROMPT, ANCHOR = Prompt.from_text("How many are 3 and 4?"), "3 + 4 = 7."
 IDS = [[21, 35, 40, 22], [50, 51], [33]]
@@ -51,3 +53,61 @@ def test_self_distillation_compares_with_p_sft_that_has_read_the_anchor(roles, e
     assert torch.equal(rollout.members.reference, expected)
     assert (expected - plain).abs().max() > 0.1
     assert rollout.members.prompt.ids == bare.ids  # what the policy reads
+
+
+def scorer_of(settings, roles, encoder):
+    context = ScorerContext(encoder, roles, settings, True, contextlib.nullcontext)
+    return SCORERS[settings.score].make(context)
+
+
+def test_in_context_hands_its_bare_log_probs_to_the_update(roles, encoder):
+    """One pass of p_sft over the prompt and the candidates is saved, and the values are the same to the bit."""
+    settings = LdlGrpo(score="in_context", candidates=3)
+    scorer = scorer_of(settings, roles, encoder)
+
+    def forgetful(groups):
+        return [replace(scores, log_probs=None) for scores in scorer(groups)]
+
+    make_rollout("ldl_grpo", settings, roles, encoder, scorer)  # the self-check of sharing is over after this
+    with roles.frozen() as frozen:
+        with counted_tokens(frozen) as before:
+            measured = make_rollout("ldl_grpo", settings, roles, encoder, forgetful).members
+        with counted_tokens(frozen) as after:
+            handed = make_rollout("ldl_grpo", settings, roles, encoder, scorer).members
+    width = max(map(len, IDS)) - 1  # the last token predicts nothing
+    assert sum(before) - sum(after) == len(encoder.encode_prompt(PROMPT)) + len(IDS) * width
+    assert torch.equal(handed.reference, measured.reference) and torch.equal(handed.mask, measured.mask)
+    assert handed.reference.dtype == handed.mask.dtype == torch.float32
+    for size in (1, 2):  # in other batches than the update's, to rounding
+        small = scorer_of(settings.model_copy(update={"score_batch_size": size}), roles, encoder)
+        found = make_rollout("ldl_grpo", settings, roles, encoder, small).members.reference
+        assert torch.allclose(found, measured.reference, atol=1e-5)
+
+
+def test_log_probs_of_other_ids_than_those_drawn_are_not_handed_on(roles, encoder):
+    scorer = scorer_of(LdlGrpo(score="in_context", candidates=3), roles, encoder)
+    texts = [encoder.decode_text(ids) for ids in IDS]
+    (from_texts,) = scorer([GroupToScore(PROMPT, ANCHOR, texts)])
+    (from_ids,) = scorer([GroupToScore(PROMPT, ANCHOR, texts, IDS)])
+    assert from_texts.log_probs is None and len(from_ids.log_probs) == 3
+
+
+def test_the_reference_score_is_the_reward_of_rlpr_in_grpo(roles, encoder):
+    """By hand: one whole sequence per candidate, the mean probability of the anchor's tokens, the group's advantages
+    (r - mean) / (std + 1e-4)."""
+    settings = AnchorGrpo(method="anchor_grpo", score="reference", candidates=3)
+    rollout = make_rollout("anchor_grpo", settings, roles, encoder, scorer_of(settings, roles, encoder))
+    head, target = encoder.encode_prompt(PROMPT).ids, [*encoder.encode_literal(ANCHOR), encoder.end]
+    rewards = []
+    for ids in IDS:
+        row = [*head, *ids, *encoder.encode_literal("\n\n"), *target]
+        with torch.no_grad(), roles.frozen() as frozen:
+            probabilities = frozen(input_ids=torch.tensor([row])).logits[0].softmax(dim=-1)
+        places = range(len(row) - len(target), len(row))
+        rewards.append(sum(probabilities[i - 1, row[i]].item() for i in places) / len(target))
+    assert rollout.scores.candidates == pytest.approx(rewards, abs=1e-6)
+    mean = sum(rewards) / 3
+    deviation = (sum((r - mean) ** 2 for r in rewards) / 2) ** 0.5
+    expected = [(r - mean) / (deviation + 1e-4) for r in rewards]
+    assert rollout.signal.tolist() == pytest.approx(expected, abs=1e-3)
+    assert max(expected) - min(expected) > 1

@@ -16,6 +16,7 @@ from torch import Tensor
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
 from purld.model.log_probs import make_prefix, micro_batches
+from purld.model.self_evaluation import GroupScores
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
@@ -23,55 +24,63 @@ Rows = Sequence[Sequence[int]]
 """Token ids of K sequences, each with its end-of-turn token where it has one."""
 
 MAX_GAIN = 2.0  # nats per token
-_SEPARATOR = "\n\n"  # between a candidate and the anchor that is read after it
+SEPARATOR = "\n\n"  # between a candidate and the anchor that is read after it
 
 
 @torch.no_grad()
 def in_context_scores(
-    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, rows: Rows, batch_size: int
-) -> list[float]:
-    """Return what the anchor adds to each row: the mean over tokens of log p(y_t | x, a, y_<t) - log p(y_t | x, y_<t).
+    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, candidates: Rows, batch_size: int
+) -> GroupScores:
+    """Score by what the anchor adds: the mean over tokens of log p(y_t | x, a, y_<t) - log p(y_t | x, y_<t), in nats.
 
-    In nats per token. Each token's gain is clipped to `MAX_GAIN` nats, so that no single surprising token decides, such
-    as a rare word that the anchor has too; docs/probe.md compares the forms that were tried. The prompt with the anchor
-    is one shared prefix, the bare prompt another.
+    Each token's gain is clipped to `MAX_GAIN` nats, so that no single surprising token decides, such as a rare word
+    that the anchor has too; docs/probe.md compares the forms that were tried. The prompt with the anchor is one shared
+    prefix, the bare prompt another. The candidates' log-probs on the bare prompt come back with the scores.
 
     Args:
         model: the frozen p_sft.
         encoder: the run's encoder.
         prompt: the prompt x, images included.
-        anchor: the anchor a; cut like a training target.
-        rows: token ids of the answers y to score.
-        batch_size: rows per forward pass.
+        anchor: the anchor a, which is scored too; cut like a training target.
+        candidates: token ids of the K candidates y.
+        batch_size: candidates per forward pass.
     """
+    rows = [encoder.encode_answer(anchor).ids, *candidates]
     with_anchor = _token_log_probs(model, encoder.encode_anchored_prompt(prompt, anchor), rows, encoder.pad, batch_size)
     bare = _token_log_probs(model, encoder.encode_prompt(prompt), rows, encoder.pad, batch_size)
-    return [
+    scores = [
         float((given - alone).clamp(-MAX_GAIN, MAX_GAIN).mean()) for given, alone in zip(with_anchor, bare, strict=True)
     ]
+    return GroupScores(scores[0], [*scores[1:]], bare[1:])
 
 
 @torch.no_grad()
 def reference_scores(
-    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, rows: Rows, batch_size: int
-) -> list[float]:
-    """Return the anchor's mean token probability after each row (RLPR's reward, Yu et al., 2025), in [0, 1].
+    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, candidates: Rows, batch_size: int
+) -> GroupScores:
+    """Score by the anchor's mean token probability after an answer (RLPR's reward, Yu et al., 2025), in [0, 1].
 
-    A row's end-of-turn token is left out, so that the anchor continues the same turn. See `in_context_scores` for the
-    arguments.
+    An answer's end-of-turn token is left out, so that the anchor continues the same turn. See `in_context_scores` for
+    the arguments.
     """
-    separator, target = encoder.encode_literal(_SEPARATOR), encoder.encode_answer(anchor).ids
-    bodies = [[token for token in row if token != encoder.end] for row in rows]
+    separator, target = encoder.encode_literal(SEPARATOR), encoder.encode_answer(anchor).ids
+    bodies = [[token for token in row if token != encoder.end] for row in (target, *candidates)]
     sequences = [[*body, *separator, *target] for body in bodies]
     log_probs = _token_log_probs(model, encoder.encode_prompt(prompt), sequences, encoder.pad, batch_size)
-    return [float(values[-len(target) :].exp().mean()) for values in log_probs]
+    scores = [float(values[-len(target) :].exp().mean()) for values in log_probs]
+    return GroupScores(scores[0], [*scores[1:]])
 
 
 def _token_log_probs(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int, batch_size: int) -> list[Tensor]:
-    """Return the log-probs of each row's tokens, float32, without padding."""
+    """Return the log-probs of each row's tokens, float32, without padding.
+
+    The first row, the anchor's, has a pass of its own: the candidates then run in the shapes in which the update runs
+    them, and have the same log-probs to the bit.
+    """
     prefix = make_prefix(model, prompt, rows, pad)
     values: list[Tensor] = []
-    for batch in micro_batches(len(rows), batch_size):
-        log_probs, _ = prefix.token_log_probs(rows[batch])
-        values += [line[: len(row)] for line, row in zip(log_probs, rows[batch], strict=True)]
+    for part in (rows[:1], rows[1:]):
+        for batch in micro_batches(len(part), batch_size):
+            log_probs, _ = prefix.token_log_probs(part[batch])
+            values += [line[: len(row)] for line, row in zip(log_probs, part[batch], strict=True)]
     return values

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -34,10 +34,15 @@ _VERBAL_TOKENS = 8
 
 @dataclass(frozen=True)
 class GroupScores:
-    """The scores of a group: the anchor's own s* and those of the K candidates; None where there is none."""
+    """The scores of a group: the anchor's own s* and those of the K candidates; None where there is none.
+
+    `log_probs` are log p_sft(y_kt | x, y_k<t) in nats of every candidate's tokens, float32, without padding, if a
+    scorer computed them: the update then needs no pass of its own for them.
+    """
 
     anchor: float | None
     candidates: list[float | None]
+    log_probs: Sequence[Tensor] | None = field(default=None, compare=False, repr=False)
 
 
 class SelfEvaluator:

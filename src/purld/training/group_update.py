@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from purld.methods.losses import GroupLoss, GroupTokens, loss_coefficients
 from purld.model.causal_lm import CausalLM
@@ -80,6 +81,7 @@ class GroupUpdate:
         ids: Sequence[Sequence[int]],
         keep_old: bool,
         reference_prompt: EncodedPrompt | None = None,
+        measured: Sequence[Tensor] | None = None,
     ) -> GroupMembers:
         """Measure a group.
 
@@ -89,9 +91,13 @@ class GroupUpdate:
             ids: the members' token ids.
             keep_old: measure them under the policy too, for several updates on one rollout.
             reference_prompt: what p_sft reads before a member; the prompt unless given.
+            measured: the members' log-probs under p_sft, each (C_k,), if a scorer has computed them on that prompt.
         """
         with self.roles.frozen() as reference:
-            log_probs, mask = self._measure(reference, reference_prompt or prompt, ids)
+            if measured is None:
+                log_probs, mask = self._measure(reference, reference_prompt or prompt, ids)
+            else:
+                log_probs, mask = _stack_rows(measured)
             states = None
             if self.critic is not None:
                 with self.autocast():
@@ -161,6 +167,12 @@ class GroupUpdate:
         width = max(map(len, ids))
         log_probs, masks = (torch.cat([_pad_columns(part, width) for part in column]) for column in zip(*parts))
         return log_probs, masks.float()
+
+
+def _stack_rows(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return K rows as (K, C), padded with zeros, and their (K, C) mask."""
+    padded, mask = (pad_sequence(list(part), batch_first=True) for part in (rows, [torch.ones_like(r) for r in rows]))
+    return padded, mask
 
 
 def _pad_columns(rows: Tensor, width: int) -> Tensor:

@@ -110,22 +110,27 @@ class RolloutMaker:
         )
         members = None
         if self.method.critic and ids:
-            members = self._measure_members(policy, rollout, ids)
+            members = self._measure_members(policy, rollout, indices, ids)
             assert members.old is not None
             evidence = replace(evidence, tokens=members.tokens(members.old))
         signal = self.method.signal(evidence, self.settings)
         if signal is None:
             return rollout
-        members = members or self._measure_members(policy, rollout, ids)
+        members = members or self._measure_members(policy, rollout, indices, ids)
         return replace(rollout, members=members, member_candidates=tuple(indices), signal=signal)
 
-    def _measure_members(self, policy: CausalLM, rollout: Rollout, ids: Sequence[Sequence[int]]) -> GroupMembers:
-        question = rollout.question
+    def _measure_members(
+        self, policy: CausalLM, rollout: Rollout, indices: Sequence[int], ids: Sequence[Sequence[int]]
+    ) -> GroupMembers:
+        """Measure the members with these ids, which are the candidates with these indices, after the anchor if any."""
+        question, known = rollout.question, rollout.scores.log_probs
         keep_old = self.method.critic or self.settings.updates > 1
-        anchored = None
+        anchored = measured = None
         if self.method.anchored_reference:
             anchored = self.encoder.encode_anchored_prompt(question.prompt, question.anchor)
-        return self.update.members(policy, question.encoded, ids, keep_old, anchored)
+        elif known is not None and not self.method.anchor_member:
+            measured = [known[index] for index in indices]
+        return self.update.members(policy, question.encoded, ids, keep_old, anchored, measured)
 
     def _combine_prompts(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Let the signals of a step's prompts change each other, for a method that does so."""

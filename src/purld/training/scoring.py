@@ -131,14 +131,14 @@ class LikelihoodScorer:
     Attributes:
         roles: which weights are p_sft.
         encoder: the run's encoder.
-        score_rows: returns the scores of token ids; see `purld.model.likelihood`.
+        score_group: scores token ids; see `purld.model.likelihood`.
         batch_size: rows per forward pass.
         autocast: the precision to compute in.
     """
 
     roles: Roles
     encoder: Encoder
-    score_rows: Callable[[CausalLM, Encoder, Prompt, str, Sequence[Sequence[int]], int], list[float]]
+    score_group: Callable[[CausalLM, Encoder, Prompt, str, Sequence[Sequence[int]], int], GroupScores]
     batch_size: int
     autocast: Callable[[], AbstractContextManager[Any]]
 
@@ -152,14 +152,13 @@ class LikelihoodScorer:
             return [self._score_group(model, group) for group in groups]
 
     def _score_group(self, model: CausalLM, group: GroupToScore) -> GroupScores:
-        anchor = self.encoder.encode_answer(group.anchor).ids
         candidates = group.ids or [self.encoder.encode_answer(text).ids for text in group.candidates]
-        rows = [anchor, *candidates]
-        scores = self.score_rows(model, self.encoder, group.prompt, group.anchor, rows, self.batch_size)
-        if not all(map(math.isfinite, scores)):
+        scores = self.score_group(model, self.encoder, group.prompt, group.anchor, candidates, self.batch_size)
+        if not all(s is not None and math.isfinite(s) for s in (scores.anchor, *scores.candidates)):
             where = group.prompt.location or group.prompt.id
             raise UserError(f"{where}: the student's log-probs of a candidate are not finite; check its weights.")
-        return GroupScores(scores[0], list(scores[1:]))
+        # Ids made of the texts need not be the ones that were drawn, nor their log-probs those of the members.
+        return scores if group.ids else replace(scores, log_probs=None)
 
 
 @dataclass(frozen=True)
@@ -207,10 +206,10 @@ def _make_self_scorer(context: ScorerContext) -> Scorer:
     return SelfScorer(context.roles, evaluator, context.anchored, context.autocast)
 
 
-def _make_likelihood_scorer(context: ScorerContext, score_rows: Callable[..., list[float]]) -> Scorer:
+def _make_likelihood_scorer(context: ScorerContext, score_group: Callable[..., GroupScores]) -> Scorer:
     settings = context.settings
     assert isinstance(settings, SelfScoringSettings) and context.anchored
-    return LikelihoodScorer(context.roles, context.encoder, score_rows, settings.score_batch_size, context.autocast)
+    return LikelihoodScorer(context.roles, context.encoder, score_group, settings.score_batch_size, context.autocast)
 
 
 def _make_teacher_scorer(context: ScorerContext) -> Scorer:
@@ -256,8 +255,8 @@ class ScorerEntry:
 SCORERS: dict[str, ScorerEntry] = {
     "expected": ScorerEntry(_make_self_scorer, _check_expected),
     "verbal": ScorerEntry(_make_self_scorer),
-    "in_context": ScorerEntry(partial(_make_likelihood_scorer, score_rows=in_context_scores), has_own_unit=True),
-    "reference": ScorerEntry(partial(_make_likelihood_scorer, score_rows=reference_scores), has_own_unit=True),
+    "in_context": ScorerEntry(partial(_make_likelihood_scorer, score_group=in_context_scores), has_own_unit=True),
+    "reference": ScorerEntry(partial(_make_likelihood_scorer, score_group=reference_scores), has_own_unit=True),
     "agreement": ScorerEntry(_make_agreement_scorer, _check_agreement),
     "teacher": ScorerEntry(_make_teacher_scorer),
 }
