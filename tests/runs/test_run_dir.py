@@ -5,7 +5,15 @@ import json
 import pytest
 
 from purld.errors import UserError
-from purld.runs.files import append_rows, atomic_write, read_json, read_rows, write_rows
+from purld.runs.files import (
+    append_rows,
+    atomic_write,
+    cut_rows,
+    read_intact_rows,
+    read_json,
+    read_rows,
+    write_rows,
+)
 from purld.runs.run_dir import RunDir
 
 
@@ -98,3 +106,110 @@ def test_a_changed_file_is_named(tmp_path):
     with pytest.raises(UserError, match="is missing"):
         read_json(tmp_path / "none.json")
     assert json.dumps(read_rows(tmp_path / "none.jsonl")) == "[]"
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+        return
+    if how == "flipped":
+        data[len(data) // 2] ^= 4
+    path.write_bytes(data if how == "flipped" else data[: len(data) // 2 if how == "halved" else 0])
+
+
+@pytest.fixture
+def finished_run(tmp_path):
+    run = RunDir(tmp_path)
+    run.begin("anchors")
+    write_rows(run.anchors, [{"prompt_id": str(n), "text": "four"} for n in range(16)])
+    run.finish("anchors", 1.0)
+    run.begin("sft")
+    run.sft.mkdir()
+    (run.sft / "model.safetensors").write_bytes(b"w" * 3_000_000)
+    run.log_metrics("sft", 1, {"loss": 1.0})
+    run.finish("sft", 1.0)
+    return RunDir(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["halved", "emptied", "deleted", "flipped"])
+@pytest.mark.parametrize("name", ["anchors.jsonl", "sft/model.safetensors", "metrics.jsonl"])
+def test_a_file_that_is_not_what_its_stage_wrote_is_named_with_what_to_do(finished_run, name, how):
+    run, path = finished_run, finished_run.path / name
+    run.check_files(run.path)
+    damage(path, how)
+    run = RunDir(run.path)
+    with pytest.raises(UserError) as error:
+        run.check_files(path)
+    assert str(error.value).startswith(f"{path}: is {'missing' if how == 'deleted' else 'damaged'}")
+    assert "\n" not in str(error.value)
+    remedy = {"anchors.jsonl": "purld anchors", "sft/model.safetensors": "purld sft", "metrics.jsonl": "--run-dir"}
+    assert remedy[name] in str(error.value)
+    if (name, how) == ("anchors.jsonl", "halved"):
+        assert "it has 8 rows, and 16 were recorded" in str(error.value)
+
+
+def test_a_log_may_grow_after_its_stage_but_not_change(finished_run):
+    finished_run.log_metrics("align", 1, {"objective": 1.0})
+    RunDir(finished_run.path).check_files(finished_run.metrics)
+    text = finished_run.metrics.read_text()
+    finished_run.metrics.write_text(text.replace("loss", "lose"))
+    with pytest.raises(UserError, match="content"):
+        RunDir(finished_run.path).check_files(finished_run.metrics)
+
+
+def test_weights_that_stage_two_has_used_cannot_be_trained_again_unnoticed(finished_run):
+    finished_run.begin("align")
+    damage(finished_run.sft / "model.safetensors", "flipped")
+    with pytest.raises(UserError, match=r"restore it from a backup, or start again with another --run-dir"):
+        RunDir(finished_run.path).check_files(finished_run.sft)
+
+
+def test_a_manifest_without_hashes_still_works(finished_run):
+    values = read_json(finished_run.manifest)
+    (finished_run.manifest).write_text(json.dumps({key: values[key] for key in ("finished", "begun")}))
+    damage(finished_run.anchors, "halved")
+    run = RunDir(finished_run.path)
+    run.check_files(run.path)
+    assert set(run.finished_stages()) == {"anchors", "sft"}
+
+
+@pytest.mark.parametrize("how", ["halved", "emptied", "flipped"])
+def test_a_damaged_manifest_is_no_manifest(finished_run, how):
+    damage(finished_run.manifest, how)
+    with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
+        RunDir(finished_run.path).finished_stages()
+
+
+def test_a_stage_that_begins_again_is_not_finished_and_has_no_files(finished_run):
+    finished_run.begin("anchors")
+    assert finished_run.finished_stages() == {}
+    assert finished_run.begun_stages() == {"anchors"}
+    assert finished_run.recorded(finished_run.anchors) is None
+
+
+def test_a_flipped_bit_in_a_row_of_a_growing_file_is_found(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"text": "aaa", "x": 1}, {"text": "bbb", "x": 2}, {"text": "ccc", "x": 3}])
+    path.write_text(path.read_text().replace("bbb", "bcb"))
+    with pytest.raises(UserError, match=r"rows.jsonl, line 2: is damaged"):
+        read_rows(path)
+    assert read_intact_rows(path) == [{"text": "aaa", "x": 1}]
+    cut_rows(path, 1)
+    assert read_rows(path) == [{"text": "aaa", "x": 1}]
+
+
+def test_rewinding_with_records_of_the_logs_cuts_them_where_they_were(tmp_path):
+    run = RunDir(tmp_path)
+    run.log_metrics("align", 1, {"objective": 1.0})
+    append_rows(run.groups, [{"step": 1}])
+    records = run.log_records()
+    run.log_metrics("align", 2, {"objective": 1.0})
+    append_rows(run.groups, [{"step": 2}])
+    with run.groups.open("ab") as handle:
+        handle.write(b"not json\n")
+    assert run.find_log_damage(records) is None
+    run.rewind_log("align", 1, records)
+    assert run.log_records() == records
+    run.rewind_log("align", 0)
+    assert read_rows(run.metrics) == [] and not run.groups.exists()

@@ -1,15 +1,102 @@
-from purld.training.checkpoints import last_checkpoint
+"""Checkpoints: which one a stage resumes from when some are incomplete or damaged."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from purld.runs.files import append_rows
+from purld.runs.run_dir import RunDir
+from purld.training.checkpoints import last_checkpoint, mark_complete
 
 
-def test_only_whole_checkpoints_count_and_torn_ones_are_removed(tmp_path):
-    for step, whole in ((10, True), (9, True), (20, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if whole:
-            (folder / "complete").touch()
-    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-10", 10)
-    assert not (tmp_path / "checkpoint-20").exists()
+@pytest.fixture
+def run(tmp_path):
+    """A run in Stage II with checkpoints of steps 2, 4 and 6 and logs; the best model is that of step 2."""
+    run = RunDir(tmp_path / "run")
+    for step in (2, 4, 6):
+        run.log_metrics("align", step, {"objective": 1.0})
+        append_rows(run.groups, [{"step": step}])
+        folder = run.checkpoints("align") / f"checkpoint-{step}"
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"w" * 1000)
+        (folder / "adapter" / "optimizer.pt").write_bytes(b"o" * 1000)
+        state = {"best_global_step": 2 if step == 6 else None, "global_step": step}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        mark_complete(run, folder)
+    return run
+
+
+def newest(run):
+    return last_checkpoint(run, run.checkpoints("align"))
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_the_newest_is_taken_and_incomplete_ones_are_removed(run):
+    torn = run.checkpoints("align") / "checkpoint-8"
+    shutil.copytree(run.checkpoints("align") / "checkpoint-6", torn)
+    (torn / "complete").unlink()
+    found = newest(run)
+    assert (found.path.name, found.step, found.set_aside) == ("checkpoint-6", 6, None)
+    assert not torn.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter/optimizer.pt", "trainer_state.json", "complete"])
+@pytest.mark.parametrize("harm", [flip, lambda path: os.truncate(path, path.stat().st_size // 2), os.unlink])
+def test_a_damaged_one_is_named_and_the_next_older_one_is_taken(run, name, harm):
+    newest_folder = run.checkpoints("align") / "checkpoint-6"
+    harm(newest_folder / name)
+    found = newest(run)
+    assert found.step == 4
+    if harm is os.unlink and name == "complete":  # as after a kill
+        return
+    assert str(newest_folder) in found.set_aside
+    assert found.set_aside.endswith("the checkpoint of step 4 is used.")
+    assert not newest_folder.exists()
+
+
+def test_one_whose_best_model_is_damaged_cannot_be_used(run):
+    flip(run.checkpoints("align") / "checkpoint-2" / "model.safetensors")
+    assert newest(run).step == 4
+
+
+def test_one_that_is_ahead_of_a_damaged_log_is_not_used(run):
+    lines = run.groups.read_text().splitlines(keepends=True)
+    run.groups.write_text("".join(lines[:2]))
+    assert newest(run).step == 4
+    run.groups.write_text("")
+    found = newest(run)
+    assert (found.path, found.step) == (None, 0)
+    assert "groups.jsonl: is damaged" in found.set_aside
+    assert found.set_aside.endswith("the stage starts again.")
+
+
+def test_an_empty_marker_of_an_older_version_counts(run):
+    (run.checkpoints("align") / "checkpoint-6" / "complete").write_text("")
+    found = newest(run)
+    assert (found.step, found.logs) == (6, None)
+
+
+def test_every_file_is_on_disk_before_the_marker(run, monkeypatch):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(
+        "os.fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))
+    )
+    folder = run.checkpoints("align") / "checkpoint-6"
+    (folder / "complete").unlink()
+    mark_complete(run, folder)
+    marker = next(n for n, path in enumerate(synced) if ".complete" in path)
+    before = {os.path.relpath(path, folder) for path in synced[:marker]}
+    assert {".", "..", "adapter", "model.safetensors", "adapter/optimizer.pt", "trainer_state.json"} <= before
 
 
 def test_no_checkpoint(tmp_path):
-    assert last_checkpoint(tmp_path / "nowhere") == (None, 0)
+    run = RunDir(tmp_path)
+    found = newest(run)
+    assert (found.path, found.step, found.set_aside) == (None, 0, None)

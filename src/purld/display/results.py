@@ -15,6 +15,7 @@ from purld.runs.run_dir import RunDir
 
 def print_results(run: RunDir, console: Console | None = None) -> None:
     """Print a run's metrics by model with 95% intervals, the differences, the teacher's cost and the report's path."""
+    run.check_files(run.results)
     results = read_json(run.results)
     console = console or Console(highlight=False)
     models = results["models"]

@@ -16,7 +16,7 @@ from purld.evaluation.recorded import rows_to_generations
 from purld.model.encode import Encoder
 from purld.model.sample import Completion, Sampler, seed_from_content
 from purld.records import Generation, Prompt
-from purld.runs.files import append_rows, read_rows, write_rows
+from purld.runs.files import append_rows, cut_rows, read_intact_rows
 from purld.runs.thumbnails import prompt_fields
 from purld.tasks.checks import Check
 
@@ -69,15 +69,14 @@ def answer_prompts(
 def _complete_batches(path: Path, prompts: int, samples: int, per_batch: int) -> tuple[list[dict[str, Any]], int]:
     """Return the rows of the batches that are complete on disk, and the number of prompts they answer.
 
-    Rows of an incomplete batch are removed from the file.
+    Rows of an incomplete batch are removed from the file, and so is everything from a damaged row on.
     """
-    rows = read_rows(path)
+    rows = read_intact_rows(path)
     answered = len(rows) // samples
     done = prompts if answered == prompts else answered // per_batch * per_batch
-    if len(rows) != done * samples:  # a kill left part of a batch: it is drawn again
-        rows = rows[: done * samples]
-        write_rows(path, rows)
-    return rows, done
+    if path.exists():  # what a kill left of a batch is drawn again
+        cut_rows(path, done * samples)
+    return rows[: done * samples], done
 
 
 def _generation_rows(

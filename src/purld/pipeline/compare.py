@@ -154,6 +154,8 @@ def _read_final_model(path: Path) -> ComparedModel:
     if "evaluate" not in run.finished_stages():
         raise UserError(f"{path}: stage evaluate is not finished; run `purld evaluate` first.")
     model = final_model(config.align.method).name
+    answers = (run.generations(model), run.generations(f"{model}.greedy"), run.verdicts(model), run.opponent)
+    run.check_files(*answers)
     return ComparedModel(run, config, model, read_recorded_answers(run, model).to_evaluated_model())
 
 

@@ -29,6 +29,7 @@ def export_model(run_path: Path, out: Path | None, stage: str) -> Path:
     if stage not in run.finished_stages():
         raise UserError(f"{run_path}: stage {stage} is not finished, so there is no model of it to export.")
     source = run.sft if stage == "sft" else final_model(config.align.method).folder(run)
+    run.check_files(source)
     target = out or run.path / "export"
     save_model(config.student, load_model(config.student, source), load_encoder(config.student), target)
     return target

@@ -6,6 +6,8 @@ refused. What a stage does is in `purld.pipeline.stages` and `purld.pipeline.eva
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.runs.files import atomic_write, measure_seconds
 from purld.runs.open import final_model
-from purld.runs.run_dir import RunDir
+from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.trackers import check_trackers, stage_tracking
 
@@ -40,6 +42,7 @@ _RUNNERS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
     "report": run_report,
 }
 STAGES = tuple(_RUNNERS)
+_REPAIRED = ("anchors", "evaluate")  # their damaged files are made again by every command that includes them
 
 _TITLES = {
     "anchors": "Anchors: one teacher answer per prompt",
@@ -102,7 +105,10 @@ class Pipeline:
         pools = load_prompt_pools(self.config, self.encoder, self.reporter.say)
         with self.run.lock():
             self._check_pools(pools)
-            return run_probe(self._context(pools), every_scorer=True)
+            self.run.check_files(self.run.anchors, self.run.sft)
+            facts = run_probe(self._context(pools), every_scorer=True)
+            self.run.record_file("probe", self.run.probe)
+        return facts
 
     def _context(self, pools: PromptPools) -> RunContext:
         return RunContext(self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown)
@@ -122,25 +128,70 @@ class Pipeline:
             self._check_pools(pools)
             context = self._context(pools)
             for stage in self._with_probe(stages):
-                self._execute(stage, context)
+                self._execute(stage, context, alone=len(stages) == 1)
 
-    def _execute(self, stage: str, context: RunContext) -> None:
+    def _execute(self, stage: str, context: RunContext, alone: bool) -> None:
+        """Run a stage if it takes part, and if it is not finished or its files are damaged and can be made again."""
         if not self._takes_part(stage):
             return
         if stage in self.run.finished_stages() and not self._runs_again(stage):
-            self.reporter.say(f"{_TITLES[stage]}: done before.")
-            return
-        for earlier in STAGES[: STAGES.index(stage)]:
-            if earlier != "probe" and self._takes_part(earlier) and earlier not in self.run.finished_stages():
-                raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
-        if stage == "align":  # before it has begun, so that the settings may still change
-            assert isinstance(self.config.align, StageTwoSettings)
-            check_signal(self.config.align, self.run.finished_stages().get("probe"))
+            damaged = self.run.damaged_files_of(stage) if stage in _REPAIRED or (alone and stage in TRAINED) else []
+            if not damaged:
+                self.reporter.say(f"{_TITLES[stage]}: done before.")
+                return
+            if self._repaired(stage, damaged, context):
+                return
+        self._check_start(stage)
         self.run.begin(stage)
         self.reporter.headline(_TITLES[stage])
         with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):
             facts = _RUNNERS[stage](context)
         self.run.finish(stage, seconds[0], **facts)
+        shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)
+
+    def _check_start(self, stage: str) -> None:
+        """Check that earlier stages are finished and their files intact, and that Stage II has a signal.
+
+        It is called before the stage has begun, so that its settings may still change.
+        """
+        for earlier in STAGES[: STAGES.index(stage)]:
+            if earlier != "probe" and self._takes_part(earlier) and earlier not in self.run.finished_stages():
+                raise UserError(f"{self.run.path}: stage {earlier} is not finished; run `purld {earlier}` first.")
+        run = self.run
+        read = {
+            "sft": [run.anchors],
+            "probe": [run.anchors, run.sft],
+            "align": [run.anchors, run.sft, run.metrics],
+            "evaluate": [run.sft, run.align, run.groups.parent],
+        }
+        run.check_files(*read.get(stage, []), writer=stage)
+        if stage == "align":
+            assert isinstance(self.config.align, StageTwoSettings)
+            check_signal(self.config.align, run.finished_stages().get("probe"))
+
+    def _repaired(self, stage: str, damaged: Sequence[DamagedFile], context: RunContext) -> bool:
+        """Write the anchors again where later stages have used them; else remove the damaged files of a stage.
+
+        Returns:
+            Whether the files are whole again; else the stage runs again.
+
+        Raises:
+            UserError: later stages have used files that cannot be made again as they were.
+        """
+        used = bool(self.run.begun_after(stage))
+        if stage in TRAINED:
+            self.run.check_files(*(file.path for file in damaged if used or file.path == self.run.metrics))
+            shutil.rmtree(self.run.path / stage, ignore_errors=True)  # its files may be links that a sweep shares
+        for file in damaged:
+            self.reporter.say(f"{file}; it is made again.")
+        if stage != "anchors" or not used:
+            for file in damaged:
+                file.path.unlink(missing_ok=True)
+            return False
+        run_anchors(context)  # from the ledger or the answer file
+        if still := self.run.damaged_files_of(stage):
+            raise UserError(f"{still[0].path}: cannot be made again as Stage I has read it; {START_OVER}.")
+        return True
 
     def _runs_again(self, stage: str) -> bool:
         """Return whether a finished stage runs again.
@@ -165,20 +216,42 @@ class Pipeline:
 
     def _adopt_config(self) -> None:
         """Write config.yaml, or check that the new configuration agrees with the one that the run began with."""
-        new = self.config.model_dump(mode="json")
-        if self.run.config.exists():
+        run, new = self.run, self.config.model_dump(mode="json")
+        text = yaml.safe_dump(new, sort_keys=False)
+        self._check_adoptable(text)
+        if run.config.exists() and not run.damaged_files(run.config):
             # Loading fills in keys that are newer than the run with their defaults, which were in force when it began.
-            old = load_config(self.run.config).model_dump(mode="json")
-            begun = self.run.begun_stages()
+            old = load_config(run.config).model_dump(mode="json")
+            begun = run.begun_stages()
             for key, before, after in _differences(old, new):
                 section, *_, leaf = key.split(".")
                 if section != "report_to" and _FIRST_STAGE[section] in begun and leaf not in TRANSPORT:
                     raise UserError(
-                        f"{self.run.path} holds a run with {key}: {before}, and now it is {after}; "
+                        f"{run.path} holds a run with {key}: {before}, and now it is {after}; "
                         "give this one another --run-dir."
                     )
-        with atomic_write(self.run.config) as handle:
-            yaml.safe_dump(new, handle, sort_keys=False)
+        run.forget_file(run.config)
+        with atomic_write(run.config) as handle:
+            handle.write(text)
+        run.record_file("config", run.config)
+
+    def _check_adoptable(self, text: str) -> None:
+        """Check that nothing is lost by writing `text` as config.yaml.
+
+        Raises:
+            UserError: stages have left files and the manifest is gone, or config.yaml is damaged and `text` is another
+                configuration than it held.
+        """
+        run = self.run
+        if not run.manifest.exists() and any(path.exists() for path in (run.anchors, run.sft, run.align, run.groups)):
+            raise UserError(f"{run.manifest}: is missing, so it is not known which stages are finished; {START_OVER}.")
+        for damaged in run.damaged_files(run.config):
+            record = run.recorded(run.config)
+            if record is not None and record.sha256 != hashlib.sha256(text.encode()).hexdigest():
+                raise UserError(
+                    f"{damaged}; run the configuration that this run began with, which writes it anew, or give another "
+                    "--run-dir."
+                )
 
     def _check_pools(self, pools: PromptPools) -> None:
         done = self.run.finished_stages().get("anchors")

@@ -137,11 +137,13 @@ def share_stage_one(source: RunDir, target: RunDir) -> None:
     """Copy the finished anchors and Stage I of `source` to `target`: weights as hard links, the manifest last.
 
     Raises:
-        UserError: another process works on one of the two runs.
+        UserError: another process works on one of the two runs, or a file of `source` is damaged.
     """
     with source.lock(), target.lock():
+        source.check_files(source.anchors, source.opponent, source.sft, source.metrics)
         shutil.rmtree(target.sft, ignore_errors=True)
-        shutil.copytree(source.sft, target.sft, copy_function=_link_or_copy)
+        without_checkpoints = shutil.ignore_patterns("checkpoints")
+        shutil.copytree(source.sft, target.sft, ignore=without_checkpoints, copy_function=_link_or_copy)
         sync_folder(target.sft)
         for ours, theirs in ((source.anchors, target.anchors), (source.opponent, target.opponent)):
             if ours.exists():

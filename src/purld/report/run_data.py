@@ -67,6 +67,7 @@ def read_run(run: RunDir) -> RunData:
     Raises:
         UserError: a file in it is damaged.
     """
+    run.check_files(run.config, run.results, run.metrics, run.anchors, run.groups.parent)
     config_text = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
     folder = run.groups.parent
     not_answers = (run.groups, run.revisited)

@@ -1,7 +1,8 @@
 """Read and write the JSON and JSONL files of a run so that a kill at any point leaves them usable.
 
 A file is either replaced atomically or appended to and synced. A last row that a kill cut short is ignored by readers
-and removed before the next append.
+and removed before the next append. Appended rows end in a checksum (`crc32`), because a file that still grows has no
+other; readers check it and leave it out.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +23,8 @@ from purld.errors import UserError
 def atomic_write(path: Path) -> Iterator[IO[str]]:
     """Open a text file that replaces `path` when the block ends without an error; until then `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Its own name, cut: a file name has at most 255 bytes.
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as handle:
             yield handle
@@ -71,9 +74,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows to a JSONL file and sync it, after removing an incomplete last row."""
+    """Append rows with checksums to a JSONL file and sync it, after removing an incomplete last row."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    data = "".join(_with_checksum(row) + "\n" for row in rows).encode()
     with path.open("ab+") as handle:
         _cut_incomplete_row(handle)
         handle.write(data)
@@ -100,26 +103,67 @@ def _cut_incomplete_row(handle: IO[bytes]) -> None:
     handle.truncate(0)
 
 
+def cut_rows(path: Path, count: int) -> None:
+    """Keep the first `count` rows of a JSONL file and remove the others."""
+    with path.open("rb+") as handle:
+        for _ in range(count):
+            handle.readline()
+        handle.truncate(handle.tell())
+        os.fsync(handle.fileno())
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the complete rows of a JSONL file that purld wrote, or no rows if there is no file.
 
     A last row without a newline was cut short by a kill and is left out.
 
     Raises:
-        UserError: a complete row is not valid JSON.
+        UserError: a complete row is not valid JSON, or not what its checksum says.
     """
+    rows, problem = _parse_rows(path)
+    if problem is not None:
+        raise UserError(f"{path}, line {len(rows) + 1}: {problem}; restore the file from a backup, or start again.")
+    return rows
+
+
+def read_intact_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a JSONL file up to the first damaged one, for a stage that can make the others again."""
+    return _parse_rows(path)[0]
+
+
+def _with_checksum(row: Mapping[str, Any]) -> str:
+    """Return a row as JSON whose last key is the checksum of the others."""
+    return json.dumps({**row, "crc32": _checksum(row)})
+
+
+def _checksum(row: Mapping[str, Any]) -> str:
+    """Return the CRC-32 of a row as JSON; parsing purld's JSON and writing it again gives the same text."""
+    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+
+
+def _parse_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Return the rows up to the first damaged one, and what is wrong with that one; None if all are intact."""
+    rows: list[dict[str, Any]] = []
     if not path.exists():
-        return []
-    rows = []
+        return rows, None
+    summed = False
     with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
+        for line in handle:
             if not line.endswith(b"\n"):
                 break
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}, line {number}: is not valid JSON ({error}).") from None
-    return rows
+                return rows, f"is not valid JSON ({error})"
+            if not isinstance(row, dict):
+                return rows, "is not a JSON object"
+            checksum = row.pop("crc32", None)
+            # Rows of an older version have none; a file that was begun with them goes on with checksums.
+            if (checksum is None and summed) or (checksum is not None and checksum != _checksum(row)):
+                return rows, "is damaged; its checksum is that of another row"
+            summed = summed or checksum is not None
+            rows.append(row)
+    return rows, None
 
 
 @contextlib.contextmanager

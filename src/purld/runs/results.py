@@ -77,6 +77,7 @@ def load_results(run_path: str | Path) -> RunResults:
     run = RunDir(run_path)
     if not run.results.exists():
         raise UserError(f"{run.path}: has no results.json; finish the run first (purld run).")
+    run.check_files(run.results)
     values = read_json(run.results)
     return RunResults(
         run.path,

@@ -1,17 +1,49 @@
 """The directory of a run: its file names, its manifest, its metrics log and its lock.
 
-A stage is finished when `manifest.json` lists it; the manifest is written after all files of the stage.
+A stage is finished when `manifest.json` lists it; the manifest is written after all files of the stage. It also records
+size and SHA-256 of these files, which are compared before another stage or command reads them. A manifest of an older
+version records none, and then nothing is compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from purld.errors import UserError
-from purld.runs.files import append_rows, read_json, read_rows, write_json, write_rows
+from purld.records import content_hash
+from purld.runs.checksums import FileRecord, find_damage, record_file
+from purld.runs.files import (
+    append_rows,
+    read_intact_rows,
+    read_json,
+    read_rows,
+    sync_folder,
+    write_json,
+    write_rows,
+)
+
+TRAINED = ("sft", "align")  # stages that take long, and whose result another machine may not repeat to the bit
+START_OVER = (
+    "restore it from a backup, or start again with another --run-dir beside this one, where the answers in the ledger "
+    "are not paid for again"
+)
+
+
+@dataclass(frozen=True)
+class DamagedFile:
+    """A file that is not what the manifest recorded: the stage that wrote it, and what is wrong, in words."""
+
+    path: Path
+    stage: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
 
 
 class RunDir:
@@ -33,6 +65,7 @@ class RunDir:
         self.results = self.path / "results.json"
         self.report = self.path / "report.html"
         self.manifest = self.path / "manifest.json"
+        self._intact: set[Path] = set()  # recorded or compared by this object; nothing else writes during a command
 
     def sibling_ledgers(self) -> list[Path]:
         """Return the ledgers of the other runs in the same folder, whose answers need not be bought again."""
@@ -47,46 +80,213 @@ class RunDir:
         """Return the path of the judge's verdicts on the answers of `model`."""
         return self.path / "generations" / f"{model}.verdicts.jsonl"
 
+    def checkpoints(self, stage: str) -> Path:
+        """Return the folder of a stage's checkpoints, which is removed once the stage is finished."""
+        return self.path / stage / "checkpoints"
+
+    def stage_files(self, stage: str) -> list[Path]:
+        """Return the files of a stage that are there; none for the report, which nothing reads."""
+        rows = sorted(self.groups.parent.rglob("*.*")) if stage in ("align", "evaluate") else []
+        listed = {
+            "anchors": [self.anchors, self.opponent],
+            "sft": [*self._model_files("sft"), self.metrics],
+            "probe": [self.probe],
+            "align": [*self._model_files("align"), self.metrics, *rows],
+            "evaluate": [*rows, self.results],
+        }
+        return [path for path in listed.get(stage, []) if path.is_file() and not path.name.startswith(".")]
+
     def finished_stages(self) -> dict[str, dict[str, Any]]:
         """Return the finished stages by name, with the facts that each recorded."""
-        return dict(self._stages("finished"))
+        return dict(self._manifest()["finished"])
 
     def begun_stages(self) -> set[str]:
         """Return the names of all stages that were started, finished or not."""
-        return set(self._stages("begun"))
+        return set(self._manifest()["begun"])
+
+    def begun_after(self, stage: str) -> set[str]:
+        """Return the stages that build on the result of `stage` and were started; a probe is only repeated."""
+        begun = list(self._manifest()["begun"])
+        return set(begun[begun.index(stage) + 1 :]) - {"probe", "report"} if stage in begun else set()
 
     def begin(self, stage: str) -> None:
-        """Record that `stage` has started; call it before the stage's first write."""
-        if stage not in self.begun_stages():
-            self._write_manifest(self._stages("begun") | {stage: {}}, self.finished_stages())
+        """Record that `stage` has started; call it before the stage's first write.
+
+        If it was finished before, it no longer is, nor is any stage that was begun after it.
+        """
+        manifest = self._manifest()
+        begun, kept = list(manifest["begun"]), set(manifest["begun"])
+        if stage in begun:
+            if stage not in manifest["finished"]:
+                return
+            kept -= set(begun[begun.index(stage) :])
+        self._write_manifest(
+            {name: facts for name, facts in manifest["finished"].items() if name in kept},
+            {name: {} for name in [*(name for name in begun if name in kept), stage]},
+            {name: entry for name, entry in manifest["files"].items() if entry["stage"] in (*kept, "config")},
+        )
 
     def finish(self, stage: str, seconds: float, **facts: Any) -> None:
-        """Record `stage` as finished, with its facts; call it after the stage's last write."""
-        finished = self.finished_stages() | {stage: {"seconds": round(seconds, 3)} | facts}
-        self._write_manifest(self._stages("begun"), finished)
+        """Record `stage` as finished, with its facts and its files; call it after the stage's last write.
 
-    def _stages(self, kind: str) -> dict[str, dict[str, Any]]:
+        A file that an earlier stage wrote stays its own, unless it has grown.
+        """
+        manifest = self._manifest()
+        earlier = {self.path / name for name, entry in manifest["files"].items() if entry["stage"] != stage}
+        own = [path for path in self.stage_files(stage) if path not in earlier or path == self.metrics]
+        finished = manifest["finished"] | {stage: {"seconds": round(seconds, 3)} | facts}
+        self._write_manifest(finished, manifest["begun"], self._with_records(manifest["files"], stage, own))
+
+    def record_file(self, stage: str, path: Path) -> None:
+        """Record the content of one file that was written outside of a stage, as that of `stage`."""
+        manifest = self._manifest()
+        self._write_manifest(
+            manifest["finished"], manifest["begun"], self._with_records(manifest["files"], stage, [path])
+        )
+
+    def forget_file(self, path: Path) -> None:
+        """Drop the record of a file that is about to change, and create the manifest if there is none."""
+        manifest = self._manifest()
+        files = {name: entry for name, entry in manifest["files"].items() if self.path / name != path}
+        if files != manifest["files"] or not self.manifest.exists():
+            self._write_manifest(manifest["finished"], manifest["begun"], files)
+
+    def recorded(self, path: Path) -> FileRecord | None:
+        """Return the record of a file; None if it has none."""
+        entry = self._manifest()["files"].get(self._name_of(path))
+        return None if entry is None else FileRecord.from_json(entry)
+
+    def damaged_files(self, *places: Path) -> list[DamagedFile]:
+        """Return the files that are not what the manifest recorded.
+
+        Args:
+            places: files and folders to look at.
+        """
+        return self._compare(lambda path, stage: any(path == place or place in path.parents for place in places))
+
+    def damaged_files_of(self, stage: str) -> list[DamagedFile]:
+        """Return the files of a stage that are not what the manifest recorded."""
+        return self._compare(lambda path, owner: owner == stage)
+
+    def _compare(self, selects: Callable[[Path, str], bool]) -> list[DamagedFile]:
+        found = []
+        for name, entry in self._manifest()["files"].items():
+            path = self.path / name
+            if path in self._intact or not selects(path, entry["stage"]):
+                continue
+            problem = find_damage(path, FileRecord.from_json(entry), grows=path == self.metrics)
+            if problem is None:
+                self._intact.add(path)
+            else:
+                found.append(DamagedFile(path, entry["stage"], problem))
+        return found
+
+    def check_files(self, *places: Path, writer: str | None = None) -> None:
+        """Check that files are what the manifest recorded, before they are read.
+
+        Args:
+            places: files and folders; what was not recorded in them is not checked.
+            writer: a stage whose own files are not checked, because it writes them.
+
+        Raises:
+            UserError: one of them is damaged; the message names it and says what to do.
+        """
+        for damaged in self.damaged_files(*places):
+            if damaged.stage != writer:
+                raise UserError(f"{damaged} (manifest.json); {self._remedy(damaged)}.")
+
+    def _remedy(self, damaged: DamagedFile) -> str:
+        """Say what to do about a damaged file."""
+        stage = damaged.stage
+        if stage == "config":
+            return "run the run's own configuration again (purld run), which writes it anew"
+        if damaged.path == self.metrics or (stage in TRAINED and self.begun_after(stage)):
+            return START_OVER
+        if stage in TRAINED:
+            return f"run `purld {stage}`, which trains the stage again"
+        return f"run `purld {stage}` again, which writes it anew"
+
+    def _model_files(self, stage: str) -> list[Path]:
+        files = sorted((self.path / stage).rglob("*"))
+        return [path for path in files if self.checkpoints(stage) not in path.parents]
+
+    def _name_of(self, path: Path) -> str:
+        return path.relative_to(self.path).as_posix()
+
+    def _with_records(self, files: Mapping[str, Any], stage: str, paths: Iterable[Path]) -> dict[str, Any]:
+        """Return the records with those of a stage's files; folders are synced, so that no file is lost."""
+        records = {name: entry for name, entry in files.items() if entry["stage"] != stage}
+        paths = list(paths)
+        for path in paths:
+            records[self._name_of(path)] = {"stage": stage, **record_file(path).to_json()}
+            self._intact.add(path)
+        for folder in {path.parent for path in paths}:
+            sync_folder(folder)
+        return records
+
+    def _manifest(self) -> dict[str, dict[str, Any]]:
+        empty: dict[str, dict[str, Any]] = {"finished": {}, "begun": {}, "files": {}}
         if not self.manifest.exists():
-            return {}
-        stages: dict[str, dict[str, Any]] = read_json(self.manifest).get(kind, {})
-        return stages
+            return empty
+        try:
+            values = read_json(self.manifest)
+            intact = "hash" not in values or values.pop("hash") == content_hash(values)
+            manifest: dict[str, dict[str, Any]] = empty | {key: dict(values[key]) for key in empty if key in values}
+        except (UserError, TypeError, ValueError):
+            intact = False
+        if not intact:
+            raise UserError(f"{self.manifest}: is damaged, so it is not known which stages are finished; {START_OVER}.")
+        return manifest
 
-    def _write_manifest(self, begun: Mapping[str, Any], finished: Mapping[str, Any]) -> None:
-        write_json(self.manifest, {"finished": dict(finished), "begun": dict(begun)})
+    def _write_manifest(self, finished: Mapping[str, Any], begun: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+        values = {"finished": dict(finished), "begun": dict(begun), "files": dict(files)}
+        write_json(self.manifest, values | {"hash": content_hash(values)})
 
     def log_metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """Append one row to metrics.jsonl."""
         append_rows(self.metrics, [{"stage": stage, "step": step, **values}])
 
-    def rewind_log(self, stage: str, step: int) -> None:
-        """Remove the rows that `stage` logged after `step`, because a resumed run logs them again."""
-        for path in (self.metrics, self.groups):
-            rows = read_rows(path)
-            kept = [row for row in rows if row.get("stage", "align") != stage or row["step"] <= step]
-            if len(kept) != len(rows):
-                write_rows(path, kept)
+    def log_records(self) -> dict[str, Any]:
+        """Return the records of the logs as they are now; a checkpoint keeps them."""
+        logs = [path for path in (self.metrics, self.groups) if path.exists()]
+        return {self._name_of(path): record_file(path).to_json() for path in logs}
+
+    def find_log_damage(self, records: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with the logs since `records` were taken, rows added aside; None if nothing is."""
+        for name, entry in records.items():
+            if problem := find_damage(self.path / name, FileRecord.from_json(entry), grows=True):
+                return f"{self.path / name}: {problem}"
+        return None
+
+    def rewind_log(self, stage: str, step: int, records: Mapping[str, Any] | None = None) -> None:
+        """Remove the rows that `stage` logged after `step`, because a resumed run logs them again.
+
+        Args:
+            stage: `sft` or `align`.
+            step: the step that the stage resumes from; 0 if it starts again.
+            records: the records of the logs at that step; None if they are not known.
+
+        Raises:
+            UserError: a log is damaged, and its records are not known.
+        """
         if stage == "align":  # these rows are computed from the log at the end of the stage
             self.revisited.unlink(missing_ok=True)
+            if step == 0:
+                self.groups.unlink(missing_ok=True)
+        before = self.recorded(self.metrics)  # as the last finished stage left it
+        if records is None and step == 0 and before is not None:
+            records = {self._name_of(self.metrics): before.to_json()}
+        for path in (self.metrics, self.groups):
+            if not path.exists():
+                continue
+            if records is not None:
+                os.truncate(path, records[self._name_of(path)]["bytes"] if self._name_of(path) in records else 0)
+                continue
+            # A first stage that starts again keeps no row, so a damaged one does not stop it.
+            rows = read_intact_rows(path) if stage == "sft" and step == 0 else read_rows(path)
+            kept = [row for row in rows if row.get("stage", "align") != stage or row["step"] <= step]
+            if len(kept) != len(rows) or stage == "sft":
+                write_rows(path, kept)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -7,19 +7,19 @@ This module runs the stage from p_sft to the saved policy and says what to look 
 from __future__ import annotations
 
 import math
-import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from purld.clients.base import Client
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
-from purld.errors import UserError
+from purld.errors import PlainWarning, UserError
 from purld.methods.labels import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
-from purld.training.align_trainer import AlignTrainer, checkpoints_folder
+from purld.training.align_trainer import AlignTrainer
 from purld.training.checkpoints import last_checkpoint
 from purld.training.context import StageContext
 from purld.training.rollout import AnchoredPrompt
@@ -95,9 +95,10 @@ def align(
     if not examples:
         raise UserError("Stage II: there are no anchors to align with.")
     run, encoder = context.run, context.encoder
-    checkpoints = checkpoints_folder(context)
-    checkpoint, step = last_checkpoint(checkpoints)
-    run.rewind_log("align", step)
+    checkpoint = last_checkpoint(run, run.checkpoints("align"))
+    if checkpoint.set_aside:
+        warnings.warn(checkpoint.set_aside, PlainWarning, stacklevel=2)
+    run.rewind_log("align", checkpoint.step, checkpoint.logs)
     roles = load_roles(context.student, run.sft)
     questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
     trainer = AlignTrainer(
@@ -110,13 +111,12 @@ def align(
         change_scorer=change_scorer,
         margin_scale=margin_scale,
     )
-    trainer.train_from(checkpoint, step)
+    trainer.train_from(checkpoint.path, checkpoint.step)
     rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
     trainer.remeasure()
     save_policy(context.student, roles, run.sft, encoder, run.align)
-    shutil.rmtree(checkpoints)
     return _facts(rows, settings, len(examples))
 
 

@@ -238,7 +238,7 @@ def _decoding(settings: StageTwoSettings) -> Decoding:
 
 def _trainer_arguments(context: StageContext, settings: StageTwoSettings, prompts: int) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(checkpoints_folder(context)),
+        output_dir=str(context.run.checkpoints("align")),
         max_steps=settings.steps,
         per_device_train_batch_size=min(settings.prompts_per_step, prompts),
         learning_rate=settings.learning_rate,
@@ -253,8 +253,3 @@ def _trainer_arguments(context: StageContext, settings: StageTwoSettings, prompt
         **device_arguments(),
         **tracker_arguments(context.report_to, context.run, "align"),
     )
-
-
-def checkpoints_folder(context: StageContext) -> Path:
-    """Return the folder of Stage II's checkpoints, which is removed once the stage is finished."""
-    return context.run.align / "checkpoints"

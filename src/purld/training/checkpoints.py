@@ -4,38 +4,115 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from purld.runs.files import sync_folder
+from purld.errors import reason_of
+from purld.records import content_hash
+from purld.runs.checksums import FileRecord, find_damage, record_file
+from purld.runs.files import sync_folder, write_json
 from purld.runs.run_dir import RunDir
 from purld.training.context import Progress
 
-_COMPLETE = "complete"
+_TRAINER_STATE = "trainer_state.json"
+_COMPLETE = "complete"  # written last: the records of the checkpoint's files and of the run's logs
 _SHOWN = ("loss", "eval_loss", "objective", "score")
 
 
-def last_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """Return the newest complete checkpoint and its step; (None, 0) if there is none.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to resume from.
 
-    Incomplete ones are removed, so that the trainer's own bookkeeping never counts them.
+    Attributes:
+        path: its folder; None to train from the start.
+        step: its step; 0 for the start.
+        logs: the records of the run's logs at that step; None if it has none, as in an older version.
+        set_aside: a sentence on a newer checkpoint that is damaged; None if there is none.
     """
-    complete: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        if (path / _COMPLETE).exists():
-            complete[int(path.name.rpartition("-")[2])] = path
-        else:
+
+    path: Path | None = None
+    step: int = 0
+    logs: Mapping[str, Any] | None = None
+    set_aside: str | None = None
+
+
+def last_checkpoint(run: RunDir, folder: Path) -> Checkpoint:
+    """Return the newest checkpoint that is whole, with the best model of its time and the run's logs up to it.
+
+    Incomplete and damaged ones are removed, so that the trainer's own bookkeeping never counts them. A checkpoint of an
+    older version, whose marker is empty, is taken as it is.
+    """
+    steps = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    problems: list[str] = []
+    chosen = Checkpoint()
+    for path in sorted((p for p in steps if steps[p].isdigit()), key=lambda p: int(steps[p]), reverse=True):
+        if not (path / _COMPLETE).exists():
             shutil.rmtree(path)
-    if not complete:
-        return None, 0
-    step = max(complete)
-    return complete[step], step
+            continue
+        if chosen.path is not None:
+            continue  # an older one stays: it may hold the best model
+        problem, logs = _examine(run, path)
+        if problem is None:
+            chosen = Checkpoint(path, int(steps[path]), logs)
+        else:
+            problems.append(problem)
+            shutil.rmtree(path)
+    if not problems:
+        return chosen
+    instead = f"the checkpoint of step {chosen.step} is used" if chosen.path else "the stage starts again"
+    return replace(chosen, set_aside=f"{problems[0]}; {instead}.")
+
+
+def _examine(run: RunDir, path: Path) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Return what keeps a complete checkpoint from being used (None: nothing), and its records of the logs."""
+    try:
+        records = _read_marker(path)
+        if problem := _find_damage(path, records):
+            return problem, None
+        state = json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
+        best = path.with_name(f"checkpoint-{state.get('best_global_step')}")
+        if state.get("best_global_step") and best != path and (problem := _find_damage(best, _read_marker(best))):
+            return problem, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path}: is damaged ({reason_of(error)})", None
+    if records is None:
+        return None, None
+    return run.find_log_damage(records["logs"]), records["logs"]
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    text = (path / _COMPLETE).read_text(encoding="utf-8")
+    records: dict[str, Any] | None = json.loads(text) if text else None
+    if records is not None and records.pop("hash") != content_hash(records):
+        raise ValueError(f"{_COMPLETE} is not as it was written")
+    return records
+
+
+def _find_damage(path: Path, records: Mapping[str, Any] | None) -> str | None:
+    for name, entry in (records or {"files": {}})["files"].items():
+        if problem := find_damage(path / name, FileRecord.from_json(entry)):
+            return f"{path / name}: {problem}"
+    return None
+
+
+def mark_complete(run: RunDir, path: Path) -> None:
+    """Sync every file of a checkpoint and its folders, and then write the marker that makes it count."""
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    records = {
+        "files": {file.relative_to(path).as_posix(): record_file(file).to_json() for file in files},
+        "logs": run.log_records(),
+    }
+    for folder in {file.parent for file in files} | {path, path.parent, path.parent.parent}:
+        sync_folder(folder)
+    write_json(path / _COMPLETE, records | {"hash": content_hash(records)})
 
 
 class RunCallback(TrainerCallback):
@@ -54,6 +131,12 @@ class RunCallback(TrainerCallback):
         self._is_logged = is_logged
         self._progress = progress
         self._note = ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Find the best model's checkpoint again in a run directory that was moved."""
+        best = Path(args.output_dir or "") / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
 
     def on_log(
         self,
@@ -78,9 +161,7 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint that was just written as complete."""
         if state.is_world_process_zero:
-            folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
-            (folder / _COMPLETE).touch()
-            sync_folder(folder)
+            mark_complete(self._run, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
 
 
 class ModelNamedCheckpoints:

@@ -7,18 +7,19 @@ checkpoint with the lowest validation loss becomes p_sft. The learning rate is n
 from __future__ import annotations
 
 import math
-import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from purld.config.schema import Sft
-from purld.errors import UserError
+from purld.errors import PlainWarning, UserError
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_model, make_trainable, save_model
 from purld.model.vision import EncodedPrompt
@@ -53,16 +54,17 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     train, held_out, cut = _encode_examples(examples, encoder, settings.validation_fraction)
     if not train:
         raise UserError("Stage I: there are no anchors to train on.")
-    checkpoints = run.sft / "checkpoints"
-    checkpoint, step = last_checkpoint(checkpoints)
-    run.rewind_log("sft", step)
+    checkpoint = last_checkpoint(run, run.checkpoints("sft"))
+    if checkpoint.set_aside:
+        warnings.warn(checkpoint.set_aside, PlainWarning, stacklevel=2)
+    run.rewind_log("sft", checkpoint.step, checkpoint.logs)
     model = make_trainable(student, load_model(student, student.model))
     encoded = [*train, *held_out]
     trainer = _SftTrainer(
         model=cast(PreTrainedModel, model),  # or one under adapters
         args=_arguments(
             settings,
-            str(checkpoints),
+            str(run.checkpoints("sft")),
             len(train),
             context.seed,
             validate=bool(held_out),
@@ -78,16 +80,28 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     # TRL's loss divides by the token count itself. Some image models say they do not take the count, and then every
     # micro-batch would weigh the same, whatever its number of tokens.
     trainer.model_accepts_loss_kwargs = True
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_from(checkpoint.path)
     model.config.use_cache = True
     save_model(student, trainer.model, encoder, run.sft)
     best = trainer.state.best_global_step or trainer.state.global_step
-    shutil.rmtree(checkpoints)
     return SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step)
 
 
 class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
     """TRL's trainer with checkpoints that it can load again."""
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint or from the start; from one of the last step only load the model that is kept."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self.state = state  # `train` would take a step before it sees that it is done
+        best = state.best_global_step or state.global_step
+        self._load_from_checkpoint(str(checkpoint.with_name(f"checkpoint-{best}")))
 
 
 def in_validation_part(prompt: Prompt, fraction: float) -> bool:
