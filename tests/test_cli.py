@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from purld import __version__
 from purld.cli import app, main
 from purld.clients.ledger import CallResult, Caps, Ledger, Request, Usage
 from purld.config.clients import OpenAIEndpoint
@@ -98,3 +99,39 @@ def test_a_full_disk_is_one_sentence_wherever_it_shows(tiny_config, tmp_path, mo
         "purld: the disk is full (No space left on device); free some space and run the same command again, "
         "it continues from here."
     )
+
+
+def test_version_and_short_help():
+    assert purld("--version") == f"purld {__version__}\n"
+    assert "Usage" in purld("-h") and "Usage" in purld("run", "-h")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "CONFIG", "--run-dir", "FILE"], "is a file, and a run needs a folder"),
+        (["check", "CONFIG", "--run-dir", "FOLDER"], "holds other things than a run, such as notes.txt"),
+        (["run", "CONFIG", "--run-dir", "n" * 300], "255 bytes"),
+        (["run", "CONFIG", "student.dtype=bf16"], "Write student.dtype=bfloat16"),
+        (["export", "nowhere"], "is not a run directory"),
+        (["export", "RUN", "--out", "FOLDER"], "is not empty"),
+        (["export", "RUN", "--out", "FILE"], "is a file"),
+        (["report", "RUN", "--out", "FOLDER"], "is a folder; give a file"),
+        (["compare", "RUN", "nowhere"], "nowhere: is not a run directory"),
+    ],
+)
+def test_a_slip_is_told_before_torch_is_imported(tmp_path, monkeypatch, capsys, arguments, words):
+    (tmp_path / "file.yaml").write_text("student: {model: m}\ndata: {prompts: p}\nteacher: {kind: file, path: a}\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    names = {"CONFIG": "file.yaml", "FILE": "file.yaml", "FOLDER": "folder", "RUN": "run"}
+    monkeypatch.setattr(sys, "argv", ["purld", *(names.get(a, a) for a in arguments)])
+    for module in ("pipeline.pipeline", "pipeline.plan", "pipeline.export", "pipeline.compare"):
+        monkeypatch.setitem(sys.modules, f"purld.{module}", None)  # an import of it fails
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err

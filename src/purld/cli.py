@@ -6,7 +6,9 @@ stderr and exit status 2. Ctrl-C, SIGTERM and SIGHUP are exit status 130, 143 an
 
 from __future__ import annotations
 
-import errno
+import codecs
+import io
+import locale
 import os
 import signal
 import sys
@@ -19,6 +21,7 @@ import typer
 
 from purld.display.streams import protected_streams
 from purld.errors import PlainWarning, UserError, printable
+from purld.failures import TRACEBACK_VARIABLE, describe_failure
 from purld.signals import Stopped, stopping_signals
 
 app = typer.Typer(
@@ -26,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help needs no rich, and is there at once
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Reinforcement-learning alignment for small on-premise models from one teacher answer per prompt.",
 )
 testbed_app = typer.Typer(no_args_is_help=True, help="The synthetic world that the demo runs in.")
@@ -45,8 +49,26 @@ ResendUnknown = Annotated[
 ]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from purld import __version__
+
+        print(f"purld {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """Run the `purld` command."""
+    _use_utf8()
     with protected_streams(), stopping_signals():
         _configure_libraries()
         _configure_warnings()
@@ -59,21 +81,15 @@ def _run_command() -> int:
     try:
         status = _status_of(app)
         sys.stdout.flush()
-    except UserError as error:
-        return _fail(str(error))
     except Stopped as stopped:
         how = "interrupted" if stopped.signum == signal.SIGINT else f"stopped by {stopped}"
         return _fail(f"{how}; run the same command again to continue.", stopped.status)
     except BrokenPipeError:  # the reader of stdout has left, as `head` does; stderr raises nothing
         return 1
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if TRACEBACK_VARIABLE in os.environ and not isinstance(error, UserError):
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(
-            f"{where}the disk is full ({error.strerror}); free some space and run the same command again, "
-            "it continues from here."
-        )
+        return _fail(*describe_failure(error, _run_directory))
     return status
 
 
@@ -134,10 +150,11 @@ def check(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
 
     What will be sent, what it may cost at most, memory and steps. Uses no network.
     """
+    settings, run = _open(config, overrides, run_dir)
     from purld.pipeline.plan import make_plan
     from purld.pipeline.plan_sheet import print_plan
 
-    print_plan(make_plan(*_open(config, overrides, run_dir)))
+    print_plan(make_plan(settings, run))
 
 
 @app.command()
@@ -178,9 +195,9 @@ def probe(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
 
     Every scorer, without gold, on up to 64 prompts that have anchors: on p_sft after Stage I, on the student before.
     """
+    settings, run = _open(config, overrides, run_dir)
     from purld.display.probe import print_probe
 
-    settings, run = _open(config, overrides, run_dir)
     print_probe(_pipeline(settings, run, _reporter()).probe())
 
 
@@ -212,9 +229,14 @@ def report(
     if Path(first).is_file() or (first.endswith((".yaml", ".yml")) and not Path(first).is_dir()):
         _execute(Path(first), overrides, run_dir, ["report"])
     else:
+        from purld.runs.files import check_new_file
+
+        paths = [_existing_run(Path(run)) for run in runs]
+        if out is not None:
+            check_new_file(out)
         from purld.pipeline.export import report_runs
 
-        print(report_runs([Path(run) for run in runs], out))
+        print(report_runs(paths, out))
 
 
 @app.command()
@@ -229,6 +251,8 @@ def compare(
 
     RUN_A's final model against RUN_B's, paired on the same held-out prompts.
     """
+    _existing_run(run_b)
+    _existing_run(run_a)
     from purld.pipeline.compare import compare_runs, print_comparison
 
     print_comparison(compare_runs(run_a, run_b, judge, _reporter()))
@@ -250,6 +274,9 @@ def sweep(
 
     Runs share anchors and Stage I wherever they can.
     """
+    from purld.config.load import load_config
+
+    load_config(config)  # before torch is imported
     from purld.pipeline.sweep import plan_sweep, run_sweep
 
     cells = plan_sweep(config, grid, run_dir or Path("runs") / f"{config.stem}-sweep")
@@ -282,9 +309,17 @@ def tasks() -> None:
 def export(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="The directory to write; RUN/export by default.")] = None,
-    stage: Annotated[str, typer.Option(help="align, or sft for Stage I's model.")] = "align",
+    stage: Annotated[
+        str | None,
+        typer.Option(help="align, or sft for Stage I's model; the run's last one by default.", show_default=False),
+    ] = None,
 ) -> None:
     """Export a run's model for serving, with adapters merged."""
+    from purld.runs.files import check_new_folder
+
+    _existing_run(run_path)
+    if out is not None:
+        check_new_folder(out)
     from purld.pipeline.export import export_model
 
     path = export_model(run_path, out, stage)
@@ -314,6 +349,7 @@ def ledger(
 
     With --export, write every request and answer to a file.
     """
+    _existing_run(run_path)
     from purld.pipeline.export import ledger_totals
 
     rows = ledger_totals(run_path, export_to)
@@ -341,11 +377,31 @@ def testbed_build(
         build_student(out, seed=seed, progress=progress, student=student)
 
 
+_run_directory: Path | None = None  # of this command, once it is known: a log of an error goes there
+
+
 def _open(config: Path, overrides: Sequence[str] | None, run_dir: Path | None) -> tuple[Any, Any]:
+    """Read the configuration, which imports neither torch nor anything that does, so a slip is told at once."""
     from purld.config.load import load_config
     from purld.runs.run_dir import RunDir
 
-    return load_config(config, overrides or []), RunDir(run_dir or Path("runs") / config.stem)
+    settings, run = load_config(config, overrides or []), RunDir(run_dir or Path("runs") / config.stem)
+    run.check_place()
+    _remember_run(run.path)
+    return settings, run
+
+
+def _existing_run(path: Path) -> Path:
+    """Return the path of a run directory, or say at once that it is none."""
+    if not (path / "config.yaml").exists() and not (path / "manifest.json").exists():
+        raise UserError(f"{path}: is not a run directory; it holds no config.yaml.")
+    _remember_run(path)
+    return path
+
+
+def _remember_run(path: Path) -> None:
+    global _run_directory
+    _run_directory = path
 
 
 def _execute(
@@ -355,9 +411,9 @@ def _execute(
     stages: Sequence[str] | None,
     resend_unknown: bool = False,
 ) -> None:
+    settings, run = _open(config, overrides, run_dir)
     from purld.pipeline.pipeline import STAGES
 
-    settings, run = _open(config, overrides, run_dir)
     _pipeline(settings, run, _reporter(), resend_unknown).execute(stages or STAGES)
     if stages is None:
         _closing(run)
@@ -383,11 +439,11 @@ def _closing(run: Any) -> None:
 
 
 def _dry_run(config: Path, overrides: Sequence[str] | None, run_dir: Path | None, resend_unknown: bool) -> None:
+    settings, run = _open(config, overrides, run_dir)
     from purld.pipeline.pipeline import Pipeline
     from purld.pipeline.plan_requests import write_dry_run
     from purld.pipeline.prompt_pools import load_prompt_pools
 
-    settings, run = _open(config, overrides, run_dir)
     reporter = _reporter()
     pools = load_prompt_pools(settings, Pipeline(settings, run, reporter).encoder, reporter.say)
     count, size = write_dry_run(sys.stdout, settings, pools, run, resend_unknown)
@@ -408,6 +464,18 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale is ASCII, and never fail at a character of the result.
+
+    Paths, prompts and answers hold any character, and an ASCII locale (LANG=C) can neither name nor print most of them.
+    """
+    ascii_only = codecs.lookup(locale.getpreferredencoding(False)).name == "ascii"
+    if ascii_only and not sys.flags.utf8_mode and os.environ.get("PYTHONUTF8") != "1":
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace" if sys.stdout.encoding.lower() == "utf-8" else "replace")
 
 
 def _configure_libraries() -> None:

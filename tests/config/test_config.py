@@ -1,5 +1,6 @@
 """What a user may write, and the one sentence they get for what they may not."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_updates_count_their_candidates_once():
         ({"student": {"modle": "m"}}, "did you mean model?"),
         ({"student": {"model": "m", "lora": {"rank": 8}}}, "unknown key student.lora.rank"),
         ({"alignment": {}}, "did you mean align?"),
-        ({"teacher": {"kind": "gpt", "path": "x"}}, "teacher.kind is 'gpt'; it can be 'openai', 'file', 'local'"),
+        ({"teacher": {"kind": "gpt", "path": "x"}}, "teacher.kind is 'gpt'; it can be openai, file, local"),
         ({"teacher": {"path": "x"}}, "key teacher.kind is missing"),
         (
             {"teacher": {"kind": "openai", "base_url": "http://t/v1", "model": "m", "max_image_side": 8}},
@@ -101,7 +102,7 @@ def test_updates_count_their_candidates_once():
         ({"data": {}}, "data: give either prompts, or task and path"),
         ({"data": {"prompts": "p", "task": "aokvqa_mc", "path": "d"}}, "data: give either prompts, or task and path"),
         ({"data": {"task": "aokvqa_mc"}}, "data: task and path go together"),
-        ({"data": {"task": "poetry", "path": "d"}}, "data.task: Input should be 'writingprompts_cw'"),
+        ({"data": {"task": "poetry", "path": "d"}}, "data.task is 'poetry'; it can be writingprompts_cw"),
         ({"data": {"task": "aokvqa_mc", "path": "d", "eval_prompts": "e"}}, "eval_prompts and columns go with prompts"),
         ({"data": {"prompts": "p", "sft_fraction": 1.0}}, "data.sft_fraction"),
         ({"seed": "one"}, "seed"),
@@ -158,3 +159,87 @@ def test_quick_modules_import_nothing_heavy(module):
     code = f"import {module}, sys; print([m for m in {heavy.split()} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def problem_of(tmp_path, text, *overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(path, list(overrides))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("student.dtype=bf16", "did you mean bfloat16? Write student.dtype=bfloat16"),
+        ("align.method=grpo", "Write align.method=ldl_grpo"),
+        ("align.method=LDL-GRPO", "Write align.method=ldl_grpo"),
+        ("student.lora=true", "write student.lora.r=16, or student.lora=null"),
+        ("teacher=openai", "write teacher.kind=openai"),
+        ("align=sft_sft", "write align.method=sft_sft"),
+        ("report_to=wandb", "write report_to=[wandb]"),
+        ("data=pool.jsonl", "write data.prompts=VALUE"),
+    ],
+)
+def test_a_value_that_is_nearly_right_is_answered_with_how_to_write_it(tmp_path, override, words):
+    assert words in problem_of(tmp_path, yaml.safe_dump(MINIMAL), override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=-1",
+        "seed=4294967296",
+        f"seed={'9' * 5000}",
+        "align.steps=0",
+        "align.steps=1e400",
+        "align.steps=9999999999999",
+        "align.tau=.inf",
+        "align.tau=.nan",
+        "align.tau=nan",
+        "sft.epochs=inf",
+        "align.temperature=1e-300",
+        "evaluate.temperature=1e-300",
+        "align.learning_rate=1:30",
+        "teacher={kind: openai, base_url: 'http://a', model: m, extra_body: {top_k: .nan}}",
+        "teacher={kind: openai, base_url: 'http://a', model: m, retries: -1}",
+        "align.tau=!!timestamp 2026-01-01",
+    ],
+)
+def test_numbers_that_no_stage_can_use_are_refused_when_they_are_read(tmp_path, override):
+    problem_of(tmp_path, yaml.safe_dump(MINIMAL), override)
+
+
+def test_zero_is_a_temperature_for_evaluation_and_a_date_is_text(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = load_config(path, ["evaluate.temperature=0", "student.model=2026-01-01"])
+    assert (config.evaluate.temperature, config.student.model) == (0, "2026-01-01")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nseed: 2\n", "line 2: is not valid YAML: key seed occurs twice"),
+        ("align: {tau: 1, tau: 2}\n", "key tau occurs twice"),
+        ("a: &a [*a]\n", "contains itself"),
+        ("[" * 1_000, "nested too deeply"),
+        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(
+            f"{name}: &{name} [{','.join(['*' + chr(ord(name) - 1)] * 9)}]\n" for name in "bcdefghi"
+        ), "more than 100,000 values"),
+        ("seed: " + "9" * 5000, "a value cannot be read"),
+        ("x: !!python/object:os.x {}", "tag"),
+    ],
+)  # fmt: skip
+def test_yaml_that_is_not_plain_is_named(tmp_path, text, words):
+    assert words in problem_of(tmp_path, text)
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "huge.yaml").write_bytes(b"#" * (2 << 20))
+    for path in ("/dev/zero", tmp_path, tmp_path / "pipe.yaml", tmp_path / "huge.yaml", tmp_path / ("n" * 300)):
+        with pytest.raises(UserError, match=r"give a YAML file|at most|File name too long"):
+            load_config(path)

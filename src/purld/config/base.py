@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+# Above these bounds a number is a slip of the pen, and libraries fail on it hours later.
+_MOST = 10**12
+Positive = Annotated[float, Field(gt=0, le=_MOST)]
+NonNegative = Annotated[float, Field(ge=0, le=_MOST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Retries = Annotated[int, Field(ge=0, le=1000)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy takes
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+def _sampled_or_greedy(temperature: float) -> float:
+    # Logits are divided by it in float32, where a smaller one overflows.
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(f"a temperature is 0, which is greedy, or at least {LEAST_TEMPERATURE}")
+    return temperature
+
+
+LEAST_TEMPERATURE = 0.001
+SamplingTemperature = Annotated[float, Field(ge=LEAST_TEMPERATURE, le=1000)]
+Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_sampled_or_greedy)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and closed to unknown keys."""
+    """A part of the configuration: frozen, closed to unknown keys, and without infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def union_sections(annotation: Any) -> list[type[BaseModel]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from purld.config.base import Count, NonNegative, Positive, Section
+from purld.config.base import Count, NonNegative, Positive, Retries, Seconds, Section, Temperature
 
 
 class FileColumns(Section):
@@ -45,8 +46,8 @@ class OpenAIEndpoint(Section):
     concurrency: Count = 8
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
-    timeout: Positive = 120.0  # seconds for one call, from connecting to its last byte
-    retries: Annotated[int, Field(ge=0)] = 5  # only of calls that cannot have been billed
+    timeout: Seconds = 120.0  # seconds for one call, from connecting to its last byte
+    retries: Retries = 5  # only of calls that cannot have been billed
 
     @model_validator(mode="after")
     def _cap_needs_prices(self) -> OpenAIEndpoint:
@@ -84,6 +85,10 @@ class OpenAIEndpoint(Section):
         ours = {"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "stream", "n", "best_of"}
         if taken := sorted(ours & extra.keys()):
             raise ValueError(f"{', '.join(taken)} cannot be set here")
+        try:
+            json.dumps(extra, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"it cannot be sent as JSON: {error}") from None
         return extra
 
 
@@ -100,7 +105,7 @@ class LocalModel(Section):
 
     kind: Literal["local"]
     model: str
-    temperature: NonNegative = 0.0
+    temperature: Temperature = 0.0
     max_tokens_per_answer: Count = 1024
     max_image_pixels: Count | None = None  # a larger image is scaled down; null: as the model's processor does
     batch_size: Count = 8

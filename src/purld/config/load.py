@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from purld.config.base import section_tags, union_sections
+from purld.config.read_yaml import parse_yaml, read_yaml
 from purld.config.schema import Config
 from purld.errors import UserError
 
@@ -21,20 +23,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Paths in the file are relative to the working directory, like every path on a command line.
 
     Raises:
-        UserError: the file is missing or not YAML, or a key or value is wrong; the message names it.
+        UserError: the file is missing or not plain YAML, or a key or value is wrong; the message names it.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a text file ({error}).") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{path}: is not valid YAML: {problem}.") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys such as student, data and teacher.")
     for override in overrides:
@@ -57,22 +49,22 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"override {override!r}: write key.path=value, for example align.tau=0.9.")
+        raise UserError(f"override {override[:80]!r}: write key.path=value, for example align.tau=0.9.")
     *parents, last = key.strip().split(".")
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {parent} is a value, not a section.")
+            raise UserError(f"override {override[:80]!r}: {parent} is a value, not a section.")
         values = child
     try:
-        values[last] = _number(yaml.safe_load(text))
+        values[last] = _number(parse_yaml(text))
     except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML.") from None
+        raise UserError(f"override {override[:80]!r}: the value is not valid YAML.") from None
 
 
 def _number(value: Any) -> Any:
     """Return the number that a text spells: YAML 1.1 reads 1e-5 as text, on a command line it is a number."""
-    if isinstance(value, str):
+    if isinstance(value, str) and any(map(str.isdigit, value)):  # "inf" and "nan" stay text
         try:
             return float(value)
         except ValueError:
@@ -101,15 +93,58 @@ def _explain(error: ValidationError) -> str:
             return f"key {key}.{tag} is missing.{more}"
         case "union_tag_invalid":
             tag = problem["ctx"]["discriminator"].strip("'")
-            value, allowed = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
-            return f"{key}.{tag} is {value!r}; it can be {allowed}.{more}"
+            return f"{_nearest_value(f'{key}.{tag}', problem['ctx']['tag'], problem['ctx']['expected_tags'])}{more}"
+        case "literal_error":
+            return f"{_nearest_value(key, problem['input'], problem['ctx']['expected'])}{more}"
+        case "model_type" | "model_attributes_type":
+            return f"{_how_to_write_section(key, problem['loc'], problem['input'])}{more}"
+        case "list_type":
+            return f"{key} is a list{_found(problem['input'])}; write {key}=[{problem['input']}].{more}"
         case _:
             message = problem["msg"].removeprefix("Value error, ")
             prefix = f"{key}: " if key else ""
             value = problem["input"]
             secret = problem["type"] == "secret_in_url"
-            shown = f" (found {value!r})" if isinstance(value, str | int | float) and not secret else ""
-            return f"{prefix}{message}{shown}.{more}"
+            return f"{prefix}{message}{'' if secret else _found(value)}.{more}"
+
+
+def _found(value: Any) -> str:
+    return f" (found {repr(value)[:80]})" if isinstance(value, str | int | float) else ""
+
+
+_SHORT_FORMS = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32", "float": "float32"}
+
+
+def _nearest_value(key: str, value: Any, expected: str) -> str:
+    """Say which of the values in quotes in `expected` is meant, and how to write it."""
+    allowed = re.findall(r"'([^']*)'", expected)
+    text = re.sub(r"[\s-]+", "_", str(value).strip().lower())
+    text = _SHORT_FORMS.get(text, text)
+    near = difflib.get_close_matches(text, allowed, n=1) or [a for a in allowed if text in a or a in text]
+    hint = f"did you mean {near[0]}? Write {key}={near[0]}; " if near else ""
+    return f"{key} is {str(value)[:80]!r}; {hint}it can be {', '.join(allowed)}."
+
+
+def _how_to_write_section(key: str, location: tuple[int | str, ...], value: Any) -> str:
+    """Say that a section has keys of its own, and write its first one as an example."""
+    field: Any = None
+    section: Any = Config
+    for part in map(str, location):
+        field = section.model_fields.get(part) if section else None
+        sections = union_sections(field.annotation) if field else []
+        section = sections[0] if len(sections) == 1 else None
+    tags = {tag: s for s in sections for tag in section_tags(s)} if field and len(sections) > 1 else {}
+    shown = _found(value)
+    if tags:
+        name = "method" if "method" in sections[0].model_fields else "kind"
+        near = str(value) if str(value) in tags else next(iter(tags))
+        return f"{key} is a section with keys of its own{shown}; write {key}.{name}={near}."
+    if section is None:
+        return f"{key} is a section with keys of its own{shown}."
+    first, entry = next(iter(section.model_fields.items()))
+    example = "VALUE" if entry.is_required() or entry.default is None else entry.default
+    without = f", or {key}=null to do without" if field is not None and field.default is None else ""
+    return f"{key} is a section with keys of its own{shown}; write {key}.{first}={example}{without}."
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel] | None]:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from purld.config.base import Count, Fraction, NonNegative, Positive, Section
+from purld.config.base import Count, Fraction, NonNegative, Positive, SamplingTemperature, Section
 
 
 class StageTwoSettings(Section):
@@ -43,7 +43,7 @@ class StageTwoSettings(Section):
 class SamplingSettings(StageTwoSettings):
     """Settings of a method that draws one candidate per prompt."""
 
-    temperature: Positive = 1.0
+    temperature: SamplingTemperature = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 512
 

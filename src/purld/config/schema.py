@@ -17,7 +17,17 @@ from pydantic import (
     model_validator,
 )
 
-from purld.config.base import Count, Fraction, NonNegative, Positive, Section, section_tags, union_sections
+from purld.config.base import (
+    Count,
+    Fraction,
+    Positive,
+    Retries,
+    Section,
+    Seed,
+    Temperature,
+    section_tags,
+    union_sections,
+)
 from purld.config.clients import AnchorPolicy, AnswerFile, Judge, Opponent, Teacher
 from purld.config.methods import Align, LdlGrpo, TeacherJudgeGrpo
 
@@ -118,7 +128,7 @@ class Data(Section):
 class Sft(Section):
     """Stage I. The checkpoint with the lowest validation loss is kept when `validation_fraction` is not 0."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Positive = 1.0
     learning_rate: Positive = 1.0e-5
     batch_size: Count = 16
     micro_batch_size: Count = 4
@@ -131,12 +141,12 @@ class Evaluate(Section):
     """Settings for drawing and judging answers to the held-out prompts."""
 
     samples: Count = 1  # answers per prompt
-    temperature: NonNegative = 1.0  # 0: greedy
+    temperature: Temperature = 1.0  # 0: greedy
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 512
     batch_size: Count = 32
     judge: Judge | None = None
-    judge_retries: Annotated[int, Field(ge=0)] = 1  # repeats where a judge's reply is none of A, B and T
+    judge_retries: Retries = 1  # repeats where a judge's reply is none of A, B and T
     both_orders: bool = True
     opponent: Opponent | None = None
 
@@ -156,7 +166,7 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     # Experiment trackers, beside metrics.jsonl; some of them use a network.
     report_to: list[Tracker] = Field(default_factory=list)
-    seed: int = 0
+    seed: Seed = 0
     _set_aside: tuple[str, ...] = PrivateAttr(())
 
     @property

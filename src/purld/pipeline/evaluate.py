@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ SPEND_KEYS = ("calls", "input_tokens", "output_tokens", "cost")  # of the teache
 
 def run_evaluate(context: RunContext) -> dict[str, Any]:
     """Answer the held-out prompts with every model of the run, check and judge the answers, write results.json."""
+    started = time.monotonic()
     config, run = context.config, context.run
     final = final_model(config.align.method)
     folders: dict[str, str | Path] = {"base": config.student.model, "sft": run.sft, final.name: final.folder(run)}
@@ -38,6 +40,7 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
     if config.evaluate.judge is not None:
         models = _add_verdicts(context, models, opponents)
     finished, groups = run.finished_stages(), read_rows(run.groups)
+    seconds = {stage: facts["seconds"] for stage, facts in finished.items() if stage != "report"}
     results = {
         "method": config.align.method,
         "seed": config.seed,
@@ -47,7 +50,7 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
         **_candidates_against_gold(context, groups),
         "probe": _probe_results(finished.get("probe")),
         "label_divergence": mean_label_divergence(groups, read_rows(run.revisited)),
-        "seconds": {stage: facts["seconds"] for stage, facts in finished.items()},
+        "seconds": seconds | {"evaluate": round(time.monotonic() - started, 3)},  # all but writing this file
         "templates": {
             "self_evaluation": SELF_EVALUATION_VERSION,
             "rating": RATING_VERSION,

@@ -9,29 +9,37 @@ from typing import Any
 from purld.clients.ledger import BUDGETS, LedgerView
 from purld.errors import UserError
 from purld.model.load import load_encoder, load_model, save_model
+from purld.runs.files import atomic_folder, check_new_file, check_new_folder
 from purld.runs.open import final_model, open_run
 
 
-def export_model(run_path: Path, out: Path | None, stage: str) -> Path:
+def export_model(run_path: Path, out: Path | None, stage: str | None = None) -> Path:
     """Write a run's model as one directory that any server loads, with adapters merged; return the directory.
+
+    The directory is there once it is complete.
 
     Args:
         run_path: a run directory.
-        out: where to write; None for `export` in the run directory.
-        stage: `align` for the final model, `sft` for that of Stage I.
+        out: where to write, a new or empty folder; None for `export` in the run directory, which is replaced.
+        stage: `align` for the model of Stage II, `sft` for that of Stage I; None for the run's final model.
 
     Raises:
-        UserError: `run_path` is not a run directory, the stage is unknown, or it is not finished.
+        UserError: `run_path` is not a run directory, the stage is unknown or not finished, its files are damaged, or
+            `out` holds something else.
     """
     run, config = open_run(run_path)
+    stage = stage or final_model(config.align.method).stage
     if stage not in ("sft", "align"):
         raise UserError(f"--stage {stage}: give align or sft.")
     if stage not in run.finished_stages():
         raise UserError(f"{run_path}: stage {stage} is not finished, so there is no model of it to export.")
-    source = run.sft if stage == "sft" else final_model(config.align.method).folder(run)
+    if out is not None:
+        check_new_folder(out)
+    source = run.sft if stage == "sft" else run.align
     run.check_files(source)
     target = out or run.path / "export"
-    save_model(config.student, load_model(config.student, source), load_encoder(config.student), target)
+    with atomic_folder(target) as partial:
+        save_model(config.student, load_model(config.student, source), load_encoder(config.student), partial)
     return target
 
 
@@ -43,11 +51,13 @@ def report_runs(run_paths: Sequence[Path], out: Path | None) -> Path:
         out: where to write; None for the directory of a single run, or the working directory for several.
 
     Raises:
-        UserError: a path is not a run directory, or a file of a run is damaged.
+        UserError: a path is not a run directory, a file of a run is damaged, or `out` is a folder.
     """
     from purld.report.page import write_report
 
     runs = [open_run(path)[0] for path in run_paths]
+    if out is not None:
+        check_new_file(out)
     target = out or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
     write_report(runs, target)
     return target

@@ -119,6 +119,7 @@ class Pipeline:
         Raises:
             UserError: the input, the configuration or an earlier stage does not allow it.
         """
+        self.run.check_place()
         pools = load_prompt_pools(self.config, self.encoder, self.reporter.say)
         check_judging(self.config, pools)
         if missing := missing_gold(self.config.data, pools.held_out):

@@ -30,6 +30,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
         UserError: a file, a row, the model directory or a length is wrong.
     """
     plan = Plan()
+    run.check_place()
     given, config = config, with_chosen_score(config)
     encoder = load_encoder(config.student)
     check_local_models(config)

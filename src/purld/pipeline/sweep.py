@@ -30,6 +30,7 @@ from rich.table import Table
 
 from purld.clients.ledger import LedgerView
 from purld.config.load import load_config
+from purld.config.read_yaml import parse_yaml, read_yaml
 from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.display.results import format_signed_difference
@@ -45,6 +46,7 @@ from purld.signals import Stopped
 _PURLD = (sys.executable, "-c", "from purld.cli import main; main()")
 _LOG = "sweep.log"
 _POLL_SECONDS = 0.2
+_LONGEST_NAME = 200  # bytes of a folder's name; file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ class SweepCell:
         """Return whether every stage is finished under exactly this configuration."""
         if "report" not in self.run.finished_stages() or not self.run.config.exists():
             return False
-        recorded = yaml.safe_load(self.run.config.read_text(encoding="utf-8"))
-        return bool(recorded == self.config.model_dump(mode="json"))
+        if self.run.damaged_files(self.run.config):
+            return False
+        return bool(read_yaml(self.run.config) == self.config.model_dump(mode="json"))
 
 
 def plan_sweep(config: Path, grid: Sequence[str], folder: Path) -> list[SweepCell]:
@@ -160,7 +163,7 @@ def _parse_axis(entry: str) -> tuple[str, list[Any]]:
     """Return the key and the values of one entry of the grid."""
     key, equals, text = entry.partition("=")
     try:
-        values = yaml.safe_load(f"[{text}]")
+        values = parse_yaml(f"[{text}]")
     except yaml.YAMLError:
         values = None
     if not equals or not key.strip() or not values:
@@ -175,7 +178,11 @@ def _folder_name(values: Mapping[str, Any]) -> str:
         f"{key if leaves.count(leaf) > 1 else leaf}={value if isinstance(value, str) else json.dumps(value)}"
         for (key, value), leaf in zip(values.items(), leaves, strict=True)
     ]
-    return re.sub(r"[^\w.=,+-]+", "_", ",".join(parts))
+    name = re.sub(r"[^\w.=,+-]+", "_", ",".join(parts))
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    kept = name.encode()[: _LONGEST_NAME - 17].decode(errors="ignore")
+    return f"{kept}-{content_hash(dict(values))}"
 
 
 def _collect_in_turn(config: Path, leaders: Sequence[SweepCell], reporter: Reporter, failed: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,13 +37,53 @@ def atomic_write(path: Path) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder to write; it replaces `path` when the block ends without an error, with its files synced."""
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            sync_folder(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def sync_folder(path: Path) -> None:
-    """Sync a folder, so that files created or renamed in it survive a power cut."""
+    """Sync a folder or file, so that it survives a power cut; a folder with the files created or renamed in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_new_folder(out: Path) -> None:
+    """Check that a folder named by --out can be written without mixing its files with others.
+
+    Raises:
+        UserError: it is a file, or it is not empty.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; give a folder to write.")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"--out {out}: is not empty; give a new folder, or remove what is in it.")
+
+
+def check_new_file(out: Path) -> None:
+    """Check that a file named by --out can be written.
+
+    Raises:
+        UserError: it is a folder.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; give a file, such as {out / 'report.html'}.")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -27,6 +27,7 @@ from purld.runs.files import (
     write_rows,
 )
 
+_SIGNS_OF_A_RUN = ("config.yaml", "manifest.json", "ledger.sqlite", ".lock", "sweep.log", "demo")
 TRAINED = ("sft", "align")  # stages that take long, and whose result another machine may not repeat to the bit
 START_OVER = (
     "restore it from a backup, or start again with another --run-dir beside this one, where the answers in the ledger "
@@ -66,6 +67,25 @@ class RunDir:
         self.report = self.path / "report.html"
         self.manifest = self.path / "manifest.json"
         self._intact: set[Path] = set()  # recorded or compared by this object; nothing else writes during a command
+
+    def check_place(self) -> None:
+        """Check that the run can be written here, before anything is paid for.
+
+        Raises:
+            UserError: the path is a file, a folder of other things, or on a disk or in a folder that cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file, and a run needs a folder; give another --run-dir.")
+        if self.path.is_dir():
+            others = [path.name for path in self.path.iterdir() if not path.name.startswith(".")]
+            if others and not any((self.path / name).exists() for name in _SIGNS_OF_A_RUN):
+                raise UserError(
+                    f"{self.path}: holds other things than a run, such as {min(others)}; give a new folder with "
+                    "--run-dir."
+                )
+        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"{nearest}: cannot be written; change its permissions or give another --run-dir.")
 
     def sibling_ledgers(self) -> list[Path]:
         """Return the ledgers of the other runs in the same folder, whose answers need not be bought again."""

@@ -16,10 +16,12 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from purld.config.clients import OpenAIEndpoint
 from purld.config.load import load_config
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.runs.files import atomic_write
+from purld.runs.open import open_run
 from purld.runs.run_dir import RunDir
 from purld.testbed.server import TestbedServer
 from purld.testbed.shipped import DEMOS, STUDENT_FOLDERS, demo_problems, students_of
@@ -49,6 +51,7 @@ def prepare_demo(
     seed = _seed(overrides)
     name = "-".join(["demo", task, *([student] if student else []), *([f"seed{seed}"] if seed else [])])
     folder = run_dir or Path("runs") / name
+    RunDir(folder).check_place()
     key = secrets.token_urlsafe(16)
     with TestbedServer(api_key=key, port=_former_port(folder)) as server:
         os.environ[KEY_VARIABLE] = key
@@ -116,15 +119,17 @@ def _seed(overrides: Sequence[str]) -> int:
     """Return the seed that the overrides ask for, which also draws the prompts."""
     seeds = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == "seed"]
     try:
-        return int(seeds[-1]) if seeds else 0
+        seed = int(seeds[-1]) if seeds else 0
     except ValueError:
         raise UserError(f"override seed={seeds[-1]}: a seed is a whole number.") from None
+    if not 0 <= seed < 2**32:
+        raise UserError(f"override seed={seed}: a seed is at least 0 and less than 2**32.")
+    return seed
 
 
 def _former_port(folder: Path) -> int:
     """Return the port of an interrupted demo, so that its ledger recognises the endpoint; 0 means any free port."""
-    path = folder / "config.yaml"
-    if not path.exists():
+    if not (folder / "config.yaml").exists():
         return 0
-    teacher = yaml.safe_load(path.read_text(encoding="utf-8"))["teacher"]
-    return urlsplit(teacher["base_url"]).port or 0
+    teacher = open_run(folder)[1].teacher
+    return (urlsplit(teacher.base_url).port or 0) if isinstance(teacher, OpenAIEndpoint) else 0
