@@ -9,7 +9,7 @@ import pytest
 from faulty_server import completion
 
 from purld.clients.base import Reply, reply_from_result
-from purld.clients.completion import parse_json, read_completion
+from purld.clients.completion import parse_body, parse_json, read_completion
 from purld.clients.ledger import CallResult
 from purld.config.clients import OpenAIEndpoint
 
@@ -42,7 +42,7 @@ def reply(*args: Any, **message: Any) -> Reply:
 def test_only_a_good_finish_reason_makes_an_answer_whole(finish, state):
     found = reply("Half an answer", finish)
     assert (found.state, found.text) == (state, "Half an answer")
-    name = (finish or "empty") if isinstance(finish, str) else json.dumps(finish)
+    name = (finish or "empty") if isinstance(finish, str) else "dict" if finish == {} else json.dumps(finish)
     assert state == "answered" or f"finish reason {name}" in found.detail
 
 
@@ -138,6 +138,26 @@ def test_a_refusal_in_parts():
 def test_an_escape_sequence_in_a_finish_reason_is_not_shown():
     found = reply("Half", "ab\x1b[31mort\u202e\x07")
     assert found.detail.endswith(", finish reason abort")
+
+
+def events(*pieces: Any, end: str = "data: [DONE]") -> str:
+    return ": comment\n\n" + "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + end
+
+
+def test_a_stream_that_was_not_asked_for_is_read():
+    def piece(text: str | None, finish: str | None = None) -> dict[str, Any]:
+        return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": finish}], "usage": None}
+
+    last = {"choices": [], "usage": completion()["usage"]}
+    body = events(piece("An "), piece("answer."), piece(None, "stop"), last)
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None and result.usage is not None
+    assert (result.text, result.finish_reason, result.usage.output_tokens) == ("An answer.", "stop", 5)
+    cut = events(piece("An "), end="")
+    result = read_completion(parse_body(cut), cut, ENDPOINT)
+    assert result is not None and reply_from_result(result).state == "truncated"
+    assert parse_body(events({"error": {"message": "m"}})) == {"error": {"message": "m"}}
+    assert parse_body("data: nothing\n") is None
 
 
 def test_usage_in_other_words():

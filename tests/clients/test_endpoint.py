@@ -628,13 +628,19 @@ def test_a_lost_call_keeps_its_idempotency_key_and_a_failed_one_gets_another(ser
     assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-1"]
 
 
+def test_no_cookie_goes_back(server, endpoint, ledger):
+    server.default = lambda handler: handler.reply(completion(), headers={"Set-Cookie": "id=1; Path=/"})
+    ask(endpoint(concurrency=1), ledger, ["a", "b"])
+    assert not any("cookie" in headers for headers in server.headers)
+
+
 def test_nothing_of_the_environment_leaves_but_the_configured_key(server, endpoint, ledger, monkeypatch):
     names = ("ORG_ID", "PROJECT_ID", "ADMIN_KEY", "WEBHOOK_SECRET", "API_KEY")
     for name in names:
         monkeypatch.setenv(f"OPENAI_{name}", f"secret-{name}")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Secret: secret-header")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
-    ask(endpoint(), ledger, ["q"])
+    ask(endpoint(timeout=30), ledger, ["q"])
     assert set(server.headers[0]) == {
         "host", "accept", "accept-encoding", "connection", "user-agent", "content-length", "content-type",
         "authorization", "idempotency-key",

@@ -7,6 +7,7 @@ whole body as `raw`. Pure functions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -20,6 +21,7 @@ from purld.errors import one_line
 MAX_RAW = 20_000  # characters kept of the body of a failed call
 # Parts of a content that hold what the model thought before it answered.
 THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought", "summary_text")
+_EVENT = re.compile(r"^data:", re.MULTILINE)
 MAX_DEPTH = 4  # of parts within parts
 
 
@@ -42,6 +44,32 @@ def parse_json(body: str) -> Any:
         return json.loads(body, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits))
     except (ValueError, RecursionError):
         return None
+
+
+def parse_body(body: str) -> Any:
+    """Parse a response's body: JSON, or the events of a stream, which some gateways send unasked; None if neither."""
+    body = body.removeprefix("\ufeff")
+    data = parse_json(body)
+    return _join_events(body) if data is None and _EVENT.search(body[:MAX_RAW]) else data
+
+
+def _join_events(body: str) -> Any:
+    """Return the events of a stream as one completion, or the first event if it is an error."""
+    texts: list[str] = []
+    joined: dict[str, Any] = {"finish_reason": None}
+    usage = None
+    for line in body.splitlines():
+        event = parse_json(line[5:]) if line.startswith("data:") else None
+        if not isinstance(event, dict):
+            continue
+        if event.get("error") and not texts:
+            return event
+        usage = event.get("usage") or usage
+        choice = _first_choice(event)
+        if choice is not None:
+            texts.append(_read_content(_message_of(choice).get("content")).text)
+            joined["finish_reason"] = choice.get("finish_reason") or joined["finish_reason"]
+    return {"choices": [joined | {"message": {"content": "".join(texts)}}], "usage": usage} if texts else None
 
 
 def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallResult | None:
@@ -144,6 +172,8 @@ def _finish_reason(choice: Mapping[str, Any], usage: Usage | None, endpoint: Ope
         spent = usage.output_tokens if usage else 0
         return "length" if spent >= endpoint.max_tokens_per_answer else None
     reason = choice["finish_reason"]
+    if isinstance(reason, dict | list):
+        return type(reason).__name__
     return one_line(reason if isinstance(reason, str) else json.dumps(reason), 80) or "empty"
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-from purld.clients.completion import MAX_RAW, parse_json, read_completion
+from purld.clients.completion import MAX_RAW, parse_body, read_completion
 from purld.clients.error_bodies import EndpointError, read_error
 from purld.clients.finish_reasons import FinishKind, finish_kind
 from purld.clients.ledger import CallResult
@@ -53,7 +53,7 @@ def classify_response(
     redactor: KeyRedactor = NO_KEY,
 ) -> CallOutcome:
     """Classify an endpoint's response; `now` is the time in seconds since 1970."""
-    data = parse_json(body.removeprefix("\ufeff"))
+    data = parse_body(body)
     if 200 <= status < 300:
         outcome = _classify_success(data, body, headers, endpoint, now, redactor)
     else:

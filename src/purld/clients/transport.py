@@ -14,6 +14,7 @@ import contextlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -75,6 +76,7 @@ def open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncClient:
         return httpx2.AsyncClient(
             headers=headers,
             timeout=httpx2.Timeout(endpoint.timeout, connect=min(CONNECT_SECONDS, endpoint.timeout / 2)),
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # takes none
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             follow_redirects=False,
             trust_env=not local,
