@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo miniature test test-slow lint clean
+# What `make test-lowest` and `make test-newest` run.
+TESTS ?= tests
+
+.PHONY: setup demo miniature test test-slow test-lowest test-newest lint clean
 
 setup: .venv/installed
 
@@ -30,5 +33,16 @@ test: lint
 test-slow: setup
 	$(BIN)/pytest -m slow
 
+# The lowest and the newest releases that pyproject.toml allows, each in an environment of its own. A newest environment
+# is as old as its folder: remove it to try what was released since.
+test-lowest test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/pytest -n auto $(TESTS)
+
+.venv-%/installed: pyproject.toml tests/version_bounds.py
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python tests/version_bounds.py $* > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint .venv-$*/constraints.txt --editable '.[dev]'
+	@touch $@
+
 clean:
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest .venv-newest runs .pytest_cache .mypy_cache .ruff_cache
