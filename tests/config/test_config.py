@@ -243,3 +243,28 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     for path in ("/dev/zero", tmp_path, tmp_path / "pipe.yaml", tmp_path / "huge.yaml", tmp_path / ("n" * 300)):
         with pytest.raises(UserError, match=r"give a YAML file|at most|File name too long"):
             load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("student", "rates", "origin"),
+    [
+        ({}, (1e-5, 1e-6), "(default for all weights)"),
+        ({"lora": {}}, (1e-4, 1e-5), "(default for LoRA)"),
+    ],
+)
+@pytest.mark.parametrize("method", ["ldl_grpo", "singlepair_dpo", "sft_sft"])
+def test_the_learning_rates_follow_what_is_trained(student, rates, origin, method):
+    config = parse_config(with_values(student={"model": "m"} | student, align={"method": method}), "x")
+    assert (config.sft.learning_rate, config.align.learning_rate) == rates
+    assert all(origin in config.describe_rate(section) for section in ("sft", "align"))
+    written = parse_config(config.model_dump(mode="json"), "x")
+    assert (written.sft.learning_rate, written.align.learning_rate) == rates
+
+
+def test_a_configured_learning_rate_is_kept():
+    values = with_values(student={"model": "m", "lora": {"r": 4}}, sft={"learning_rate": 1e-5, "epochs": 2})
+    config = parse_config(values, "x")
+    assert config.describe_rate("sft") == "learning rate 1e-05 (as configured)"
+    assert config.sft.epochs == 2 and config.align.learning_rate == 1e-5
+    alone = parse_config(with_values(student={"model": "m", "lora": {}}, align={"method": "sft"}), "x")
+    assert alone.sft.learning_rate == 1e-4

@@ -17,7 +17,7 @@ class StageTwoSettings(Section):
 
     prompts_per_step: Count = 8
     steps: Count = 200  # updates of the policy, whatever the method
-    learning_rate: Positive = 1.0e-6
+    learning_rate: Positive = 1.0e-6  # for all weights; with student.lora 1e-5
     warmup_ratio: Fraction = 0.05
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     max_grad_norm: Positive = 1.0

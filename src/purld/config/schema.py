@@ -129,7 +129,7 @@ class Sft(Section):
     """Stage I. The checkpoint with the lowest validation loss is kept when `validation_fraction` is not 0."""
 
     epochs: Positive = 1.0
-    learning_rate: Positive = 1.0e-5
+    learning_rate: Positive = 1.0e-5  # for all weights; with student.lora 1e-4
     batch_size: Count = 16
     micro_batch_size: Count = 4
     warmup_ratio: Fraction = 0.05
@@ -154,6 +154,10 @@ class Evaluate(Section):
 Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 
+# An adapter's low rank needs larger steps than all weights to learn anything in as many.
+LORA_LEARNING_RATES = {"sft": 1.0e-4, "align": 1.0e-5}
+
+
 class Config(Section):
     """A whole run."""
 
@@ -168,6 +172,7 @@ class Config(Section):
     report_to: list[Tracker] = Field(default_factory=list)
     seed: Seed = 0
     _set_aside: tuple[str, ...] = PrivateAttr(())
+    _default_rates: tuple[str, ...] = PrivateAttr(())
 
     @property
     def set_aside(self) -> str | None:
@@ -177,6 +182,12 @@ class Config(Section):
         *others, last = (f"align.{name}" for name in self._set_aside)
         keys, verb = (f"{', '.join(others)} and {last}", "are") if others else (last, "is")
         return f"{keys} {verb} set aside: only other methods than {self.align.method} have such a setting."
+
+    def describe_rate(self, section: Literal["sft", "align"]) -> str:
+        """Return a stage's learning rate and where it comes from."""
+        origin = f"default for {'all weights' if self.student.lora is None else 'LoRA'}"
+        rate = getattr(self, section).learning_rate
+        return f"learning rate {rate:g} ({origin if section in self._default_rates else 'as configured'})"
 
     @model_validator(mode="wrap")
     @classmethod
@@ -188,7 +199,22 @@ class Config(Section):
             values = values | {"align": {name: value for name, value in align.items() if name not in others}}
         config = validate(values)
         config._set_aside = others
+        if isinstance(values, dict):
+            config._choose_learning_rates()
         return config
+
+    def _choose_learning_rates(self) -> None:
+        """Replace the defaults for all weights by those for an adapter, if one is trained."""
+        sections = [(name, getattr(self, name)) for name in LORA_LEARNING_RATES]
+        chosen = [
+            (name, section)
+            for name, section in sections
+            if "learning_rate" in type(section).model_fields and "learning_rate" not in section.model_fields_set
+        ]
+        self._default_rates = tuple(name for name, _ in chosen)
+        if self.student.lora is not None:
+            for name, section in chosen:  # past the freeze: nobody has seen this configuration yet
+                self.__dict__[name] = section.model_copy(update={"learning_rate": LORA_LEARNING_RATES[name]})
 
     @model_validator(mode="after")
     def _a_file_cannot_judge(self) -> Config:

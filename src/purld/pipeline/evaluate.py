@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from purld.config.clients import TeacherAnchors
 from purld.config.methods import TeacherJudgeGrpo
 from purld.evaluation.answers import answer_prompts
 from purld.evaluation.diagnostics import mean_label_divergence
+from purld.evaluation.doubts import result_doubts
 from purld.evaluation.recorded import read_recorded_answers
 from purld.evaluation.score_quality import accuracy_by_step, check_groups, quality_as_results, score_quality
 from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
@@ -58,9 +60,12 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
             "in_context": IN_CONTEXT_VERSION,
         },
     }
-    results["warnings"] = _warnings(results, finished.get("align", {}))
-    for warning in results["warnings"][len(finished.get("align", {}).get("warnings", [])) :]:
-        context.reporter.warn(warning)  # those of Stage II were printed when it ended
+    greedy = context.check is not None or config.evaluate.temperature == 0
+    kind = "greedy answers" if greedy else "drawn answers"
+    doubts = result_doubts(results, _shown_answers(context, models), kind)
+    for doubt in doubts:
+        context.reporter.warn(doubt)
+    results["warnings"] = [*finished.get("align", {}).get("warnings", []), *doubts]
     write_json(run.results, {key: value for key, value in results.items() if value not in ({}, [])})
     return {}
 
@@ -73,17 +78,10 @@ def _probe_results(probe: dict[str, Any] | None) -> dict[str, Any]:
     return {"prompts": probe["prompts"], "chosen": probe["chosen"], "verdict": probe["verdict"], "scorers": scorers}
 
 
-def _warnings(results: dict[str, Any], align: dict[str, Any]) -> list[str]:
-    """List what puts Stage II's result in doubt, one sentence each; they stand at the top of the report."""
-    warnings = list(align.get("warnings", []))
-    quality = results.get("score_quality", {})
-    if "auc_within_ci" in quality and quality["auc_within_ci"][0] <= 0.5:
-        low, high = quality["auc_within_ci"]
-        warnings.append(
-            f"against gold, the scores of Stage II ranked no better than chance: AUC within prompts "
-            f"{quality['auc_within']:.2f} [{low:.2f}, {high:.2f}]."
-        )
-    return warnings
+def _shown_answers(context: RunContext, models: Iterable[str]) -> dict[str, list[str]]:
+    """Return by model its greedy answers, or the drawn ones where no greedy ones were asked for."""
+    recorded = {name: read_recorded_answers(context.run, name) for name in models}
+    return {name: [row["text"] for row in (answers.greedy or answers.drawn)] for name, answers in recorded.items()}
 
 
 def _teacher_spend(context: RunContext) -> dict[str, Any]:

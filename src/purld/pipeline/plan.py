@@ -88,9 +88,10 @@ def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:
     plan.add_lines(
         "Training",
         f"Stage I: {steps} steps of {sft.batch_size} anchors ({sft.epochs:g} epochs), {validation} for validation",
+        f"  {config.describe_rate('sft')}",
     )
     if isinstance(align, StageTwoSettings):
-        plan.add_lines("Training", _describe_stage_two(align, len(pools.align)))
+        plan.add_lines("Training", _describe_stage_two(align, len(pools.align)), f"  {config.describe_rate('align')}")
     if config.set_aside:
         plan.add_lines("Training", config.set_aside)
     if config.data.sft_fraction is not None:

@@ -26,6 +26,7 @@ from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
 
 _COLLAPSED = 0.1  # of the spread that the scores had at the start
+_UNMOVED = 1e-3  # nats per answer; a policy nearer to p_sft answers like it
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class AlignFacts:
     against_flattening: str
     label_entropy: float | None = None
     spread_kept: float | None = None
+    kl: float | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -62,6 +64,11 @@ class AlignFacts:
             warnings.append(
                 f"the candidates' scores collapsed: at the end they differ by {self.spread_kept:.0%} of what they did "
                 "at the start."
+            )
+        if self.kl is not None and self.kl < _UNMOVED:
+            warnings.append(
+                f"the policy hardly moved from p_sft: their divergence at the end is {self.kl:.1e} nats per answer; "
+                "raise align.learning_rate or align.steps."
             )
         if self.sharper_than_labels > 0.5:
             warnings.append(
@@ -140,6 +147,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         against_flattening=_advice(settings),
         label_entropy=_label_entropy(rows, settings),
         spread_kept=_spread_kept(rows),
+        kl=_final_kl(rows),
     )
 
 
@@ -156,6 +164,13 @@ def _spread_kept(rows: Sequence[dict[str, Any]]) -> float | None:
     if quarter == 0 or sum(spreads[:quarter]) == 0:
         return None
     return float(sum(spreads[-quarter:]) / sum(spreads[:quarter]))
+
+
+def _final_kl(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return KL(p_theta || p_sft), estimated in the last quarter of the steps; None if the method does not measure it."""
+    measured = [row["kl"] for row in rows if "kl" in row]
+    last = measured[-max(1, len(measured) // 4) :]
+    return float(sum(last) / len(last)) if last else None
 
 
 def _total(rows: Sequence[dict[str, Any]], key: str) -> float:

@@ -1,0 +1,57 @@
+"""Say what puts the result of an evaluation in doubt, one sentence each; the sentences stand at the top of the report.
+
+Pure functions on results and answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+_FLIPPING = 0.5  # of the pairs; a judge that tosses a coin for each order flips as many
+
+
+def result_doubts(results: Mapping[str, Any], answers: Mapping[str, Sequence[str]], kind: str) -> list[str]:
+    """List what puts the results of a run in doubt.
+
+    Args:
+        results: the content of results.json, without its warnings.
+        answers: by model, from the base on, its answers to the held-out prompts, in one order.
+        kind: what the answers are: "greedy answers" or "drawn answers".
+    """
+    return [*_scores_against_gold(results), *_unmoved_models(answers, kind), *_judge_by_position(results["models"])]
+
+
+def _scores_against_gold(results: Mapping[str, Any]) -> list[str]:
+    quality = results.get("score_quality", {})
+    if "auc_within_ci" not in quality or quality["auc_within_ci"][0] > 0.5:
+        return []
+    low, high = quality["auc_within_ci"]
+    return [
+        "against gold, the scores of Stage II ranked no better than chance: AUC within prompts "
+        f"{quality['auc_within']:.2f} [{low:.2f}, {high:.2f}]."
+    ]
+
+
+def _unmoved_models(answers: Mapping[str, Sequence[str]], kind: str) -> list[str]:
+    """Name the stages after which a model gives word for word the answers that it gave before."""
+    remedies = {"sft": "sft.learning_rate or sft.epochs"}
+    return [
+        f"all {len(answers[after])} {kind} of {after} to held-out prompts are word for word those of {before}: they show "
+        f"nothing learned; raise {remedies.get(after, 'align.learning_rate or align.steps')}."
+        for before, after in pairwise(answers)
+        if answers[after] and list(answers[before]) == list(answers[after])
+    ]
+
+
+def _judge_by_position(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Name the models about which a judge, asked in both orders, mostly contradicted itself."""
+    flips = {name: rate for name, metrics in models.items() if (rate := metrics.get("flip_rate", 0.0)) > _FLIPPING}
+    if not flips:
+        return []
+    listed = ", ".join(f"{name} {rate:.0%}" for name, rate in flips.items())
+    return [
+        f"the judge changed its verdict with the order of the two answers in most pairs ({listed}), so its win rates say "
+        "little; take another judge (evaluate.judge)."
+    ]

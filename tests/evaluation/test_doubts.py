@@ -1,0 +1,43 @@
+"""What puts a result in doubt is said; what does not is not."""
+
+import pytest
+
+from purld.evaluation.doubts import result_doubts
+
+SOUND = {
+    "models": {"base": {}, "sft": {"flip_rate": 0.2}, "ldl_grpo": {"flip_rate": 0.5}},
+    "score_quality": {"auc_within": 0.8, "auc_within_ci": [0.6, 0.9]},
+}
+MOVED = {"base": ["a", "b"], "sft": ["a", "c"], "ldl_grpo": ["d", "c"]}
+
+
+def doubts(answers=MOVED, **results):
+    return result_doubts(SOUND | results, answers, "greedy answers")
+
+
+def test_a_sound_result_has_no_doubts():
+    assert doubts() == []
+    assert result_doubts({"models": {"base": {}, "sft": {}}}, {"base": [], "sft": []}, "drawn answers") == []
+
+
+@pytest.mark.parametrize(
+    ("unmoved", "words"),
+    [
+        ({"sft": ["a", "b"]}, "all 2 greedy answers of sft to held-out prompts are word for word those of base"),
+        ({"ldl_grpo": ["a", "c"]}, "of ldl_grpo to held-out prompts are word for word those of sft"),
+    ],
+)
+def test_a_model_that_answers_as_before_is_named_with_the_keys_to_change(unmoved, words):
+    (sentence,) = doubts(MOVED | unmoved)
+    assert words in sentence
+    assert ("sft.learning_rate" if "sft" in unmoved else "align.learning_rate") in sentence
+
+
+def test_a_judge_that_always_says_a_is_named():
+    (sentence,) = doubts(models={"base": {}, "sft": {"flip_rate": 1.0}, "ldl_grpo": {"flip_rate": 0.4}})
+    assert "(sft 100%)" in sentence
+
+
+def test_scores_no_better_than_chance_are_named():
+    (sentence,) = doubts(score_quality={"auc_within": 0.5, "auc_within_ci": [0.4, 0.6]})
+    assert "AUC within prompts 0.50 [0.40, 0.60]" in sentence
