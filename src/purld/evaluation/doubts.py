@@ -38,8 +38,8 @@ def _unmoved_models(answers: Mapping[str, Sequence[str]], kind: str) -> list[str
     """Name the stages after which a model gives word for word the answers that it gave before."""
     remedies = {"sft": "sft.learning_rate or sft.epochs"}
     return [
-        f"all {len(answers[after])} {kind} of {after} to held-out prompts are word for word those of {before}: they show "
-        f"nothing learned; raise {remedies.get(after, 'align.learning_rate or align.steps')}."
+        f"all {len(answers[after])} {kind} of {after} to held-out prompts are word for word those of {before}: they "
+        f"show nothing learned; raise {remedies.get(after, 'align.learning_rate or align.steps')}."
         for before, after in pairwise(answers)
         if answers[after] and list(answers[before]) == list(answers[after])
     ]
@@ -52,6 +52,6 @@ def _judge_by_position(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     listed = ", ".join(f"{name} {rate:.0%}" for name, rate in flips.items())
     return [
-        f"the judge changed its verdict with the order of the two answers in most pairs ({listed}), so its win rates say "
-        "little; take another judge (evaluate.judge)."
+        f"the judge changed its verdict with the order of the two answers in most pairs ({listed}), so its win rates "
+        "say little; take another judge (evaluate.judge)."
     ]

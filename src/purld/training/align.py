@@ -167,7 +167,7 @@ def _spread_kept(rows: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _final_kl(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Return KL(p_theta || p_sft), estimated in the last quarter of the steps; None if the method does not measure it."""
+    """Return KL(p_theta || p_sft), estimated in the last quarter of the steps; None if not measured."""
     measured = [row["kl"] for row in rows if "kl" in row]
     last = measured[-max(1, len(measured) // 4) :]
     return float(sum(last) / len(last)) if last else None
