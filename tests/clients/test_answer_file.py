@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from image_factory import encode_image, make_image, save_image
 
-from purld.clients.answer_file import AMBIGUOUS_IMAGES, CONFLICTING_ANSWERS, OTHER_PROMPT, AnswerFileClient
+from purld.clients.answer_file import AMBIGUOUS_IMAGES, CONFLICTING_ANSWERS, OTHER_PROMPT, SHARED_ID, AnswerFileClient
 from purld.config.clients import AnswerFile, FileColumns
 from purld.data.images import read_image
 from purld.errors import UserError
@@ -50,6 +50,13 @@ def test_matching_by_prompt_by_id_and_by_content_hash(client):
 def test_an_id_with_another_prompt_is_not_taken(client):
     [reply] = client({"id": 1, "prompt": "other", "answer": "A"}).ask([Prompt.from_text("q", metadata={"id": 1})])
     assert (reply.state, reply.detail) == ("missing", OTHER_PROMPT)
+
+
+def test_an_id_that_two_prompts_have_finds_no_answer(client):
+    prompts = [Prompt.from_text(text, metadata={"id": 1}) for text in ("q", "r")]
+    assert [reply.detail for reply in client({"id": 1, "answer": "A"}).ask(prompts)] == [SHARED_ID] * 2
+    replies = client({"id": 1, "prompt": "q", "answer": "A"}).ask(prompts)
+    assert [reply.text for reply in replies] == ["A", None]
 
 
 def test_duplicates_that_differ_are_reported_and_equal_ones_are_not(client):

@@ -26,7 +26,7 @@ from image_factory import (
 from PIL import Image, ImageCms
 
 from purld.data.image_encoding import ImageBounds, encode_for_sending, make_thumbnail
-from purld.data.images import open_image, read_image
+from purld.data.images import ImageFolders, open_image, read_image
 from purld.data.pil_images import MAX_PIXELS
 from purld.errors import UserError
 
@@ -180,7 +180,7 @@ def test_what_names_no_picture_is_a_sentence(tmp_path):
         ("a.png", r"image 2 \(a\.png\) is missing"),
         ("link", r"image 2 \(link\) is missing"),
         ("pipe", r"image 2 \(pipe\) is not a regular file"),
-        ("/dev/zero", r"image 2 \(/dev/zero\) is not a regular file"),
+        ("/dev/zero", r"image 2 \(/dev/zero\) leads out of the data's folder"),
         (".", r"image 2 \(\.\) is a folder"),
         ("x" * 5000, r"image 2 \(x{200}\) cannot be read \(File name too long\)"),
         ("https://example.org/a.png", r"image 2 is a web address .* purld does not download: save the file"),
@@ -195,6 +195,29 @@ def test_what_names_no_picture_is_a_sentence(tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"^{words}"):
             read_image(cell, tmp_path, "image 2")
+
+
+def test_a_path_leads_into_the_folder_of_the_data_or_the_one_that_is_named(tmp_path, monkeypatch):
+    data, named, private = (tmp_path / name for name in ("data", "named", "private"))
+    for folder in (data, named, private):
+        folder.mkdir()
+        save_image(folder / "a.png")
+    (data / "file.png").symlink_to(private / "a.png")
+    (data / "folder").symlink_to(private)
+    (data / "photos").symlink_to(named)
+    save_image(named / "b.png")
+    monkeypatch.chdir(data)
+    for cell in ("../private/a.png", str(private / "a.png"), "file.png", "folder/a.png", "../../../../../etc/none.png",
+                 {"path": "../private/a.png"}, Path("../private/a.png")):  # fmt: skip
+        for folders in (data, ImageFolders(data), ImageFolders(data, str(named))):
+            with pytest.raises(
+                ValueError, match=r"^image 2 \(.*\) leads out of the data's folder .*data\.image_folder"
+            ):
+                read_image(cell, folders, "image 2")
+    for cell in ("b.png", "photos/b.png", "../named/b.png", str(named / "b.png")):
+        assert read_image(cell, ImageFolders(data, "../named")).size == (24, 16)
+    (tmp_path / "link").symlink_to(data)
+    assert read_image("a.png", tmp_path / "link").size == (24, 16), "the folder itself may be a link"
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):

@@ -29,6 +29,16 @@ def test_rows_duplicates_and_stages(plan, tmp_path):
     assert any("others for Stage II" in line for line in sheet.sections["Training"])
 
 
+def test_three_prompts_are_shown_as_the_student_reads_them(plan, tmp_path):
+    sheet = plan()
+    shown = {heading: lines for heading, lines in sheet.sections.items() if heading.startswith("Prompt as the student")}
+    first = json.loads((tmp_path / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
+    assert len(shown) == 3
+    assert shown[f"Prompt as the student reads it ({tmp_path / 'prompts.jsonl'}, line 1)"] == [
+        "<|im_start|>user", f"{first}<|im_end|>", "<|im_start|>assistant"
+    ]  # fmt: skip
+
+
 def test_settings_of_other_methods_are_told(plan):
     assert not any("set aside" in line for line in plan().sections["Training"])
     told = plan("align.method=anchor_grpo", "align.gamma=3", "align.q=mean").sections["Training"]

@@ -126,3 +126,42 @@ def test_a_text_that_passes_for_a_picture_is_a_bad_row(shipped_student, tmp_path
     pools = load_prompt_pools(skipping, encoder, said.append)
     assert len(pools.train) + len(pools.held_out) == 8
     assert any("1 rows that this student cannot read were skipped, first: " in line for line in said)
+
+
+def test_a_column_that_is_named_and_that_no_row_has_ends_the_run(pools_of):
+    for key in ("reference", "images"):
+        with pytest.raises(
+            UserError, match=rf"prompts\.jsonl: no row has anything in the column 'x', .*columns\.{key}"
+        ):
+            pools_of(f"data.columns.{key}=x", "data.check=none")
+
+
+JUDGED = ("data.check=none", "evaluate.judge={kind: file, path: v.jsonl}", "evaluate.opponent={kind: teacher}")
+
+
+def test_a_judge_without_references_is_told(pools_of, tmp_path):
+    assert not any("the judge compares" in line for line in pools_of(*JUDGED)[1])
+    path = tmp_path / "held_out.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for lacking, words in [(1, "1 of 8 lack a reference"), (8, "no held-out prompt has a reference")]:
+        kept = [row | ({"reference": None} if n < lacking else {}) for n, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        said = pools_of(*JUDGED)[1]
+        assert any(words in line and "the judge compares their answers without one" in line for line in said)
+
+
+def test_ids_that_repeat_are_told(pools_of, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) | {"id": n // 2} for n, line in enumerate(path.read_text().splitlines())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert any("8 rows have an id that another prompt has too (the first is" in line for line in pools_of()[1])
+
+
+def test_files_are_described_with_the_columns_that_nothing_reads(pools_of, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) | {"topic": "sums"} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out = pools_of()[0].formats
+    assert train.endswith("is JSONL, prompts in the column 'prompt'; columns that are not used: answer, topic")
+    assert held_out.endswith("columns that are not used: answer")
+    assert pools_of(f"teacher.path={path}")[0].formats[0].endswith("not used: topic")

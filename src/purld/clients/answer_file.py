@@ -13,6 +13,7 @@ from typing import Any
 
 from purld.clients.base import OnReply, Reply
 from purld.config.clients import AnswerFile, FileColumns
+from purld.config.schema import Columns
 from purld.data.chat import (
     Chat,
     TurnTexts,
@@ -22,12 +23,14 @@ from purld.data.chat import (
     readable_text,
     turns_without_images,
 )
-from purld.data.files import BadRowError, FileRow, check_text, iter_rows
-from purld.data.images import read_image
+from purld.data.files import BadRowError, FileRow, check_text
+from purld.data.formats import read_formatted
+from purld.data.images import ImageFolders, read_image
 from purld.errors import UserError
 from purld.records import Message, Prompt
 
 CONFLICTING_ANSWERS = "several rows of the answer file differ on this prompt; the first is used"
+SHARED_ID = "several prompts have the id of the answer's row, which has no prompt"
 OTHER_PROMPT = "the row of the answer file with this id answers another prompt"
 AMBIGUOUS_IMAGES = "prompts differ in their images alone, and the answer file names neither ids nor images"
 
@@ -62,9 +65,12 @@ class AnswerFileClient:
         self._by_id: dict[str, _Answer] = {}
         self._by_turn_texts: dict[TurnTexts, _Answer] = {}
         path = Path(config.path)
-        self._folder = path if path.is_dir() else path.parent
+        self._folders = ImageFolders(path if path.is_dir() else path.parent, config.image_folder)
+        columns = Columns(prompt=config.columns.prompt, images=config.columns.images)
+        formatted = read_formatted(path, config.format, columns, config.columns.answer, "teacher")
+        self._prompt_name = formatted.prompt_name
         rows = 0
-        for row in iter_rows(config.path):
+        for row in formatted.rows:
             rows += 1
             try:
                 self._add_row(row, config.columns)
@@ -77,18 +83,23 @@ class AnswerFileClient:
         """Return the replies in the order of `prompts`; each is `answered` or `missing`. See `Client.ask`."""
         turn_texts = {prompt.id: turns_without_images(prompt.messages) for prompt in prompts if prompt.images}
         prompts_per_text = Counter(turn_texts.values())
-        replies = [self._find_reply(prompt, prompts_per_text) for prompt in prompts]
+        prompts_per_id = Counter(_parse_id(prompt.metadata.get("id")) for prompt in prompts)
+        replies = [self._find_reply(prompt, prompts_per_text, prompts_per_id) for prompt in prompts]
         for index, reply in enumerate(replies):
             if on_reply:
                 on_reply(index, reply)
         return replies
 
-    def _find_reply(self, prompt: Prompt, prompts_per_text: Mapping[TurnTexts, int]) -> Reply:
-        """Return the reply to a prompt; `prompts_per_text` counts the prompts with images by their text."""
+    def _find_reply(
+        self, prompt: Prompt, prompts_per_text: Mapping[TurnTexts, int], prompts_per_id: Mapping[str | None, int]
+    ) -> Reply:
+        """Return the reply to a prompt, given the prompts with images by their text, and all by their ids."""
         answer = self._by_prompt.get(prompt.id)
         for row_id in (_parse_id(prompt.metadata.get("id")), prompt.id):
             if answer is None and row_id is not None:
                 answer = self._by_id.get(row_id)
+                if answer is not None and answer.prompt_id is None and prompts_per_id[row_id] > 1:
+                    return Reply("missing", detail=SHARED_ID)
         if answer is None and prompt.images:
             turn_texts = turns_without_images(prompt.messages)
             answer = self._by_turn_texts.get(turn_texts)
@@ -128,11 +139,11 @@ class AnswerFileClient:
             column_images = images_in_column(cells.get(columns.images))
             if column_images or any(image is not None for image in chat.images):
                 chat = insert_images(chat, column_images)
-                images = tuple(read_image(cell, self._folder, f"image {n}") for n, cell in enumerate(chat.images, 1))
+                images = tuple(read_image(cell, self._folders, f"image {n}") for n, cell in enumerate(chat.images, 1))
                 return _Answer(text, Prompt(chat.messages, images).id)
             return _Answer(text, _prompt_without_images(chat).id, turns_without_images(chat.messages))
         except ValueError as problem:
-            raise BadRowError(f"{row.location}: column {columns.prompt!r} cannot be used: {problem}") from None
+            raise BadRowError(f"{row.location}: column {self._prompt_name!r} cannot be used: {problem}") from None
 
 
 def _prompt_without_images(chat: Chat) -> Prompt:

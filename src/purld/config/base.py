@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -27,6 +27,11 @@ def _sampled_or_greedy(temperature: float) -> float:
 LEAST_TEMPERATURE = 0.001
 SamplingTemperature = Annotated[float, Field(ge=LEAST_TEMPERATURE, le=1000)]
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_sampled_or_greedy)]
+
+FormatName = Literal[
+    "auto", "columns", "alpaca", "messages", "sharegpt", "jsonl", "json", "csv", "tsv", "parquet", "dataset"
+]
+"""How the rows of a file hold a prompt and its answer, or the kind of the file."""
 
 
 class Section(BaseModel):

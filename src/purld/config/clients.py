@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from purld.config.base import Count, NonNegative, Positive, Retries, Seconds, Section, Temperature
+from purld.config.base import Count, FormatName, NonNegative, Positive, Retries, Seconds, Section, Temperature
 
 
 class FileColumns(Section):
@@ -93,10 +93,12 @@ class OpenAIEndpoint(Section):
 
 
 class AnswerFile(Section):
-    """Answers collected elsewhere: JSONL or parquet."""
+    """Answers collected elsewhere, in a file of any format that prompts can have; a teacher's default is that file."""
 
     kind: Literal["file"]
     path: str
+    format: FormatName = "auto"
+    image_folder: str | None = None  # where images may lie besides the folder of the file
     columns: FileColumns = FileColumns()
 
 

@@ -19,6 +19,7 @@ from pydantic import (
 
 from purld.config.base import (
     Count,
+    FormatName,
     Fraction,
     Positive,
     Retries,
@@ -98,7 +99,11 @@ class Data(Section):
     prompts: str | None = None
     task: TaskName | None = None  # `purld tasks` lists them
     path: str | None = None  # the task's data: a file or folder in the published format, or of the hub
+    # How a row holds its prompt: auto finds it; `columns` means in a column of its own. Or the kind of the file, where
+    # its name and content do not say it.
+    format: FormatName = "auto"
     columns: Columns = Columns()
+    image_folder: str | None = None  # where images may lie besides the folder of the prompt file
     eval_prompts: str | None = None
     eval_fraction: Fraction = 0.1
     # The share of the training prompts that Stage I uses, leaving the others to Stage II; null: both use all.
@@ -122,6 +127,8 @@ class Data(Section):
             raise ValueError("task and path go together: path is where the task's data lie")
         if self.task is not None and (self.eval_prompts is not None or self.columns != Columns()):
             raise ValueError("eval_prompts and columns go with prompts; a task knows its own splits and columns")
+        if self.task is not None and (self.format != "auto" or self.image_folder is not None):
+            raise ValueError("format and image_folder go with prompts; a task knows its own format and images")
         return self
 
 
@@ -193,6 +200,7 @@ class Config(Section):
     @classmethod
     def _settings_of_the_method(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         others: tuple[str, ...] = ()
+        values = _with_shared_file(values)
         if isinstance(values, dict) and isinstance(values.get("align"), dict):
             align = {"method": "ldl_grpo"} | values["align"]
             others = _of_other_methods(align)
@@ -230,6 +238,24 @@ class Config(Section):
         if (self.evaluate.judge is None) != (self.evaluate.opponent is None):
             raise ValueError("evaluate.judge and evaluate.opponent go together: a judge compares two answers")
         return self
+
+
+def _with_shared_file(values: Any) -> Any:
+    """Let `teacher: {kind: file}` without a path take its answers from the prompt file, as that file is read."""
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), dict) for name in ("data", "teacher")):
+        return values
+    data, teacher = values["data"], values["teacher"]
+    if teacher.get("kind") != "file":
+        return values
+    shared = {"image_folder": data.get("image_folder")}
+    if data.get("prompts") and teacher.get("path", data["prompts"]) == data["prompts"]:
+        shared |= {"path": data["prompts"], "format": data.get("format", "auto")}
+        if "path" not in teacher and isinstance(data.get("columns"), dict):
+            own = teacher.get("columns", {})
+            columns = {name: data["columns"][name] for name in ("prompt", "images") if name in data["columns"]}
+            shared["columns"] = columns | own if isinstance(own, dict) else own
+            teacher = {name: value for name, value in teacher.items() if name != "columns"}
+    return values | {"teacher": shared | teacher}
 
 
 def _of_other_methods(align: Mapping[str, Any]) -> tuple[str, ...]:

@@ -35,14 +35,51 @@ if TYPE_CHECKING:
 MAX_BYTES = 100 * 2**20  # of one file
 
 
-def read_image(cell: object, folder: Path, name: str = "the image") -> Image:
+class ImageFolders:
+    """The folders that the images of a file may lie in.
+
+    A file of rows comes from anywhere, and a path in it could send any image of this machine to a remote model. So a
+    path must lead into the folder of the file or into the one that the configuration names, symbolic links resolved;
+    a relative one may also lead into the working directory.
+
+    Args:
+        folder: the folder of the file.
+        named: the folder that `image_folder` names, if any.
+    """
+
+    def __init__(self, folder: Path, named: str | None = None) -> None:
+        self._folders = (folder, Path(named)) if named is not None else (folder,)
+        self._roots = [os.path.realpath(root) for root in self._folders]
+        self._named = named
+
+    def resolve(self, text: str, name: str) -> Path:
+        """Return the file that a path names, or the place in the first folder where it is missing.
+
+        Raises:
+            ValueError: the path leads out of the folders; the message starts with `name`.
+        """
+        candidates = [(folder / text, self._roots) for folder in self._folders]
+        if not os.path.isabs(text):
+            candidates.append((Path(text), [os.path.realpath("")]))
+        existing = [(path, roots) for path, roots in candidates if os.path.lexists(path)]
+        for path, roots in existing or candidates[:1]:
+            if any(_is_within(path, root) for root in roots):
+                return path
+        where = f"data.image_folder ({self._named})" if self._named is not None else "data.image_folder"
+        raise ValueError(
+            f"{name} leads out of the data's folder {self._folders[0]}; move the image there, or name its folder by "
+            f"{where}"
+        )
+
+
+def read_image(cell: object, folder: Path | ImageFolders, name: str = "the image") -> Image:
     """Read and check the image in a cell: a path, a data URL, bytes, an object with `bytes` or `path`, or a PIL image.
 
     The whole file is decoded once, so that a truncated one is refused here and not during training.
 
     Args:
         cell: the cell of the row.
-        folder: paths are relative to this folder, or else to the working directory.
+        folder: paths are relative to this folder, or else to the working directory, and lead nowhere else.
         name: how error messages name the image.
 
     Raises:
@@ -65,7 +102,9 @@ def read_image(cell: object, folder: Path, name: str = "the image") -> Image:
             raise ValueError(
                 f"{name} is a web address ({text[:80]}); purld does not download: save the file and give its path"
             )
-        return _image_from_file(_resolve_path(text, folder), f"{name} ({text[:200]})")
+        folders = folder if isinstance(folder, ImageFolders) else ImageFolders(folder)
+        described = f"{name} ({text[:200]})"
+        return _image_from_file(folders.resolve(text, described), described)
     if _is_pil_image(cell):
         return _image_from_bytes(_encode_as_png(cell, name), name)
     raise ValueError(f"{name} is {'missing or null' if cell is None else 'neither a path nor bytes'}")
@@ -117,10 +156,9 @@ def _decode_data_url(text: str, name: str) -> bytes:
         raise ValueError(f"{name} is a data URL whose base64 is damaged") from None
 
 
-def _resolve_path(text: str, folder: Path) -> Path:
-    """Return the path in `folder`, or the path in the working directory if the file exists only there."""
-    in_folder = folder / text
-    return in_folder if os.path.exists(in_folder) or not os.path.exists(text) else Path(text)
+def _is_within(path: Path, root: str) -> bool:
+    real = os.path.realpath(path)
+    return real == root or real.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def _image_from_file(path: Path, name: str) -> Image:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from purld.config.base import FormatName
 from purld.config.schema import Columns
 from purld.data.chat import images_in_column, insert_images, parse_chat
-from purld.data.files import BadRowError, FileRow, check_text, iter_rows
-from purld.data.images import read_image
+from purld.data.files import BadRowError, FileRow, check_text
+from purld.data.formats import read_formatted
+from purld.data.images import ImageFolders, read_image
 from purld.data.parallel import map_in_order
 from purld.errors import UserError
 from purld.records import Image, Prompt
@@ -24,6 +26,7 @@ from purld.records import Image, Prompt
 RowParser = Callable[[FileRow], Prompt | None]
 """Parses one row; None means that the row belongs to another task."""
 
+ANSWER = "answer"  # the column of answers, in files that hold both
 _BATCH = 16  # rows that one thread parses at a time
 
 
@@ -36,19 +39,31 @@ class LoadedPrompts:
     duplicates: int = 0
     skipped: int = 0
     first_skipped: str | None = None  # one sentence on the first skipped row
+    format: str = ""  # of the file, in words
+    notice: str | None = None  # the end of a sentence if the file looks as if more of it were meant
+    repeated_ids: int = 0  # rows with the id of another prompt
+    first_repeated_id: str | None = None  # the location of the first of them
 
 
 def load_prompts(
-    path: str | Path, columns: Columns | None = None, bad_rows: Literal["fail", "skip"] = "fail"
+    path: str | Path,
+    columns: Columns | None = None,
+    bad_rows: Literal["fail", "skip"] = "fail",
+    format: FormatName = "auto",
+    image_folder: str | None = None,
 ) -> LoadedPrompts:
-    """Load the distinct prompts of `path` (JSONL, parquet or a saved `datasets` folder) and count the duplicates.
+    """Load the distinct prompts of a file in any format of `purld.data.formats`, and count the duplicates.
 
     Raises:
-        UserError: a row cannot be used (with `bad_rows="fail"`), or no prompt is left.
+        UserError: a row cannot be used (with `bad_rows="fail"`), no prompt is left, or the format is not clear.
     """
     columns, path = columns or Columns(), Path(path)
-    folder = path if path.is_dir() else path.parent
-    return collect_prompts(iter_rows(path), lambda row: parse_prompt(row, columns, folder), path, bad_rows)
+    folders = ImageFolders(path if path.is_dir() else path.parent, image_folder)
+    formatted = read_formatted(path, format, columns, ANSWER)
+    loaded = collect_prompts(
+        formatted.rows, lambda row: parse_prompt(row, columns, folders, formatted.prompt_name), path, bad_rows
+    )
+    return replace(loaded, format=formatted.title, notice=formatted.notice)
 
 
 def collect_prompts(
@@ -79,17 +94,26 @@ def collect_prompts(
     if not prompts:
         reason = f"none of its {len(problems)} rows can be used; {problems[0]}" if problems else "it has no rows."
         raise UserError(f"{source}: there are no prompts: {reason}")
-    total = used + len(problems)
-    return LoadedPrompts(list(prompts.values()), total, used - len(prompts), len(problems), next(iter(problems), None))
+    repeated = _repeated_ids(prompts.values())
+    return LoadedPrompts(
+        list(prompts.values()),
+        used + len(problems),
+        used - len(prompts),
+        len(problems),
+        next(iter(problems), None),
+        repeated_ids=len(repeated),
+        first_repeated_id=next((prompt.location for prompt in repeated), None),
+    )
 
 
-def parse_prompt(row: FileRow, columns: Columns, folder: Path) -> Prompt:
+def parse_prompt(row: FileRow, columns: Columns, folder: Path | ImageFolders, prompt_name: str | None = None) -> Prompt:
     """Parse one row into a prompt; columns that are not mapped become its metadata.
 
     Args:
         row: the row.
         columns: the names of the mapped columns.
         folder: image paths are relative to this folder.
+        prompt_name: what messages call the prompt's column; by default its name.
 
     Raises:
         BadRowError: the row cannot be used; the message names its location, the column and the problem.
@@ -109,6 +133,7 @@ def parse_prompt(row: FileRow, columns: Columns, folder: Path) -> Prompt:
         column = columns.images if cells.get(columns.images) else columns.prompt
         images = tuple(read_image(cell, folder, f"image {number}") for number, cell in enumerate(chat.images, 1))
     except ValueError as problem:
+        column = prompt_name if prompt_name and column == columns.prompt else column
         raise BadRowError(f"{row.location}: column {column!r} cannot be used: {problem}") from None
     mapped = {columns.prompt, columns.reference, columns.images}
     metadata = {str(name): _to_json_value(cell) for name, cell in cells.items() if name not in mapped}
@@ -142,6 +167,19 @@ def _prompt_or_error(row: FileRow, parse: RowParser) -> Prompt | BadRowError | N
         return parse(row)
     except BadRowError as problem:
         return problem
+
+
+def _repeated_ids(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Return the prompts whose column `id` holds the id of an earlier prompt."""
+    seen: set[str] = set()
+    repeated = []
+    for prompt in prompts:
+        row_id = prompt.metadata.get("id")
+        if isinstance(row_id, str | int):
+            if str(row_id) in seen:
+                repeated.append(prompt)
+            seen.add(str(row_id))
+    return repeated
 
 
 def _uniform_draw(prompt_id: str, seed: int | str) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from purld.config.methods import LdlGrpo, StageTwoSettings
 from purld.config.schema import Config
+from purld.model.encode import Encoder
 from purld.model.load import load_encoder
 from purld.pipeline.chosen_score import describe_score, with_chosen_score
 from purld.pipeline.pipeline import STAGES
@@ -21,6 +22,7 @@ from purld.tasks.checks import find_check, missing_gold
 from purld.training.sft import in_validation_part
 
 _BINS = 6
+_SHOWN, _SHOWN_CHARACTERS = 3, 600  # prompts as the student reads them
 
 
 def make_plan(config: Config, run: RunDir) -> Plan:
@@ -39,6 +41,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     pools = load_prompt_pools(config, encoder, lambda line: plan.add_lines("Prompts", line))
     check_judging(config, pools)
     _plan_prompts(plan, pools)
+    _plan_rendered_prompts(plan, pools, encoder)
     _plan_check(plan, config, pools)
     plan_requests(plan, config, encoder, pools, run)
     _plan_training(plan, config, pools)
@@ -51,6 +54,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
 
 def _plan_prompts(plan: Plan, pools: PromptPools) -> None:
     lengths = sorted(pools.tokens.values())
+    plan.add_lines("Prompts", *pools.formats)
     plan.add_lines(
         "Prompts",
         f"{pools.rows} rows, {pools.duplicates} of them duplicates",
@@ -58,6 +62,18 @@ def _plan_prompts(plan: Plan, pools: PromptPools) -> None:
         f"tokens per prompt: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}",
         *_histogram(lengths),
     )
+
+
+def _plan_rendered_prompts(plan: Plan, pools: PromptPools, encoder: Encoder) -> None:
+    """Add the first prompts as the student reads them, with the special tokens of its chat template."""
+    for prompt in pools.train[:_SHOWN]:
+        ids = encoder.encode_prompt(prompt).ids
+        # An image is one placeholder many times over.
+        shown = [token for i, token in enumerate(ids) if token not in encoder.placeholders or ids[i - 1] != token]
+        text = str(encoder.tokenizer.decode(shown, skip_special_tokens=False))
+        if len(text) > _SHOWN_CHARACTERS:
+            text = f"{text[: _SHOWN_CHARACTERS * 2 // 3]} […] {text[-_SHOWN_CHARACTERS // 3 :]}"
+        plan.add_lines(f"Prompt as the student reads it ({prompt.location or prompt.id})", *text.splitlines())
 
 
 def _histogram(lengths: Sequence[int]) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from purld.config.schema import Config, Data
+from purld.config.clients import AnswerFile
+from purld.config.schema import Columns, Config, Data
 from purld.data.prompts import LoadedPrompts, exclude_prompts, load_prompts, split_pool
 from purld.errors import UserError
 from purld.model.encode import Encoder
@@ -13,6 +14,8 @@ from purld.records import Prompt, content_hash
 from purld.tasks.registry import load_task
 
 Say = Callable[[str], None]
+
+_COLUMNS_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class PromptPools:
         rows: the number of rows read.
         duplicates: how many of them repeated a prompt.
         tokens: the length of each prompt in tokens, by its id.
+        formats: what each file was read as, a sentence each.
     """
 
     train: list[Prompt]
@@ -36,6 +40,7 @@ class PromptPools:
     rows: int
     duplicates: int
     tokens: dict[str, int]
+    formats: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -51,8 +56,12 @@ def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools
     """
     data = config.data
     loaded, published = _load(data)
-    for part in filter(None, (loaded, published)):
-        _report_left_out(part, data.source if part is loaded else data.eval_prompts or data.source, say)
+    sources = [(data.source, loaded)]
+    if published is not None:
+        sources.append((data.eval_prompts or data.source, published))
+    for source, part in sources:
+        _report_left_out(part, source, say)
+    check_named_columns(data, [part for _, part in sources])
     train, held_out = _split_held_out(config, loaded, published, say)
     limit = config.student.max_prompt_tokens
     measured = _prompt_lengths(train + held_out, encoder, data, say)
@@ -67,25 +76,79 @@ def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools
         raise UserError(
             f"{data.source}: no prompts are held out; give data.eval_prompts or a larger data.eval_fraction."
         )
-    parts = [loaded] if published is None else [loaded, published]
-    rows, duplicates = sum(p.rows for p in parts), sum(p.duplicates for p in parts)
+    if config.evaluate.judge is not None:
+        _report_missing_references(data, held_out, say)
+    rows, duplicates = (sum(getattr(part, name) for _, part in sources) for name in ("rows", "duplicates"))
     tokens = {prompt.id: measured[prompt.id] for prompt in train + held_out}
-    return PromptPools(train, held_out, *_split_stages(config, train), rows, duplicates, tokens)
+    formats = tuple(_describe_format(config, source, part) for source, part in sources if part.format)
+    return PromptPools(train, held_out, *_split_stages(config, train), rows, duplicates, tokens, formats)
 
 
 def _load(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
     """Load the training source, and the held-out prompts if they have a file or split of their own."""
     if data.task is not None:
         return load_task(data.task, data.source, data.bad_rows)
-    loaded = load_prompts(data.source, data.columns, data.bad_rows)
+    loaded = load_prompts(data.source, data.columns, data.bad_rows, data.format, data.image_folder)
     if data.eval_prompts is None:
         return loaded, None
-    return loaded, load_prompts(data.eval_prompts, data.columns, data.bad_rows)
+    return loaded, load_prompts(data.eval_prompts, data.columns, data.bad_rows, data.format, data.image_folder)
+
+
+def check_named_columns(data: Data, parts: Sequence[LoadedPrompts]) -> None:
+    """Check that a column that the configuration names for gold or images is in the data.
+
+    Raises:
+        UserError: no row has anything in it.
+    """
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    found = {
+        "reference": any(prompt.reference is not None for prompt in prompts),
+        "images": any(prompt.images for prompt in prompts),
+    }
+    for key, is_there in found.items():
+        name, usual = getattr(data.columns, key), getattr(Columns(), key)
+        if name != usual and not is_there:
+            raise UserError(
+                f"{data.source}: no row has anything in the column {name!r}, which data.columns.{key} names; "
+                "correct the name, or leave the key out."
+            )
+
+
+def _report_missing_references(data: Data, held_out: list[Prompt], say: Say) -> None:
+    lacking = sum(prompt.reference is None for prompt in held_out)
+    if lacking:
+        count = "no held-out prompt has" if lacking == len(held_out) else f"{lacking} of {len(held_out)} lack"
+        say(
+            f"{data.eval_prompts or data.source}: {count} a reference (data.columns.reference is "
+            f"{data.columns.reference!r}); the judge compares their answers without one."
+        )
+
+
+def _describe_format(config: Config, source: str, loaded: LoadedPrompts) -> str:
+    """Describe what a file was read as, and the columns in it that nothing reads."""
+    teacher, used = config.teacher, set()
+    if isinstance(teacher, AnswerFile):
+        used.add("id")
+        if teacher.path == source:
+            used.add(teacher.columns.answer)
+    if config.data.check == "choice":
+        used.add("choices")
+    unused = dict.fromkeys(name for prompt in loaded.prompts for name in prompt.metadata if name not in used)
+    others = ", ".join(name if name.isprintable() else repr(name) for name in list(unused)[:_COLUMNS_NAMED])
+    more = f" and {len(unused) - _COLUMNS_NAMED} more" if len(unused) > _COLUMNS_NAMED else ""
+    return f"{source} is {loaded.format}" + (f"; columns that are not used: {others}{more}" if unused else "")
 
 
 def _report_left_out(loaded: LoadedPrompts, source: str, say: Say) -> None:
     if loaded.duplicates:
         say(f"{source}: {loaded.duplicates} rows repeat a prompt and were dropped.")
+    if loaded.notice:
+        say(f"{source}: {loaded.notice}")
+    if loaded.repeated_ids:
+        say(
+            f"{source}: {loaded.repeated_ids} rows have an id that another prompt has too (the first is "
+            f"{loaded.first_repeated_id}); answers are not matched by such an id."
+        )
     if loaded.skipped:
         say(f"{source}: {loaded.skipped} bad rows were skipped, first: {loaded.first_skipped}")
 

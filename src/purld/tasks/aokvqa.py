@@ -103,8 +103,8 @@ def _images(cells: Mapping[str, Any]) -> tuple[Image]:
     image_id = cells.get("image_id")
     if type(image_id) is not int:
         raise ValueError("image_id is not a number")
-    path: Path = cells["folder"] / f"{image_id:012}.jpg"
-    return (read_image(path, Path(), "its image"),)
+    folder: Path = cells["folder"].absolute()
+    return (read_image(folder / f"{image_id:012}.jpg", folder, "its image"),)
 
 
 def _metadata(cells: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def find_splits(path: str, pattern: str, read: Callable[[Path], Iterable[FileRow
     source = Path(path)
     if not source.exists():
         raise UserError(f"{path}: no such file or folder.")
-    if source.is_file():
+    if not source.is_dir():
         return {split_name(source.stem): read(source)}
     return {split_name(file.stem): read(file) for file in sorted(source.glob(pattern))}
 

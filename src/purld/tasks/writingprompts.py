@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from purld.data.files import BadRowError, FileRow, check_text
+from purld.data.limits import read_lines
 from purld.errors import UserError
 from purld.records import Message, Prompt
 from purld.tasks.sources import Splits, find_splits, hub_splits, is_hub_data
@@ -73,13 +74,12 @@ def _read_pair(source: Path) -> Iterable[FileRow]:
 
 
 def _read_lines(source: Path, target: Path) -> Iterator[FileRow]:
-    with source.open("rb") as prompts, target.open("rb") as stories:
-        for number, (prompt, story) in enumerate(zip_longest(prompts, stories), 1):
-            if prompt is None or story is None:
-                raise UserError(
-                    f"{source}: its number of lines differs from that of {target.name}; they must match line by line."
-                )
-            yield _parse_lines(prompt, story, f"{source}, line {number}")
+    for number, (prompt, story) in enumerate(zip_longest(read_lines(source), read_lines(target)), 1):
+        if prompt is None or story is None:
+            raise UserError(
+                f"{source}: its number of lines differs from that of {target.name}; they must match line by line."
+            )
+        yield _parse_lines(prompt, story, f"{source}, line {number}")
 
 
 def _parse_lines(prompt: bytes, story: bytes, location: str) -> FileRow:
