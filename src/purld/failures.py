@@ -89,7 +89,8 @@ def _disk_problem(error: Exception) -> str | None:
     """Return the sentence about an error of a file or a disk, wherever in the chain of causes it is."""
     for part in _chain(error):
         if isinstance(part, OSError) and part.errno in _MENDED_BY_USER:
-            place = f"{_shortened(os.fsdecode(part.filename))}: " if isinstance(part.filename, str | bytes) else ""
+            path = part.filename2 or part.filename  # of two, the second is where a file was to go
+            place = f"{_shortened(os.fsdecode(path))}: " if isinstance(path, str | bytes) else ""
             return place + _MENDED_BY_USER[part.errno].format(reason=part.strerror) + "."
     for part in _chain(error):
         numbers = re.findall(r"\(os error (\d+)\)", str(part))

@@ -175,6 +175,27 @@ def test_a_damaged_file_is_a_sentence_or_changes_nothing(runs, expected, small_c
     assert said is None if case[4] is None else (case[1] in said and case[4] in said)
 
 
+class KilledReporter(Reporter):
+    """Stops the run after Stage I has saved its model, before the manifest knows."""
+
+    def say(self, text):
+        if text.startswith("Trained on"):
+            raise StoppedError
+
+
+@pytest.mark.parametrize("epochs", [1, 0.6])
+def test_a_kill_between_a_stage_and_its_record_costs_no_training(small_config, tmp_path, epochs):
+    config, silent = load_config(small_config, [f"sft.epochs={epochs}"]), Console(file=io.StringIO())
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(StoppedError):
+        Pipeline(config, run, KilledReporter(silent)).execute(["anchors"])
+        Pipeline(config, run, KilledReporter(silent)).execute(["sft"])
+    before = (run.sft / "model.safetensors").read_bytes(), run.metrics.read_bytes()
+    Pipeline(config, run, Reporter(silent)).execute(["sft"])
+    assert ((run.sft / "model.safetensors").read_bytes(), run.metrics.read_bytes()) == before
+    assert not run.checkpoints("sft").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", ["finished", "stopped"])

@@ -138,6 +138,7 @@ class Pipeline:
         if stage in self.run.finished_stages() and not self._runs_again(stage):
             damaged = self.run.damaged_files_of(stage) if stage in _REPAIRED or (alone and stage in TRAINED) else []
             if not damaged:
+                shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)  # left by a kill after the record
                 self.reporter.say(f"{_TITLES[stage]}: done before.")
                 return
             if self._repaired(stage, damaged, context):
