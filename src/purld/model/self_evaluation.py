@@ -29,7 +29,8 @@ from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
 _NUMBER = re.compile(r"\s*(1(?:\.0+)?|0(?:\.\d+)?|\.\d+)(?![\d.]*\d)")
-_VERBAL_TOKENS = 8
+VERBAL_TOKENS = 8
+SCORE_OPENING = "0."  # the beginning of a score that `expected` puts into the evaluator's mouth
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ class SelfEvaluator:
     def score(self, model: CausalLM, prompt: Prompt, anchor: str | None, candidates: Sequence[str]) -> GroupScores:
         """Score the anchor against itself, then every candidate, in [0, 1] (appendix C.4).
 
-        Without an anchor, candidates are rated on their own.
+        The anchor is cut like a training target, in both places. Without one, candidates are rated on their own.
         """
         frame = self._encoder.evaluation_frame(prompt, anchor)
-        texts = candidates if anchor is None else (anchor, *candidates)
-        suffixes = [self._encoder.encode_literal(text) + frame.suffix for text in texts]
+        rows = [self._encoder.encode_literal(text) for text in candidates]
+        if anchor is not None:
+            rows.insert(0, self._encoder.encode_literal(anchor)[: self._encoder.max_anchor_tokens])
+        suffixes = [row + frame.suffix for row in rows]
         if self._reader is not None:
             scores = self._expected(model, frame.prefix, suffixes, self._reader)
         else:
@@ -90,7 +93,7 @@ class SelfEvaluator:
 
     def _verbal(self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]]) -> list[float | None]:
         scores: list[float | None] = []
-        greedy = Decoding(temperature=0.0, max_new_tokens=_VERBAL_TOKENS)
+        greedy = Decoding(temperature=0.0, max_new_tokens=VERBAL_TOKENS)
         for rows in micro_batches(len(suffixes), self._batch_size):
             prompts = [EncodedPrompt(suffix) for suffix in suffixes[rows]]
             replies = generate_completions(model, self._encoder, prompts, 1, greedy, shared)
@@ -109,7 +112,7 @@ class _ScoreReader:
 
     def __init__(self, encoder: Encoder) -> None:
         zero, one = encoder.encode_literal("0"), encoder.encode_literal("1")
-        self.opening = encoder.encode_literal("0.")
+        self.opening = encoder.encode_literal(SCORE_OPENING)
         # Some tokenizers begin every text with a special token, which then comes before either digit.
         same_beginning = len(zero) == len(one) and zero[:-1] == one[:-1]
         if not zero or not same_beginning or self.opening[:-1] != zero:

@@ -14,6 +14,7 @@ from purld.pipeline.chosen_score import describe_score, with_chosen_score
 from purld.pipeline.pipeline import STAGES
 from purld.pipeline.plan_machine import plan_machine
 from purld.pipeline.plan_requests import plan_requests
+from purld.pipeline.plan_scoring import plan_scoring
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_context, check_judging, check_local_models, check_scoring
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
@@ -47,6 +48,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     _plan_training(plan, config, pools)
     if score := describe_score(given, config):
         plan.add_lines("Training", score)
+    plan_scoring(plan, config, encoder, pools, run)
     plan_machine(plan, config, run.path)
     _plan_remaining_stages(plan, run)
     return plan

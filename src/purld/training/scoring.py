@@ -25,6 +25,13 @@ from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
 from purld.tasks.checks import Check
 from purld.templates import rating_turn
+from purld.training.scoring_tokens import (
+    CountTokens,
+    expected_tokens,
+    in_context_tokens,
+    reference_tokens,
+    verbal_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -243,20 +250,31 @@ class ScorerEntry:
         make: makes the scorer.
         check: raises a UserError if this student, or this run's check of answers, cannot score in this way; called
             before anything is paid for.
+        count_tokens: counts the tokens that scoring a group sends through the student, for `purld check`; None if no
+            model is run, or none of the student's.
         has_own_unit: whether scores have a unit of their own, such as nats, so that `align.margin_scale: auto`
             calibrates their margins; False for scores whose 0 and 1 have a meaning.
     """
 
     make: Callable[[ScorerContext], Scorer]
     check: Callable[[Encoder, Check | None], None] | None = None
+    count_tokens: CountTokens | None = None
     has_own_unit: bool = False
 
 
 SCORERS: dict[str, ScorerEntry] = {
-    "expected": ScorerEntry(_make_self_scorer, _check_expected),
-    "verbal": ScorerEntry(_make_self_scorer),
-    "in_context": ScorerEntry(partial(_make_likelihood_scorer, score_group=in_context_scores), has_own_unit=True),
-    "reference": ScorerEntry(partial(_make_likelihood_scorer, score_group=reference_scores), has_own_unit=True),
+    "expected": ScorerEntry(_make_self_scorer, _check_expected, expected_tokens),
+    "verbal": ScorerEntry(_make_self_scorer, count_tokens=verbal_tokens),
+    "in_context": ScorerEntry(
+        partial(_make_likelihood_scorer, score_group=in_context_scores),
+        count_tokens=in_context_tokens,
+        has_own_unit=True,
+    ),
+    "reference": ScorerEntry(
+        partial(_make_likelihood_scorer, score_group=reference_scores),
+        count_tokens=reference_tokens,
+        has_own_unit=True,
+    ),
     "agreement": ScorerEntry(_make_agreement_scorer, _check_agreement),
     "teacher": ScorerEntry(_make_teacher_scorer),
 }

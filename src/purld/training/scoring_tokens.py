@@ -1,0 +1,106 @@
+"""Count the tokens that a score of Stage II sends through the student, without running it.
+
+A count is exact for candidates of the given length whose texts encode to as many tokens, with padding and with what a
+group computes once; it holds for a model that shares prefixes. Every function here mirrors one scorer, and a test
+compares it with the tokens that go through a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from purld.model.encode import Encoder
+from purld.model.likelihood import SEPARATOR
+from purld.model.log_probs import micro_batches
+from purld.model.self_evaluation import SCORE_OPENING, VERBAL_TOKENS
+from purld.records import Prompt
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """The size of a group that has not been drawn yet.
+
+    Attributes:
+        prompt: the prompt.
+        anchor: the anchor's text; None if it is not known yet, which counts as one of `max_anchor_tokens`.
+        candidates: the number K of candidates.
+        length: tokens per candidate.
+        anchored: whether the scorer reads the anchor.
+    """
+
+    prompt: Prompt
+    anchor: str | None
+    candidates: int
+    length: int
+    anchored: bool = True
+
+
+CountTokens = Callable[[Encoder, GroupSize, int], int]
+"""(encoder, group, rows per forward pass) -> tokens."""
+
+
+def in_context_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
+    """Count the tokens of `purld.model.likelihood.in_context_scores`."""
+    rows = _target_tokens(encoder, group.anchor) - 1 + _padded([group.length - 1] * group.candidates, batch_size)
+    return _anchored_prompt_tokens(encoder, group) + len(encoder.encode_prompt(group.prompt)) + 2 * rows
+
+
+def reference_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
+    """Count the tokens of `purld.model.likelihood.reference_scores`."""
+    after = len(encoder.encode_literal(SEPARATOR)) + _target_tokens(encoder, group.anchor)
+    candidates = [group.length + after - 1] * group.candidates
+    of_anchor = _literal_tokens(encoder, group.anchor) + after - 1
+    return len(encoder.encode_prompt(group.prompt)) + of_anchor + _padded(candidates, batch_size)
+
+
+def expected_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
+    """Count the tokens of a `SelfEvaluator` of the kind `expected`."""
+    prefix, rows = _evaluation_tokens(encoder, group)
+    opening = len(encoder.encode_literal(SCORE_OPENING))
+    return prefix + _padded([row + opening for row in rows], batch_size)
+
+
+def verbal_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
+    """Count the tokens of a `SelfEvaluator` of the kind `verbal`, every reply at its limit."""
+    prefix, rows = _evaluation_tokens(encoder, group)
+    batches = len(list(micro_batches(len(rows), batch_size)))
+    # A reply's last token is written and not read.
+    return batches * prefix + _padded(rows, batch_size) + len(rows) * (VERBAL_TOKENS - 1)
+
+
+def anchored_reference_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
+    """Count the tokens of the reference log-probs of a method whose reference reads the anchor."""
+    return _anchored_prompt_tokens(encoder, group) + _padded([group.length - 1] * group.candidates, batch_size)
+
+
+def _evaluation_tokens(encoder: Encoder, group: GroupSize) -> tuple[int, list[int]]:
+    """Return the tokens of a self-evaluation's prefix, and of its rows up to the score."""
+    frame = encoder.evaluation_frame(group.prompt, (group.anchor or "") if group.anchored else None)
+    prefix, rows = len(frame.prefix), [group.length] * group.candidates
+    if group.anchored:
+        rows.insert(0, _literal_tokens(encoder, group.anchor))
+        prefix += 0 if group.anchor is not None else encoder.max_anchor_tokens
+    return prefix, [row + len(frame.suffix) for row in rows]
+
+
+def _anchored_prompt_tokens(encoder: Encoder, group: GroupSize) -> int:
+    if group.anchor is not None:
+        return len(encoder.encode_anchored_prompt(group.prompt, group.anchor))
+    return len(encoder.encode_anchored_prompt(group.prompt, "")) + encoder.max_anchor_tokens
+
+
+def _target_tokens(encoder: Encoder, anchor: str | None) -> int:
+    """Return the tokens of an anchor as a target, its end-of-turn token included."""
+    return encoder.max_anchor_tokens if anchor is None else len(encoder.encode_answer(anchor).ids)
+
+
+def _literal_tokens(encoder: Encoder, anchor: str | None) -> int:
+    """Return the tokens of an anchor as a text, cut like a target."""
+    limit = encoder.max_anchor_tokens
+    return limit if anchor is None else min(limit, len(encoder.encode_literal(anchor)))
+
+
+def _padded(rows: Sequence[int], batch_size: int) -> int:
+    """Return the tokens of rows of these lengths, each batch padded to its longest row."""
+    return sum(len(rows[part]) * max(rows[part]) for part in micro_batches(len(rows), batch_size))
