@@ -26,6 +26,7 @@ from purld import records
 from purld.clients import endpoint as endpoint_module
 from purld.clients import rate_limit, transport
 from purld.clients.endpoint import EndpointClient
+from purld.clients.folder import FolderLedgers
 from purld.clients.ledger import Ledger, LedgerView
 from purld.clients.requests import (
     TOKENS_PER_CALL,
@@ -681,12 +682,13 @@ def test_a_placeholder_for_a_key_is_left_alone_in_answers(server, endpoint, ledg
 def test_what_a_run_beside_this_one_bought_is_not_bought_again(server, endpoint, tmp_path):
     server.script["lost"] = [hang_up]
     server.script["failed"] = [raw(b"oops")]
-    first, second = tmp_path / "a.sqlite", tmp_path / "b.sqlite"
-    (tmp_path / "damaged.sqlite").write_bytes(b"no ledger" * 100)
+    first, second, damaged = (tmp_path / name / "l.sqlite" for name in ("a", "b", "damaged"))
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"no ledger" * 100)
     with Ledger(first) as ledger:
         ask(endpoint(), ledger, ["known", "lost", "failed", "unasked"])
     for _ in range(2):
-        with Ledger(second, [tmp_path / "damaged.sqlite", first]) as ledger:
+        with Ledger(second, FolderLedgers(second)) as ledger:
             replies = ask(endpoint(max_calls=2), ledger, ["known", "lost", "failed", "new"])
             totals = ledger.totals("teacher")
     assert [reply.state for reply in replies] == ["answered", "unknown", "answered", "answered"]
@@ -697,7 +699,7 @@ def test_what_a_run_beside_this_one_bought_is_not_bought_again(server, endpoint,
     assert (totals["input_tokens"], totals["unsettled_cost"]) == (20, 0), (
         "what another run paid for cost this one nothing"
     )
-    with Ledger(second, [first]) as ledger:
+    with Ledger(second, FolderLedgers(second)) as ledger:
         assert ask(endpoint(), ledger, ["lost"], resend_unknown=True)[0].state == "answered"
         assert len(list(ledger.iter_requests())) == 4
 

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from purld.clients.ledger import (
-    SCHEMA_VERSION,
     BookedSpend,
     CallResult,
     CapReachedError,
@@ -88,6 +87,10 @@ os.kill(os.getpid(), 9)
 """
     path = tmp_path / "l.sqlite"
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    view = LedgerView(path)  # as a dry run sees it, before the ledger is opened again
+    assert [getattr(view.find_result(Request("u", "m", f'"{text}"', text).key), "state", None) for text in
+            ("reserved", "sent", "answered")] == [None, "unknown", "answered"]  # fmt: skip
+    view.close()
     with Ledger(path) as ledger:
         rows = {row["prompt_id"]: row for row in ledger.iter_requests()}
         assert {name: row["state"] for name, row in rows.items()} == {"sent": "unknown", "answered": "answered"}
@@ -273,18 +276,68 @@ def test_the_books_balance_whatever_happens(tmp_path_factory, events, caps):
     assert after.cost == pytest.approx(booked.cost, abs=1e-9)
 
 
-def test_a_neighbour_that_cannot_be_read_is_passed_over_and_named(tmp_path):
-    """This includes a ledger whose damage shows only at the first query."""
-    whole, odd = tmp_path / "whole" / "l.sqlite", tmp_path / "odd.sqlite"
-    with Ledger(whole) as ledger:
-        call = ledger.reserve(request("a"), "teacher", 1, 0.0, Caps())
-        ledger.mark_sent(call)
-        ledger.settle(call, CallResult("answered", "x"))
-    with contextlib.closing(sqlite3.connect(odd)) as db:
-        db.execute("CREATE TABLE calls (id)")
-        db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    (text := tmp_path / "text.sqlite").write_text("no ledger" * 1000)
-    with Ledger(tmp_path / "own.sqlite", [odd, text, whole]) as ledger:
-        ledger.import_results([request("a").key], "teacher")
-        assert ledger.find_result(request("a").key).text == "x"
-        assert set(ledger.unreadable_ledgers) == {odd, text}
+def lose_whole_file(path):
+    path.unlink()
+
+
+def empty_file(path):
+    path.write_bytes(b"")
+
+
+def lose_last_commits(path):
+    """As if only the database had been copied and not the write-ahead log beside it."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DELETE FROM calls WHERE id = (SELECT MAX(id) FROM calls)")
+        db.commit()
+
+
+def cut_file(path):
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lose_whole_file, "is missing, but this run has made 3 calls"),
+        (empty_file, "holds 0 of the 3 calls"),
+        (lose_last_commits, "holds 2 of the 3 calls"),
+        (cut_file, "malformed"),
+    ],
+)
+def test_a_ledger_in_which_calls_are_missing_is_refused_and_can_be_restored(tmp_path, damage, words):
+    path, copy = tmp_path / "l.sqlite", tmp_path / "copy.sqlite"
+    with Ledger(path) as ledger:
+        for n in range(3):
+            call = ledger.reserve(request(str(n)), "teacher", 1, 0.0, Caps())
+            ledger.mark_sent(call)
+            ledger.settle(call, CallResult("answered", "x" * 3000))
+        ledger.copy(copy)
+    damage(path)
+    damaged = path.read_bytes() if path.exists() else None
+    for _ in range(2):
+        with pytest.raises(UserError, match=words) as refused:
+            Ledger(path)
+        assert "restore it" in str(refused.value) and "fresh --run-dir" in str(refused.value)
+        assert (path.read_bytes() if path.exists() else None) == damaged, "nothing is written over it"
+    copy.rename(path)
+    with Ledger(path) as ledger:
+        assert ledger.totals("teacher")["answered"] == 3
+    if damage is not cut_file:
+        damage(path)
+        (tmp_path / ".l.sqlite.calls").unlink()  # the stated way to do without
+        Ledger(path).close()
+
+
+def test_the_mark_counts_every_call_that_was_sent_or_ended(tmp_path):
+    path, mark = tmp_path / "l.sqlite", tmp_path / ".l.sqlite.calls"
+    with Ledger(path) as ledger:
+        reserved, sent, local = (ledger.reserve(request(n), "teacher", 1, 0.0, Caps()) for n in "abc")
+        ledger.mark_sent(sent)
+        assert int(mark.read_text()) == 1, "a call in flight counts, because it may be billed"
+        ledger.settle(sent, CallResult("unknown"))
+        ledger.settle(local, CallResult("answered", "x", left=False))
+        ledger.release(reserved)
+        assert int(mark.read_text()) == 2
+    mark.write_text("garbled")
+    with Ledger(path):
+        assert int(mark.read_text()) == 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from purld.clients.finish_reasons import FinishKind, finish_kind
-from purld.clients.ledger import CallResult, LedgerView
+from purld.clients.ledger import CallResult
 from purld.errors import one_line
 from purld.records import Prompt
 
@@ -84,7 +84,15 @@ class ReplyCollector:
         return [self._replies[index] for index in range(sum(map(len, self._indices.values())))]
 
 
-def reply_from_ledger(ledger: LedgerView, key: str, resend_unknown: bool = False) -> Reply | None:
+class KnownResults(Protocol):
+    """What knows the results of requests: a ledger, or all ledgers of a folder."""
+
+    def find_result(self, key: str) -> CallResult | None:
+        """Return the result of a request, or None."""
+        ...
+
+
+def reply_from_ledger(ledger: KnownResults, key: str, resend_unknown: bool = False) -> Reply | None:
     """Return the reply to a request that must not be sent again, or None if it would be sent."""
     result = ledger.find_result(key)
     return None if result is None else settled_reply(result, resend_unknown)

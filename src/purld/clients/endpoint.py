@@ -15,7 +15,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from purld.clients.base import OnReply, Reply, ReplyCollector, reply_from_result, settled_reply
+from purld.clients.base import (
+    OnReply,
+    Reply,
+    ReplyCollector,
+    reply_from_ledger,
+    reply_from_result,
+    settled_reply,
+)
 from purld.clients.completion import MAX_RAW
 from purld.clients.faults import (
     CallOutcome,
@@ -25,7 +32,7 @@ from purld.clients.faults import (
     too_large,
     wrong_encoding,
 )
-from purld.clients.ledger import CallResult, CapReachedError, Caps, Ledger, Request, Role
+from purld.clients.ledger import CallResult, CapReachedError, Caps, Ledger, Request, Role, UnderWayElsewhereError
 from purld.clients.rate_limit import RateLimiter, backoff_seconds
 from purld.clients.redaction import KeyRedactor
 from purld.clients.requests import build_request, build_requests, read_api_key, token_cost, worst_case_tokens
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
     from httpx2 import AsyncClient
 
 MAX_CONSECUTIVE_FAILURES = 10  # after so many, the endpoint is down or all requests have the same fault
+POLL_SECONDS = 0.5  # between looks at a question that another run is asking
 GRACE_SECONDS = 20.0  # how long a signal to stop waits for the calls in flight
 LARGE_BODY = 32 * 2**10  # bytes; a larger body is read in a thread, so that other calls are not held up
 
@@ -89,11 +97,13 @@ class _ConcurrentAsk:
         self.endpoint = client.endpoint
         self.ledger = client.ledger
         self.role: Role = client.role
+        self.resend_unknown = client.resend_unknown
         self.caps = Caps(self.endpoint.max_calls, self.endpoint.max_tokens, self.endpoint.max_cost)
         self.key = key
         self.redactor = KeyRedactor(key)
         self.large_body = asyncio.Lock()  # one at a time: a parsed body takes many times its bytes
         self.pending = pending
+        self.asked_elsewhere: list[Prompt] = []  # which another run in the folder is asking now
         self.collector = collector
         self.rate_limiter = RateLimiter(self.endpoint.requests_per_minute, self.endpoint.tokens_per_minute)
         self.in_flight = 0
@@ -101,6 +111,7 @@ class _ConcurrentAsk:
         self.answered = False
         self.stop: str | None = None  # the reason for stopping
         self.error: BaseException | None = None  # the first that a worker could not handle
+        self.told_of_waiting = False
         self.interrupted = False  # by a signal
         self.workers: list[asyncio.Task[None]] = []
         self.stopped = asyncio.Event()
@@ -147,7 +158,7 @@ class _ConcurrentAsk:
             self._stop(str(error))
 
     async def _ask_pending(self, http: AsyncClient) -> None:
-        while self.pending and not self.stop:
+        while not self.stop and (self.pending or await self._look_again_elsewhere()):
             prompt = self.pending.popleft()
             try:
                 request = await asyncio.to_thread(build_request, self.endpoint, prompt)
@@ -155,9 +166,29 @@ class _ConcurrentAsk:
                 # Calls in flight may be billed, so wait for them.
                 self._stop(str(missing_image))
                 break
-            reply = await self._request_reply(http, request, *worst_case_tokens(self.endpoint, prompt))
+            try:
+                reply = await self._request_reply(http, request, *worst_case_tokens(self.endpoint, prompt))
+            except UnderWayElsewhereError as other:
+                self._note_elsewhere(prompt, str(other))
+                continue
             if reply:
                 self.collector.add_reply(request.key, reply)
+
+    def _note_elsewhere(self, prompt: Prompt, ledger: str) -> None:
+        if not self.told_of_waiting:
+            self.told_of_waiting = True
+            text = f"{ledger}: its run is asking a question of this one at the moment; purld waits for the answer."
+            warnings.warn(PlainWarning(text), stacklevel=2)
+        self.asked_elsewhere.append(prompt)
+
+    async def _look_again_elsewhere(self) -> bool:
+        """When nothing else is left to ask, return to the questions that other runs are asking, after a moment."""
+        if not self.asked_elsewhere:
+            return False
+        await self._sleep(POLL_SECONDS)
+        self.pending.extend(self.asked_elsewhere)
+        self.asked_elsewhere.clear()
+        return bool(self.pending) and not self.stop
 
     async def _request_reply(
         self, http: AsyncClient, request: Request, input_tokens: int, output_tokens: int
@@ -173,6 +204,8 @@ class _ConcurrentAsk:
                 # Nothing more may be sent, but calls in flight may be billed, so wait for them.
                 self._stop(str(disk_full))
                 break
+            if call is None:
+                return reply_from_ledger(self.ledger, request.key, self.resend_unknown)
             outcome = await self._call(http, request, call, input_tokens + output_tokens)
             if outcome is None or not outcome.repeat or attempt == self.endpoint.retries:
                 break
@@ -184,19 +217,27 @@ class _ConcurrentAsk:
         self._check_health(outcome)
         return reply_from_result(outcome.result)
 
-    async def _reserve(self, request: Request, input_tokens: int, output_tokens: int) -> int:
-        """Reserve the worst case of a call. At a cap, wait for calls in flight, which may cost less than reserved."""
+    async def _reserve(self, request: Request, input_tokens: int, output_tokens: int) -> int | None:
+        """Reserve the worst case of a call; None if another run in the folder turns out to know the result.
+
+        At a cap, wait for calls in flight, which may cost less than reserved.
+        """
         cost = token_cost(self.endpoint, input_tokens, output_tokens)
         while True:
             try:
-                call = self.ledger.reserve(request, self.role, input_tokens + output_tokens, cost, self.caps)
+                call = self.ledger.claim(
+                    request, self.role, input_tokens + output_tokens, cost, self.caps, self._settles
+                )
             except CapReachedError:
                 if not self.in_flight:
                     raise
                 await self.call_settled.wait()
             else:
-                self.in_flight += 1
+                self.in_flight += call is not None
                 return call
+
+    def _settles(self, result: CallResult) -> bool:
+        return settled_reply(result, self.resend_unknown) is not None
 
     async def _call(self, http: AsyncClient, request: Request, call: int, tokens: int) -> CallOutcome | None:
         """Send one reserved call and settle it; the ledger stays correct if this is interrupted at any point."""

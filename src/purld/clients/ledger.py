@@ -13,7 +13,11 @@ worst case stays booked, so a cap is never exceeded.
 A full disk loses no answer: before anything is sent, a reserve file holds disk space for the answers in flight. It is
 deleted when the space is needed, and from then on no call is reserved.
 
-The ledger stores no headers and no API keys. It does not retry, limit rates or wait at a cap; its callers do.
+Beside the ledger, a small file holds the number of calls that it has recorded. A ledger with fewer is refused: it was
+emptied, or replaced by an older copy, so it would buy answers again and forget what was spent.
+
+The ledger stores no headers and no API keys. It does not retry, limit rates or wait at a cap; its callers do. What runs
+in one folder share is in `folder`.
 """
 
 from __future__ import annotations
@@ -27,12 +31,15 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 from purld.errors import UserError
+
+if TYPE_CHECKING:
+    from purld.clients.folder import FolderLedgers
 
 Role = Literal["teacher", "scorer", "opponent", "judge"]
 # Roles with the same budget share its caps: the scorer is the teacher asked about candidates, and the opponent is the
@@ -77,14 +84,18 @@ SELECT * FROM (
 
 # Bytes for the answers in flight: 64 answers of 200 KB each, and the pages that SQLite writes with them.
 RESERVED_BYTES = 16 * 2**20
-_STATE_RANK = {"failed": 0, "unknown": 1, "answered": 2}  # the highest is preferred among ledgers
 _REQUEST_COLUMNS = ("key", "prompt_id", "base_url", "model", "body")
 _COPIED_COLUMNS = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
+_LOCK_SECONDS = 0.5  # others lock a ledger for microseconds, to see whether it is open
 _DISK_FULL = "{}: the disk is full; make room, then run the same command again to continue."
 
 
 class CapReachedError(Exception):
     """A call would exceed a cap, which the message names; nothing was booked."""
+
+
+class UnderWayElsewhereError(Exception):
+    """Another run is asking this question, in the ledger that the message names; nothing was booked."""
 
 
 @dataclass(frozen=True)
@@ -162,26 +173,40 @@ class CallResult:
     left: bool = True  # False: nothing was sent
 
 
+@dataclass(frozen=True)
+class FoundCall:
+    """The call that counts for a request in one ledger.
+
+    `row` is the call joined with its request. `interrupted` says that its process died after it had sent the call.
+    """
+
+    state: Literal["answered", "failed", "unknown", "under way"]
+    row: sqlite3.Row
+    path: Path
+    interrupted: bool = False
+
+    def result(self) -> CallResult | None:
+        """Return the result of the call; None while it is under way."""
+        if self.state == "under way":
+            return None
+        result = _to_result(self.row)
+        return replace(result, state="unknown", error="interrupted") if self.interrupted else result
+
+
 class LedgerView:
     """A read-only view of a ledger, usable while another process writes to it.
-
-    `other_ledgers` are those of other runs, whose answers need not be bought again. One that cannot be read is ignored
-    and listed in `unreadable_ledgers`.
 
     Raises:
         UserError: there is no ledger at `path`, or the file is not a ledger.
     """
 
-    def __init__(self, path: str | Path, other_ledgers: Sequence[Path] = ()) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
-        self._open_others(other_ledgers)
         if not self.path.exists():
             raise UserError(f"{self.path}: there is no ledger here.")
         with _database_errors_named(self.path):
-            self._db = sqlite3.connect(
-                f"{self.path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-            )
+            self._db = _connect_read_only(self.path)
             self._db.row_factory = sqlite3.Row
             _check_version(self._db, self.path)
 
@@ -189,8 +214,6 @@ class LedgerView:
         """Close the file; closing twice is harmless."""
         with self._mutex:
             self._db.close()
-        for other in self._others:
-            other.close()
 
     def __enter__(self) -> Self:
         return self
@@ -211,12 +234,25 @@ class LedgerView:
             partial.unlink(missing_ok=True)
 
     def find_result(self, key: str) -> CallResult | None:
-        """Return the result of a request in this or the other ledgers: its answer, or else its last ended call.
+        """Return the result of a request: its answer, or else its last ended call; None if there is none."""
+        call = self.find_call(key)
+        return call.result() if call else None
 
-        None if no ledger has an ended call for it.
+    def find_call(self, key: str) -> FoundCall | None:
+        """Return the call that counts for a request: the answered one, or else the last; None if there is none.
+
+        Of a dead process, a sent call is `unknown`, and a reserved one does not count.
         """
-        _, call = self._find_best_call(key)
-        return _to_result(call) if call else None
+        rows = self._read_calls(key)
+        open_rows = [row for row in rows if row["ended_at"] is None]
+        if open_rows and not self._is_open():
+            rows = self._read_calls(key)  # as the process left them, which may have settled a call since
+            return self._last_call_of_dead_process(rows)
+        if answered := [row for row in rows if row["state"] == "answered"]:
+            return FoundCall("answered", answered[-1], self.path)
+        if open_rows:
+            return FoundCall("under way", open_rows[-1], self.path)
+        return FoundCall(rows[-1]["state"], rows[-1], self.path) if rows else None
 
     def count_failures(self, key: str) -> int:
         """Return how many calls of a request were sent from here and failed."""
@@ -224,36 +260,24 @@ class LedgerView:
         with self._mutex, _database_errors_named(self.path):
             return int(self._db.execute(query, (key,)).fetchone()[0])
 
-    def _open_others(self, paths: Sequence[Path]) -> None:
-        self.unreadable_ledgers: list[Path] = []
-        self._others: list[LedgerView] = []
-        for path in paths:
-            try:
-                self._others.append(LedgerView(path))
-            except UserError:
-                self.unreadable_ledgers.append(path)
+    def _last_call_of_dead_process(self, rows: Sequence[sqlite3.Row]) -> FoundCall | None:
+        counting = [row for row in rows if row["state"] != "reserved"]
+        last = next((row for row in counting if row["state"] == "answered"), counting[-1] if counting else None)
+        if last is None:
+            return None
+        if last["state"] == "sent":
+            return FoundCall("unknown", last, self.path, interrupted=True)
+        return FoundCall(last["state"], last, self.path)
 
-    def _find_best_call(self, key: str) -> tuple[LedgerView, sqlite3.Row | None]:
-        """Return the ledger with the best result of a request, and its call there."""
-        calls: list[tuple[LedgerView, sqlite3.Row | None]] = [(self, self._find_call(key))]
-        for other in tuple(self._others):
-            try:
-                calls.append((other, other._find_call(key)))
-            except UserError:  # locked, or damaged after its first page
-                self._others.remove(other)
-                self.unreadable_ledgers.append(other.path)
-                other.close()
-        return max(calls, key=lambda pair: _STATE_RANK[pair[1]["state"]] if pair[1] else -1)
+    def _is_open(self) -> bool:
+        """Return whether a process has this ledger open for writing."""
+        return _is_locked(_lock_path(self.path))
 
-    def _find_call(self, key: str) -> sqlite3.Row | None:
-        """Return a request joined with its answered call, or else with the last call that ended."""
+    def _read_calls(self, key: str) -> list[sqlite3.Row]:
         with self._mutex, _database_errors_named(self.path):
-            row: sqlite3.Row | None = self._db.execute(
-                "SELECT * FROM calls JOIN requests USING (key) WHERE key = ? AND ended_at IS NOT NULL"
-                " ORDER BY state = 'answered' DESC, id DESC LIMIT 1",
-                (key,),
-            ).fetchone()
-        return row
+            return self._db.execute(
+                "SELECT * FROM calls JOIN requests USING (key) WHERE key = ? ORDER BY id", (key,)
+            ).fetchall()
 
     def _find_request(self, key: str) -> sqlite3.Row:
         with self._mutex, _database_errors_named(self.path):
@@ -317,23 +341,34 @@ class Ledger(LedgerView):
 
     On opening, calls that a dead process had sent become `unknown`, and those it had only reserved are deleted.
 
+    Args:
+        path: the ledger; created if this run has none yet.
+        others: the ledgers of the other runs in the folder, with which this one shares results; closed with it.
+
     Raises:
-        UserError: another process has the ledger open, the file is not a ledger, or the disk is full.
+        UserError: another process has the ledger open, the file is not a ledger, calls are missing from it, or the
+            disk is full.
     """
 
-    def __init__(self, path: str | Path, other_ledgers: Sequence[Path] = ()) -> None:
+    def __init__(self, path: str | Path, others: FolderLedgers | None = None) -> None:
         self.path = Path(path)
         self._mutex = threading.RLock()
-        self._open_others(other_ledgers)
+        self._others = others
         self._booked: dict[str, BookedSpend] = {}
         self._in_flight: dict[int, tuple[Role, BookedSpend]] = {}  # worst case by call id
-        self._lock = _lock_file(self.path.with_name(self.path.name + ".lock"))
+        self._sent: set[int] = set()  # calls in flight that the mark counts
+        self._lock = _lock_file(_lock_path(self.path))
         self._reserve_file = self.path.with_name(self.path.name + ".room")
         try:
+            if is_blank(self.path):
+                _check_recorded(self.path, 0)
             _allocate_reserve(self._reserve_file)
-            with _database_errors_named(self.path):
+            with self._folder_locked(), _database_errors_named(self.path):
                 self._db = _connect(self.path)
+                self._recorded = _count_recorded(self._db)
+                _check_recorded(self.path, self._recorded)
                 self._recover()
+            self._mark = _CallMark(self.path, self._recorded)
         except BaseException:
             self._lock.close()
             raise
@@ -341,9 +376,17 @@ class Ledger(LedgerView):
     def close(self) -> None:
         """Close the file and release its lock; closing twice is harmless."""
         super().close()
-        if not self._lock.closed:  # once unlocked, the reserve file may belong to another process
+        if self._others:
+            self._others.close()
+        if not self._lock.closed:  # once unlocked, these files may belong to another process
+            self._mark.close()
             self._reserve_file.unlink(missing_ok=True)
         self._lock.close()
+
+    @property
+    def unreadable_ledgers(self) -> list[Path]:
+        """The other ledgers that could not be read, so that what they hold may be bought again."""
+        return sorted(self._others.unreadable) if self._others else []
 
     def import_results(self, keys: Iterable[str], role: Role) -> None:
         """Copy the answers and lost calls of these requests from the other ledgers.
@@ -352,20 +395,76 @@ class Ledger(LedgerView):
         """
         if not self._others:
             return
+        found = ((key, call) for key in keys if (call := self._others.find_call(key)))
         with self._mutex, self._transaction():
-            for key in keys:
-                ledger, call = self._find_best_call(key)
-                if ledger is self or call is None or call["state"] == "failed":
-                    continue
-                self._db.execute(
-                    "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)",
-                    tuple(call[name] for name in _REQUEST_COLUMNS),
-                )
-                self._db.execute(
-                    "INSERT INTO calls (key, role, state, booked_tokens, booked_cost, text, finish_reason, error, raw,"
-                    " reserved_at, ended_at) VALUES (?, ?, ?, 0, 0.0, ?, ?, ?, ?, ?, ?)",
-                    (key, role, *(call[name] for name in _COPIED_COLUMNS)),
-                )
+            for key, call in found:
+                self._copy_call(key, role, call)
+        self._note_recorded(_count_recorded(self._db))
+
+    def _copy_call(self, key: str, role: Role, call: FoundCall) -> None:
+        """Copy an answer or a lost call if it is better than what this ledger has."""
+        own = self.find_call(key)
+        known = own.state if own else None
+        if call.state not in ("answered", "unknown") or known == "answered" or known == call.state:
+            return
+        values = dict(call.row)
+        if call.interrupted:
+            values |= {"state": "unknown", "error": "interrupted", "ended_at": time.time()}
+        self._db.execute(
+            "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)", tuple(values[name] for name in _REQUEST_COLUMNS)
+        )
+        self._db.execute(
+            "INSERT INTO calls (key, role, state, booked_tokens, booked_cost, text, finish_reason, error, raw,"
+            " reserved_at, ended_at) VALUES (?, ?, ?, 0, 0.0, ?, ?, ?, ?, ?, ?)",
+            (key, role, *(values[name] for name in _COPIED_COLUMNS)),
+        )
+
+    def claim(
+        self,
+        request: Request,
+        role: Role,
+        tokens: int,
+        cost: float,
+        caps: Caps,
+        settles: Callable[[CallResult], bool] = lambda result: result.state != "failed",
+    ) -> int | None:
+        """Book a call as `reserve` does, unless another run makes the same call or knows its result.
+
+        Args:
+            request: the request.
+            role: the role that asks.
+            tokens: the worst case of the call's tokens.
+            cost: the worst case of its cost.
+            caps: the caps of the role's budget.
+            settles: tells whether a result of another run makes the call needless.
+
+        Returns:
+            The call's id; None if this ledger now has a copy of another run's result.
+
+        Raises:
+            UnderWayElsewhereError: another run is making this call.
+            CapReachedError: this call might make the role's budget exceed a cap.
+            UserError: the disk is full, or the folder stays locked.
+        """
+        with self._folder_locked():
+            call = self._others.find_call(request.key) if self._others else None
+            if call and call.state == "under way":
+                raise UnderWayElsewhereError(str(call.path))
+            result = call.result() if call else None
+            if call and result and settles(result):
+                with self._mutex, self._transaction():
+                    self._copy_call(request.key, role, call)
+                self._note_recorded(_count_recorded(self._db))
+                own = self.find_result(request.key)
+                if own and settles(own):
+                    return None
+            return self.reserve(request, role, tokens, cost, caps)
+
+    def _folder_locked(self) -> contextlib.AbstractContextManager[None]:
+        return self._others.locked() if self._others else contextlib.nullcontext()
+
+    def _is_open(self) -> bool:
+        return True
 
     def reserve(self, request: Request, role: Role, tokens: int, cost: float, caps: Caps) -> int:
         """Book the worst case of one call and return the call's id.
@@ -398,7 +497,10 @@ class Ledger(LedgerView):
 
     def mark_sent(self, call: int) -> None:
         """Record that the call is about to be sent."""
-        self._write("UPDATE calls SET state = 'sent', sent_at = ? WHERE id = ?", (time.time(), call))
+        with self._mutex:
+            self._write("UPDATE calls SET state = 'sent', sent_at = ? WHERE id = ?", (time.time(), call))
+            self._sent.add(call)
+            self._note_recorded(self._recorded + 1)
 
     def settle(self, call: int, result: CallResult) -> None:
         """Record the result of the call and replace its booking by the actual usage."""
@@ -416,6 +518,8 @@ class Ledger(LedgerView):
                     *(actual.tokens, actual.cost, time.time(), result.left, call),
                 ),
             )
+            if call not in self._sent:  # a local model's call, which is never sent
+                self._note_recorded(self._recorded + 1)
             self._close_call(call, role, worst - actual)
 
     def release(self, call: int) -> None:
@@ -472,6 +576,10 @@ class Ledger(LedgerView):
                 self._db.execute("ROLLBACK")
             raise
 
+    def _note_recorded(self, count: int) -> None:
+        self._recorded = count
+        self._mark.write(count)
+
     def _recover(self) -> None:
         with self._transaction():
             self._db.execute("DELETE FROM calls WHERE state = 'reserved'")
@@ -490,6 +598,7 @@ class Ledger(LedgerView):
 
     def _close_call(self, call: int, role: Role, freed: BookedSpend) -> None:
         del self._in_flight[call]
+        self._sent.discard(call)
         self._booked[BUDGETS[role]] = self._booked[BUDGETS[role]] - freed
 
 
@@ -520,17 +629,141 @@ def _export_row(request: dict[str, Any], calls: list[dict[str, Any]]) -> dict[st
     }
 
 
+def check_not_lost(path: Path) -> None:
+    """Check that the calls which a run has made are in its ledger; writes nothing.
+
+    Raises:
+        UserError: the ledger is missing, empty or older than its last call, or it cannot be read.
+    """
+    if is_blank(path):
+        _check_recorded(path, 0)
+    else:
+        with LedgerView(path) as view, _database_errors_named(path):
+            _check_recorded(path, _count_recorded(view._db))
+
+
+def describe_lost_calls(path: Path, recorded: int, made: int, remedy: str = "or") -> str:
+    """Return the sentence that refuses a ledger in which calls are missing."""
+    if path.exists():
+        state = f"holds {recorded:,} of the {made:,} calls that this run has made: it was emptied or is an older copy"
+    else:
+        state = f"is missing, but this run has made {made:,} calls"
+    return (
+        f"{path}: {state}; so that no answer is bought again and the caps hold, restore it, {remedy} "
+        "start a fresh --run-dir."
+    )
+
+
+def is_blank(path: Path) -> bool:
+    """Return whether there is no ledger, or only the beginning of one that a kill interrupted.
+
+    Raises:
+        UserError: the file is not a database.
+    """
+    if not path.exists() or not path.stat().st_size:
+        return True
+    with _database_errors_named(path), contextlib.closing(_connect_read_only(path)) as db:
+        return db.execute("SELECT 1 FROM sqlite_schema").fetchone() is None
+
+
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+    )
+
+
+def _check_recorded(path: Path, recorded: int) -> None:
+    made = _read_mark(path)
+    if recorded < made:
+        raise UserError(describe_lost_calls(path, recorded, made, f"delete {_mark_path(path)} to do without, or"))
+
+
+class _CallMark:
+    """The file beside a ledger that holds the number of calls recorded in it, so that a loss is noticed.
+
+    It is written after the ledger, in place and without a sync: it may hold fewer calls than the ledger, never more.
+    Errors are ignored, because a mark that is behind does no harm.
+    """
+
+    def __init__(self, ledger: Path, count: int) -> None:
+        self._descriptor = -1
+        with contextlib.suppress(OSError):
+            self._descriptor = os.open(_mark_path(ledger), os.O_RDWR | os.O_CREAT, 0o666)
+        self.write(count)
+
+    def write(self, count: int) -> None:
+        """Replace the number."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._descriptor, f"{count:019d}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _mark_path(ledger: Path) -> Path:
+    return ledger.with_name(f".{ledger.name}.calls")
+
+
+def _read_mark(ledger: Path) -> int:
+    """Return the number of calls by the mark; 0 if there is none, or a power cut garbled it."""
+    try:
+        text = _mark_path(ledger).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return 0
+    return int(text) if len(text) == 20 and text[:-1].isdigit() else 0
+
+
+def _count_recorded(db: sqlite3.Connection) -> int:
+    """Count the calls that were sent or have ended; no such call is ever deleted."""
+    (count,) = db.execute("SELECT COUNT(*) FROM calls WHERE state != 'reserved'").fetchone()
+    return int(count)
+
+
+def _lock_path(ledger: Path) -> Path:
+    return ledger.with_name(ledger.name + ".lock")
+
+
+def _is_locked(path: Path) -> bool:
+    """Return whether a process holds the lock; tried by taking a shared one, which is given back at once."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _lock_file(path: Path) -> IO[str]:
     """Lock `path` for this process; the kernel releases the lock when the process ends in any way."""
+    deadline = time.monotonic() + _LOCK_SECONDS
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("w")
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path.with_suffix('')}: another purld process is using this ledger.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror}).") from None
-    return handle
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                handle.close()
+                raise UserError(f"{path.with_suffix('')}: another purld process is using this ledger.") from None
+            time.sleep(0.01)
+        except OSError as error:
+            handle.close()
+            raise UserError(f"{path}: cannot be locked ({error.strerror}).") from None
 
 
 def _allocate_reserve(path: Path) -> None:
@@ -576,4 +809,6 @@ def _database_errors_named(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
             raise UserError(_DISK_FULL.format(path)) from None
-        raise UserError(f"{path}: the ledger cannot be used ({error}).") from None
+        raise UserError(
+            f"{path}: the ledger cannot be used ({error}); restore it from a copy, or start a fresh --run-dir."
+        ) from None

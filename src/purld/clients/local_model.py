@@ -37,6 +37,7 @@ class LocalModelClient:
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """Return the replies in the order of `prompts`; see `Client.ask`."""
         requests = [_build_request(self.config, prompt) for prompt in prompts]
+        self.ledger.import_results(dict.fromkeys(request.key for request in requests), self.role)
         collector = ReplyCollector((request.key for request in requests), on_reply)
         pending: list[tuple[Request, Prompt]] = []
         for key, index in collector.distinct_keys():

@@ -13,7 +13,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from purld.clients.ledger import Ledger
 from purld.config.clients import TRANSPORT
 from purld.config.schema import Config
 from purld.display.progress import Reporter
@@ -24,6 +23,7 @@ from purld.evaluation.recorded import read_recorded_answers
 from purld.evaluation.summary import EvaluatedModel, model_difference, model_metrics
 from purld.evaluation.verdicts import collect_verdicts
 from purld.model.load import load_encoder
+from purld.pipeline.context import open_ledger
 from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.records import Prompt
 from purld.report.headline import compare_models
@@ -223,7 +223,7 @@ def _head_to_head(a: ComparedModel, b: ComparedModel, reporter: Reporter) -> dic
         raise UserError(f"{a.run.path}: its configuration names no judge; set evaluate.judge.")
     theirs = {g.prompt_id: g.text for g in b.answers.generations if g.sample == 0}
     ours = [g for g in a.answers.generations if g.sample == 0]
-    with a.run.lock(), Ledger(a.run.ledger) as ledger:
+    with a.run.lock(), open_ledger(a.run, reporter) as ledger:
         verdicts = collect_verdicts(
             a.config.evaluate,
             _held_out_prompts(a),

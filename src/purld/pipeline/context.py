@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from purld.clients.folder import FolderLedgers
+from purld.clients.ledger import Ledger
 from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.model.encode import Encoder
@@ -35,6 +39,21 @@ class RunContext:
     check: Check | None
     pools: PromptPools
     resend_unknown: bool
+
+
+@contextlib.contextmanager
+def open_ledger(run: RunDir, reporter: Reporter) -> Iterator[Ledger]:
+    """Open a run's ledger together with those of the other runs in its folder; warn of any that cannot be read.
+
+    Raises:
+        UserError: the ledger cannot be used; see `Ledger`.
+    """
+    with Ledger(run.ledger, FolderLedgers(run.ledger)) as ledger:
+        try:
+            yield ledger
+        finally:
+            for path in ledger.unreadable_ledgers:
+                reporter.warn(f"{path}: cannot be read, so what it holds may have been bought again.")
 
 
 def examples_of_pool(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anchor]]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from purld.clients.ledger import Ledger, LedgerView
+from purld.clients.ledger import LedgerView
 from purld.clients.open import open_client
 from purld.config.clients import TeacherAnchors
 from purld.config.methods import TeacherJudgeGrpo
@@ -23,7 +23,7 @@ from purld.evaluation.verdicts import collect_verdicts
 from purld.model.load import load_model
 from purld.model.sample import Decoding
 from purld.model.samplers import make_sampler
-from purld.pipeline.context import RunContext
+from purld.pipeline.context import RunContext, open_ledger
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.open import final_model
 from purld.templates import IN_CONTEXT_VERSION, JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
@@ -151,7 +151,7 @@ def _opponent_answers(context: RunContext) -> dict[str, str]:
     if opponent is None:
         return {}
     if not isinstance(opponent, TeacherAnchors):
-        with Ledger(context.run.ledger) as ledger:
+        with open_ledger(context.run, context.reporter) as ledger:
             replies = open_client(opponent, ledger, "opponent").ask(context.pools.held_out)
         answers = [(p.id, r.text) for p, r in zip(context.pools.held_out, replies) if r.text is not None]
         write_rows(context.run.opponent, ({"prompt_id": i, "text": text} for i, text in answers))
@@ -164,7 +164,7 @@ def _add_verdicts(
     """Add a judge's verdicts on each model's first sample of each prompt."""
     run = context.run
     first = {name: [g for g in model.generations if g.sample == 0] for name, model in models.items()}
-    with Ledger(run.ledger, run.sibling_ledgers()) as ledger:
+    with open_ledger(run, context.reporter) as ledger:
         verdicts = collect_verdicts(
             context.config.evaluate,
             context.pools.held_out,

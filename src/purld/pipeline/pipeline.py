@@ -23,11 +23,11 @@ from purld.model.load import load_encoder
 from purld.pipeline.chosen_score import with_chosen_score
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
-from purld.pipeline.preflight import check_context, check_judging, check_local_models, check_scoring
+from purld.pipeline.preflight import check_context, check_judging, check_ledger, check_local_models, check_scoring
 from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
-from purld.runs.files import atomic_write, measure_seconds
+from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
 from purld.runs.open import final_model
 from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
 from purld.tasks.checks import find_check, missing_gold
@@ -125,8 +125,11 @@ class Pipeline:
         if missing := missing_gold(self.config.data, pools.held_out):
             raise UserError(missing)
         with self.run.lock():
+            remove_stale_partials(self.run.path)
             self._adopt_config()
             self._check_pools(pools)
+            if any(stage != "report" for stage in stages):
+                check_ledger(self.config, self.run)
             context = self._context(pools)
             for stage in self._with_probe(stages):
                 self._execute(stage, context, alone=len(stages) == 1)

@@ -16,7 +16,7 @@ from purld.pipeline.plan_machine import plan_machine
 from purld.pipeline.plan_requests import plan_requests
 from purld.pipeline.plan_scoring import plan_scoring
 from purld.pipeline.plan_sheet import Plan
-from purld.pipeline.preflight import check_context, check_judging, check_local_models, check_scoring
+from purld.pipeline.preflight import check_context, check_judging, check_ledger, check_local_models, check_scoring
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
@@ -41,6 +41,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     check_scoring(config, encoder)
     pools = load_prompt_pools(config, encoder, lambda line: plan.add_lines("Prompts", line))
     check_judging(config, pools)
+    check_ledger(config, run)
     _plan_prompts(plan, pools)
     _plan_rendered_prompts(plan, pools, encoder)
     _plan_check(plan, config, pools)

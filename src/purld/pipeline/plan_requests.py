@@ -6,19 +6,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import IO
 
 from purld.clients.answer_file import AnswerFileClient
 from purld.clients.base import reply_from_ledger
-from purld.clients.ledger import LedgerView, Request, Role
+from purld.clients.folder import FolderLedgers
+from purld.clients.ledger import Request, Role
 from purld.clients.requests import build_requests, max_image_tokens, token_cost, worst_case_tokens
 from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.model.encode import Encoder
 from purld.pipeline.plan_sheet import Plan
+from purld.pipeline.preflight import check_ledger
 from purld.pipeline.prompt_pools import PromptPools
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
@@ -49,8 +50,7 @@ def pending_requests(
     asked: list[tuple[Role, Prompt]] = [("teacher", prompt) for prompt in pools.train]
     if isinstance(config.evaluate.opponent, TeacherAnchors):
         asked += [("opponent", prompt) for prompt in pools.held_out]
-    ledgers = [path for path in (run.ledger, *run.sibling_ledgers()) if path.exists()]
-    with LedgerView(ledgers[0], ledgers[1:]) if ledgers else nullcontext() as known:
+    with FolderLedgers(run.ledger, with_own=True) as known:
         seen = set[str]()
         for (role, prompt), request in zip(
             asked, build_requests(endpoint, (prompt for _, prompt in asked)), strict=True
@@ -58,7 +58,7 @@ def pending_requests(
             if (key := request.key) in seen:
                 continue
             seen.add(key)
-            if known is None or reply_from_ledger(known, key, resend_unknown) is None:
+            if reply_from_ledger(known, key, resend_unknown) is None:
                 yield PendingRequest(role, prompt, request)
 
 
@@ -70,6 +70,7 @@ def write_dry_run(
     Returns:
         The number of requests, and the bytes of their bodies in total.
     """
+    check_ledger(config, run)
     count = size = 0
     if isinstance(config.teacher, OpenAIEndpoint):
         for pending in pending_requests(config.teacher, config, pools, run, resend_unknown):

@@ -1,14 +1,17 @@
-"""Check before anything is paid for: the student's context and scoring, local models, the teacher's cap."""
+"""Check before anything is paid for: the student's context and scoring, local models, the teacher's cap, the ledger."""
 
 from __future__ import annotations
 
-from purld.config.clients import LocalModel, OpenAIEndpoint, TeacherAnchors
+from purld.clients.ledger import LedgerView, check_not_lost, describe_lost_calls, is_blank
+from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, TeacherAnchors
 from purld.config.methods import SelfScoringSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.model.load import check_model_directory, context_length
 from purld.pipeline.prompt_pools import PromptPools
+from purld.runs.files import read_rows
+from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check
 from purld.training.scoring import find_scorer
 
@@ -75,3 +78,27 @@ def check_judging(config: Config, pools: PromptPools) -> None:
             f"and teacher.max_calls is {cap:,}; raise it, or lower align.steps, align.prompts_per_step or "
             "align.candidates."
         )
+
+
+def check_ledger(config: Config, run: RunDir) -> None:
+    """Check that the calls which a run has made are in its ledger: by the ledger's own mark, and by what it collected.
+
+    Raises:
+        UserError: the ledger is missing, empty, damaged or older; the message says what to do.
+    """
+    check_not_lost(run.ledger)
+    recorded = 0
+    if not is_blank(run.ledger):
+        with LedgerView(run.ledger) as view:
+            recorded = int(view.totals("teacher")["calls"])
+    made = _teacher_calls(config, run)
+    if recorded < made:
+        raise UserError(describe_lost_calls(run.ledger, recorded, made))
+
+
+def _teacher_calls(config: Config, run: RunDir) -> int:
+    """Return how many calls to the teacher the run's other files speak of, at least."""
+    facts = run.finished_stages().get("anchors")
+    if facts is not None:  # the calls for shared anchors are in the ledger of the run that bought them
+        return 0 if "shared_from" in facts else int(facts["teacher"]["calls"])
+    return 0 if isinstance(config.teacher, AnswerFile) or not is_blank(run.ledger) else len(read_rows(run.anchors))

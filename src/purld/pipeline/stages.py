@@ -18,7 +18,7 @@ from purld.clients.ledger import Ledger, Role
 from purld.clients.open import open_client
 from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
-from purld.pipeline.context import RunContext, examples_of_pool
+from purld.pipeline.context import RunContext, examples_of_pool, open_ledger
 from purld.pipeline.evaluate import SPEND_KEYS
 from purld.pipeline.probe import probed_scale, weak_signal_warnings
 from purld.records import Prompt
@@ -29,14 +29,12 @@ from purld.training.context import Progress, StageContext
 def run_anchors(context: RunContext) -> dict[str, Any]:
     """Ask the teacher once for each prompt, and for each held-out one if it is the opponent."""
     config, run = context.config, context.run
-    with Ledger(run.ledger, run.sibling_ledgers()) as ledger:
+    with open_ledger(run, context.reporter) as ledger:
         collection = _ask_teacher(context, ledger, "teacher", context.pools.train, "answers")
         if isinstance(config.evaluate.opponent, TeacherAnchors):
             opponent = _ask_teacher(context, ledger, "opponent", context.pools.held_out, "held-out prompts answered")
             write_rows(run.opponent, map(asdict, opponent.anchors))
         booked = ledger.totals("teacher")
-        for path in ledger.unreadable_ledgers:
-            context.reporter.warn(f"{path}: cannot be read, so what it holds may have been bought again.")
     write_rows(run.anchors, map(asdict, collection.anchors))
     totals = {"prompts": len(context.pools.train), "answered": len(collection.anchors)}
     spent = {key: booked[key] for key in SPEND_KEYS}
@@ -122,7 +120,7 @@ def _judging_teacher(context: RunContext) -> Iterator[Client | None]:
     if not isinstance(settings, TeacherJudgeGrpo):
         yield None
         return
-    with Ledger(context.run.ledger) as ledger:
+    with open_ledger(context.run, context.reporter) as ledger:
         short = teacher.model_copy(update={"max_tokens_per_answer": settings.max_tokens_per_score})
         yield open_client(short, ledger, "scorer", context.resend_unknown)
 

@@ -55,6 +55,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove_stale_partials(folder: Path) -> None:
+    """Remove the partial files that killed processes have left in a folder and its subfolders."""
+    for partial in list(folder.rglob(".*.partial")):
+        owner = partial.suffixes[-2].removeprefix(".") if len(partial.suffixes) > 1 else ""
+        if owner.isdigit() and not _is_running(int(owner)):
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def sync_folder(path: Path) -> None:
     """Sync a folder or file, so that it survives a power cut; a folder with the files created or renamed in it."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -87,11 +87,6 @@ class RunDir:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"{nearest}: cannot be written; change its permissions or give another --run-dir.")
 
-    def sibling_ledgers(self) -> list[Path]:
-        """Return the ledgers of the other runs in the same folder, whose answers need not be bought again."""
-        own = self.ledger.absolute()
-        return [path for path in sorted(own.parent.parent.glob(f"*/{own.name}")) if path != own]
-
     def generations(self, model: str) -> Path:
         """Return the path of the held-out answers of `model`: `base`, `sft` or a method."""
         return self.path / "generations" / f"{model}.jsonl"

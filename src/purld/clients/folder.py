@@ -1,0 +1,165 @@
+"""The ledgers of all runs in one folder: a run shares what the others bought and never buys what they are buying.
+
+A call that has not ended is under way if the process that made it still has its ledger open, which the ledger's lock
+tells. If that process is dead, a sent call may have been billed, so it counts as `unknown`; a reserved one was never
+sent, so it does not count.
+
+To claim a question, a run locks the folder, finds no call for it in any other ledger, and reserves one in its own.
+`FolderLedgers` does the first two; `Ledger.claim` is the whole. The lock is one of the kernel on the folder itself: it
+writes no file and ends with its process. Where a file system has no such locks, two runs that claim the same question
+within milliseconds may both buy it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from purld.clients.ledger import CallResult, FoundCall, LedgerView
+from purld.errors import UserError
+
+_LOCK_SECONDS = 60.0  # a claim takes milliseconds
+_STATE_RANK = {"failed": 0, "unknown": 1, "under way": 2, "answered": 3}  # the highest counts
+
+
+@dataclass(frozen=True)
+class _OpenView:
+    view: LedgerView
+    file: tuple[int, int]  # device and inode: a file that was replaced is opened again
+
+
+class FolderLedgers:
+    """The ledgers `*/<name>` in the folder that holds the run of the ledger `own`.
+
+    Args:
+        own: the path of a run's ledger, which need not exist.
+        with_own: look into the run's own ledger as well.
+
+    Attributes:
+        unreadable: the ledgers that could not be read at the last look, and are ignored.
+    """
+
+    def __init__(self, own: Path, with_own: bool = False) -> None:
+        self._own = own.absolute()
+        self._with_own = with_own
+        self._folder = self._own.parent.parent
+        self._views: dict[Path, _OpenView] = {}
+        self._locks = 0
+        self.unreadable: set[Path] = set()
+
+    def close(self) -> None:
+        """Close all files; closing twice is harmless."""
+        for path in list(self._views):
+            self._close_view(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def find_result(self, key: str) -> CallResult | None:
+        """Return the best result of a request in all ledgers, or None."""
+        call = self.find_call(key)
+        return call.result() if call else None
+
+    def find_call(self, key: str) -> FoundCall | None:
+        """Return the call that counts for a request: an answered one, else one under way, a lost or a failed one.
+
+        A call of a dead process is looked up again under the folder's lock, under which no process can begin a call.
+        """
+        call = self._look_up(key)
+        if call and call.interrupted and not self._locks:
+            with self.locked():
+                call = self._look_up(key)
+        return call
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder against claims by other processes; the locks of one object may be nested.
+
+        Raises:
+            UserError: another process held the lock for a minute.
+        """
+        if self._locks:
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # no permission, or a file system without such locks
+                descriptor = os.open(self._folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                self._wait_for_lock(descriptor)
+            self._locks += 1
+            stack.callback(self._unlocked)
+            yield
+
+    def _unlocked(self) -> None:
+        self._locks -= 1
+
+    def _wait_for_lock(self, descriptor: int) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{self._folder}: another purld process has locked this folder for {_LOCK_SECONDS:g} s; "
+                        "if it is suspended, continue or end it."
+                    ) from None
+                time.sleep(0.002)
+            else:
+                return
+
+    def _look_up(self, key: str) -> FoundCall | None:
+        calls = [call for view in self._open_views() if (call := self._find_in(view, key))]
+        return max(calls, key=lambda call: _STATE_RANK[call.state], default=None)
+
+    def _find_in(self, view: LedgerView, key: str) -> FoundCall | None:
+        try:
+            return view.find_call(key)
+        except UserError:  # locked, or damaged after its first page
+            self.unreadable.add(view.path)
+            self._close_view(view.path)
+            return None
+
+    def _open_views(self) -> list[LedgerView]:
+        """Return a view of every ledger that is in the folder now."""
+        present = {path: file for path in self._paths() if (file := _identity(path))}
+        for path, opened in list(self._views.items()):
+            if present.get(path) != opened.file:
+                self._close_view(path)
+        self.unreadable &= set(present)
+        for path in sorted(present.keys() - self._views.keys()):
+            try:
+                self._views[path] = _OpenView(LedgerView(path), present[path])
+                self.unreadable.discard(path)
+            except UserError:
+                self.unreadable.add(path)
+        return [opened.view for opened in self._views.values()]
+
+    def _paths(self) -> list[Path]:
+        try:
+            with os.scandir(self._folder) as entries:
+                paths = [self._folder / entry.name / self._own.name for entry in entries]
+        except OSError:
+            paths = []
+        others = [path for path in paths if path != self._own]
+        return [*others, self._own] if self._with_own else others
+
+    def _close_view(self, path: Path) -> None:
+        self._views.pop(path).view.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
