@@ -96,13 +96,18 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer of one model to a held-out prompt; `finished` is False if it was cut at the length limit."""
+    """One answer of one model to a held-out prompt.
+
+    `finished` is False if it was cut at the length limit. `thinking` is what the model thought before it answered; it
+    is no part of `text`.
+    """
 
     prompt_id: str
     sample: int
     text: str
     tokens: int
     finished: bool
+    thinking: str | None = None
 
 
 @dataclass(frozen=True)

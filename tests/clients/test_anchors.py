@@ -22,9 +22,16 @@ REPLIES = {
 }
 
 
+THOUGHTS = {
+    "thought": Reply("answered", "<think>\nHm.\n</think>\n\nWhole."),
+    "cut": Reply("truncated", "<think>\nHm", "length", "too long"),
+    "silent": Reply("answered", "<think>Hm.</think>"),
+}
+
+
 class ScriptedClient:
     def ask(self, prompts, on_reply=None):
-        replies = [REPLIES[prompt.question] for prompt in prompts]
+        replies = [(REPLIES | THOUGHTS)[prompt.question] for prompt in prompts]
         for index, reply in enumerate(replies):
             on_reply(index, reply)
         return replies
@@ -74,3 +81,17 @@ def test_progress_counts_every_reply():
         [Prompt.from_text(text) for text in REPLIES], ScriptedClient(), on_progress=lambda c: steps.append(c.total())
     )
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_thinking_is_taken_out_and_counted():
+    collection = collect("whole", *THOUGHTS, truncated="keep")
+    assert [anchor.text for anchor in collection.anchors] == ["Whole.", "Whole."]
+    assert (collection.counts["answered"], collection.counts["truncated"], collection.counts["failed"]) == (2, 1, 1)
+    assert collection.reasons["the reply has thinking and no answer"] == 1
+    assert "3 with thinking, taken out (anchors.thinking)" in collection.summary()
+    kept = collect("whole", *THOUGHTS, thinking="keep")
+    assert [anchor.text for anchor in kept.anchors] == ["Whole.", THOUGHTS["thought"].text]
+    with pytest.raises(
+        UserError, match=r"1 of 2 answers come with thinking, which anchors\.thinking: fail does not acc"
+    ):
+        collect("whole", "thought", thinking="fail")

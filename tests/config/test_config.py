@@ -108,6 +108,8 @@ def test_updates_count_their_candidates_once():
         ({"seed": "one"}, "seed"),
         ({"evaluate": {"opponent": {"kind": "teacher"}}}, "go together"),
         ({"student": None}, "student"),
+        ({"anchors": {"thinking": "keep"}}, "so student.thinking must be keep as well"),
+        ({"student": {"model": "m", "thinking": "off"}}, "student.thinking is 'off'; it can be strip, keep, fail"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_sentence(sections, sentence):
@@ -116,6 +118,16 @@ def test_what_is_wrong_is_named_in_one_sentence(sections, sentence):
     assert str(error.value).startswith("run.yaml: ")
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_is_read_from_its_file_once(tmp_path):
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ messages }}\n")
+    for given in (str(file), "{{ messages }}\n"):
+        student = parse_config(with_values(student={"model": "m", "chat_template": given}), "run.yaml").student
+        assert student.chat_template == "{{ messages }}\n"
+    with pytest.raises(UserError, match=r"student.chat_template: .*other.jinja cannot be read \(No such file"):
+        parse_config(with_values(student={"model": "m", "chat_template": str(tmp_path / "other.jinja")}), "run.yaml")
 
 
 def test_a_cap_on_cost_needs_prices():

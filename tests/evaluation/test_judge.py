@@ -101,7 +101,7 @@ def test_single_order_depends_on_content_and_not_on_side_or_position() -> None:
     assert 18 <= sum(v.model_is_a for v in verdicts) <= 42
 
 
-@pytest.mark.parametrize("raw", ["A", " A\n", "A.", "**A**", "**A**."])
+@pytest.mark.parametrize("raw", ["A", " A\n", "A.", "**A**", "**A**.", "<think>B?\nNo.</think>\n\nA", "B?</think>A"])
 def test_a_letter_in_its_wrapping_is_a_verdict(raw: str) -> None:
     verdict, _ = judge_answers([PROMPT], [generation(PROMPT, "x")], {PROMPT.id: "y"}, Taste(lambda a, b: raw))
     assert (verdict.outcome, verdict.raw) == ("win", raw)
@@ -117,6 +117,13 @@ def test_anything_else_is_unjudged_and_kept(raw: str | None) -> None:
     assert average_preferences(verdicts).wins == {PROMPT.id: None}
     assert average_preferences(verdicts).unjudged == 2
     assert average_preferences(verdicts).flip_rate is None
+
+
+def test_a_verdict_is_read_after_the_thinking_which_is_counted_and_not_quoted() -> None:
+    judge = Taste(lambda a, b: "<think>I see.</think>\nBoth.")
+    verdicts = judge_answers([PROMPT], [generation(PROMPT, "x")], {PROMPT.id: "y"}, judge, both_orders=False)
+    assert (average_preferences(verdicts).thinking, average_preferences(verdicts).unjudged) == (1, 1)
+    assert [turn.content for turn in judge.asked[-1].messages[1:]] == ["Both.", JUDGE_AGAIN]
 
 
 @dataclass

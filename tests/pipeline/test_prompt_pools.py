@@ -106,26 +106,43 @@ def test_a_student_that_reads_no_images_is_told_by_the_first_row_that_has_some(p
         pools_of(*TASK, "data.task=aokvqa_rationale", f"data.path={tmp_path}")
 
 
-def test_a_text_that_passes_for_a_picture_is_a_bad_row(shipped_student, tmp_path):
-    """A question about the <image> element of SVG cannot be asked of a model that reads it as a picture."""
-    model = write_model("llava", shipped_student, tmp_path / "model")
-    rows = [{"prompt": f"What is {n}?"} for n in range(8)] + [{"prompt": "What is the <image> element of SVG?"}]
-    path = tmp_path / "prompts.jsonl"
+def pool_values(model, folder, last):
+    rows = [{"prompt": f"What is {n}?"} for n in range(8)] + [{"prompt": last}]
+    path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {
+    return {
         "student": {"model": str(model)},
         "data": {"prompts": str(path), "eval_fraction": 0.3},
         "teacher": {"kind": "file", "path": str(path)},
     }
+
+
+def test_a_text_that_looks_like_a_picture_is_text(shipped_student, tmp_path):
+    """A question about the <image> element of SVG can be asked of a model that marks its pictures so."""
+    model = write_model("llava", shipped_student, tmp_path / "model")
+    config = parse_config(pool_values(model, tmp_path, "What is the <image> element of SVG?"), "run.yaml")
+    pools = load_prompt_pools(config, load_encoder(config.student), print)
+    assert len(pools.train) + len(pools.held_out) == 9
+
+
+def test_a_chat_that_the_template_refuses_is_a_bad_row_or_folded(shipped_student, tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 9?"}]
+    values = pool_values(shipped_student, tmp_path, chat)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    template = refusing + (shipped_student / "chat_template.jinja").read_text()
+    values["student"] |= {"chat_template": template}
     config = parse_config(values, "run.yaml")
     encoder = load_encoder(config.student)
-    with pytest.raises(UserError, match=r"line 9: the prompt has 0 images, and 1 times the text <image>"):
+    with pytest.raises(UserError, match=r"line 9: student.chat_template does not accept this chat \(no system turn\);"):
         load_prompt_pools(config, encoder, print)
     said = []
     skipping = parse_config(values | {"data": values["data"] | {"bad_rows": "skip"}}, "run.yaml")
     pools = load_prompt_pools(skipping, encoder, said.append)
     assert len(pools.train) + len(pools.held_out) == 8
     assert any("1 rows that this student cannot read were skipped, first: " in line for line in said)
+    folding = parse_config(values | {"student": values["student"] | {"system_turn": "fold"}}, "run.yaml")
+    pools = load_prompt_pools(folding, load_encoder(folding.student), print)
+    assert len(pools.train) + len(pools.held_out) == 9
 
 
 def test_a_column_that_is_named_and_that_no_row_has_ends_the_run(pools_of):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from purld.clients.base import Client, Reply, ReplyState
 from purld.config.clients import AnchorPolicy
 from purld.errors import UserError
 from purld.records import Anchor, Prompt
+from purld.thinking import ThinkingPolicy, split_thinking
 
 MAX_REASONS = 8  # that are shown; a server may word each error differently
 OnProgress = Callable[[Counter[ReplyState]], None]
@@ -26,6 +27,8 @@ class CollectedAnchors:
     anchors: list[Anchor]
     counts: dict[ReplyState, int]  # every state, zeros included; sums to the number of prompts
     reasons: dict[str, int]  # the details of replies with their counts, most frequent first
+    thinking: int = 0  # replies with thinking before the answer
+    thinking_policy: ThinkingPolicy = "strip"
 
     @property
     def dropped(self) -> int:
@@ -40,7 +43,9 @@ class CollectedAnchors:
             rest = sum(self.reasons.values()) - sum(list(self.reasons.values())[:MAX_REASONS])
             shown[MAX_REASONS:] = [f"{rest:,} × other reasons"]
         reasons = "; ".join(shown)
-        return f"{states}; {self.dropped:,} dropped" + (f" ({reasons})" if reasons else "")
+        done = "taken out" if self.thinking_policy == "strip" else "kept"
+        thinking = f"; {self.thinking:,} with thinking, {done} (anchors.thinking)" if self.thinking else ""
+        return f"{states}; {self.dropped:,} dropped" + (f" ({reasons})" if reasons else "") + thinking
 
 
 def collect_anchors(
@@ -58,11 +63,19 @@ def collect_anchors(
     counts: Counter[ReplyState] = Counter()
 
     def count(_: int, reply: Reply) -> None:
-        counts[reply.state] += 1
+        counts[apply_thinking_policy(reply, policy).state] += 1
         if on_progress:
             on_progress(counts)
 
-    replies = client.ask(prompts, count)
+    given = client.ask(prompts, count)
+    thinking = [reply.text is not None and split_thinking(reply.text).found for reply in given]
+    if policy.thinking == "fail" and any(thinking):
+        first = prompts[thinking.index(True)]
+        raise UserError(
+            f"{sum(thinking)} of {len(prompts)} answers come with thinking, which anchors.thinking: fail does not "
+            f"accept; the first is to {first.location or f'prompt {first.id}'}."
+        )
+    replies = [apply_thinking_policy(reply, policy) for reply in given]
     _check_policy(prompts, replies, policy)
     anchors = [
         Anchor(prompt.id, reply.text)
@@ -73,7 +86,20 @@ def collect_anchors(
     if not anchors:
         raise UserError(_describe_no_anchors(len(prompts), reasons))
     ordered = {state: counts[state] for state in get_args(ReplyState)}
-    return CollectedAnchors(anchors, ordered, dict(reasons.most_common()))
+    return CollectedAnchors(anchors, ordered, dict(reasons.most_common()), sum(thinking), policy.thinking)
+
+
+def apply_thinking_policy(reply: Reply, policy: AnchorPolicy) -> Reply:
+    """Return a reply as the policy wants its thinking: taken out of the text, or kept.
+
+    A reply that holds nothing but thinking is no answer, whatever the policy: it has no text.
+    """
+    if reply.text is None or not (split := split_thinking(reply.text)).found:
+        return reply
+    if not split.answer:
+        state: ReplyState = "failed" if reply.state == "answered" else reply.state
+        return replace(reply, state=state, text=None, detail=reply.detail or "the reply has thinking and no answer")
+    return replace(reply, text=split.answer) if policy.thinking == "strip" else reply
 
 
 def _action(reply: Reply, policy: AnchorPolicy) -> str:

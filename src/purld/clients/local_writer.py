@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig
 
 from purld.errors import UserError
+from purld.model.chat_template import ChatSettings
 from purld.model.encode import Encoder
 from purld.model.load import context_length, default_device
-from purld.model.processor import auto_model_class, read_processor
+from purld.model.processor import auto_model_class, read_end_tokens, read_processor
 from purld.model.sample import Completion, Decoding, GenerateSampler, Sampler
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
@@ -55,15 +56,15 @@ class LocalWriter:
         if not processor.chat_template:
             processor.chat_template = _BARE_TEMPLATE
         self._model.to(device).eval()
-        self._encoder = Encoder(processor, 0, max_image_pixels)
+        # It thinks as its template says: what it thought is told from its answer where the answer is used.
+        self._encoder = Encoder(processor, 0, max_image_pixels, ChatSettings(thinking="keep"), read_end_tokens(model))
         self._max_new_tokens = decoding.max_new_tokens
         self._sampler: Sampler = GenerateSampler(self._encoder, decoding)
         self._context_length = context_length(model) or 2**31
 
     def write(self, prompts: Sequence[Prompt], seed: int) -> list[WrittenAnswer | None]:
         """Write one answer per prompt, deterministic for a seed; None if it would exceed the context length."""
-        # A judge's prompt quotes texts by models, in which image marks must not count as images.
-        encoded_prompts = [self._encoder.encode_prompt(self._encoder.break_image_marks(prompt)) for prompt in prompts]
+        encoded_prompts = [self._encoder.encode_prompt(prompt) for prompt in prompts]
         longest = self._context_length - self._max_new_tokens
         answers = iter(self._generate([prompt for prompt in encoded_prompts if len(prompt) <= longest], seed))
         return [next(answers) if len(prompt) <= longest else None for prompt in encoded_prompts]
@@ -79,4 +80,4 @@ class LocalWriter:
 
     def _decode_answer(self, prompt: EncodedPrompt, completion: Completion) -> WrittenAnswer:
         tokens = len(completion.ids) - completion.finished
-        return WrittenAnswer(self._encoder.decode_text(completion.ids), len(prompt), tokens, completion.finished)
+        return WrittenAnswer(self._encoder.decode_reply(completion.ids), len(prompt), tokens, completion.finished)

@@ -141,7 +141,7 @@ Judge = Annotated[OpenAIEndpoint | AnswerFile | LocalModel, Field(discriminator=
 
 
 class AnchorPolicy(Section):
-    """Settings for a prompt whose answer is incomplete.
+    """Settings for a prompt whose answer is incomplete, or comes with thinking.
 
     `failed` covers every prompt without an answer: failed, lost after sending, missing from an answer file, or not
     sent because of a cap.
@@ -150,6 +150,8 @@ class AnchorPolicy(Section):
     refused: Literal["drop", "keep", "fail"] = "drop"
     truncated: Literal["drop", "keep", "fail"] = "drop"
     failed: Literal["drop", "fail"] = "drop"
+    # Thinking before an answer, as in <think>…</think>: taken out, trained on, or not accepted.
+    thinking: Literal["strip", "keep", "fail"] = "strip"
 
 
 class TeacherAnchors(Section):

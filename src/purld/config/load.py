@@ -41,9 +41,28 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
         UserError: a key or value is wrong; the message names `source` and the key.
     """
     try:
-        return Config.model_validate(values)
+        return _with_template_text(Config.model_validate(values))
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from None
+
+
+def _with_template_text(config: Config) -> Config:
+    """Return the configuration with the text of the chat template in place of its file's name.
+
+    A run then keeps the template that it began with, whatever becomes of the file.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    named = config.student.chat_template
+    if named is None or "{{" in named or "{%" in named:
+        return config
+    try:
+        text = Path(named).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise UserError(f"student.chat_template: {named} cannot be read ({reason}).") from None
+    return config.model_copy(update={"student": config.student.model_copy(update={"chat_template": text})})
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -58,6 +58,12 @@ class Student(Section):
     model: str
     lora: Lora | None = None
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: as saved with LoRA on a GPU, else float32
+    chat_template: str | None = None  # a file, or the template itself; null: the model's own
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # values of the template's variables
+    # strip: the student answers without thinking; keep: it thinks as its template says, and is trained to; fail: a
+    # template that begins the thinking is refused. Only answers are scored, judged and checked, never thoughts.
+    thinking: Literal["strip", "keep", "fail"] = "strip"
+    system_turn: Literal["keep", "fold"] = "keep"  # fold: put a system turn into the first user turn
     max_prompt_tokens: Count = 1024  # a longer prompt is left out, and counted
     max_anchor_tokens: Count = 1024  # a longer anchor is cut, and counted
     max_image_pixels: Count | None = None  # a larger image is scaled down; null: as the model's processor does
@@ -230,6 +236,14 @@ class Config(Section):
             raise ValueError(
                 "align.method teacher_judge_grpo asks the teacher about every candidate, and teacher.kind file holds "
                 "answers only; use openai or local"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_thinking_needs_a_thinking_student(self) -> Config:
+        if self.anchors.thinking == "keep" and self.student.thinking != "keep":
+            raise ValueError(
+                "anchors.thinking: keep trains the student to think, so student.thinking must be keep as well"
             )
         return self
 

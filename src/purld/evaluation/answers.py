@@ -84,8 +84,10 @@ def _generation_rows(
 ) -> list[dict[str, Any]]:
     question, rows = prompt_fields(prompt, path), []
     for sample, answer in enumerate(answers):
-        text = encoder.decode_text(answer.ids)
-        generation = Generation(prompt.id, sample, text, len(answer.ids), answer.finished)
-        rightness = {} if check is None else {"correct": check(prompt, text)}
-        rows.append(asdict(generation) | question | rightness)
+        reply = encoder.read_reply(answer.ids)
+        thinking = reply.thinking or None
+        generation = Generation(prompt.id, sample, reply.answer, len(answer.ids), answer.finished, thinking)
+        values = {name: value for name, value in asdict(generation).items() if value is not None}
+        rightness = {} if check is None else {"correct": check(prompt, reply.answer)}
+        rows.append(values | question | rightness)
     return rows

@@ -1,6 +1,7 @@
 """Ask a judge which of two answers it prefers (appendix C.1, Figure C.4).
 
-The judge sees the question, the reference and both answers, and replies A, B or T. Every pair is judged in both orders,
+The judge sees the question, the reference and both answers, and replies A, B or T, after any thinking. Every pair is
+judged in both orders,
 unless the configuration asks for the paper's single order. A judge that replies anything else is shown its own reply
 and reminded of the three characters, up to `retries` times. A reply that is still no verdict is "unjudged": it is
 kept with its raw text and counted, and is neither a tie nor a loss. The client sends, caches and pays for the calls;
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from purld.clients.base import Client, OnReply, Reply
 from purld.records import Generation, Message, Outcome, Prompt, Verdict, content_hash
 from purld.templates import JUDGE_AGAIN, judge_turn, without_image_marks
+from purld.thinking import split_thinking
 
 NO_REFERENCE = "(none given)"
 ASKED_AGAIN = "\n(asked again)\n"  # separates the replies in `Verdict.raw`
@@ -38,12 +40,14 @@ class JudgePreferences:
             about and judged in both orders; None if there are none. Identical answers, which tie without being sent,
             are left out, because they would flatter the judge.
         asked_again: number of verdicts that took more than one question, judged in the end or not.
+        thinking: number of verdicts whose reply has thinking, which is not read as part of the verdict.
     """
 
     wins: Mapping[str, float | None]
     unjudged: int
     flip_rate: float | None
     asked_again: int
+    thinking: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,13 @@ def _repeated_question(question: Prompt, replies: Sequence[Reply]) -> Prompt:
     turns = [
         message
         for reply in replies
-        for message in (Message("assistant", without_image_marks(reply.text or "")), Message("user", JUDGE_AGAIN))
+        for message in (Message("assistant", _quoted_reply(reply)), Message("user", JUDGE_AGAIN))
     ]
     return replace(question, messages=(*question.messages, *turns))
+
+
+def _quoted_reply(reply: Reply) -> str:
+    return without_image_marks(split_thinking(reply.text or "").answer) or "(no answer)"
 
 
 def _reply_counter(total: int, note: str, progress: Progress | None) -> OnReply | None:
@@ -170,6 +178,7 @@ def average_preferences(verdicts: Sequence[Verdict]) -> JudgePreferences:
         unjudged=sum(v.outcome == "unjudged" for v in verdicts),
         flip_rate=sum(flips) / len(flips) if flips else None,
         asked_again=sum(v.asked > 1 for v in verdicts),
+        thinking=sum(split_thinking(v.raw).found for v in verdicts),
     )
 
 
@@ -217,8 +226,8 @@ def _verdict(pairing: _Pairing, replies: Sequence[Reply]) -> Verdict:
 
 
 def _letter(text: str) -> str | None:
-    """Return the letter of a reply without white space and markup around it; None if the reply is no verdict."""
-    letter = text.strip().strip("*.").strip()
+    """Return the letter of a reply without thinking, white space and markup; None if the reply is no verdict."""
+    letter = split_thinking(text).answer.strip().strip("*.").strip()
     return letter if letter in ("A", "B", "T") else None
 
 

@@ -68,7 +68,7 @@ def read_recorded_answers(run: RunDir, model: str) -> RecordedAnswers:
 def rows_to_generations(rows: Iterable[Row]) -> list[Generation]:
     """Return the generations in rows that also hold the question and whether the answer is right."""
     names = [field.name for field in fields(Generation)]
-    return [Generation(**{name: row[name] for name in names}) for row in rows]
+    return [Generation(**{name: row[name] for name in names if name in row}) for row in rows]
 
 
 def _correct_array(rows: Sequence[Row]) -> NDArray[np.bool_] | None:

@@ -49,6 +49,8 @@ def model_metrics(model: EvaluatedModel, opponents: Mapping[str, str], seed: int
         "unfinished": sum(not g.finished for g in model.generations),
         **_diversity(model.generations),
     }
+    if thinking := sum(g.thinking is not None for g in model.generations):
+        metrics["thinking"] = thinking
     for name, correct in (("accuracy", model.correct), ("greedy_accuracy", model.greedy_correct)):
         if correct is not None:
             metrics |= with_interval(name, *accuracy_with_interval(correct))
@@ -107,6 +109,8 @@ def _win_rates(model: EvaluatedModel, opponents: Mapping[str, str], seed: int) -
         "unjudged": preferences.unjudged,
         "asked_again": preferences.asked_again,
     }
+    if preferences.thinking:
+        metrics["judge_thinking"] = preferences.thinking
     if preferences.flip_rate is not None:
         metrics["flip_rate"] = round(preferences.flip_rate, 4)
     if not metrics["judged"]:

@@ -1,29 +1,27 @@
 """The encoding of prompts, answers and self-evaluation prompts as token ids, and their padding.
 
 No other module turns text into tokens. A prompt is rendered by the model's own chat template; each image mark in it
-becomes as many placeholder tokens as the model's processor says. Text written by others into a template of purld
-(questions, anchors, candidates) is encoded with special tokens taken literally, so that an answer that contains
-"<|im_end|>" cannot close its own turn and one that contains "<image>" cannot pass for an image.
+becomes as many placeholder tokens as the model's processor says. In text written by others (questions, anchors,
+candidates) the tokenizer's marks are spelled out, so that an answer that contains "<|im_end|>" cannot close its own
+turn and one that contains "<image>" cannot pass for an image.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from purld.errors import UserError
+from purld.model.chat_template import ChatSettings, ChatTemplate
+from purld.model.plain_text import PlainTextEncoder, Slots
 from purld.model.vision import EncodedPrompt, ImagePreparer, pixel_inputs
 from purld.records import IMAGE, Message, Prompt
 from purld.templates import IN_CONTEXT_TAIL, RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
-
-# Stands for a slot while the chat template is rendered around it; no tokenizer ever sees it.
-_SLOT = "\ue000slot\ue000"
+from purld.thinking import SplitReply, split_thinking
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,12 @@ class Encoder:
         processor: a tokenizer, or the processor of a model that reads images; with a chat template.
         max_anchor_tokens: anchors are cut to this many tokens.
         max_image_pixels: larger images are scaled down first; None leaves that to the processor.
+        chat: how the model is talked to.
+        ends: further tokens at which the model's own configuration says that generation stops.
 
     Attributes:
-        end: the end-of-turn token.
+        end: the token that ends a turn in the chat template, or else the tokenizer's eos token.
+        ends: all tokens that end a completion.
         pad: the token to pad with.
         placeholders: tokens that stand for an image; no completion may contain one.
 
@@ -65,46 +66,61 @@ class Encoder:
         processor: PreTrainedTokenizerBase | ProcessorMixin,
         max_anchor_tokens: int,
         max_image_pixels: int | None = None,
+        chat: ChatSettings | None = None,
+        ends: Iterable[int] = (),
     ) -> None:
         self.processor = processor
         self.max_anchor_tokens = max_anchor_tokens
         self.tokenizer = tokenizer_of(processor)
-        name = self.tokenizer.name_or_path
-        if not processor.chat_template:
-            raise UserError(f"{name}: the tokenizer has no chat template; purld aligns instruct models.")
-        if self.tokenizer.eos_token_id is None:
-            raise UserError(f"{name}: the tokenizer names no end-of-turn token (eos_token).")
-        self.end: int = self.tokenizer.eos_token_id
-        self.pad: int = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self._settings = chat or ChatSettings()
+        self._chat = ChatTemplate(processor, self._settings)
         self.placeholders: list[int] = []
         self._preparer: ImagePreparer | None = None
         self._opening: list[int] = []
+        further_marks: list[str] = []
         if isinstance(processor, ProcessorMixin):
             self._preparer = ImagePreparer(processor, max_image_pixels)
             self._check_template(self._preparer.placeholder)
             self._opening = _opening_token(self.tokenizer)
             self.placeholders = _placeholder_ids(processor)
+            further_marks = [*self._preparer.marks, *self.tokenizer.convert_ids_to_tokens(self.placeholders)]
+        self._text = PlainTextEncoder(self.tokenizer, further_marks)
+        self.end = self._turn_end()
+        eos = self.tokenizer.eos_token_id
+        self.ends = frozenset({self.end, *ends, *([] if eos is None else [eos])})
+        self.pad: int = self.end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        self._unwritten = self.ends | (_special_ids(self.tokenizer) - self._thinking_ids())
+        self._lead = self._find_lead()
 
-    def encode_prompt(self, prompt: Prompt) -> EncodedPrompt:
+    @property
+    def keeps_thinking(self) -> bool:
+        """Return whether the student thinks before it answers, so that a direct prompt is another one."""
+        return self._settings.thinking == "keep"
+
+    def encode_prompt(self, prompt: Prompt, direct: bool = False) -> EncodedPrompt:
         """Encode a prompt up to where the assistant's answer begins.
 
-        Raises:
-            UserError: it has images and the model reads none, or its text contains the model's own image mark.
-        """
-        return self._encode([self._chat(prompt.messages)], [], prompt)
+        Args:
+            prompt: the prompt.
+            direct: end where the answer itself begins, even if the student thinks first (`student.thinking: keep`).
 
-    def break_image_marks(self, prompt: Prompt) -> Prompt:
-        """Return the prompt with a space put into every image mark of the model that its text contains."""
-        marks = sorted(self._preparer.marks) if self._preparer else []
-        turns = [Message(m.role, functools.reduce(_break_mark, marks, m.content)) for m in prompt.messages]
-        return replace(prompt, messages=tuple(turns))
+        Raises:
+            UserError: the chat template refuses it, or it has images and the model reads none.
+        """
+        slots = Slots()
+        return self._encode(self._chat.render(self._turns(prompt, slots), _where(prompt), direct), slots, prompt)
 
     def encode_answer(self, text: str) -> EncodedAnswer:
-        """Encode an anchor as a training target of at most `max_anchor_tokens` tokens."""
-        ids = self.encode_literal(text)
-        if len(ids) + 1 > self.max_anchor_tokens:
-            return EncodedAnswer(ids[: self.max_anchor_tokens], cut=True)
-        return EncodedAnswer([*ids, self.end], cut=False)
+        """Encode an anchor's answer, without thinking, as at most `max_anchor_tokens` tokens after a direct prompt."""
+        return self._cut_answer(self.encode_literal(self._lead + split_thinking(text).answer))
+
+    def encode_target(self, text: str) -> EncodedAnswer:
+        """Encode an anchor as what the student is to write after `encode_prompt`: with `keep` the thinking as well."""
+        if not self.keeps_thinking:
+            return self.encode_answer(text)
+        reply, slots = split_thinking(text), Slots()
+        head = self._chat.before_answer(slots.add(self._text.encode(reply.thinking)) if reply.thinking else "")
+        return self._cut_answer(self._encode_pieces(*slots.split(head)) + self.encode_literal(reply.answer))
 
     def evaluation_frame(self, prompt: Prompt, anchor: str | None) -> EvaluationFrame:
         """Encode the self-evaluation prompt (appendix C.4) around the candidate; without an anchor, a bare rating.
@@ -112,47 +128,111 @@ class Encoder:
         Images are where the question has them. The anchor is cut like a training target, so that the frame fits
         wherever the anchor did.
         """
-        pieces = prompt.question.split(IMAGE)
-        literals = [self.encode_literal(piece) for piece in pieces]
-        template, fields = RATING_HEAD, {"question": IMAGE.join([_SLOT] * len(pieces))}
+        slots = Slots()
+        question = IMAGE.join(slots.add(self.encode_literal(piece)) for piece in prompt.question.split(IMAGE))
+        head = RATING_HEAD.format(question=question)
         if anchor is not None:
-            template = SELF_EVALUATION_HEAD
-            fields["anchor"] = _SLOT
-            literals.append(self.encode_literal(anchor)[: self.max_anchor_tokens])
-        turn = Message("user", template.format(**fields) + _SLOT + SELF_EVALUATION_TAIL)
-        *before, after = self._chat([turn]).split(_SLOT)
-        return EvaluationFrame(self._encode(before, literals, prompt), self._encode_rendered(after))
+            head = SELF_EVALUATION_HEAD.format(question=question, anchor=slots.add(self._cut_anchor(anchor)))
+        candidate = slots.add([])
+        turn = Message("user", head + candidate + SELF_EVALUATION_TAIL)
+        before, found, after = self._chat.render([turn], _where(prompt), direct=True).partition(candidate)
+        if not found:
+            raise UserError(f"{self.tokenizer.name_or_path}: the chat template leaves out a part of the question.")
+        return EvaluationFrame(self._encode(before, slots, prompt), self._encode_inside(after))
 
     def encode_anchored_prompt(self, prompt: Prompt, anchor: str) -> EncodedPrompt:
         """Encode a prompt with the anchor in its last user turn, up to where the assistant's answer begins.
 
         The anchor is cut like a training target.
         """
-        last = prompt.messages[-1]
-        turn = Message(last.role, last.content + IN_CONTEXT_TAIL.format(anchor=_SLOT))
-        rendered = self._chat([*prompt.messages[:-1], turn]).split(_SLOT)
-        return self._encode(rendered, [self.encode_literal(anchor)[: self.max_anchor_tokens]], prompt)
+        slots = Slots()
+        turns = self._turns(prompt, slots)
+        tail = IN_CONTEXT_TAIL.format(anchor=slots.add(self._cut_anchor(anchor)))
+        turns[-1] = Message(turns[-1].role, turns[-1].content + tail)
+        return self._encode(self._chat.render(turns, _where(prompt), direct=True), slots, prompt)
 
     def encode_literal(self, text: str) -> list[int]:
-        """Encode text written by others, with special tokens in it spelled out."""
-        clean = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate has no UTF-8 form
-        ids = self.tokenizer.encode(clean, add_special_tokens=False, split_special_tokens=True)
-        return [i for i in ids if i not in self.placeholders]  # some vocabularies do not mark them as special
+        """Encode text written by others, with the tokenizer's marks in it spelled out."""
+        return self._text.encode(text)
 
     def decode_text(self, ids: Sequence[int]) -> str:
-        """Decode a completion, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Decode a completion's answer, without tokens that end a turn, special tokens and thinking."""
+        return self.read_reply(ids).answer
 
-    def _chat(self, messages: Sequence[Message]) -> str:
-        """Render messages by the chat template, up to where the assistant's answer begins."""
-        turns: list[dict[str, Any]] = [{"role": m.role, "content": self._content(m.content)} for m in messages]
-        rendered = self.processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return str(rendered)
+    def read_reply(self, ids: Sequence[int]) -> SplitReply:
+        """Return the thinking and the answer of a completion.
+
+        Raises:
+            UserError: there is thinking, and `student.thinking` is `fail`.
+        """
+        reply = split_thinking(self.decode_reply(ids))
+        if reply.found and self._settings.thinking == "fail":
+            raise UserError(
+                "the student began to think in an answer, which student.thinking: fail does not accept; "
+                "strip sets the thinking aside."
+            )
+        return replace(reply, answer=reply.answer.removeprefix(self._lead))
+
+    def decode_reply(self, ids: Sequence[int]) -> str:
+        """Decode a completion with its thinking, from the tag that the prompt ends in if it ends in one."""
+        text = str(self.tokenizer.decode([token for token in ids if token not in self._unwritten]))
+        return text if self._chat.opened is None else self._chat.opened.opening + text
+
+    def _turns(self, prompt: Prompt, slots: Slots) -> list[Message]:
+        """Return the turns of a prompt to be rendered, with slots in the places of marks."""
+        pieces = [(message.role, self._without_thinking(message).split(IMAGE)) for message in prompt.messages]
+        return [
+            Message(role, IMAGE.join(self._text.replace_marks(text, slots) for text in texts)) for role, texts in pieces
+        ]
+
+    def _without_thinking(self, message: Message) -> str:
+        """Return a turn's text; an earlier turn of the assistant loses its thinking, as reasoning models expect."""
+        if message.role != "assistant" or self._chat.tags is None:
+            return message.content
+        return split_thinking(message.content).answer
+
+    def _cut_anchor(self, anchor: str) -> list[int]:
+        return self.encode_literal(split_thinking(anchor).answer)[: self.max_anchor_tokens]
+
+    def _cut_answer(self, ids: list[int]) -> EncodedAnswer:
+        if len(ids) + 1 > self.max_anchor_tokens:
+            return EncodedAnswer(ids[: self.max_anchor_tokens], cut=True)
+        return EncodedAnswer([*ids, self.end], cut=False)
+
+    def _turn_end(self) -> int:
+        """Return the token that the chat template puts after an answer if it is one of its marks, else the eos token.
+
+        Raises:
+            UserError: there is neither.
+        """
+        after = self._encode_rendered(self._chat.ending.lstrip())[:1]
+        if after and after[0] in self._text.mark_ids:
+            return after[0]
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"{self.tokenizer.name_or_path}: the tokenizer names no end-of-turn token (eos_token).")
+        return int(self.tokenizer.eos_token_id)
+
+    def _thinking_ids(self) -> set[int]:
+        """Return the tokens that are part of the model's thinking tags, which some tokenizers call special."""
+        tags = self._chat.tags
+        if tags is None:
+            return set()
+        spelled = tags.opening + tags.closing
+        return {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content in spelled} - self.ends
+
+    def _find_lead(self) -> str:
+        """Return the white space that the chat template puts before an answer, if it becomes a token of its own."""
+        lead, sample = self._chat.opening, "The next one."
+        if not lead or lead.strip():
+            return ""
+        prompt = self._chat.render([Message("user", sample)], "")
+        whole, before = self._encode_rendered(prompt + lead + sample), self._encode_rendered(prompt)
+        return lead if whole == before + self.encode_literal(lead + sample) else ""
 
     def _check_template(self, placeholder: str) -> None:
         try:
-            shown = self._chat([Message("user", f"{IMAGE}What is this?")]).count(placeholder)
-        except Exception:  # a template written for texts may do anything with the parts of a message
+            shown = self._chat.render([Message("user", f"{IMAGE}What is this?")], "").count(placeholder)
+        except UserError:  # a template written for texts may do anything with the parts of a message
             shown = 0
         if shown != 1:
             raise UserError(
@@ -160,28 +240,38 @@ class Encoder:
                 "image; purld needs one that does."
             )
 
-    def _content(self, content: str) -> str | list[dict[str, str]]:
-        """Return a message's content as chat templates take it: a text, or parts if the model reads images."""
-        return content if self._preparer is None else list(_content_parts(content))
-
-    def _encode(self, rendered: Sequence[str], literals: Sequence[list[int]], prompt: Prompt) -> EncodedPrompt:
-        """Encode rendered texts, with `literals` between them and the prompt's images for their placeholders."""
-        if self._preparer is None:
-            if prompt.images:
-                name = self.tokenizer.name_or_path
-                raise UserError(f"{prompt.location or prompt.id}: the prompt has images, and {name} reads none.")
-            expanded = list(rendered)
-        else:
-            expanded = _expand_placeholders(rendered, prompt, self._preparer)
-        ids = self._encode_rendered(expanded[0])
+    def _encode(self, rendered: str, slots: Slots, prompt: Prompt) -> EncodedPrompt:
+        """Encode a rendered chat, with the prompt's images in the places of their placeholders."""
+        texts, literals = slots.split(rendered)
+        if self._preparer is not None:
+            texts = _expand_placeholders(texts, prompt, self._preparer)
+        elif prompt.images:
+            raise UserError(f"{_where(prompt)}: the prompt has images, and {self.tokenizer.name_or_path} reads none.")
+        ids = self._encode_pieces(texts, literals)
         if ids[: len(self._opening)] != self._opening:
             ids = self._opening + ids
-        for literal, text in zip(literals, expanded[1:], strict=True):
-            ids += literal + self._encode_rendered(text)
         return EncodedPrompt(ids, prompt.images, self._preparer)
+
+    def _encode_pieces(self, texts: Sequence[str], literals: Sequence[list[int]]) -> list[int]:
+        ids = self._encode_rendered(texts[0])
+        for literal, text in zip(literals, texts[1:], strict=True):
+            ids += literal + self._encode_inside(text)
+        return ids
 
     def _encode_rendered(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _encode_inside(self, text: str) -> list[int]:
+        return self._text.encode_inside(text, self._encode_rendered)
+
+
+def _where(prompt: Prompt) -> str:
+    return prompt.location or f"prompt {prompt.id}"
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -192,27 +282,13 @@ def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrai
     return processor
 
 
-def _break_mark(text: str, mark: str) -> str:
-    return text.replace(mark, f"{mark[:1]} {mark[1:]}")
-
-
-def _content_parts(content: str) -> Iterator[dict[str, str]]:
-    for number, text in enumerate(content.split(IMAGE)):
-        if number:
-            yield {"type": "image"}
-        if text:
-            yield {"type": "text", "text": text}
-
-
 def _expand_placeholders(rendered: Sequence[str], prompt: Prompt, preparer: ImagePreparer) -> list[str]:
     """Repeat each placeholder in rendered texts as often as the model wants for the image it stands for."""
-    for mark in sorted(preparer.marks):
-        count = sum(text.count(mark) for text in rendered)
-        if count != (len(prompt.images) if mark == preparer.placeholder else 0):
-            raise UserError(
-                f"{prompt.location or prompt.id}: the prompt has {len(prompt.images)} images, and {count} times the "
-                f"text {mark} that stands for one; that text cannot be part of a question to this model."
-            )
+    shown = sum(text.count(preparer.placeholder) for text in rendered)
+    if shown != len(prompt.images):
+        raise UserError(
+            f"{_where(prompt)}: the prompt has {len(prompt.images)} images, and the chat template shows {shown}."
+        )
     if not prompt.images:
         return list(rendered)
     image_texts = iter(preparer.image_texts(prompt.images))

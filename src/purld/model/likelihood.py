@@ -47,7 +47,7 @@ def in_context_scores(
     """
     rows = [encoder.encode_answer(anchor).ids, *candidates]
     with_anchor = _token_log_probs(model, encoder.encode_anchored_prompt(prompt, anchor), rows, encoder.pad, batch_size)
-    bare = _token_log_probs(model, encoder.encode_prompt(prompt), rows, encoder.pad, batch_size)
+    bare = _token_log_probs(model, encoder.encode_prompt(prompt, direct=True), rows, encoder.pad, batch_size)
     scores = [
         float((given - alone).clamp(-MAX_GAIN, MAX_GAIN).mean()) for given, alone in zip(with_anchor, bare, strict=True)
     ]
@@ -64,9 +64,10 @@ def reference_scores(
     the arguments.
     """
     separator, target = encoder.encode_literal(SEPARATOR), encoder.encode_answer(anchor).ids
-    bodies = [[token for token in row if token != encoder.end] for row in (target, *candidates)]
+    bodies = [[token for token in row if token not in encoder.ends] for row in (target, *candidates)]
     sequences = [[*body, *separator, *target] for body in bodies]
-    log_probs = _token_log_probs(model, encoder.encode_prompt(prompt), sequences, encoder.pad, batch_size)
+    prompt_ids = encoder.encode_prompt(prompt, direct=True)
+    log_probs = _token_log_probs(model, prompt_ids, sequences, encoder.pad, batch_size)
     scores = [float(values[-len(target) :].exp().mean()) for values in log_probs]
     return GroupScores(scores[0], [*scores[1:]])
 

@@ -24,9 +24,10 @@ from transformers import AutoConfig, PreTrainedModel
 from purld.config.schema import Student
 from purld.errors import UserError
 from purld.hub_offline import is_hub_model_cached
-from purld.model.causal_lm import AdaptedCausalLM, CausalLM
+from purld.model.causal_lm import AdaptedCausalLM, CausalLM, unwrap_adapters
+from purld.model.chat_template import ChatSettings
 from purld.model.encode import Encoder
-from purld.model.processor import auto_model_class, read_processor, reads_images, save_processor
+from purld.model.processor import auto_model_class, read_end_tokens, read_processor, reads_images, save_processor
 from purld.model.vision import vision_modules
 
 _ADAPTER = "adapter_config.json"
@@ -59,14 +60,17 @@ def load_encoder(student: Student) -> Encoder:
     """Load the student's tokenizer, or its processor if it reads images, with the conventions of a run.
 
     Raises:
-        UserError: there is none, or it has no chat template.
+        UserError: there is none, or its chat template is missing or cannot be used.
     """
     check_model_directory(student.model)
     try:
         processor = read_processor(student.model)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(student.model, error) from None
-    return Encoder(processor, student.max_anchor_tokens, student.max_image_pixels)
+    chat = ChatSettings(
+        student.chat_template, student.chat_template_kwargs, student.thinking, student.system_turn == "fold"
+    )
+    return Encoder(processor, student.max_anchor_tokens, student.max_image_pixels, chat, read_end_tokens(student.model))
 
 
 def load_model(student: Student, path: str | Path) -> CausalLM:
@@ -153,8 +157,18 @@ def make_lora_config(student: Student, model: CausalLM) -> LoraConfig:
 def save_model(student: Student, model: CausalLM, encoder: Encoder, path: Path) -> None:
     """Save weights, or an adapter, with the student's tokenizer or processor, as an ordinary Hugging Face directory."""
     path.mkdir(parents=True, exist_ok=True)
+    _stop_at_ends(model, encoder)
     model.save_pretrained(str(path))
     save_processor(encoder.processor, student.model, path)
+
+
+def _stop_at_ends(model: CausalLM, encoder: Encoder) -> None:
+    """Add the tokens that end a turn to those at which the saved model's generation stops."""
+    settings = unwrap_adapters(model).generation_config
+    listed = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    known = [token for token in listed if token is not None]
+    if not encoder.ends.issubset(known):
+        settings.eos_token_id = [*known, *sorted(encoder.ends.difference(known))]
 
 
 def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path) -> None:

@@ -8,6 +8,7 @@ base model has, with torchvision or without.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -68,6 +70,16 @@ def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
     return processor
 
 
+def read_end_tokens(model: str) -> list[int]:
+    """Return the tokens at which a model directory or hub id says that generation stops."""
+    try:
+        settings = GenerationConfig.from_pretrained(model)
+    except OSError:  # it has none of its own: its configuration says it
+        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    ends = settings.eos_token_id
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+
+
 def save_processor(processor: PreTrainedTokenizerBase | ProcessorMixin, source: str, path: Path) -> None:
     """Save what `read_processor(source)` returned, so that it loads from `path` as it did from `source`."""
     if not isinstance(processor, ProcessorMixin):
@@ -79,6 +91,18 @@ def save_processor(processor: PreTrainedTokenizerBase | ProcessorMixin, source: 
         file = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
         if file is not None:
             shutil.copyfile(file, path / name)
+    _save_changed_template(processor, path)
+
+
+def _save_changed_template(processor: ProcessorMixin, path: Path) -> None:
+    """Write a processor's chat template if it is not the one in the files that were copied to `path`."""
+    own, old = path / "chat_template.jinja", path / "chat_template.json"
+    copied = own.read_text(encoding="utf-8") if own.exists() else None
+    if copied is None and old.exists():
+        copied = json.loads(old.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(processor.chat_template, str) and copied != processor.chat_template:
+        own.write_text(processor.chat_template, encoding="utf-8")
+        old.unlink(missing_ok=True)
 
 
 def processor_without_video(full: type) -> Any:

@@ -185,7 +185,7 @@ def _plain_generation_config(
     inner = unwrap_adapters(model)
     original = inner.generation_config
     listed = original.eos_token_id if isinstance(original.eos_token_id, list) else [original.eos_token_id]
-    ends = {encoder.end, *(token for token in listed if token is not None)}
+    ends = {*encoder.ends, *(token for token in listed if token is not None)}
     sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}

@@ -27,6 +27,7 @@ from purld.pipeline.context import RunContext, open_ledger
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.open import final_model
 from purld.templates import IN_CONTEXT_VERSION, JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
+from purld.thinking import split_thinking
 
 SPEND_KEYS = ("calls", "input_tokens", "output_tokens", "cost")  # of the teacher's bill, in results.json
 
@@ -153,9 +154,12 @@ def _opponent_answers(context: RunContext) -> dict[str, str]:
     if not isinstance(opponent, TeacherAnchors):
         with open_ledger(context.run, context.reporter) as ledger:
             replies = open_client(opponent, ledger, "opponent").ask(context.pools.held_out)
-        answers = [(p.id, r.text) for p, r in zip(context.pools.held_out, replies) if r.text is not None]
+        answers = [
+            (p.id, split_thinking(r.text).answer) for p, r in zip(context.pools.held_out, replies) if r.text is not None
+        ]
         write_rows(context.run.opponent, ({"prompt_id": i, "text": text} for i, text in answers))
-    return {row["prompt_id"]: row["text"] for row in read_rows(context.run.opponent)}
+    # With anchors.thinking: keep, the teacher's answers still have it.
+    return {row["prompt_id"]: split_thinking(row["text"]).answer for row in read_rows(context.run.opponent)}
 
 
 def _add_verdicts(

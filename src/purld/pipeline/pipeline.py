@@ -27,6 +27,7 @@ from purld.pipeline.preflight import check_context, check_judging, check_ledger,
 from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
+from purld.records import content_hash
 from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
 from purld.runs.open import final_model
 from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
@@ -232,7 +233,7 @@ class Pipeline:
                 section, *_, leaf = key.split(".")
                 if section != "report_to" and _FIRST_STAGE[section] in begun and leaf not in TRANSPORT:
                     raise UserError(
-                        f"{run.path} holds a run with {key}: {before}, and now it is {after}; "
+                        f"{run.path} holds a run with {key}: {_brief(before)}, and now it is {_brief(after)}; "
                         "give this one another --run-dir."
                     )
         run.forget_file(run.config)
@@ -265,6 +266,12 @@ class Pipeline:
                 f"{self.run.path}: the prompts of {self.config.data.source} have changed since this run's anchors "
                 "were collected; give the new ones another --run-dir."
             )
+
+
+def _brief(value: Any) -> str:
+    """Return a value as a sentence shows it: a chat template is not quoted whole."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:40]}… ({content_hash(value)})"
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

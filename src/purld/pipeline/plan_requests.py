@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from purld.clients.anchors import apply_thinking_policy
 from purld.clients.answer_file import AnswerFileClient
 from purld.clients.base import reply_from_ledger
 from purld.clients.folder import FolderLedgers
@@ -24,6 +25,7 @@ from purld.pipeline.prompt_pools import PromptPools
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
 from purld.templates import judge_turn, rating_turn
+from purld.thinking import split_thinking
 
 _HEADING = "What leaves this machine"
 
@@ -96,11 +98,13 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
             plan.add_lines(_HEADING, f"teacher: nothing; answers come from {model}")
         case AnswerFile(path=path) as file:
             plan.add_lines(_HEADING, f"teacher: nothing; answers come from {path}")
-            plan.add_lines("Prompts", _describe_answers(file, encoder, pools.train, "teacher"))
+            plan.add_lines("Prompts", _describe_answers(file, config, encoder, pools.train, "teacher"))
             if isinstance(config.evaluate.opponent, TeacherAnchors):
-                plan.add_lines("Prompts", _describe_answers(file, encoder, pools.held_out, "opponent"))
+                plan.add_lines("Prompts", _describe_answers(file, config, encoder, pools.held_out, "opponent"))
     if isinstance(config.evaluate.opponent, AnswerFile):
-        plan.add_lines("Prompts", _describe_answers(config.evaluate.opponent, encoder, pools.held_out, "opponent"))
+        plan.add_lines(
+            "Prompts", _describe_answers(config.evaluate.opponent, config, encoder, pools.held_out, "opponent")
+        )
     if isinstance(config.evaluate.judge, OpenAIEndpoint):
         _plan_judge(plan, config.evaluate.judge, config, encoder, pools)
     _plan_training_requests(plan, config, encoder, pools)
@@ -108,13 +112,18 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
         plan.add_lines(_HEADING, f"trackers: metrics to where {', '.join(config.report_to)} is set up to (report_to)")
 
 
-def _describe_answers(file: AnswerFile, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
+def _describe_answers(file: AnswerFile, config: Config, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
     """Describe how many prompts an answer file answers, why not the others, and how many anchors are too long."""
-    replies = AnswerFileClient(file).ask(prompts)
+    policy = config.anchors
+    given = AnswerFileClient(file).ask(prompts)
+    thinking = sum(reply.text is not None and split_thinking(reply.text).found for reply in given)
+    replies = [apply_thinking_policy(reply, policy) for reply in given]
     remarks = Counter(reply.detail for reply in replies if reply.detail)
     texts = [reply.text for reply in replies if reply.text is not None]
     details = "".join(f"; {count:,} × {remark}" for remark, count in remarks.most_common())
-    if role == "teacher" and (cut := sum(encoder.encode_answer(text).cut for text in texts)):
+    if thinking:
+        details += f"; {thinking:,} answers with thinking (anchors.thinking: {policy.thinking})"
+    if role == "teacher" and (cut := sum(encoder.encode_target(text).cut for text in texts)):
         anchors = f"{cut:,} anchors" if cut > 1 else "1 anchor"
         details += f"; {anchors} will be cut at {encoder.max_anchor_tokens} tokens (student.max_anchor_tokens)"
     return f"{role}: {file.path} answers {len(texts)} of {len(prompts)} prompts{details}"

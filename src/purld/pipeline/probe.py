@@ -41,7 +41,7 @@ from purld.runs.files import write_json
 from purld.tasks.checks import Check
 from purld.training.checkpoints import device_autocast
 from purld.training.context import StageContext
-from purld.training.rollout import AnchoredPrompt
+from purld.training.rollout import AnchoredPrompt, candidates_to_score
 from purld.training.scoring import SCORERS, GroupToScore, Scorer, ScorerContext, find_scorer
 
 MAX_PROMPTS, MIN_PROMPTS = 64, 8
@@ -151,9 +151,9 @@ def measure_scorer(
 
 
 def _group_to_score(group: ProbeGroup, context: StageContext) -> GroupToScore:
-    ids = [list(c.ids) for c in group.completions]
-    ids += [context.encoder.encode_answer(text).ids for text in group.worse.values()]
-    return GroupToScore(group.question.prompt, group.question.anchor, [*group.texts, *group.worse.values()], ids)
+    drawn = candidates_to_score(context.encoder, group.question, group.completions)
+    worse = [context.encoder.encode_answer(text).ids for text in group.worse.values()]
+    return replace(drawn, candidates=[*drawn.candidates, *group.worse.values()], ids=[*drawn.ids, *worse])
 
 
 def _noise(

@@ -100,6 +100,8 @@ def run_align(context: RunContext) -> dict[str, Any]:
         facts = align(training, config.align, examples, teacher, margin_scale=scale)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")
+    if facts.thinking:
+        reporter.say(f"{facts.thinking} candidates have thinking before their answer; only answers were scored.")
     warnings = [*weak_signal_warnings(probe), *facts.warnings]
     for warning in warnings:
         reporter.warn(warning)

@@ -38,6 +38,7 @@ class AlignFacts:
     candidates: int
     truncated: int
     unscored: int
+    thinking: int
     dropped_groups: int
     sharper_than_labels: float
     against_flattening: str
@@ -142,6 +143,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         candidates=settings.candidates_in_all,
         truncated=int(_total(rows, "truncated")),
         unscored=int(_total(rows, "unscored")),
+        thinking=int(_total(rows, "thinking")),
         dropped_groups=int(_total(rows, "dropped_groups")),
         sharper_than_labels=_total(rows, "sharper_than_labels") / max(1, len(rows)),
         against_flattening=_advice(settings),

@@ -14,7 +14,7 @@ from purld.methods.losses import GroupLoss, GroupTokens
 from purld.records import GroupRecord
 from purld.training.rollout import Rollout
 
-_SUMMED = frozenset({"truncated", "unscored", "dropped_groups"})
+_SUMMED = frozenset({"truncated", "unscored", "dropped_groups", "thinking"})
 Q_COLUMN = "policy_before"  # the member column that holds q, in a method that has one
 
 
@@ -29,6 +29,8 @@ class StepMetrics:
         scores = [s for s in rollout.scores.candidates if s is not None]
         self._values["truncated"] += [float(not c.finished) for c in rollout.completions]
         self._values["length"] += [float(len(c.ids)) for c in rollout.completions]
+        if rollout.thinking:
+            self._values["thinking"].append(float(rollout.thinking))
         self._values["dropped_groups"].append(float(not rollout.usable))
         self._values["score"] += scores
         if len(scores) > 1:

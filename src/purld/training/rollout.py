@@ -41,6 +41,7 @@ class Rollout:
         members: what the objective is computed on; None if the group is left out.
         member_candidates: for each member that is a candidate, the candidate's index.
         signal: what the objective learns from; None if the group is left out.
+        thinking: the number of candidates with thinking before their answer.
     """
 
     question: AnchoredPrompt
@@ -50,11 +51,23 @@ class Rollout:
     members: GroupMembers | None = None
     member_candidates: Sequence[int] = ()
     signal: Any = None
+    thinking: int = 0
 
     @property
     def usable(self) -> bool:
         """Return whether the group takes part in the update."""
         return self.members is not None and self.signal is not None
+
+
+def candidates_to_score(encoder: Encoder, question: AnchoredPrompt, completions: Sequence[Completion]) -> GroupToScore:
+    """Return drawn candidates as they are scored: by their answers, without what the student thought before them."""
+    replies = [encoder.read_reply(completion.ids) for completion in completions]
+    ids = [
+        encoder.encode_answer(reply.answer).ids if reply.found else completion.ids
+        for reply, completion in zip(replies, completions, strict=True)
+    ]
+    texts, thinking = [reply.answer for reply in replies], sum(bool(reply.thinking) for reply in replies)
+    return GroupToScore(question.prompt, question.anchor, texts, ids, thinking)
 
 
 @dataclass(frozen=True)
@@ -84,16 +97,21 @@ class RolloutMaker:
         drawn: list[list[Completion]] = [[] for _ in questions]
         if self.settings.drawn:
             drawn = self.sampler(policy, [q.encoded for q in questions], self.settings.drawn, seed)
-        texts = [[self.encoder.decode_text(c.ids) for c in completions] for completions in drawn]
-        groups = [
-            GroupToScore(q.prompt, q.anchor, candidates, [c.ids for c in completions])
-            for q, candidates, completions in zip(questions, texts, drawn, strict=True)
-        ]
+        groups = [candidates_to_score(self.encoder, q, completions) for q, completions in zip(questions, drawn)]
         rollouts = [
-            self.add_signal(policy, Rollout(*parts))
-            for parts in zip(questions, drawn, texts, self.scorer(groups), strict=True)
+            self.add_signal(policy, self._scored_rollout(*parts))
+            for parts in zip(questions, drawn, groups, self.scorer(groups), strict=True)
         ]
         return self._combine_prompts(rollouts)
+
+    def _scored_rollout(
+        self, question: AnchoredPrompt, completions: Sequence[Completion], group: GroupToScore, scores: GroupScores
+    ) -> Rollout:
+        """Return a group with its scores; log-probs of other tokens than those drawn, or after another prompt, go."""
+        as_drawn = [list(ids) for ids in group.ids] == [list(c.ids) for c in completions]
+        if not as_drawn or self.encoder.keeps_thinking:
+            scores = replace(scores, log_probs=None)
+        return Rollout(question, completions, group.candidates, scores, thinking=group.thinking)
 
     def add_signal(self, policy: CausalLM, rollout: Rollout) -> Rollout:
         """Add members and signal to a scored group; it comes back unchanged if its scores give no signal."""
@@ -103,7 +121,7 @@ class RolloutMaker:
         scores = [s for s in rollout.scores.candidates if s is not None]
         ids = [list(rollout.completions[index].ids) for index in indices]
         if self.method.anchor_member:
-            ids.insert(0, self.encoder.encode_answer(rollout.question.anchor).ids)
+            ids.insert(0, self.encoder.encode_target(rollout.question.anchor).ids)
         device = next(policy.parameters()).device
         evidence = GroupEvidence(
             torch.tensor(scores, device=device), rollout.scores.anchor, margin_scale=self.margin_scale

@@ -25,6 +25,7 @@ from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
 from purld.tasks.checks import Check
 from purld.templates import rating_turn
+from purld.thinking import split_thinking
 from purld.training.scoring_tokens import (
     CountTokens,
     expected_tokens,
@@ -42,13 +43,16 @@ class GroupToScore:
         prompt: the prompt.
         anchor: the anchor's text.
         candidates: the K candidates' texts.
-        ids: the K candidates' token ids as they were drawn, end-of-turn token included; empty if unknown.
+        ids: the K candidates' token ids as they were drawn, end-of-turn token included, without thinking; empty if
+            unknown.
+        thinking: the number of candidates with thinking before their answer.
     """
 
     prompt: Prompt
     anchor: str
     candidates: Sequence[str]
     ids: Sequence[Sequence[int]] = ()
+    thinking: int = 0
 
 
 class Scorer(Protocol):
@@ -203,7 +207,8 @@ def rating_prompt(prompt: Prompt, candidate: str) -> Prompt:
 
 
 def _score_of(reply: Reply) -> float | None:
-    return None if reply.text is None or reply.state == "refused" else parse_score(reply.text)
+    unscored = reply.text is None or reply.state == "refused"
+    return None if unscored else parse_score(split_thinking(reply.text or "").answer)
 
 
 def _make_self_scorer(context: ScorerContext) -> Scorer:
