@@ -182,3 +182,31 @@ def test_files_are_described_with_the_columns_that_nothing_reads(pools_of, tmp_p
     assert train.endswith("is JSONL, prompts in the column 'prompt'; columns that are not used: answer, topic")
     assert held_out.endswith("columns that are not used: answer")
     assert pools_of(f"teacher.path={path}")[0].formats[0].endswith("not used: topic")
+
+
+QUESTION = "How many blue boats lie in the harbour today?"
+COPIES = [QUESTION.upper(), QUESTION[:-1], f"  {QUESTION}", f"{QUESTION}!", QUESTION.lower()]
+
+
+def test_near_copies_of_held_out_prompts_are_not_trained_on(pools_of, tmp_path):
+    with (tmp_path / "prompts.jsonl").open("a") as handle:
+        handle.writelines(json.dumps({"prompt": text}) + "\n" for text in COPIES)
+    with (tmp_path / "held_out.jsonl").open("a") as handle:
+        handle.write(json.dumps({"prompt": QUESTION, "reference": "3"}) + "\n")
+    pools, said = pools_of()
+    assert (len(pools.train), len(pools.held_out)) == (16, 9)
+    assert any(line.startswith("5 prompts are near-copies of others, 1 questions in several") for line in said)
+    assert any(
+        line.startswith("5 training prompts are near-copies of held-out ones") and "prompts.jsonl, line 17, of" in line
+        for line in said
+    )
+    assert len(pools_of("data.near_duplicates=ignore")[0].train) == 21
+
+
+def test_near_copies_are_on_one_side_of_the_split(pools_of, tmp_path):
+    with (tmp_path / "prompts.jsonl").open("a") as handle:
+        handle.writelines(json.dumps({"prompt": text}) + "\n" for text in [QUESTION, *COPIES])
+    for seed in range(4):
+        pools, _ = pools_of("data.eval_prompts=null", "data.eval_fraction=0.5", f"seed={seed}")
+        inside = sum(QUESTION[:-1].lower() in prompt.question.lower() for prompt in pools.train)
+        assert inside in (0, 6)

@@ -116,6 +116,8 @@ class Data(Section):
     sft_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_prompts: Count | None = None
     max_eval_prompts: Count | None = None
+    # Near-copies of one question are on one side of the split; `ignore` looks for equal prompts only.
+    near_duplicates: Literal["apart", "ignore"] = "apart"
     bad_rows: Literal["fail", "skip"] = "fail"  # stop at a row that cannot be used, or skip and count it
     # How an answer is compared with gold; auto: as the task says; none: no accuracy is reported.
     check: Literal["auto", "none", "exact", "testbed", "math", "choice"] = "auto"

@@ -140,13 +140,18 @@ def parse_prompt(row: FileRow, columns: Columns, folder: Path | ImageFolders, pr
     return Prompt(chat.messages, images, reference, metadata, row.location)
 
 
-def split_pool(prompts: Sequence[Prompt], fraction: float, seed: int | str = 0) -> tuple[list[Prompt], list[Prompt]]:
+def split_pool(
+    prompts: Sequence[Prompt], fraction: float, seed: int | str = 0, together: Iterable[Sequence[Prompt]] = ()
+) -> tuple[list[Prompt], list[Prompt]]:
     """Split prompts into a training pool and a held-out pool of about `fraction` of them.
 
     A prompt's side depends only on its content and `seed`: the order of the rows and rows added later do not change it.
-    If one side would be empty, the prompt nearest to the threshold is moved there.
+    The prompts of each group in `together` are on one side, that of the prompt with the lowest id. If one side would be
+    empty, the prompt nearest to the threshold is moved there.
     """
     draws = {prompt.id: _uniform_draw(prompt.id, seed) for prompt in prompts}
+    for group in together:
+        draws |= dict.fromkeys((prompt.id for prompt in group), draws[min(prompt.id for prompt in group)])
     threshold = fraction
     if fraction > 0 and len(draws) > 1:
         lowest, *_, highest = sorted(draws.values())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from purld.config.clients import AnswerFile
 from purld.config.schema import Columns, Config, Data
+from purld.data.near_duplicates import near_copies
 from purld.data.prompts import LoadedPrompts, exclude_prompts, load_prompts, split_pool
 from purld.errors import UserError
 from purld.model.encode import Encoder
@@ -156,13 +157,49 @@ def _report_left_out(loaded: LoadedPrompts, source: str, say: Say) -> None:
 def _split_held_out(
     config: Config, loaded: LoadedPrompts, published: LoadedPrompts | None, say: Say
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Separate training and held-out prompts; a prompt that would be both is only held out."""
-    if published is None:
-        return split_pool(loaded.prompts, config.data.eval_fraction, config.seed)
-    train = exclude_prompts(loaded.prompts, published.prompts)
+    """Separate training and held-out prompts; one that would be both, or nearly so, is only held out."""
+    held_out = [] if published is None else published.prompts
+    train = exclude_prompts(loaded.prompts, held_out)
     if both := len(loaded.prompts) - len(train):
         say(f"{both} training prompts are also held out; they are only evaluated on.")
-    return train, published.prompts
+    groups = _groups_of_copies(config, train + held_out, say)
+    if published is None:
+        return split_pool(train, config.data.eval_fraction, config.seed, groups)
+    return _without_copies(train, held_out, groups, say), held_out
+
+
+def _groups_of_copies(config: Config, prompts: list[Prompt], say: Say) -> list[list[Prompt]]:
+    """Return the groups of prompts that are near-copies of each other, and report how many there are."""
+    if config.data.near_duplicates == "ignore":
+        return []
+    groups = [[prompts[index] for index in group] for group in near_copies(prompts)]
+    if groups:
+        copies = sum(map(len, groups)) - len(groups)
+        say(
+            f"{copies} prompts are near-copies of others, {len(groups)} questions in several wordings "
+            f"(for example {_place(groups[0][0])} and {_place(groups[0][1])}); no question is both trained and "
+            "evaluated on. data.near_duplicates=ignore looks for equal prompts only."
+        )
+    return groups
+
+
+def _without_copies(train: list[Prompt], held_out: list[Prompt], groups: list[list[Prompt]], say: Say) -> list[Prompt]:
+    """Return the training prompts that are not near-copies of held-out ones, and report how many are left out."""
+    held_out_ids = {prompt.id for prompt in held_out}
+    crossing = [group for group in groups if held_out_ids & {prompt.id for prompt in group}]
+    copies = {prompt.id: group for group in crossing for prompt in group if prompt.id not in held_out_ids}
+    if copies:
+        first = next(prompt for prompt in train if prompt.id in copies)
+        other = next(prompt for prompt in copies[first.id] if prompt.id in held_out_ids)
+        say(
+            f"{len(copies)} training prompts are near-copies of held-out ones and are left out of training "
+            f"(for example {_place(first)}, of {_place(other)})."
+        )
+    return [prompt for prompt in train if prompt.id not in copies]
+
+
+def _place(prompt: Prompt) -> str:
+    return prompt.location or f"prompt {prompt.id}"
 
 
 def _split_stages(config: Config, train: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:

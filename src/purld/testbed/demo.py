@@ -82,6 +82,7 @@ def demo_values(task: str, source: Path, base_url: str, student: str | None = No
             "prompts": str(source / "prompts.jsonl"),
             "eval_prompts": str(source / "held_out.jsonl"),
             "check": "testbed",
+            "near_duplicates": "ignore",  # the world writes every question from a few templates
         },
         "teacher": endpoint | {"model": "testbed-teacher", "max_calls": 2 * (TRAIN_PROMPTS + HELD_OUT_PROMPTS)},
         "sft": {
