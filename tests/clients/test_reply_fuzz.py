@@ -118,7 +118,7 @@ def test_the_ledger_stores_every_result(tmp_path, replies):
 
 @pytest.mark.slow
 @given(st.lists(st.tuples(STATUSES, VALUES | st.binary(max_size=300)), min_size=1, max_size=12), st.integers(1, 4))
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_replies_over_http_end_in_a_state_and_nothing_paid_is_bought_again(
     server, endpoint, tmp_path_factory, monkeypatch, replies, concurrency
 ):
@@ -146,7 +146,7 @@ def test_any_replies_over_http_end_in_a_state_and_nothing_paid_is_bought_again(
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(STATUSES, VALUES, VALUES, VALUES)
 def test_many_more_replies(status, content, finish, usage):
     payload: dict[str, Any] = completion(content)

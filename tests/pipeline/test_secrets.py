@@ -35,6 +35,8 @@ def test_no_file_and_no_line_of_a_whole_run_holds_the_key(tiny_config, tmp_path)
             prompts[0]: [error(400, "bad", f"Incorrect API key provided: {SECRET}")],
             prompts[1]: [answer(f"Your key is {SECRET}.")],
             prompts[2]: [error(503, "busy", SECRET)],
+            prompts[3]: [error(400, "bad", "Bad header: " + quote(SECRET, safe=""))],
+            prompts[4]: [answer("In base64: " + base64.b64encode(SECRET.encode()).decode())],
         }
         values = yaml.safe_load(tiny_config.read_text())
         endpoint = {"kind": "openai", "base_url": server.url, "model": "m", "api_key_env": "TEST_KEY"}

@@ -268,8 +268,8 @@ class _ConcurrentAsk:
         import httpx2
 
         deadline = asyncio.get_running_loop().time() + self.endpoint.timeout
-        attempt = self.ledger.count_failures(request.key)
-        # A gateway that knows the key of a lost call can give back its answer; a failed call must be made anew.
+        attempt = self.ledger.count_results(request.key)
+        # A gateway that knows the key of a lost call can give back its answer; any other call must be made anew.
         idempotency_key = f"{request.key}-{attempt}" if attempt else request.key
         try:
             response = await post(http, self.endpoint, request.body, idempotency_key, deadline)

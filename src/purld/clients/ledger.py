@@ -254,9 +254,9 @@ class LedgerView:
             return FoundCall("under way", open_rows[-1], self.path)
         return FoundCall(rows[-1]["state"], rows[-1], self.path) if rows else None
 
-    def count_failures(self, key: str) -> int:
-        """Return how many calls of a request were sent from here and failed."""
-        query = "SELECT COUNT(*) FROM calls WHERE key = ? AND state = 'failed' AND sent_at IS NOT NULL"
+    def count_results(self, key: str) -> int:
+        """Return how many calls of a request were sent from here and came back, with an answer or without."""
+        query = "SELECT COUNT(*) FROM calls WHERE key = ? AND state IN ('failed', 'answered') AND sent_at IS NOT NULL"
         with self._mutex, _database_errors_named(self.path):
             return int(self._db.execute(query, (key,)).fetchone()[0])
 
