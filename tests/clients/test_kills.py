@@ -120,3 +120,37 @@ def test_ctrl_c_ends_after_the_grace_and_keeps_the_books(server: Server, tmp_pat
     call_states = states(tmp_path / "l.sqlite")
     assert Counter(call_states.values()) == {"answered": 20, "unknown": 16}
     assert {prompt for prompt, state in call_states.items() if state == "answered"} == set(prompts[:20])
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_runs_in_one_folder_that_are_killed_and_started_again_buy_no_question_twice(server, tmp_path, kills):
+    """Three runs ask the same questions at the same time; at the end, all of them know every result."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["collect_helpers"])
+    rng, count = random.Random(1), 60 + 20 * kills
+    server.default = lambda handler: (time.sleep(random.uniform(0, 0.1)), handler.reply(completion("yes")))
+    paths = {name: tmp_path / "runs" / name / "ledger.sqlite" for name in "abc"}
+
+    def start(name):
+        process = context.Process(
+            target=collect_answers, args=(server.url, paths[name], count, tmp_path / f"log-{name}", True)
+        )
+        process.start()
+        return process
+
+    running = {name: start(name) for name in paths}
+    for _ in range(kills):
+        reached = len(server.arrived) + rng.randint(1, 15)
+        wait_until(lambda reached=reached: len(server.arrived) >= min(reached, count))
+        name = rng.choice("abc")
+        running[name].kill()
+        running[name].join()
+        running[name] = start(name)
+    for process in running.values():
+        process.join(120)
+        assert process.exitcode == 0
+    assert max(Counter(server.arrived).values()) == 1, "a question was bought twice"
+    known = {name: states(path) for name, path in paths.items()}
+    assert known["a"] == known["b"] == known["c"]
+    assert len(known["a"]) == count and set(known["a"].values()) <= {"answered", "unknown"}
+    assert list(known["a"].values()).count("unknown") <= 16 * kills
