@@ -94,6 +94,10 @@ def test_thinking_that_is_kept_is_trained_and_not_scored(fresh):
     reply = encoder.read_reply(encoder.encode_target("<think>I add.</think>4.").ids)
     assert (reply.thinking, reply.answer) == ("I add.", "4.")
     assert "I add." not in decode(encoder.evaluation_frame(PROMPT, "<think>I add.</think>4.").prefix.ids)
+    assert decode(encoder.encode_quoted_anchor("<think>I add.</think>4.")) == "4."
+    for direct, opening in ((False, "<think>\n"), (True, "<think>\n\n</think>\n\n")):
+        anchored = decode(encoder.encode_anchored_prompt(PROMPT, "4.", direct).ids)
+        assert anchored.endswith(f"<|im_start|>assistant\n{opening}")
 
 
 def test_thinking_that_must_not_be_is_refused(fresh, shipped_student):

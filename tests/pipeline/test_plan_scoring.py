@@ -58,7 +58,7 @@ class Work:
         roles = Roles(self.model, self.model)
         if self.align.method == "self_distillation":
             update = GroupUpdate(roles, self.align.micro_batch_size, self.encoder.pad, None, contextlib.nullcontext)
-            anchored = self.encoder.encode_anchored_prompt(prompt, anchor)
+            anchored = self.encoder.encode_anchored_prompt(prompt, anchor, direct=False)
             update.members(self.model, self.encoder.encode_prompt(prompt), self.ids, False, anchored)
             return
         anchored = self.align.method != "self_ppo"

@@ -132,7 +132,7 @@ class Encoder:
         question = IMAGE.join(slots.add(self.encode_literal(piece)) for piece in prompt.question.split(IMAGE))
         head = RATING_HEAD.format(question=question)
         if anchor is not None:
-            head = SELF_EVALUATION_HEAD.format(question=question, anchor=slots.add(self._cut_anchor(anchor)))
+            head = SELF_EVALUATION_HEAD.format(question=question, anchor=slots.add(self.encode_quoted_anchor(anchor)))
         candidate = slots.add([])
         turn = Message("user", head + candidate + SELF_EVALUATION_TAIL)
         before, found, after = self._chat.render([turn], _where(prompt), direct=True).partition(candidate)
@@ -140,16 +140,20 @@ class Encoder:
             raise UserError(f"{self.tokenizer.name_or_path}: the chat template leaves out a part of the question.")
         return EvaluationFrame(self._encode(before, slots, prompt), self._encode_inside(after))
 
-    def encode_anchored_prompt(self, prompt: Prompt, anchor: str) -> EncodedPrompt:
+    def encode_anchored_prompt(self, prompt: Prompt, anchor: str, direct: bool = True) -> EncodedPrompt:
         """Encode a prompt with the anchor in its last user turn, up to where the assistant's answer begins.
 
-        The anchor is cut like a training target.
+        The anchor is cut like a training target. See `encode_prompt` for `direct`.
         """
         slots = Slots()
         turns = self._turns(prompt, slots)
-        tail = IN_CONTEXT_TAIL.format(anchor=slots.add(self._cut_anchor(anchor)))
+        tail = IN_CONTEXT_TAIL.format(anchor=slots.add(self.encode_quoted_anchor(anchor)))
         turns[-1] = Message(turns[-1].role, turns[-1].content + tail)
-        return self._encode(self._chat.render(turns, _where(prompt), direct=True), slots, prompt)
+        return self._encode(self._chat.render(turns, _where(prompt), direct), slots, prompt)
+
+    def encode_quoted_anchor(self, anchor: str) -> list[int]:
+        """Encode an anchor's answer as it is quoted in a prompt: without thinking, cut like a training target."""
+        return self.encode_literal(split_thinking(anchor).answer)[: self.max_anchor_tokens]
 
     def encode_literal(self, text: str) -> list[int]:
         """Encode text written by others, with the tokenizer's marks in it spelled out."""
@@ -190,9 +194,6 @@ class Encoder:
         if message.role != "assistant" or self._chat.tags is None:
             return message.content
         return split_thinking(message.content).answer
-
-    def _cut_anchor(self, anchor: str) -> list[int]:
-        return self.encode_literal(split_thinking(anchor).answer)[: self.max_anchor_tokens]
 
     def _cut_answer(self, ids: list[int]) -> EncodedAnswer:
         if len(ids) + 1 > self.max_anchor_tokens:

@@ -73,7 +73,7 @@ class SelfEvaluator:
         frame = self._encoder.evaluation_frame(prompt, anchor)
         rows = [self._encoder.encode_literal(text) for text in candidates]
         if anchor is not None:
-            rows.insert(0, self._encoder.encode_literal(anchor)[: self._encoder.max_anchor_tokens])
+            rows.insert(0, self._encoder.encode_quoted_anchor(anchor))
         suffixes = [row + frame.suffix for row in rows]
         if self._reader is not None:
             scores = self._expected(model, frame.prefix, suffixes, self._reader)

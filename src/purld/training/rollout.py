@@ -145,7 +145,8 @@ class RolloutMaker:
         keep_old = self.method.critic or self.settings.updates > 1
         anchored = measured = None
         if self.method.anchored_reference:
-            anchored = self.encoder.encode_anchored_prompt(question.prompt, question.anchor)
+            # Where the policy thinks before it answers, p_sft reads what it thought as well.
+            anchored = self.encoder.encode_anchored_prompt(question.prompt, question.anchor, direct=False)
         elif known is not None and not self.method.anchor_member:
             measured = [known[index] for index in indices]
         return self.update.members(policy, question.encoded, ids, keep_old, anchored, measured)

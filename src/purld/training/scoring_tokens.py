@@ -43,15 +43,15 @@ CountTokens = Callable[[Encoder, GroupSize, int], int]
 def in_context_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
     """Count the tokens of `purld.model.likelihood.in_context_scores`."""
     rows = _target_tokens(encoder, group.anchor) - 1 + _padded([group.length - 1] * group.candidates, batch_size)
-    return _anchored_prompt_tokens(encoder, group) + len(encoder.encode_prompt(group.prompt)) + 2 * rows
+    return _anchored_prompt_tokens(encoder, group) + len(encoder.encode_prompt(group.prompt, direct=True)) + 2 * rows
 
 
 def reference_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
     """Count the tokens of `purld.model.likelihood.reference_scores`."""
     after = len(encoder.encode_literal(SEPARATOR)) + _target_tokens(encoder, group.anchor)
     candidates = [group.length + after - 1] * group.candidates
-    of_anchor = _literal_tokens(encoder, group.anchor) + after - 1
-    return len(encoder.encode_prompt(group.prompt)) + of_anchor + _padded(candidates, batch_size)
+    of_anchor = _body_tokens(encoder, group.anchor) + after - 1
+    return len(encoder.encode_prompt(group.prompt, direct=True)) + of_anchor + _padded(candidates, batch_size)
 
 
 def expected_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
@@ -71,23 +71,24 @@ def verbal_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
 
 def anchored_reference_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
     """Count the tokens of the reference log-probs of a method whose reference reads the anchor."""
-    return _anchored_prompt_tokens(encoder, group) + _padded([group.length - 1] * group.candidates, batch_size)
+    prompt = _anchored_prompt_tokens(encoder, group, direct=False)
+    return prompt + _padded([group.length - 1] * group.candidates, batch_size)
 
 
 def _evaluation_tokens(encoder: Encoder, group: GroupSize) -> tuple[int, list[int]]:
     """Return the tokens of a self-evaluation's prefix, and of its rows up to the score."""
     frame = encoder.evaluation_frame(group.prompt, (group.anchor or "") if group.anchored else None)
-    prefix, rows = len(frame.prefix), [group.length] * group.candidates
+    prefix, rows, limit = len(frame.prefix), [group.length] * group.candidates, encoder.max_anchor_tokens
     if group.anchored:
-        rows.insert(0, _literal_tokens(encoder, group.anchor))
-        prefix += 0 if group.anchor is not None else encoder.max_anchor_tokens
+        rows.insert(0, limit if group.anchor is None else len(encoder.encode_quoted_anchor(group.anchor)))
+        prefix += limit if group.anchor is None else 0
     return prefix, [row + len(frame.suffix) for row in rows]
 
 
-def _anchored_prompt_tokens(encoder: Encoder, group: GroupSize) -> int:
+def _anchored_prompt_tokens(encoder: Encoder, group: GroupSize, direct: bool = True) -> int:
     if group.anchor is not None:
-        return len(encoder.encode_anchored_prompt(group.prompt, group.anchor))
-    return len(encoder.encode_anchored_prompt(group.prompt, "")) + encoder.max_anchor_tokens
+        return len(encoder.encode_anchored_prompt(group.prompt, group.anchor, direct))
+    return len(encoder.encode_anchored_prompt(group.prompt, "", direct)) + encoder.max_anchor_tokens
 
 
 def _target_tokens(encoder: Encoder, anchor: str | None) -> int:
@@ -95,10 +96,11 @@ def _target_tokens(encoder: Encoder, anchor: str | None) -> int:
     return encoder.max_anchor_tokens if anchor is None else len(encoder.encode_answer(anchor).ids)
 
 
-def _literal_tokens(encoder: Encoder, anchor: str | None) -> int:
-    """Return the tokens of an anchor as a text, cut like a target."""
-    limit = encoder.max_anchor_tokens
-    return limit if anchor is None else min(limit, len(encoder.encode_literal(anchor)))
+def _body_tokens(encoder: Encoder, anchor: str | None) -> int:
+    """Return the tokens of an anchor as a target, without those that end a turn."""
+    if anchor is None:
+        return encoder.max_anchor_tokens
+    return sum(token not in encoder.ends for token in encoder.encode_answer(anchor).ids)
 
 
 def _padded(rows: Sequence[int], batch_size: int) -> int:
