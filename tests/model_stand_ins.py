@@ -1,6 +1,6 @@
-"""Stand-ins for published models, with full-size configurations and no weights, and small stand-ins for data sets.
+"""Stand-ins for published models, with full-size configurations, and small stand-ins for data sets.
 
-`purld check` reads a model's configuration and tokenizer but never its weights, so it sees the true sizes. Tokenizers
+Their weight files have whole headers, and no numbers on the disk, so `purld check` sees the true sizes. Tokenizers
 have the published models' types, special tokens and templates, trained on a few words.
 """
 
@@ -12,9 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from image_factory import encode_image, make_image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -65,6 +69,23 @@ def write_models(folder: Path, text_student: Path) -> None:
         path = folder / "models" / name
         path.mkdir(parents=True)
         write(path, text_student)
+        _write_header(path)
+
+
+def _write_header(path: Path) -> None:
+    """Write a weight file whose header is complete and whose numbers are a hole in the file."""
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+        weights = auto.from_config(config).state_dict()
+    entries, end = {}, 0
+    for name, weight in weights.items():
+        start, end = end, end + 2 * weight.numel()
+        entries[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    with (path / "model.safetensors").open("wb") as handle:
+        handle.write(len(header).to_bytes(8, "little") + header)
+        handle.truncate(8 + len(header) + end)
 
 
 def _qwen(path: Path, text_student: Path) -> None:

@@ -507,3 +507,7 @@ def _configure_warnings() -> None:
     warnings.showwarning = show
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|torch|accelerate")
+        # peft says this of the experts' ranks, which it sets itself and does apply.
+        warnings.filterwarnings(
+            "ignore", message="The following (rank|alpha)_pattern keys did not match", module="peft"
+        )

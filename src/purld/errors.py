@@ -16,6 +16,21 @@ class UserError(Exception):
     """
 
 
+class NotFiniteError(UserError):
+    """A number of a model that is NaN or infinite.
+
+    Args:
+        what: names the number as the subject of a sentence.
+        where: what the sentence begins with, such as a row; empty for nothing.
+        advice: what to do.
+    """
+
+    def __init__(self, what: str, where: str = "", advice: str = "check the model's weights") -> None:
+        opening = f"{where}: {what}" if where else what[:1].upper() + what[1:]
+        super().__init__(f"{opening} is not finite (NaN or infinity); {advice}.")
+        self.what = what
+
+
 class PlainWarning(UserWarning):
     """A warning for the user; the message is one sentence.
 

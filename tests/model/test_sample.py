@@ -1,10 +1,13 @@
 """Draws: from the policy and nothing else, seeded by content, cut at the turn's end."""
 
+import warnings
+
 import pytest
 import torch
 from log_prob_sums import sequence_log_probs
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from purld.errors import PlainWarning
 from purld.model import sample
 from purld.model.encode import Encoder
 from purld.model.sample import Decoding, GenerateSampler, generate_completions, seed_from_content
@@ -120,3 +123,21 @@ def test_frequencies_are_the_policys_probabilities(model, encoder, encoded_promp
 def test_seed_from_content():
     assert seed_from_content("a", 1) == seed_from_content("a", 1)
     assert seed_from_content("a", 1) != seed_from_content("a", 2)
+
+
+def test_a_cache_that_cannot_be_repeated_is_told_once_and_done_without(random_student, encoder, monkeypatch):
+    """Another version of transformers may keep keys and values in another way."""
+    model = AutoModelForCausalLM.from_pretrained(random_student).eval()  # a new one: the refusal is kept with it
+    prompts = [EncodedPrompt(encoder.encode_literal("How many legs has a spider?"))]
+    sampler = GenerateSampler(encoder, Decoding(1.0, 4))
+    expected = sampler(model, prompts, 2, seed=1)
+
+    def fails(*_):
+        raise AttributeError("no attribute 'keys'")
+
+    monkeypatch.setattr("purld.model.sample.repeat_with_capacity", fails)
+    with pytest.warns(PlainWarning, match="does not work with this model: no attribute 'keys'"):
+        assert sampler(model, prompts, 2, seed=1) == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlainWarning)
+        assert sampler(model, prompts, 2, seed=1) == expected

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from purld.errors import UserError
 from purld.model.chat_template import ChatSettings
 from purld.model.encode import Encoder
 from purld.model.load import context_length, default_device
-from purld.model.processor import auto_model_class, read_end_tokens, read_processor
+from purld.model.processor import read_end_tokens, read_processor
 from purld.model.sample import Completion, Decoding, GenerateSampler, Sampler
 from purld.model.vision import EncodedPrompt
+from purld.model.weights import load_weights
 from purld.records import Prompt
 
 # For tokenizers without a chat template: a model that was not tuned on chats continues the text.
@@ -48,8 +48,7 @@ class LocalWriter:
         device = default_device()
         try:
             processor = read_processor(model)
-            weights = auto_model_class(AutoConfig.from_pretrained(model))
-            self._model: Any = weights.from_pretrained(model, dtype=torch.float32 if device.type == "cpu" else "auto")
+            self._model: Any = load_weights(model, torch.float32 if device.type == "cpu" else "auto")
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{model}: no language model can be loaded from there ({reason}).") from None

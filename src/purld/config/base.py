@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 _MOST = 10**12
 Positive = Annotated[float, Field(gt=0, le=_MOST)]
 NonNegative = Annotated[float, Field(ge=0, le=_MOST)]
+LearningRate = Annotated[float, Field(gt=0)]  # training itself stops at numbers that are not finite
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=_MOST)]
 Retries = Annotated[int, Field(ge=0, le=1000)]

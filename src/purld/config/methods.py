@@ -9,7 +9,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from purld.config.base import Count, Fraction, NonNegative, Positive, SamplingTemperature, Section
+from purld.config.base import (
+    Count,
+    Fraction,
+    LearningRate,
+    NonNegative,
+    Positive,
+    SamplingTemperature,
+    Section,
+)
 
 
 class StageTwoSettings(Section):
@@ -17,7 +25,7 @@ class StageTwoSettings(Section):
 
     prompts_per_step: Count = 8
     steps: Count = 200  # updates of the policy, whatever the method
-    learning_rate: Positive = 1.0e-6  # for all weights; with student.lora 1e-5
+    learning_rate: LearningRate = 1.0e-6  # for all weights; with student.lora 1e-5
     warmup_ratio: Fraction = 0.05
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     max_grad_norm: Positive = 1.0
@@ -145,7 +153,7 @@ class SelfPpo(SamplingSettings, SelfScoringSettings, ClippingSettings):
     discount: Annotated[float, Field(gt=0, le=1)] = 1.0
     trace: Annotated[float, Field(ge=0, le=1)] = 0.95  # GAE's lambda
     value_clip: Positive = 0.2
-    value_learning_rate: Positive = 1.0e-3
+    value_learning_rate: LearningRate = 1.0e-3
 
 
 class SinglePairDpo(SamplingSettings):

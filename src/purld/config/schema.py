@@ -21,6 +21,7 @@ from purld.config.base import (
     Count,
     FormatName,
     Fraction,
+    LearningRate,
     Positive,
     Retries,
     Section,
@@ -144,7 +145,7 @@ class Sft(Section):
     """Stage I. The checkpoint with the lowest validation loss is kept when `validation_fraction` is not 0."""
 
     epochs: Positive = 1.0
-    learning_rate: Positive = 1.0e-5  # for all weights; with student.lora 1e-4
+    learning_rate: LearningRate = 1.0e-5  # for all weights; with student.lora 1e-4
     batch_size: Count = 16
     micro_batch_size: Count = 4
     warmup_ratio: Fraction = 0.05

@@ -35,8 +35,7 @@ class _PreallocatedLayer(DynamicLayer):
     """
 
     def __init__(self, layer: DynamicLayer, copies: int, capacity: int) -> None:
-        DynamicLayer.__init__(self)
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.__dict__.update(layer.__dict__)  # whatever a version of transformers keeps there
         keys, values = keys_and_values(layer)
         self._all_keys, self.keys = _with_capacity(keys, copies, capacity)
         self._all_values, self.values = _with_capacity(values, copies, capacity)

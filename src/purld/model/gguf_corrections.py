@@ -13,6 +13,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from purld.errors import PlainWarning, UserError
+from purld.model.pretrained import load_part
 
 # The same in every Llama 3.1, 3.2 and 3.3; only `factor` differs.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -63,7 +64,7 @@ def warn_of_other_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
 
     For some architectures transformers loads its own way to split text, whatever was saved.
     """
-    if AutoTokenizer.from_pretrained(folder).encode(_SAMPLE) != tokenizer.encode(_SAMPLE):
+    if load_part(AutoTokenizer, str(folder)).encode(_SAMPLE) != tokenizer.encode(_SAMPLE):
         message = "transformers splits text for this architecture in another way than the file; tokens may differ."
         warnings.warn(PlainWarning(message), stacklevel=2)
 

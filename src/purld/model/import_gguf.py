@@ -23,6 +23,7 @@ from purld.model.gguf_corrections import (
     set_special_tokens,
     warn_of_other_tokens,
 )
+from purld.model.pretrained import load_part
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -70,14 +71,15 @@ def _open_reader(file: Path) -> Any:
 
 
 def _load(reader: Any, folder: str, name: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
-    config = AutoConfig.from_pretrained(folder, gguf_file=name)
+    config = load_part(AutoConfig, folder, gguf_file=name)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"a model of type {config.model_type} is not a causal LM.")
     restore_rope_scaling(config, reader)
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, gguf_file=name))
+    tokenizer = cast(PreTrainedTokenizerBase, load_part(AutoTokenizer, folder, gguf_file=name))
     restore_text_split(tokenizer, reader)
-    loader: Any = AutoModelForCausalLM  # its types know of no loading info
-    model, info = loader.from_pretrained(folder, gguf_file=name, config=config, dtype=dtype, output_loading_info=True)
+    model, info = load_part(
+        AutoModelForCausalLM, folder, gguf_file=name, config=config, dtype=dtype, output_loading_info=True
+    )
     if missing := sorted(info["missing_keys"]):
         raise UserError(
             f"weights are missing ({len(missing)}, the first is {missing[0]}); merge the files first if the model is "

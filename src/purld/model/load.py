@@ -11,24 +11,27 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from purld.config.schema import Student
-from purld.errors import UserError
+from purld.errors import UserError, reason_of
 from purld.hub_offline import is_hub_model_cached
-from purld.model.causal_lm import AdaptedCausalLM, CausalLM, unwrap_adapters
+from purld.model.adapters import combine_adapters, make_lora_config, merge_adapter
+from purld.model.causal_lm import AdaptedCausalLM, CausalLM, has_adapters, unwrap_adapters
 from purld.model.chat_template import ChatSettings
 from purld.model.encode import Encoder
-from purld.model.processor import auto_model_class, read_end_tokens, read_processor, reads_images, save_processor
+from purld.model.pretrained import load_part
+from purld.model.processor import read_end_tokens, read_processor, reads_images, save_processor
+from purld.model.sample import seed_from_content, seeded_torch
 from purld.model.vision import vision_modules
+from purld.model.weights import WeightsError, check_finite, load_weights
 
 _ADAPTER = "adapter_config.json"
 
@@ -65,7 +68,7 @@ def load_encoder(student: Student) -> Encoder:
     check_model_directory(student.model)
     try:
         processor = read_processor(student.model)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer may raise anything
         raise _load_error(student.model, error) from None
     chat = ChatSettings(
         student.chat_template, student.chat_template_kwargs, student.thinking, student.system_turn == "fold"
@@ -87,22 +90,27 @@ def load_model(student: Student, path: str | Path) -> CausalLM:
     base = student.model if adapter else str(path)
     check_model_directory(base)
     try:
-        model = _load_weights(student, base)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = load_weights(base, _dtype(student))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _load_error(base, error) from None
-    if adapter:
-        model = PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    model.to(default_device())
+    try:
+        if adapter:
+            model = merge_adapter(model, Path(path))
+        model.to(default_device())
+        check_finite(model.named_parameters())
+    except WeightsError as error:
+        raise _load_error(str(path), error) from None
     loaded: CausalLM = model.eval()
     return loaded
 
 
-def make_trainable(student: Student, model: CausalLM) -> CausalLM:
+def make_trainable(student: Student, model: CausalLM, seed: int = 0) -> CausalLM:
     """Return the model prepared for training: with a new adapter, or all weights; its vision only if so configured.
 
     Args:
         student: says what is trained.
         model: as loaded.
+        seed: the seed of a new adapter's weights, whatever the state of torch's random numbers.
 
     Raises:
         UserError: the vision modules should stay frozen, and they cannot be identified.
@@ -113,7 +121,8 @@ def make_trainable(student: Student, model: CausalLM) -> CausalLM:
             "left out of training; set student.train_vision to true."
         )
     if student.lora is not None:
-        adapted = get_peft_model(cast(PreTrainedModel, model), make_lora_config(student, model))
+        with seeded_torch(seed_from_content("adapter", seed)):
+            adapted = get_peft_model(cast(PreTrainedModel, model), make_lora_config(student, model))
         return cast(AdaptedCausalLM, adapted)
     if not student.trains_vision:
         for module in vision_modules(model).values():
@@ -121,9 +130,9 @@ def make_trainable(student: Student, model: CausalLM) -> CausalLM:
     return model
 
 
-def load_roles(student: Student, sft: Path) -> Roles:
-    """Load the roles of Stage II, which all start from the p_sft saved at `sft`."""
-    policy = make_trainable(student, load_model(student, sft))
+def load_roles(student: Student, sft: Path, seed: int = 0) -> Roles:
+    """Load the roles of Stage II, which all start from the p_sft saved at `sft`; `seed` is that of a new adapter."""
+    policy = make_trainable(student, load_model(student, sft), seed_from_content("stage two", seed))
     if student.lora is not None:
         return Roles(policy, None)
     frozen = load_model(student, sft)
@@ -134,32 +143,15 @@ def load_roles(student: Student, sft: Path) -> Roles:
     return Roles(policy, frozen)
 
 
-def make_lora_config(student: Student, model: CausalLM) -> LoraConfig:
-    """Return the student's adapter settings as peft takes them for `model`; alpha is 2 r unless set.
-
-    Raises:
-        ValueError: the student has no adapter settings.
-    """
-    if student.lora is None:
-        raise ValueError("this student has no adapter settings (student.lora)")
-    excluded = [] if student.trains_vision else list(vision_modules(model))
-    alpha = student.lora.alpha or 2 * student.lora.r
-    return LoraConfig(
-        r=student.lora.r,
-        lora_alpha=cast(int, alpha),  # peft takes any number
-        lora_dropout=student.lora.dropout,
-        target_modules=student.lora.target_modules,
-        exclude_modules=rf".*\b({'|'.join(excluded)})\..*" if excluded else None,
-        task_type="CAUSAL_LM",
-    )
-
-
 def save_model(student: Student, model: CausalLM, encoder: Encoder, path: Path) -> None:
     """Save weights, or an adapter, with the student's tokenizer or processor, as an ordinary Hugging Face directory."""
     path.mkdir(parents=True, exist_ok=True)
     _stop_at_ends(model, encoder)
-    model.save_pretrained(str(path))
-    save_processor(encoder.processor, student.model, path)
+    if has_adapters(model):
+        model.save_pretrained(str(path), save_embedding_layers=False)  # an adapter of embeddings needs no copy of them
+    else:
+        model.save_pretrained(str(path))
+    _save_companions(student, model, encoder, path)
 
 
 def _stop_at_ends(model: CausalLM, encoder: Encoder) -> None:
@@ -169,6 +161,8 @@ def _stop_at_ends(model: CausalLM, encoder: Encoder) -> None:
     known = [token for token in listed if token is not None]
     if not encoder.ends.issubset(known):
         settings.eos_token_id = [*known, *sorted(encoder.ends.difference(known))]
+    # Converters to other formats read this one.
+    unwrap_adapters(model).config.get_text_config().eos_token_id = settings.eos_token_id
 
 
 def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path) -> None:
@@ -180,18 +174,22 @@ def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, pat
     if student.lora is None:
         save_model(student, roles.policy, encoder, path)
         return
-    with tempfile.TemporaryDirectory() as folder:
-        stage_two = Path(folder) / "stage_two"
-        roles.policy.save_pretrained(str(stage_two))
-        base = _load_weights(student, student.model)
-        both = PeftModel.from_pretrained(base, str(sft), adapter_name="stage_one")
-        both.load_adapter(str(stage_two), adapter_name="stage_two")
-        both.add_weighted_adapter(["stage_one", "stage_two"], [1.0, 1.0], "policy", combination_type="cat")
-        both.save_pretrained(folder, selected_adapters=["policy"])
-        path.mkdir(parents=True, exist_ok=True)
-        for file in (Path(folder) / "policy").iterdir():
-            shutil.copy(file, path / file.name)
+    path.mkdir(parents=True, exist_ok=True)
+    _stop_at_ends(roles.policy, encoder)
+    combine_adapters(cast(PeftModel, roles.policy), sft, path)
+    _save_companions(student, roles.policy, encoder, path)
+
+
+def _save_companions(student: Student, model: CausalLM, encoder: Encoder, path: Path) -> None:
+    """Save what goes with weights or an adapter at `path`, and let the umask say who may read the weights.
+
+    An adapter gets a generation configuration too, so that a server that merges it knows where to stop.
+    """
+    unwrap_adapters(model).generation_config.to_json_file(path / "generation_config.json", use_diff=True)
     save_processor(encoder.processor, student.model, path)
+    described = path / (_ADAPTER if (path / _ADAPTER).exists() else "config.json")
+    for file in path.glob("*.safetensors"):
+        shutil.copymode(described, file)  # safetensors writes files that only their owner may read
 
 
 def check_model_directory(model: str, key: str = "student.model") -> None:
@@ -231,13 +229,9 @@ def count_parameters(model: nn.Module) -> int:
 
 def context_length(model: str) -> int | None:
     """Return the maximum number of positions of a model directory or hub id, if its configuration states it."""
-    config = AutoConfig.from_pretrained(model)
+    config = load_part(AutoConfig, model)
     length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length
-
-
-def _load_weights(student: Student, path: str) -> Any:
-    return auto_model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=_dtype(student))
 
 
 def _dtype(student: Student) -> torch.dtype | str:
@@ -254,5 +248,4 @@ def default_device() -> torch.device:
 
 
 def _load_error(model: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"student.model: {model} cannot be loaded: {reason}")
+    return UserError(f"student.model: {model} cannot be loaded: {reason_of(error)}.")

@@ -25,10 +25,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
+
+from purld.model.pretrained import load_part
 
 # What a processor's directory may contain besides its tokenizer's files.
 _FILES = (
@@ -50,17 +55,34 @@ def auto_model_class(config: PreTrainedConfig) -> Any:
     return AutoModelForImageTextToText if reads_images(config) else AutoModelForCausalLM
 
 
+def model_class(config: PreTrainedConfig) -> Any:
+    """Return the class of the whole model of a configuration.
+
+    Raises:
+        ValueError: transformers has none that generates text.
+    """
+    mapping = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if reads_images(config) else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in mapping:
+        raise ValueError(f"a model of type {config.model_type} does not generate text")
+    found = mapping[type(config)]
+    if not isinstance(found, (tuple, list)):
+        return found
+    named = [each for each in found if each is not None and each.__name__ in (config.architectures or [])]
+    return (named or found)[0]
+
+
 def read_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Load the tokenizer, or the processor, of a model directory or hub id.
 
     Raises:
         OSError, ValueError, KeyError, ImportError: there is none that can be loaded.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = load_part(AutoConfig, model)
     if not reads_images(config):
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer: PreTrainedTokenizerBase = load_part(AutoTokenizer, model)
+        return tokenizer
     if is_torchvision_available() or "video_processor" not in _processor_class(config).get_attributes():
-        processor = AutoProcessor.from_pretrained(model)
+        processor = load_part(AutoProcessor, model)
     else:
         processor = _read_without_video(model, _processor_class(config))
     if not isinstance(processor, ProcessorMixin):
@@ -75,7 +97,7 @@ def read_end_tokens(model: str) -> list[int]:
     try:
         settings = GenerationConfig.from_pretrained(model)
     except OSError:  # it has none of its own: its configuration says it
-        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+        settings = GenerationConfig.from_model_config(load_part(AutoConfig, model))
     ends = settings.eos_token_id
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
@@ -128,8 +150,8 @@ class _WithoutVideo:
 
 def _read_without_video(model: str, full: Any) -> Any:
     parts = {
-        "tokenizer": AutoTokenizer.from_pretrained(model),
-        "image_processor": AutoImageProcessor.from_pretrained(model),
+        "tokenizer": load_part(AutoTokenizer, model),
+        "image_processor": load_part(AutoImageProcessor, model),
     }
     values, _ = full.get_processor_dict(model)
     return processor_without_video(full).from_args_and_dict([parts.get(name) for name in full.get_attributes()], values)

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from purld.errors import NotFiniteError, reason_of
 from purld.model.cache import repeat_with_capacity
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import Encoder, pad_left
-from purld.model.self_check import can_share_prefix, count_exceeded_windows
+from purld.model.self_check import can_share_prefix, count_exceeded_windows, refuse_sharing
 from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
 
 EMPTY_PROMPT = EncodedPrompt([])
@@ -87,7 +88,30 @@ def generate_completions(
         count: completions per prompt; 1 if there is a prefix.
         decoding: the settings of sampling.
         prefix: what comes before each prompt.
+
+    Raises:
+        NotFiniteError: the model's logits are NaN or infinite.
     """
+    try:
+        return _generate(model, encoder, prompts, count, decoding, prefix)
+    except _UnusableCacheError as error:
+        refuse_sharing(model, str(error))
+        return _generate(model, encoder, prompts, count, decoding, prefix)
+
+
+class _UnusableCacheError(Exception):
+    """A cache that cannot be filled or repeated, as under another version of transformers."""
+
+
+def _generate(
+    model: CausalLM,
+    encoder: Encoder,
+    prompts: Sequence[EncodedPrompt],
+    count: int,
+    decoding: Decoding,
+    prefix: EncodedPrompt,
+) -> list[list[Completion]]:
+    """See `generate_completions`."""
     # Padding is put between the prefix and a shorter prompt. No position counts it, but a sliding window would.
     width = len(prefix) + max(map(len, prompts)) + decoding.max_new_tokens
     if prefix and not _can_prefill(model, encoder, prefix, prompts, width):
@@ -106,9 +130,33 @@ def generate_completions(
         inputs = pixel_inputs([prompt for prompt in prompts for _ in range(count)], ids)
     with _plain_generation_config(model, encoder, decoding) as (config, ends):
         config.num_return_sequences = len(prompts) * count // len(ids)
-        output = model.generate(input_ids=ids, attention_mask=mask, **inputs)
+        watch = _FiniteLogits()
+        processors = LogitsProcessorList([watch])
+        output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **inputs)
+    watch.check()
     rows = [_cut_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
     return [rows[i : i + count] for i in range(0, len(rows), count)]
+
+
+class _FiniteLogits(LogitsProcessor):
+    """A watch on the logits that sampling reads: notes, without waiting for the device, whether all were finite.
+
+    Drawing from others raises an error on a CPU, and on a GPU ends every later computation of the process.
+    """
+
+    def __init__(self) -> None:
+        self._finite: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (B, V) scores; a row that holds NaN or infinity, or no possible token, becomes zeros."""
+        finite = scores.amax(dim=-1, keepdim=True).isfinite()  # NaN is larger than everything
+        self._finite = finite.all() if self._finite is None else self._finite & finite.all()
+        return scores.where(finite, 0.0)
+
+    def check(self) -> None:
+        """Raise an error if a row was not finite."""
+        if self._finite is not None and not self._finite:
+            raise NotFiniteError("the distribution that the student's tokens are drawn from")
 
 
 def _can_prefill(
@@ -142,7 +190,11 @@ def _prefill_cache(
     extra_inputs = vision_features(model, prompts, ids)
     with _plain_generation_config(model, encoder, Decoding(temperature=0.0, max_new_tokens=1)):
         output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **extra_inputs)
-    return {"past_key_values": repeat_with_capacity(output.past_key_values, copies, width - ids.shape[1])}
+    try:
+        cache = repeat_with_capacity(output.past_key_values, copies, width - ids.shape[1])
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _UnusableCacheError(reason_of(error)) from error
+    return {"past_key_values": cache}
 
 
 def _trial_group(prompts: Sequence[EncodedPrompt], encoder: Encoder) -> tuple[EncodedPrompt, list[list[int]]]:

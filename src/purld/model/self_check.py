@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from typing import cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from purld.model.vision import EncodedPrompt, vision_modules
 
 # By model, then by the number of exceeded windows and whether there are images.
 _verdicts: WeakKeyDictionary[CausalLM, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
+_refused: WeakSet[CausalLM] = WeakSet()  # models whose cache could not be used after all
 
 
 def can_share_prefix(model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequence[int]], pad: int) -> bool:
@@ -36,19 +37,33 @@ def can_share_prefix(model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequ
         pad: a token id to pad with.
     """
     causal = unwrap_adapters(model)
+    if causal in _refused:
+        return False
     verdicts = _verdicts.setdefault(causal, {})
     case = count_exceeded_windows(model, len(prompt) + max(map(len, rows))), bool(prompt.images)
     if case not in verdicts:
         problem = _disagreement(model, prompt, sorted(rows, key=len)[:: max(1, len(rows) - 1)], pad)
         verdicts[case] = problem is None
         if problem is not None:
-            warnings.warn(
-                f"{type(causal).__name__}: a group's prompt is computed anew for every candidate, because sharing "
-                f"it does not work with this model: {problem}.",
-                PlainWarning,
-                stacklevel=2,
-            )
+            _warn(causal, problem)
     return verdicts[case]
+
+
+def refuse_sharing(model: CausalLM, problem: str) -> None:
+    """Let a model work on full sequences from now on, after one warning that says why; `problem` is a clause."""
+    causal = unwrap_adapters(model)
+    if causal not in _refused:
+        _refused.add(causal)
+        _warn(causal, problem)
+
+
+def _warn(causal: CausalLM, problem: str) -> None:
+    warnings.warn(
+        f"{type(causal).__name__}: a group's prompt is computed anew for every candidate, because sharing "
+        f"it does not work with this model: {problem}.",
+        PlainWarning,
+        stacklevel=3,
+    )
 
 
 def count_exceeded_windows(model: CausalLM, length: int) -> int:

@@ -19,11 +19,10 @@ from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.errors import UserError
-from purld.model.load import load_encoder
 from purld.pipeline.chosen_score import with_chosen_score
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
-from purld.pipeline.preflight import check_context, check_judging, check_ledger, check_local_models, check_scoring
+from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
@@ -76,8 +75,8 @@ class Pipeline:
         resend_unknown: ask again where an answer may have been billed but never arrived.
 
     Raises:
-        UserError: the student's tokenizer, a tracker or a library for the check is missing, or the lengths do not
-            fit its context.
+        UserError: a tracker or a library for the check is missing, or the student cannot do what is configured: see
+            `check_before_spending`.
     """
 
     def __init__(self, config: Config, run: RunDir, reporter: Reporter, resend_unknown: bool = False) -> None:
@@ -86,12 +85,9 @@ class Pipeline:
         self.run = run
         self.reporter = reporter
         self.resend_unknown = resend_unknown
-        self.encoder = load_encoder(config.student)
         self.check = find_check(config.data)
         check_trackers(config.report_to)
-        check_local_models(config)
-        check_context(config)
-        check_scoring(config, self.encoder)
+        self.encoder, _ = check_before_spending(config, run)
 
     def probe(self) -> dict[str, Any]:
         """Measure every scorer on prompts that have anchors, write probe.json, and return its content.

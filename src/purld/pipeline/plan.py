@@ -9,14 +9,13 @@ from pathlib import Path
 from purld.config.methods import LdlGrpo, StageTwoSettings
 from purld.config.schema import Config
 from purld.model.encode import Encoder
-from purld.model.load import load_encoder
 from purld.pipeline.chosen_score import describe_score, with_chosen_score
 from purld.pipeline.pipeline import STAGES
 from purld.pipeline.plan_machine import plan_machine
 from purld.pipeline.plan_requests import plan_requests
 from purld.pipeline.plan_scoring import plan_scoring
 from purld.pipeline.plan_sheet import Plan
-from purld.pipeline.preflight import check_context, check_judging, check_ledger, check_local_models, check_scoring
+from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
@@ -35,10 +34,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     plan = Plan()
     run.check_place()
     given, config = config, with_chosen_score(config)
-    encoder = load_encoder(config.student)
-    check_local_models(config)
-    check_context(config)
-    check_scoring(config, encoder)
+    encoder, sizes = check_before_spending(config, run)
     pools = load_prompt_pools(config, encoder, lambda line: plan.add_lines("Prompts", line))
     check_judging(config, pools)
     check_ledger(config, run)
@@ -50,7 +46,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     if score := describe_score(given, config):
         plan.add_lines("Training", score)
     plan_scoring(plan, config, encoder, pools, run)
-    plan_machine(plan, config, run.path)
+    plan_machine(plan, config, sizes, run.path)
     _plan_remaining_stages(plan, run)
     return plan
 

@@ -7,28 +7,21 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from purld.config.methods import StageTwoSettings
-from purld.config.schema import Config, Student
-from purld.errors import UserError
-from purld.model.load import count_parameters, make_trainable
-from purld.model.processor import auto_model_class
+from purld.config.schema import Config
+from purld.model.student_check import StudentSizes
 from purld.pipeline.plan_sheet import Plan
 
 _CHECKPOINTS = 3  # two are kept, and the next one is complete before the oldest is deleted
 
 
-def plan_machine(plan: Plan, config: Config, run: Path) -> None:
+def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path) -> None:
     """Add memory and disk to the plan.
 
     Memory is that of weights, gradients and optimiser. Activations depend on the micro-batch sizes and come on top.
-
-    Raises:
-        UserError: the adapter does not fit the student.
     """
-    student = config.student
-    count, trained = _count_parameters(student)
+    student, count, trained = config.student, sizes.weights, sizes.trained
     bytes_each = 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
     # The frozen p_sft (with an adapter, the base), and per trained weight its value, gradient and two moments.
     memory = count * bytes_each + 16 * trained
@@ -49,19 +42,6 @@ def plan_machine(plan: Plan, config: Config, run: Path) -> None:
         plan.problems.append(
             f"{run}: the run needs about {_format_bytes(disk)} of disk, and {_format_bytes(free)} are free."
         )
-
-
-def _count_parameters(student: Student) -> tuple[int, int]:
-    """Return the number of the student's weights, and the number of trained weights (its own or an adapter's)."""
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(student.model)
-        model = auto_model_class(config).from_config(config)
-        count = count_parameters(model)
-        try:
-            model = make_trainable(student, model)
-        except ValueError as error:
-            raise UserError(f"student.lora: no adapter can be made ({' '.join(str(error).split())[:200]}).") from None
-    return count, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _nearest_existing_folder(path: Path) -> Path:

@@ -8,7 +8,8 @@ from purld.config.methods import SelfScoringSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.model.encode import Encoder
-from purld.model.load import check_model_directory, context_length
+from purld.model.load import check_model_directory, context_length, load_encoder
+from purld.model.student_check import StudentSizes, check_stored_weights, check_student
 from purld.pipeline.prompt_pools import PromptPools
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
@@ -17,6 +18,26 @@ from purld.training.scoring import find_scorer
 
 # A generous allowance for the words of the self-evaluation and chat templates.
 _TEMPLATE_TOKENS = 256
+
+
+def check_before_spending(config: Config, run: RunDir) -> tuple[Encoder, StudentSizes]:
+    """Check whatever can be known before the prompts are read, and return the student's encoder and sizes.
+
+    `purld check` and every command that runs a stage call this first. Every weight is read only while Stage I is still
+    to come; later commands have a trained model to load instead.
+
+    Raises:
+        UserError: the student cannot be loaded, read its prompts, score or be trained as configured, or a local
+            model is not there.
+    """
+    encoder = load_encoder(config.student)
+    check_local_models(config)
+    check_context(config)
+    check_scoring(config, encoder)
+    sizes = check_student(config.student, encoder)
+    if "sft" not in run.finished_stages():
+        check_stored_weights(config.student)
+    return encoder, sizes
 
 
 def check_context(config: Config) -> None:

@@ -98,7 +98,7 @@ def align(
         margin_scale: the factor of the margins; 1 is the paper's literal form.
 
     Raises:
-        UserError: there are no anchors, or no group ever gave a signal.
+        UserError: there are no anchors, no group ever gave a signal, or a number is not finite.
     """
     if not examples:
         raise UserError("Stage II: there are no anchors to align with.")
@@ -107,7 +107,7 @@ def align(
     if checkpoint.set_aside:
         warnings.warn(checkpoint.set_aside, PlainWarning, stacklevel=2)
     run.rewind_log("align", checkpoint.step, checkpoint.logs)
-    roles = load_roles(context.student, run.sft)
+    roles = load_roles(context.student, run.sft, context.seed)
     questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
     trainer = AlignTrainer(
         context,
@@ -120,6 +120,7 @@ def align(
         margin_scale=margin_scale,
     )
     trainer.train_from(checkpoint.path, checkpoint.step)
+    trainer.check_policy()
     rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from purld.clients.base import Client
 from purld.config.methods import SamplingSettings, SelfPpo, StageTwoSettings
+from purld.errors import NotFiniteError
 from purld.methods.losses import GroupLoss, GroupTokens
 from purld.methods.table import METHODS, StageTwoMethod
 from purld.model.causal_lm import CausalLM
@@ -29,6 +30,7 @@ from purld.runs.files import append_rows, read_rows, write_rows
 from purld.runs.thumbnails import prompt_fields
 from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, device_arguments
 from purld.training.context import StageContext
+from purld.training.finite import FiniteGuard
 from purld.training.group_update import GroupUpdate
 from purld.training.metrics import StepMetrics, group_record
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
@@ -68,15 +70,18 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         margin_scale: float = 1.0,
         **trainer_options: Any,
     ) -> None:
+        rate, folder = settings.learning_rate, context.run.checkpoints("align")
+        guard = FiniteGuard("Stage II", "align.learning_rate", rate, folder)
         super().__init__(
             model=cast(PreTrainedModel, roles.policy),  # or one under adapters
             args=_trainer_arguments(context, settings, len(questions)),
             train_dataset=list(range(len(questions))),
             data_collator=lambda rows: {"questions": rows},
-            callbacks=[RunCallback(context.run, "align", _is_logged, context.progress)],
+            callbacks=[guard, RunCallback(context.run, "align", _is_logged, context.progress)],
             **trainer_options,
         )
         self.remove_callback(PrinterCallback)
+        self._guard = guard
         self._questions = questions
         self._settings = settings
         self._run = context.run
@@ -111,7 +116,19 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Make new groups if the last ones are used up, accumulate their gradient, and return the mean objective."""
+        """Make new groups if the last ones are used up, accumulate their gradient, and return the mean objective.
+
+        Raises:
+            UserError: the objective or a score is not finite, or the policy's distribution is none.
+        """
+        try:
+            objective = self._make_step(model, inputs)
+        except NotFiniteError as error:
+            raise self._guard.step_error(error.what, self.state) from None
+        self._guard.check_loss(objective, self.state)
+        return objective
+
+    def _make_step(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         model.eval()  # dropout off: the policy that is updated is the one that was sampled
         if self._critic is not None:
             self._critic.zero_grad()  # the trainer clears only its own model's gradients
@@ -141,6 +158,21 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             record = group_record(self.state.global_step + 1, rollout, loss, keep_ids=early)
             append_rows(self._run.groups, [asdict(record) | prompt_fields(rollout.question.prompt, self._run.groups)])
         return loss.value
+
+    @torch.no_grad()
+    def check_policy(self) -> None:
+        """Check that the trained policy's weights and its log-probs of an anchor are finite.
+
+        Raises:
+            UserError: they are not.
+        """
+        self._guard.check_weights(self.model.named_parameters(), self.state)
+        question = self._questions[0]
+        anchor = self._make_rollouts.encoder.encode_answer(question.anchor).ids
+        with self.accelerator.autocast():
+            members = self._update.members(self.model, question.encoded, [anchor], keep_old=True)
+        assert members.old is not None
+        self._guard.check_result(members.old, self.state)
 
     def remeasure(self) -> None:
         """Measure the run's first groups under the current policy, if the method has a q to measure."""

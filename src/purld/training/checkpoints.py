@@ -115,6 +115,11 @@ def mark_complete(run: RunDir, path: Path) -> None:
     write_json(path / _COMPLETE, records | {"hash": content_hash(records)})
 
 
+def unmark_checkpoint(folder: Path, step: int) -> None:
+    """Let the checkpoint of a step, if there is one, no longer count as complete."""
+    (folder / f"checkpoint-{step}" / _COMPLETE).unlink(missing_ok=True)
+
+
 class RunCallback(TrainerCallback):
     """Logs to the run, marks checkpoints as complete, and reports progress.
 
@@ -204,5 +209,6 @@ def device_arguments() -> dict[str, Any]:
         "bf16": gpu and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": gpu,
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not finite as 0
         "log_level": "error",
     }

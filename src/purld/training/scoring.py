@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from purld.clients.base import Client, Reply
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
-from purld.errors import UserError
+from purld.errors import NotFiniteError, UserError
 from purld.methods.table import StageTwoMethod
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
@@ -101,11 +101,18 @@ class SelfScorer:
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
-        """Score groups; see `Scorer`."""
+        """Score groups; see `Scorer`.
+
+        Raises:
+            NotFiniteError: a score is not finite.
+        """
         with self.roles.frozen() as model, self.autocast():
-            return [
+            scored = [
                 self.evaluator.score(model, g.prompt, g.anchor if self.anchored else None, g.candidates) for g in groups
             ]
+        for group, scores in zip(groups, scored, strict=True):
+            _check_finite(group, [scores.anchor, *scores.candidates])
+        return scored
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ class LikelihoodScorer:
         """Score groups; see `Scorer`.
 
         Raises:
-            UserError: a score is not finite.
+            NotFiniteError: a score is not finite.
         """
         with self.roles.frozen() as model, self.autocast():
             return [self._score_group(model, group) for group in groups]
@@ -165,9 +172,7 @@ class LikelihoodScorer:
     def _score_group(self, model: CausalLM, group: GroupToScore) -> GroupScores:
         candidates = group.ids or [self.encoder.encode_answer(text).ids for text in group.candidates]
         scores = self.score_group(model, self.encoder, group.prompt, group.anchor, candidates, self.batch_size)
-        if not all(s is not None and math.isfinite(s) for s in (scores.anchor, *scores.candidates)):
-            where = group.prompt.location or group.prompt.id
-            raise UserError(f"{where}: the student's log-probs of a candidate are not finite; check its weights.")
+        _check_finite(group, [scores.anchor, *scores.candidates])
         # Ids made of the texts need not be the ones that were drawn, nor their log-probs those of the members.
         return scores if group.ids else replace(scores, log_probs=None)
 
@@ -194,6 +199,11 @@ class AgreementScorer:
         if not self.check(anchored, group.anchor):
             return GroupScores(None, [None for _ in group.candidates])
         return GroupScores(1.0, [float(self.check(anchored, text)) for text in group.candidates])
+
+
+def _check_finite(group: GroupToScore, scores: Sequence[float | None]) -> None:
+    if not all(score is None or math.isfinite(score) for score in scores):
+        raise NotFiniteError("the student's score of a candidate", group.prompt.location or group.prompt.id)
 
 
 def score_nothing(groups: Sequence[GroupToScore]) -> list[GroupScores]:

@@ -15,17 +15,26 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from purld.config.schema import Sft
 from purld.errors import PlainWarning, UserError
+from purld.model.causal_lm import model_device
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_model, make_trainable, save_model
 from purld.model.vision import EncodedPrompt
 from purld.records import Anchor, Prompt, content_hash
-from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, device_arguments, last_checkpoint
+from purld.training.checkpoints import (
+    ModelNamedCheckpoints,
+    RunCallback,
+    device_arguments,
+    device_autocast,
+    last_checkpoint,
+)
 from purld.training.context import StageContext
+from purld.training.finite import FiniteGuard
 from purld.training.trackers import tracker_arguments
 
 TrainingExample = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
@@ -48,7 +57,7 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     """Fine-tune p_base on the anchors and save p_sft to `run.sft`; resume from the last complete checkpoint.
 
     Raises:
-        UserError: no anchors are left to train on.
+        UserError: no anchors are left to train on, or a loss, gradient or weight is not finite.
     """
     student, encoder, run = context.student, context.encoder, context.run
     train, held_out, cut = _encode_examples(examples, encoder, settings.validation_fraction)
@@ -58,8 +67,9 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     if checkpoint.set_aside:
         warnings.warn(checkpoint.set_aside, PlainWarning, stacklevel=2)
     run.rewind_log("sft", checkpoint.step, checkpoint.logs)
-    model = make_trainable(student, load_model(student, student.model))
+    model = make_trainable(student, load_model(student, student.model), context.seed)
     encoded = [*train, *held_out]
+    guard = FiniteGuard("Stage I", "sft.learning_rate", settings.learning_rate, run.checkpoints("sft"))
     trainer = _SftTrainer(
         model=cast(PreTrainedModel, model),  # or one under adapters
         args=_arguments(
@@ -74,13 +84,16 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
         eval_dataset=_indices(range(len(train), len(encoded))) if held_out else None,
         processing_class=encoder.tokenizer,
         data_collator=lambda batch: training_batch([encoded[row["index"]] for row in batch], encoder.pad),
-        callbacks=[RunCallback(run, "sft", _LOGGED.__contains__, context.progress)],
+        callbacks=[guard, RunCallback(run, "sft", _LOGGED.__contains__, context.progress)],
     )
+    trainer.guard = guard
     trainer.remove_callback(PrinterCallback)
     # TRL's loss divides by the token count itself. Some image models say they do not take the count, and then every
     # micro-batch would weigh the same, whatever its number of tokens.
     trainer.model_accepts_loss_kwargs = True
     trainer.train_from(checkpoint.path)
+    guard.check_weights(trainer.model.named_parameters(), trainer.state)
+    guard.check_result(_final_loss(trainer.model, encoded[: settings.micro_batch_size], encoder.pad), trainer.state)
     model.config.use_cache = True
     save_model(student, trainer.model, encoder, run.sft)
     best = trainer.state.best_global_step or trainer.state.global_step
@@ -88,7 +101,15 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
 
 
 class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
-    """TRL's trainer with checkpoints that it can load again."""
+    """TRL's trainer with checkpoints that it can load again, and a guard against losses that are not finite."""
+
+    guard: FiniteGuard
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Add one micro-batch's gradient and return its loss."""
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.guard.check_loss(loss, self.state)
+        return loss
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train from a checkpoint or from the start; from one of the last step only load the model that is kept."""
@@ -102,6 +123,16 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
         self.state = state  # `train` would take a step before it sees that it is done
         best = state.best_global_step or state.global_step
         self._load_from_checkpoint(str(checkpoint.with_name(f"checkpoint-{best}")))
+
+
+@torch.no_grad()
+def _final_loss(model: Any, examples: Sequence[TrainingExample], pad: int) -> Tensor:
+    """Return the loss of the trained model on some examples, without dropout."""
+    model.eval()
+    batch = {name: value.to(model_device(model)) for name, value in training_batch(examples, pad).items()}
+    with device_autocast():
+        loss: Tensor = model(**batch).loss
+    return loss
 
 
 def in_validation_part(prompt: Prompt, fraction: float) -> bool:

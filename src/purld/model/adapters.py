@@ -1,0 +1,121 @@
+"""LoRA adapters of the student: their settings, merging one into its base, and combining the two stages' into one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from purld.config.schema import Student
+from purld.errors import reason_of
+from purld.model.causal_lm import CausalLM
+from purld.model.vision import vision_modules
+from purld.model.weights import WeightsError
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def make_lora_config(student: Student, model: CausalLM) -> LoraConfig:
+    """Return the student's adapter settings as peft takes them for `model`; alpha is 2 r unless set.
+
+    Raises:
+        ValueError: the student has no adapter settings.
+    """
+    if student.lora is None:
+        raise ValueError("this student has no adapter settings (student.lora)")
+    excluded = [] if student.trains_vision else list(vision_modules(model))
+    alpha = student.lora.alpha or 2 * student.lora.r
+    return LoraConfig(
+        r=student.lora.r,
+        lora_alpha=cast(int, alpha),  # peft takes any number
+        lora_dropout=student.lora.dropout,
+        target_modules=student.lora.target_modules,
+        exclude_modules=rf".*\b({'|'.join(excluded)})\..*" if excluded else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def merge_adapter(base: Any, path: Path) -> Any:
+    """Return `base` with the adapter that is saved at `path` merged into its weights.
+
+    Raises:
+        WeightsError: the adapter is damaged or lacks weights, or is another base's.
+    """
+    held = _read_adapter(path)
+    try:
+        adapted = PeftModel.from_pretrained(base, str(path))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(f"its adapter does not fit {base.config.name_or_path}: {reason_of(error)}") from None
+    # peft leaves adapter weights that the file lacks as they were initialised, with no more than a warning.
+    if lacking := sorted(_adapter_weights(adapted).keys() - held.keys()):
+        raise WeightsError(f"{_WEIGHTS} lacks {len(lacking)} of the adapter's weights, such as {lacking[0]}")
+    return adapted.merge_and_unload()
+
+
+def combine_adapters(policy: PeftModel, stage_one: Path, path: Path) -> None:
+    """Save one adapter that adds to the base what the saved adapter of Stage I and that of the policy add together.
+
+    Both have the same settings and modules. Their factors are concatenated, so the rank is the sum of theirs and the
+    product is exact: (B_1 B_2) (A_1; A_2) = B_1 A_1 + B_2 A_2. Rank and alpha double, which leaves the scale alone.
+
+    Args:
+        policy: the policy under Stage II's adapter.
+        stage_one: the directory of Stage I's adapter.
+        path: the directory to write adapter_config.json and adapter_model.safetensors to; it exists.
+
+    Raises:
+        WeightsError: Stage I's adapter is damaged, or is not one of the same modules.
+    """
+    first, second = _read_adapter(stage_one), _adapter_weights(policy)
+    if first.keys() != second.keys():
+        raise WeightsError(f"{stage_one} holds an adapter of other modules than Stage II's")
+    experts = _experts(policy)
+    combined = {
+        name: _concatenate(name, first[name], second[name].cpu(), experts.get(name.rpartition(".lora_")[0], 1))
+        for name in first
+    }
+    config = cast(LoraConfig, policy.peft_config["default"]).to_dict()
+    doubled = {name: 2 * config[name] for name in ("r", "lora_alpha")}
+    doubled |= {name: {key: 2 * n for key, n in config[name].items()} for name in ("rank_pattern", "alpha_pattern")}
+    LoraConfig.from_peft_type(**(config | doubled | {"inference_mode": True})).save_pretrained(str(path))
+    save_file(combined, path / _WEIGHTS, metadata={"format": "pt"})
+
+
+def _read_adapter(path: Path) -> dict[str, Tensor]:
+    try:
+        weights = load_file(path / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path / _WEIGHTS} is missing or damaged ({reason_of(error)})") from None
+    return {name: weight for name, weight in weights.items() if ".lora_" in name}  # peft adds adapted embeddings
+
+
+def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Return the adapter's weights by the names that they are saved under."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
+
+
+def _experts(model: PeftModel) -> dict[str, int]:
+    """Return the number of experts of the modules whose adapters hold those of several experts, by their names."""
+    return {
+        name: module.num_experts
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and hasattr(module, "num_experts")
+    }
+
+
+def _concatenate(name: str, first: Tensor, second: Tensor, experts: int) -> Tensor:
+    """Concatenate the factors A or B of two adapters along the rank.
+
+    A is (E r, in) with a block of r rows for each of E experts; B is (out, r E) with the experts' columns interleaved.
+    """
+    if "lora_A" not in name and "lora_embedding_A" not in name:
+        return torch.cat([first, second], dim=1).contiguous()
+    blocks = [factor.unflatten(0, (experts, -1)) for factor in (first, second)]  # (E, r, in)
+    return torch.cat(blocks, dim=1).flatten(0, 1).contiguous()

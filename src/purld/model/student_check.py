@@ -1,0 +1,168 @@
+"""Check the student before anything is paid for, without loading its weights.
+
+Its weight files must hold a whole model, its embeddings every token that it will read, and its modules must take the
+adapter that is configured. All of it is known from the configuration, the tokenizer and the headers of the files.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from purld.config.schema import Lora, Student
+from purld.errors import UserError, reason_of
+from purld.model.encode import Encoder
+from purld.model.load import count_parameters, make_trainable
+from purld.model.pretrained import load_part
+from purld.model.weights import WeightsError, build_skeleton, check_finite, load_skeleton, stored_weights
+from purld.records import Prompt
+
+_MEDIA_MARK = re.compile("image|img|vision|video|audio|sound", re.IGNORECASE)
+# What peft raises for modules that it cannot adapt, and `re` for a pattern that is none.
+_ADAPTER_ERRORS = (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError, re.error)
+
+
+@dataclass(frozen=True)
+class StudentSizes:
+    """The number of the student's weights, and of those that are trained: its own or an adapter's."""
+
+    weights: int
+    trained: int
+
+
+def check_student(student: Student, encoder: Encoder) -> StudentSizes:
+    """Check that the student can be loaded, read its tokens, and be trained as configured.
+
+    Raises:
+        UserError: it cannot; the message says what to change.
+    """
+    try:
+        config = load_part(AutoConfig, student.model)
+        quantized = _check_quantized(student, config)
+        skeleton = build_skeleton(config) if quantized else load_skeleton(student.model, config)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise UserError(f"student.model: {student.model} cannot be loaded: {reason_of(error)}.") from None
+    _check_vocabulary(student, encoder, skeleton)
+    weights = count_parameters(skeleton)
+    model = _check_training(student, skeleton, lambda: build_skeleton(config))
+    return StudentSizes(weights, sum(p.numel() for p in model.parameters() if p.requires_grad))
+
+
+def check_stored_weights(student: Student) -> None:
+    """Read the student's weight files once and check that every weight is finite.
+
+    Raises:
+        UserError: one is not, or a file is damaged.
+    """
+    try:
+        check_finite(stored_weights(student.model))
+    except WeightsError as error:
+        raise UserError(f"student.model: {student.model} cannot be trained: {error}.") from None
+
+
+def _check_quantized(student: Student, config: PreTrainedConfig) -> bool:
+    """Return whether the student's weights are quantized.
+
+    Raises:
+        UserError: they are, and they cannot be loaded on this machine or trained.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return False
+    try:
+        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except Exception as error:  # every quantizer raises what it likes
+        raise UserError(
+            f"student.model: the weights of {student.model} are quantized and cannot be loaded on this machine "
+            f"({reason_of(error)}); install what is missing, or give a directory of weights that are not quantized."
+        ) from None
+    if student.lora is None:
+        raise UserError(
+            f"student.model: the weights of {student.model} are quantized, so they cannot be trained themselves; set "
+            "student.lora, or give a directory of weights that are not quantized."
+        )
+    return True
+
+
+def _check_vocabulary(student: Student, encoder: Encoder, skeleton: Any) -> None:
+    """Check that every token has an embedding.
+
+    The marks of images may have none in a text model that was cut out of one that reads images: nothing contains them.
+
+    Raises:
+        UserError: one has none, or the tokenizer knows no words.
+    """
+    rows = skeleton.get_input_embeddings().weight.shape[0]
+    tokenizer = encoder.tokenizer
+    if not set(encoder.encode_literal("A question.")) - {tokenizer.unk_token_id}:
+        raise UserError(f"student.model: {student.model} holds no tokenizer that can read (tokenizer.json).")
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    read = {encoder.end, encoder.pad, *encoder.encode_prompt(Prompt.from_text("A question.")).ids} if beyond else set()
+    needed = sorted(index for index, token in beyond.items() if index in read or not _MEDIA_MARK.search(token))
+    if needed:
+        raise UserError(
+            f"student.model: the weights of {student.model} have embeddings for {rows:,} tokens, and its tokenizer "
+            f"has {len(needed):,} beyond them, such as {beyond[needed[0]]} ({needed[0]}); give the tokenizer that "
+            "belongs to the weights, or resize the embeddings before."
+        )
+
+
+def _check_training(student: Student, skeleton: Any, build: Callable[[], Any]) -> Any:
+    """Return the skeleton prepared for training.
+
+    Args:
+        student: says what is trained.
+        skeleton: the student on the meta device; it is changed.
+        build: makes another one.
+
+    Raises:
+        UserError: there is an adapter to train, and the student does not take it.
+    """
+    layers = _linear_layers(skeleton)
+    modules = {name for name, _ in skeleton.named_modules()}
+    try:
+        model = make_trainable(student, skeleton)
+    except _ADAPTER_ERRORS as error:
+        raise UserError(_adapter_advice(student, error, layers, build)) from None
+    for name in student.lora.target_modules if student.lora and isinstance(student.lora.target_modules, list) else []:
+        known = any(module == name or module.endswith(f".{name}") for module in modules)
+        if not known and not _takes_adapter(student, name, build):  # peft knows modules that were fused by old names
+            raise UserError(
+                f"student.lora: no adapter can be made on {name}, which {student.model} does not have; "
+                f"its linear layers are {', '.join(layers)}."
+            )
+    return model
+
+
+def _linear_layers(skeleton: Any) -> list[str]:
+    """Return the last names of the model's linear layers but its LM head, in order of appearance."""
+    head = skeleton.get_output_embeddings()
+    linear = [n for n, m in skeleton.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+
+
+def _adapter_advice(student: Student, error: Exception, layers: list[str], build: Callable[[], Any]) -> str:
+    words = re.sub(r"^\[PEFT:\S+\] ", "", " ".join(str(error).split()))
+    reason = textwrap.shorten(words.partition(". ")[0].rstrip("."), 160)
+    fitting = [name for name in layers if _takes_adapter(student, name, build)]
+    advice = f"set student.lora.target_modules to [{', '.join(fitting)}]" if fitting else "leave student.lora out"
+    return f"student.lora: no adapter can be made ({reason}); {advice}."
+
+
+def _takes_adapter(student: Student, name: str, build: Callable[[], Any]) -> bool:
+    """Return whether peft makes an adapter for the modules of one name."""
+    alone = student.model_copy(update={"lora": Lora(r=1, target_modules=[name])})
+    try:
+        make_trainable(alone, build())
+    except _ADAPTER_ERRORS:
+        return False
+    return True
