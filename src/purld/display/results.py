@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from purld.display.titles import METRIC_TITLES, model_title
+from purld.display.titles import ANSWER_TITLES, METRIC_TITLES, model_title
 from purld.runs.files import read_json
 from purld.runs.run_dir import RunDir
 
@@ -25,6 +25,9 @@ def print_results(run: RunDir, console: Console | None = None) -> None:
     for key, label in METRIC_TITLES.items():
         if any(key in metrics for metrics in models.values()):
             table.add_row(label, *(_cell(metrics, key) for metrics in models.values()))
+    if not any(key in metrics for key in METRIC_TITLES for metrics in models.values()):
+        for key, label in ANSWER_TITLES.items():
+            table.add_row(label, *(_plain_cell(metrics, key) for metrics in models.values()))
     console.print()
     console.print(table)
     console.print()
@@ -32,6 +35,7 @@ def print_results(run: RunDir, console: Console | None = None) -> None:
     lines = [
         f"On {n} held-out prompts, with 95% intervals.",
         *_differences(results),
+        *describe_self_comparison(results),
         *_unjudged(models),
         *_score_quality(results),
     ]
@@ -43,6 +47,28 @@ def format_signed_difference(difference: Mapping[str, Any], key: str) -> str:
     """Return one metric of a difference with its interval, all numbers with their sign."""
     low, high = difference[f"{key}_ci"]
     return f"{difference[key]:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def describe_self_comparison(results: Mapping[str, Any]) -> list[str]:
+    """Describe in sentences how the models compare by p_sft's own scores; empty if they were not compared so."""
+    compared = results.get("self_comparison")
+    if not compared:
+        return []
+    lines = [
+        f"No gold and no judge: compared by p_sft's own {compared['scorer']} score of {compared['n']} answers to "
+        f"{compared['anchors']}, given the teacher's answers. That is the student's opinion, no proof."
+    ]
+    for pair, values in compared["pairs"].items():
+        after, before = (model_title(name) for name in pair.split(" - "))
+        low, high = values["preferred_ci"]
+        lines.append(f"  {after} scores above {before} on {values['preferred']:.0%} [{low:.0%}, {high:.0%}] of them.")
+    if verdict := results.get("probe", {}).get("verdict"):
+        lines.append(f"  What that score is worth: {verdict}")
+    return lines
+
+
+def _plain_cell(metrics: Mapping[str, Any], key: str) -> str:
+    return f"{metrics[key]:.4g}" if key in metrics else "-"
 
 
 def _cell(metrics: dict[str, Any], key: str) -> str:

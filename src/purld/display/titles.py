@@ -24,6 +24,14 @@ METRIC_TITLES = {
 }
 """The metrics of results.json that models are compared by, in display order."""
 
+ANSWER_TITLES = {
+    "mean_tokens": "tokens per answer",
+    "unfinished": "cut off",
+    "distinct_2": "distinct word pairs",
+    "unique_answers": "different samples",
+}
+"""What is shown of the answers where they were neither checked nor judged."""
+
 
 def model_title(model: str) -> str:
     """Return the title of a model, or its name if it has none."""

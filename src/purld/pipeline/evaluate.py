@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from purld.model.load import load_model
 from purld.model.sample import Decoding
 from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext, open_ledger
+from purld.pipeline.self_comparison import compare_by_own_score, find_slice
+from purld.records import Generation, Prompt
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.open import final_model
 from purld.templates import IN_CONTEXT_VERSION, JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
@@ -51,6 +54,7 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _model_differences(models, opponents, config.seed),
         **_candidates_against_gold(context, groups),
+        "self_comparison": _self_comparison(context, folders, models),
         "probe": _probe_results(finished.get("probe")),
         "label_divergence": mean_label_divergence(groups, read_rows(run.revisited)),
         "seconds": seconds | {"evaluate": round(time.monotonic() - started, 3)},  # all but writing this file
@@ -69,6 +73,28 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
     results["warnings"] = [*finished.get("align", {}).get("warnings", []), *doubts]
     write_json(run.results, {key: value for key, value in results.items() if value not in ({}, [])})
     return {}
+
+
+def _self_comparison(
+    context: RunContext, folders: dict[str, str | Path], models: dict[str, EvaluatedModel]
+) -> dict[str, Any]:
+    """Compare the models by p_sft's own scores, in a run that has neither gold nor a judge."""
+    chosen = find_slice(context)
+    if chosen is None:
+        return {}
+    if chosen.held_out:
+        drawn = {name: model.generations for name, model in models.items()}
+    else:
+        settings = context.config.evaluate
+        decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
+        drawn = {
+            name: _draw_answers(
+                context, name, _loader(context, folder), chosen.prompts, decoding, 1, f"{name}.validation"
+            )
+            for name, folder in folders.items()
+        }
+    first = {name: {g.prompt_id: g.text for g in rows if g.sample == 0} for name, rows in drawn.items()}
+    return compare_by_own_score(context, chosen, first)
 
 
 def _probe_results(probe: dict[str, Any] | None) -> dict[str, Any]:
@@ -115,35 +141,45 @@ def _model_differences(models: dict[str, EvaluatedModel], opponents: dict[str, s
 
 def _model_answers(context: RunContext, name: str, folder: str | Path) -> EvaluatedModel:
     """Draw one model's answers as configured, and greedy ones as well if there is gold to check them."""
-    config, run = context.config, context.run
-    settings, check = config.evaluate, context.check
-    model: list[Any] = []
-
-    def load() -> Any:
-        if not model:
-            model.append(load_model(config.student, folder))
-        return model[0]
-
-    def draw(decoding: Decoding, samples: int, path: Path) -> None:
-        with context.reporter.progress(f"{name}: prompts answered") as progress:
-            answer_prompts(
-                load,
-                context.pools.held_out,
-                context.encoder,
-                make_sampler(config.student.engine, context.encoder, decoding),
-                samples,
-                settings.batch_size,
-                config.seed,
-                path,
-                check,
-                progress,
-            )
-
+    settings, held_out = context.config.evaluate, context.pools.held_out
+    load = _loader(context, folder)
     decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
-    draw(decoding, settings.samples, run.generations(name))
-    if check is not None and settings.temperature > 0:  # at temperature 0 the drawn answers are greedy already
-        draw(Decoding(0.0, settings.max_new_tokens), 1, run.generations(f"{name}.greedy"))
-    return read_recorded_answers(run, name).to_evaluated_model()
+    _draw_answers(context, name, load, held_out, decoding, settings.samples, name)
+    if context.check is not None and settings.temperature > 0:  # else the drawn answers are greedy already
+        greedy = Decoding(0.0, settings.max_new_tokens)
+        _draw_answers(context, name, load, held_out, greedy, 1, f"{name}.greedy")
+    return read_recorded_answers(context.run, name).to_evaluated_model()
+
+
+def _loader(context: RunContext, folder: str | Path) -> Callable[[], Any]:
+    """Return a function that loads a model when it is first called."""
+    return lru_cache(maxsize=1)(partial(load_model, context.config.student, folder))
+
+
+def _draw_answers(
+    context: RunContext,
+    name: str,
+    load: Callable[[], Any],
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    samples: int,
+    file: str,
+) -> list[Generation]:
+    """Draw one model's answers to prompts, or read those that are on disk, in the generations file of that name."""
+    config = context.config
+    with context.reporter.progress(f"{name}: prompts answered") as progress:
+        return answer_prompts(
+            load,
+            prompts,
+            context.encoder,
+            make_sampler(config.student.engine, context.encoder, decoding),
+            samples,
+            config.evaluate.batch_size,
+            config.seed,
+            context.run.generations(file),
+            context.check,
+            progress,
+        )
 
 
 def _opponent_answers(context: RunContext) -> dict[str, str]:

@@ -17,6 +17,7 @@ from purld.pipeline.plan_scoring import plan_scoring
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
+from purld.pipeline.self_comparison import describe_comparison, stage_two_prompts
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.sft import in_validation_part
@@ -91,6 +92,8 @@ def _plan_check(plan: Plan, config: Config, pools: PromptPools) -> None:
     """Add whether accuracy can be reported: it needs a check, and gold for the held-out prompts."""
     if find_check(config.data) is None:
         plan.add_lines("Prompts", "no check of answers against gold: no accuracy will be reported")
+        if measures := describe_comparison(config, pools):
+            plan.add_lines("Evaluation", *measures)
     elif missing := missing_gold(config.data, pools.held_out):
         plan.add_lines("Prompts", missing)
         plan.problems.append(missing)
@@ -106,7 +109,11 @@ def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:
         f"  {config.describe_rate('sft')}",
     )
     if isinstance(align, StageTwoSettings):
-        plan.add_lines("Training", _describe_stage_two(align, len(pools.align)), f"  {config.describe_rate('align')}")
+        plan.add_lines(
+            "Training",
+            _describe_stage_two(align, len(stage_two_prompts(config, pools))),
+            f"  {config.describe_rate('align')}",
+        )
     if config.set_aside:
         plan.add_lines("Training", config.set_aside)
     if config.data.sft_fraction is not None:

@@ -21,6 +21,7 @@ from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.pipeline.context import RunContext, examples_of_pool, open_ledger
 from purld.pipeline.evaluate import SPEND_KEYS
 from purld.pipeline.probe import probed_scale, weak_signal_warnings
+from purld.pipeline.self_comparison import stage_two_prompts
 from purld.records import Prompt
 from purld.runs.files import write_rows
 from purld.training.context import Progress, StageContext
@@ -96,7 +97,7 @@ def run_align(context: RunContext) -> dict[str, Any]:
     scale = probed_scale(config.align, probe)
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
-        examples = examples_of_pool(context.run, context.pools.align)
+        examples = examples_of_pool(context.run, stage_two_prompts(config, context.pools))
         facts = align(training, config.align, examples, teacher, margin_scale=scale)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")

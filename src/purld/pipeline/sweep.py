@@ -34,7 +34,7 @@ from purld.config.read_yaml import parse_yaml, read_yaml
 from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.display.results import format_signed_difference
-from purld.display.titles import METRIC_TITLES, model_title
+from purld.display.titles import ANSWER_TITLES, METRIC_TITLES, model_title
 from purld.errors import UserError
 from purld.records import content_hash
 from purld.report.page import write_report
@@ -314,21 +314,32 @@ def _result_row(cell: SweepCell) -> dict[str, Any]:
         "model": final.name,
         "metrics": results["models"][final.name],
         "difference": {"to": final.parent, **results.get("difference", {}).get(pair, {})},
+        "own_score": results.get("self_comparison", {}).get("pairs", {}).get(pair, {}),
     }
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print one row per run: the swept keys, the final model's metrics, and its difference to the parent model."""
-    shown = [key for key in METRIC_TITLES if any(key in row["metrics"] for row in rows)]
+    """Print one row per run: the swept keys, the final model's metrics, and how it compares with the parent model.
+
+    Without gold and without a judge these are measures of the answers, and p_sft's own scores.
+    """
+    measured = [key for key in METRIC_TITLES if any(key in row["metrics"] for row in rows)]
+    shown = measured or [key for key in ANSWER_TITLES if any(key in row["metrics"] for row in rows)]
+    titles = METRIC_TITLES | ANSWER_TITLES
     parent = model_title(rows[0]["difference"]["to"])
-    headings = [*rows[0]["values"], *(METRIC_TITLES[key] for key in shown), *([f"minus {parent}"] if shown else [])]
+    compared = f"minus {parent}" if measured else f"own score above {parent}"
+    headings = [*rows[0]["values"], *(titles[key] for key in shown), compared]
     table = Table(*headings, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for row in rows:
         cells = [str(value) for value in row["values"].values()]
         cells += [f"{row['metrics'][key]:.3f}" if key in row["metrics"] else "-" for key in shown]
-        if shown:
-            cells.append(
-                format_signed_difference(row["difference"], shown[0]) if shown[0] in row["difference"] else "-"
-            )
-        table.add_row(*cells)
+        table.add_row(*cells, _compared_cell(row, measured))
     Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _compared_cell(row: Mapping[str, Any], measured: Sequence[str]) -> str:
+    """Return how a run's final model compares with its parent: by the first metric measured or p_sft's own score."""
+    if measured:
+        return format_signed_difference(row["difference"], measured[0]) if measured[0] in row["difference"] else "-"
+    own = row["own_score"]
+    return f"{own['preferred']:.0%} [{own['preferred_ci'][0]:.0%}, {own['preferred_ci'][1]:.0%}]" if own else "-"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from purld.display.results import describe_self_comparison
 from purld.display.titles import model_title
 from purld.report.run_data import RunData
 from purld.runs.open import FinalModel, final_model
@@ -39,7 +40,9 @@ def write_headline(run: RunData) -> Headline:
     difference = run.results.get("difference", {}).get(f"{final.name} - {final.parent}", {})
     metrics = models.get(final.name, {}), models.get(final.parent, {})
     names = model_title(final.name), model_title(final.parent)
-    return compare_models(names, metrics, difference) or _without_difference(final, models)
+    headline = compare_models(names, metrics, difference) or _without_difference(final, models)
+    own = describe_self_comparison(run.results)
+    return Headline(" ".join([headline.text, *(line.strip() for line in own)]), headline.tone) if own else headline
 
 
 def compare_models(

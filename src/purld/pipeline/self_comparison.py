@@ -1,0 +1,174 @@
+"""Compare a run's models where there is neither gold nor a judge: by the frozen p_sft's own scores, given anchors.
+
+The score is the student's opinion of itself, and Stage II may have been trained on it; results.json, the terminal and
+the report call it so and show the probe's verdict beside it. The anchors are the teacher's answers to held-out prompts
+where the run has them. Where it has none, Stage I's validation part is kept out of Stage II as well and serves instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from purld.clients.answer_file import AnswerFileClient
+from purld.clients.base import reply_from_ledger
+from purld.clients.ledger import LedgerView
+from purld.clients.requests import build_requests
+from purld.config.clients import AnswerFile, OpenAIEndpoint
+from purld.config.methods import LdlGrpo, SelfScoringSettings
+from purld.config.schema import Config
+from purld.evaluation.intervals import mean_interval
+from purld.evaluation.summary import with_interval
+from purld.model.load import Roles, load_model
+from purld.pipeline.context import RunContext, examples_of_pool
+from purld.pipeline.probe import takes_probe
+from purld.pipeline.prompt_pools import PromptPools
+from purld.records import Prompt
+from purld.runs.run_dir import RunDir
+from purld.tasks.checks import find_check
+from purld.training.checkpoints import device_autocast
+from purld.training.scoring import GroupToScore, ScorerContext, find_scorer
+from purld.training.sft import in_validation_part
+
+_MOST_PROMPTS = 256  # scoring more would take longer and narrow the interval little
+_FEWEST_PROMPTS = 2
+
+
+@dataclass(frozen=True)
+class AnchoredSlice:
+    """The prompts that models are compared on, with their anchors.
+
+    Attributes:
+        prompts: prompts that no stage trained on.
+        anchors: the teacher's answers by prompt id.
+        held_out: whether they are the run's held-out prompts, which the models have answered anyway.
+    """
+
+    prompts: Sequence[Prompt]
+    anchors: Mapping[str, str]
+    held_out: bool
+
+    @property
+    def source(self) -> str:
+        """Describe where the anchors come from."""
+        return "held-out prompts" if self.held_out else "prompts of Stage I's validation part, kept out of Stage II"
+
+
+def lacks_measure(config: Config) -> bool:
+    """Return whether a run has neither gold to check answers nor a judge."""
+    return find_check(config.data) is None and config.evaluate.judge is None
+
+
+def stage_two_prompts(config: Config, pools: PromptPools) -> list[Prompt]:
+    """Return the prompts of Stage II: its pool, without the slice that models will be compared on."""
+    if not lacks_measure(config) or len(_file_anchors(config, pools)) >= _FEWEST_PROMPTS:
+        return pools.align
+    kept_out = {prompt.id for prompt in _validation_part(config, pools)}
+    return [prompt for prompt in pools.align if prompt.id not in kept_out]
+
+
+def describe_comparison(config: Config, pools: PromptPools) -> list[str]:
+    """Describe for the plan what will be measured without gold and without a judge."""
+    if not lacks_measure(config):
+        return []
+    in_file, validation = len(_file_anchors(config, pools)), len(_validation_part(config, pools))
+    if in_file >= _FEWEST_PROMPTS:
+        anchors = f"{in_file:,} held-out prompts, given the teacher's answers in {getattr(config.teacher, 'path', '')}"
+    elif validation:
+        anchors = f"{validation:,} prompts of Stage I's validation part, given their anchors; Stage II leaves them out"
+    else:
+        return ["no gold, no judge and no anchor to spare: only diversity and length of the answers will be measured"]
+    return [
+        "no gold and no judge: no accuracy and no win rate will be measured",
+        f"  models are compared by p_sft's own score on {anchors}",
+        "  set evaluate.judge and evaluate.opponent, or data.check and references, for a verdict from outside",
+    ]
+
+
+def find_slice(context: RunContext) -> AnchoredSlice | None:
+    """Return the prompts and anchors to compare a run's models on; None if it needs none or has too few."""
+    config, pools, run = context.config, context.pools, context.run
+    if not lacks_measure(config):
+        return None
+    anchors = _file_anchors(config, pools) or _bought_anchors(config, pools, run)
+    if len(anchors) >= _FEWEST_PROMPTS:
+        return AnchoredSlice([p for p in pools.held_out if p.id in anchors][:_MOST_PROMPTS], anchors, True)
+    examples = examples_of_pool(run, _validation_part(config, pools)[:_MOST_PROMPTS])
+    if len(examples) < _FEWEST_PROMPTS:
+        return None
+    return AnchoredSlice([p for p, _ in examples], {p.id: a.text for p, a in examples}, False)
+
+
+def compare_by_own_score(
+    context: RunContext, chosen: AnchoredSlice, answers: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    """Score one answer of every model to every prompt of a slice by p_sft, and compare neighbouring models.
+
+    Args:
+        context: the run.
+        chosen: the prompts and anchors.
+        answers: by model, from the base on, one answer by prompt id.
+
+    Returns:
+        `scorer`, `anchors`, `n`, the mean `score` by model, and by pair how often the later model's answer scores
+        higher (`preferred`, ties counting half) with its 95% interval.
+    """
+    config = context.config
+    settings = config.align
+    if not takes_probe(settings) or not isinstance(settings, SelfScoringSettings):
+        settings = LdlGrpo(score="in_context")
+    model = load_model(config.student, context.run.sft)
+    entry = find_scorer(settings.score)
+    scorer = entry.make(ScorerContext(context.encoder, Roles(model, model), settings, True, device_autocast))
+    groups = [
+        GroupToScore(p, chosen.anchors[p.id], [texts[p.id] for texts in answers.values()]) for p in chosen.prompts
+    ]
+    rows = []
+    with context.reporter.progress("prompts scored by p_sft") as progress:
+        for index, group in enumerate(groups):
+            rows += [scores.candidates for scores in scorer([group])]
+            progress(index + 1, len(groups), "")
+    scored = [[float(s) for s in row if s is not None] for row in rows if None not in row]
+    if not scored:
+        return {}
+    names, columns = list(answers), np.array(scored).T
+    means = {name: round(float(column.mean()), 6) for name, column in zip(names, columns, strict=True)}
+    preferred: dict[str, Any] = {}
+    for (before, old), (after, new) in pairwise(zip(names, columns, strict=True)):
+        wins = (np.sign(new - old) + 1) / 2
+        share, interval = float(wins.mean()), mean_interval(wins, config.seed)
+        preferred[f"{after} - {before}"] = with_interval("preferred", share, interval)
+    return {"scorer": settings.score, "anchors": chosen.source, "n": len(scored), "score": means, "pairs": preferred}
+
+
+def _validation_part(config: Config, pools: PromptPools) -> list[Prompt]:
+    """Return the prompts that Stage I validates on; none if they are too few, or if no other prompts are left."""
+    part = [p for p in pools.sft if in_validation_part(p, config.sft.validation_fraction)]
+    left = {p.id for p in pools.align} - {p.id for p in part}
+    return part if _FEWEST_PROMPTS <= len(part) < len(pools.sft) and left else []
+
+
+def _file_anchors(config: Config, pools: PromptPools) -> dict[str, str]:
+    """Return the held-out answers of a teacher that is a file, by prompt id."""
+    if not isinstance(config.teacher, AnswerFile):
+        return {}
+    replies = AnswerFileClient(config.teacher).ask(pools.held_out)
+    return {p.id: r.text for p, r in zip(pools.held_out, replies, strict=True) if r.state == "answered" and r.text}
+
+
+def _bought_anchors(config: Config, pools: PromptPools, run: RunDir) -> dict[str, str]:
+    """Return the held-out answers of an endpoint that this run's ledger or a sibling's holds already."""
+    ledgers = [path for path in (run.ledger, *run.sibling_ledgers()) if path.exists()]
+    if not isinstance(config.teacher, OpenAIEndpoint) or not ledgers:
+        return {}
+    anchors = {}
+    with LedgerView(ledgers[0], ledgers[1:]) as known:
+        for prompt, request in zip(pools.held_out, build_requests(config.teacher, pools.held_out), strict=True):
+            reply = reply_from_ledger(known, request.key)
+            if reply is not None and reply.state == "answered" and reply.text:
+                anchors[prompt.id] = reply.text
+    return anchors
