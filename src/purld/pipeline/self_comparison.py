@@ -16,7 +16,7 @@ import numpy as np
 
 from purld.clients.answer_file import AnswerFileClient
 from purld.clients.base import reply_from_ledger
-from purld.clients.ledger import LedgerView
+from purld.clients.folder import FolderLedgers
 from purld.clients.requests import build_requests
 from purld.config.clients import AnswerFile, OpenAIEndpoint
 from purld.config.methods import LdlGrpo, SelfScoringSettings
@@ -162,11 +162,10 @@ def _file_anchors(config: Config, pools: PromptPools) -> dict[str, str]:
 
 def _bought_anchors(config: Config, pools: PromptPools, run: RunDir) -> dict[str, str]:
     """Return the held-out answers of an endpoint that this run's ledger or a sibling's holds already."""
-    ledgers = [path for path in (run.ledger, *run.sibling_ledgers()) if path.exists()]
-    if not isinstance(config.teacher, OpenAIEndpoint) or not ledgers:
+    if not isinstance(config.teacher, OpenAIEndpoint):
         return {}
     anchors = {}
-    with LedgerView(ledgers[0], ledgers[1:]) as known:
+    with FolderLedgers(run.ledger, with_own=True) as known:
         for prompt, request in zip(pools.held_out, build_requests(config.teacher, pools.held_out), strict=True):
             reply = reply_from_ledger(known, request.key)
             if reply is not None and reply.state == "answered" and reply.text:
