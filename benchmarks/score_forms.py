@@ -69,8 +69,12 @@ def measure_answers(
     ]
     prompt = Prompt.from_text(question)
     expected = SelfEvaluator(encoder, "expected", 16).score(model, prompt, anchor, texts)
-    reference = reference_scores(model, encoder, prompt, anchor, rows, 16)
-    return {"log_probs": log_probs, "expected": expected.candidates, "reference": reference}
+    reference = reference_scores(model, encoder, prompt, anchor, rows[1:], 16)
+    return {
+        "log_probs": log_probs,
+        "expected": expected.candidates,
+        "reference": [reference.anchor, *reference.candidates],
+    }
 
 
 def answer_log_probs(model: CausalLM, encoder: Encoder, context: str, rows: list[list[int]]) -> list[list[float]]:
@@ -186,14 +190,26 @@ FORMS: dict[str, Form] = {  # of (log-probs with the anchor, log-probs without),
 
 def scores_of(row: Row) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the scores of a group's answers, without the anchor, in every form."""
-    bare = [np.array(values) for values in row["log_probs"]["bare"]]
-    yield "expected", np.array(row["expected"], dtype=float)[1:]
-    yield "reference (RLPR)", np.array(row["reference"])[1:]
+    contexts = {name: [np.array(v) for v in rows] for name, rows in row["log_probs"].items()}
+    bare, other, own = contexts["bare"], contexts["other"], contexts["own words"]
+    for name in ("expected", "reference"):
+        if name in row:
+            yield name, np.array(row[name], dtype=float)[1:]
     yield "bare, mean", np.array([b.mean() for b in bare])[1:]
-    for template in TEMPLATES:
-        context = [np.array(values) for values in row["log_probs"][template]]
+    for template in TEMPLATES.keys() & contexts.keys():
         for name, form in FORMS.items():
-            yield f"{template}: {name}", np.array([form(c, b) for c, b in zip(context, bare)])[1:]
+            yield f"{template}: {name}", np.array([form(c, b) for c, b in zip(contexts[template], bare)])[1:]
+    yield (
+        "own words: minus another anchor, clipped at 2",
+        np.array([(c - o).clip(-2, 2).mean() for c, o in zip(own, other)])[1:],
+    )
+    yield (
+        "own words: minus the greater of both, clipped at 2",
+        np.array([(c - np.maximum(b, o)).clip(-2, 2).mean() for c, b, o in zip(own, bare, other)])[1:],
+    )
+    if "reversed" in contexts:
+        gains = [(r - bare[0]).clip(-2, 2).mean() for r in contexts["reversed"]]
+        yield "the anchor's gain by the answer, clipped at 2", np.array(gains)[1:]
 
 
 def pairs_of(row: Row) -> list[tuple[int, int]]:
@@ -218,22 +234,24 @@ def agreement(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 
 def print_table(args: argparse.Namespace) -> None:
-    """Print every form with its agreement on problems and on judged answers, all groups and by halves."""
-    problems, judged = agreement(read_rows(args.problems)), agreement(read_rows(args.judged))
+    """Print every form with its agreement on every file, the mean over groups with its 95% interval, and by halves."""
+    measured = {Path(path).stem: agreement(read_rows(path)) for path in args.measured}
     rng = np.random.default_rng(0)
 
-    def cell(values: np.ndarray) -> str:
+    def cell(values: np.ndarray | None) -> str:
+        if values is None:
+            return "–"
         shares, halves = values[:, 0], values[:, 1]
         means = shares[rng.integers(len(shares), size=(2000, len(shares)))].mean(axis=1)
         low, high = np.quantile(means, [0.025, 0.975])
         parts = "/".join(f"{shares[halves == h].mean():.2f}" for h in (0, 1))
         return f"{shares.mean():.3f} [{low:.2f}, {high:.2f}] ({parts})"
 
-    any_form = next(iter(problems))
-    print(f"| score | {len(problems[any_form])} groups of problems | {len(judged[any_form])} judged instructions |")
-    print("|---|---|---|")
-    for name in sorted(problems, key=lambda n: -min(problems[n][:, 0].mean(), judged[n][:, 0].mean())):
-        print(f"| {name} | {cell(problems[name])} | {cell(judged[name])} |")
+    counts = [len(next(iter(forms.values()))) for forms in measured.values()]
+    print("| score | " + " | ".join(f"{name} ({n} groups)" for name, n in zip(measured, counts)) + " |")
+    print("|---" * (len(measured) + 1) + "|")
+    for name in {name: None for forms in measured.values() for name in forms}:
+        print(f"| {name} | " + " | ".join(cell(forms.get(name)) for forms in measured.values()) + " |")
 
 
 def main() -> None:
@@ -242,14 +260,17 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     for name, places, run in (
         ("problems", ("student", "sft", "problems", "out"), measure_problems),
+        ("again", ("student", "problems", "out"), measure_again),
         ("judged", ("student", "judged", "out"), measure_judged),
-        ("table", ("problems", "judged"), print_table),
+        ("table", (), print_table),
     ):
         command = commands.add_parser(name)
         for place in places:
             command.add_argument(place)
-        if name != "table":
+        if name in ("problems", "judged"):
             command.add_argument("--groups", type=int, default=60)
+        if name == "table":
+            command.add_argument("measured", nargs="+")
         command.set_defaults(run=run)
     args = parser.parse_args()
     torch.set_num_threads(1)
