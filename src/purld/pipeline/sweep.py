@@ -281,7 +281,7 @@ def _failure_text(cell: SweepCell, status: int) -> str:
     log = cell.run.path / _LOG
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [line.removeprefix("purld: ").rstrip(".") for line in lines if line.startswith("purld: ")]
-    return errors[-1] if errors and status == 2 else f"it ended with status {status}, see {log}"
+    return errors[-1] if errors and status in (1, 2) else f"it ended with status {status}, see {log}"
 
 
 def _show_results(cells: Sequence[SweepCell], failed: Mapping[str, str]) -> None:
