@@ -47,7 +47,9 @@ def in_context_scores(
     """
     rows = [encoder.encode_answer(anchor).ids, *candidates]
     with_anchor = _token_log_probs(model, encoder.encode_anchored_prompt(prompt, anchor), rows, encoder.pad, batch_size)
-    bare = _token_log_probs(model, encoder.encode_prompt(prompt, direct=True), rows, encoder.pad, batch_size)
+    # The anchor's row alone: candidates then run in the update's shapes and get its log-probs to the bit.
+    bare_prompt = encoder.encode_prompt(prompt, direct=True)
+    bare = _token_log_probs(model, bare_prompt, rows, encoder.pad, batch_size, first_alone=True)
     scores = [
         float((given - alone).clamp(-MAX_GAIN, MAX_GAIN).mean()) for given, alone in zip(with_anchor, bare, strict=True)
     ]
@@ -72,15 +74,13 @@ def reference_scores(
     return GroupScores(scores[0], [*scores[1:]])
 
 
-def _token_log_probs(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int, batch_size: int) -> list[Tensor]:
-    """Return the log-probs of each row's tokens, float32, without padding.
-
-    The first row, the anchor's, has a pass of its own: the candidates then run in the shapes in which the update runs
-    them, and have the same log-probs to the bit.
-    """
+def _token_log_probs(
+    model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int, batch_size: int, first_alone: bool = False
+) -> list[Tensor]:
+    """Return the log-probs of each row's tokens, float32, without padding; the first row in a pass alone if asked."""
     prefix = make_prefix(model, prompt, rows, pad)
     values: list[Tensor] = []
-    for part in (rows[:1], rows[1:]):
+    for part in (rows[:1], rows[1:]) if first_alone else (rows,):
         for batch in micro_batches(len(part), batch_size):
             log_probs, _ = prefix.token_log_probs(part[batch])
             values += [line[: len(row)] for line, row in zip(log_probs, part[batch], strict=True)]

@@ -42,16 +42,17 @@ CountTokens = Callable[[Encoder, GroupSize, int], int]
 
 def in_context_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
     """Count the tokens of `purld.model.likelihood.in_context_scores`."""
-    rows = _target_tokens(encoder, group.anchor) - 1 + _padded([group.length - 1] * group.candidates, batch_size)
-    return _anchored_prompt_tokens(encoder, group) + len(encoder.encode_prompt(group.prompt, direct=True)) + 2 * rows
+    of_anchor, candidates = _target_tokens(encoder, group.anchor) - 1, [group.length - 1] * group.candidates
+    anchored = _anchored_prompt_tokens(encoder, group) + _padded([of_anchor, *candidates], batch_size)
+    bare = len(encoder.encode_prompt(group.prompt, direct=True)) + of_anchor + _padded(candidates, batch_size)
+    return anchored + bare
 
 
 def reference_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
     """Count the tokens of `purld.model.likelihood.reference_scores`."""
     after = len(encoder.encode_literal(SEPARATOR)) + _target_tokens(encoder, group.anchor)
-    candidates = [group.length + after - 1] * group.candidates
-    of_anchor = _body_tokens(encoder, group.anchor) + after - 1
-    return len(encoder.encode_prompt(group.prompt, direct=True)) + of_anchor + _padded(candidates, batch_size)
+    rows = [body + after - 1 for body in (_body_tokens(encoder, group.anchor), *[group.length] * group.candidates)]
+    return len(encoder.encode_prompt(group.prompt, direct=True)) + _padded(rows, batch_size)
 
 
 def expected_tokens(encoder: Encoder, group: GroupSize, batch_size: int) -> int:
