@@ -34,6 +34,7 @@ TAGS: tuple[ThinkingTags, ...] = (
     ThinkingTags("◁think▷", "◁/think▷"),  # Kimi
     ThinkingTags("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A, Command R7B
     ThinkingTags("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ThinkingTags("<|channel>thought", "<channel|>"),  # Gemma 4
     _CHANNELS,  # gpt-oss
 )
 

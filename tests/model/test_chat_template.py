@@ -73,12 +73,15 @@ def test_a_block_that_the_template_opens_is_closed(fresh):
     assert shown(encoder) == OPENING + "<think>\n\n</think>\n\n"
     suffix = encoder.tokenizer.decode(encoder.evaluation_frame(PROMPT, "4.").suffix)
     assert suffix.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert encoder.thinking_note.endswith("begins every answer with <think>: the block is closed (student.thinking).")
     again = Encoder(encoder.tokenizer, 64)  # the template is saved with the model, block closed
     assert again.encode_prompt(PROMPT) == encoder.encode_prompt(PROMPT)
 
 
 def test_a_switch_of_the_template_is_used_and_can_be_set_back(fresh, shipped_student):
-    assert shown(make(fresh, SWITCH)) == OPENING + "<think>\n\n</think>\n\n"
+    encoder = make(fresh, SWITCH)
+    assert shown(encoder) == OPENING + "<think>\n\n</think>\n\n"
+    assert encoder.thinking_note.endswith("enable_thinking is set to false (student.thinking).")
     other = AutoTokenizer.from_pretrained(shipped_student)
     assert shown(make(other, SWITCH, variables={"enable_thinking": True})) == OPENING
 

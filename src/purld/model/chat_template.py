@@ -70,6 +70,7 @@ class ChatTemplate:
         tags: the tags between which the model thinks; None if neither template nor vocabulary has any.
         opened: the tags of the block that a prompt ends in and that the model's own text continues, with `keep`; else
             None.
+        note: a sentence on what becomes of the thinking that the template provides for; None if it provides for none.
         opening: what the template puts between a prompt and the answer to it, such as a blank.
         ending: what the template puts after an answer.
 
@@ -93,6 +94,7 @@ class ChatTemplate:
                 f"{self._owner} begins every answer with {self.opened.opening}, which student.thinking: fail does not "
                 "accept; strip closes the block at once, keep lets the student think."
             )
+        self.note = self._describe_thinking(settings, variables)
         self._unthinking = _unthinking(self.opened, prompt, chat)
         self._direct = _with_ending(template, self._unthinking)  # the answer comes first
         if settings.thinking == "strip":
@@ -131,6 +133,16 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything
             raise UserError(self._refusal(where, reason_of(error), has_system)) from None
         return str(rendered)
+
+    def _describe_thinking(self, settings: ChatSettings, variables: Mapping[str, Any]) -> str | None:
+        """Return a sentence on what becomes of the thinking that the template provides for, if it does."""
+        if self.opened is not None:
+            done = "the student thinks before it answers" if settings.thinking == "keep" else "the block is closed"
+            return f"{self._owner} begins every answer with {self.opened.opening}: {done} (student.thinking)."
+        switched = [name for name in variables if name not in settings.variables]
+        if switched:
+            return f"{self._owner} can let the student think: {switched[0]} is set to false (student.thinking)."
+        return None
 
     def before_answer(self, thinking: str) -> str:
         """Return what a student that thinks writes between the end of a prompt and its answer."""

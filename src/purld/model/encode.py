@@ -93,6 +93,11 @@ class Encoder:
         self._lead = self._find_lead()
 
     @property
+    def thinking_note(self) -> str | None:
+        """Return a sentence on what becomes of the thinking that the chat template provides for, if it does."""
+        return self._chat.note
+
+    @property
     def keeps_thinking(self) -> bool:
         """Return whether the student thinks before it answers, so that a direct prompt is another one."""
         return self._settings.thinking == "keep"

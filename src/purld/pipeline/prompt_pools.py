@@ -52,10 +52,14 @@ class PromptPools:
 def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools:
     """Load the prompts of a run, within the configuration's limits; report what is left out through `say`.
 
+    What becomes of the thinking that the student's chat template provides for is reported as well.
+
     Raises:
         UserError: a file is missing, a row is bad, or a pool is empty.
     """
     data = config.data
+    if encoder.thinking_note is not None:
+        say(encoder.thinking_note)
     loaded, published = _load(data)
     sources = [(data.source, loaded)]
     if published is not None:
