@@ -36,7 +36,11 @@ def wrapped(cause):
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk failed"),
         (sqlite3.OperationalError("disk I/O error"), "the disk failed"),
         (wrapped(OSError(errno.EIO, "Input/output error", "/x/w")), "/x/w: the disk failed (Input/output error)"),
+        (FileExistsError(errno.EEXIST, "File exists"), "a file or folder: is in the way"),
         (MemoryError(), "the memory is not enough"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "the memory is not enough"),
+        (wrapped(RuntimeError("DefaultCPUAllocator: can't allocate memory")), "the memory is not enough (RuntimeError"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"), "the memory is not enough"),
     ],
 )
 def test_what_the_user_can_mend_is_a_sentence_with_status_two(error, words, tmp_path):
@@ -95,6 +99,12 @@ def test_the_command_line_ends_so_and_shows_the_traceback_on_request(tmp_path, m
     with pytest.raises(ZeroDivisionError):
         failing(monkeypatch, raised("by zero"))
     assert failing(monkeypatch, UserError("no.")) == 2
+
+
+def test_a_library_that_exits_with_a_text_has_failed(monkeypatch, capsys):
+    assert failing(monkeypatch, SystemExit("no such device.")) == 1
+    assert capsys.readouterr().err == "purld: no such device.\n"
+    assert failing(monkeypatch, SystemExit()) == 0
 
 
 def run_python(code, **environment):

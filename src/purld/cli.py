@@ -97,7 +97,7 @@ def _status_of(command: Callable[[], object]) -> int:
     try:
         command()
     except SystemExit as end:  # how typer ends a command
-        return end.code if isinstance(end.code, int) else 0
+        return _fail(end.code, 1) if isinstance(end.code, str) else end.code or 0
     return 0
 
 

@@ -50,7 +50,9 @@ _IN_WORDS = {
     "Read-only file system": errno.EROFS,
     "readonly database": errno.EROFS,
 }
-_OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
+_OUT_OF_MEMORY_TYPES = ("MemoryError", "OutOfMemoryError")
+# torch raises a plain RuntimeError on the CPU and on Apple's GPUs, and the system an OSError.
+_OUT_OF_MEMORY_WORDS = re.compile(r"(?i)(can't|cannot|unable to) allocate memory|out of memory|STATUS_ALLOC_FAILED")
 _LOOKS_SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|hf_)[\w.~+/-]{6,}")
 _NAMES_SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
 _secrets: set[str] = set()
@@ -72,11 +74,11 @@ def describe_failure(error: Exception, run: Path | None) -> tuple[str, int]:
     """
     if isinstance(error, UserError):
         return str(error), 2
-    if found := _disk_problem(error):
-        return found, 2
-    if any(type(part).__name__ in _OUT_OF_MEMORY for part in _chain(error)):
+    if problem := _disk_problem(error):
+        return problem, 2
+    if found := _memory_problem(error):
         return (
-            f"the memory is not enough ({_one_line(error)}); lower micro_batch_size, batch_size or candidates, or use "
+            f"the memory is not enough ({_one_line(found)}); lower micro_batch_size, batch_size or candidates, or use "
             f"student.lora, and {_CONTINUES}.",
             2,
         )
@@ -90,14 +92,22 @@ def _disk_problem(error: Exception) -> str | None:
     for part in _chain(error):
         if isinstance(part, OSError) and part.errno in _MENDED_BY_USER:
             path = part.filename2 or part.filename  # of two, the second is where a file was to go
-            place = f"{_shortened(os.fsdecode(path))}: " if isinstance(path, str | bytes) else ""
-            return place + _MENDED_BY_USER[part.errno].format(reason=part.strerror) + "."
+            place = _shortened(os.fsdecode(path)) if isinstance(path, str | bytes) else "a file or folder"
+            return f"{place}: " + _MENDED_BY_USER[part.errno].format(reason=part.strerror) + "."
     for part in _chain(error):
         numbers = re.findall(r"\(os error (\d+)\)", str(part))
         numbers += [number for words, number in _IN_WORDS.items() if words in str(part)]
         for number in map(int, numbers):
             if number in _MENDED_BY_USER:
                 return _MENDED_BY_USER[number].format(reason=_one_line(part)) + "."
+    return None
+
+
+def _memory_problem(error: Exception) -> BaseException | None:
+    """Return the error in the chain of causes that says that memory could not be allocated, or None."""
+    for part in _chain(error):
+        if type(part).__name__ in _OUT_OF_MEMORY_TYPES or _OUT_OF_MEMORY_WORDS.search(str(part)):
+            return part
     return None
 
 

@@ -110,11 +110,11 @@ def settled_reply(result: CallResult, resend_unknown: bool = False) -> Reply | N
 def reply_from_result(result: CallResult) -> Reply:
     """Convert the result of a settled call to a reply."""
     if result.state == "failed" and result.error == "content_filter":
-        return Reply("refused", None, result.finish_reason, describe_failure(result))
+        return Reply("refused", None, result.finish_reason, _describe_failure(result))
     if result.state != "answered":
-        return Reply(result.state, None, result.finish_reason, describe_failure(result))
+        return Reply(result.state, None, result.finish_reason, _describe_failure(result))
     if _is_unreadable(result):
-        return Reply("failed", None, result.finish_reason, describe_failure(result))
+        return Reply("failed", None, result.finish_reason, _describe_failure(result))
     return _answer(result)
 
 
@@ -142,7 +142,7 @@ def _answer(result: CallResult) -> Reply:
     return Reply("truncated", result.text, result.finish_reason, detail)
 
 
-def describe_failure(result: CallResult) -> str:
+def _describe_failure(result: CallResult) -> str:
     """Return the reason for a missing answer in words, or its error class if there is no description."""
     error = one_line(result.error or "", 300)
     error_class, _, words = error.partition(": ")
