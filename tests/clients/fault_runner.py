@@ -1,8 +1,8 @@
 """Run `purld` commands in forked children, in each of which one system call fails; see fault_shim.c.
 
 Started with the shim in LD_PRELOAD. Reads one JSON line per command, {"arguments", "root", "nth", "mode", "said"}, and
-answers with its exit status (negative: the signal) and the number of durable system calls. Forking saves the seconds
-that importing takes.
+answers with its exit status (negative: the signal). `said` receives what the command prints, and in its last line the
+number of durable system calls. Forking saves the seconds that importing takes, so all is imported before.
 """
 
 import contextlib
@@ -12,8 +12,12 @@ import os
 import signal
 import sys
 import threading
+from importlib import import_module
 
 from purld.cli import main
+
+for module in ("purld.pipeline.pipeline", "httpx2", "transformers.models.qwen2.modeling_qwen2"):
+    import_module(module)  # as the command does, which imports what it needs when it needs it
 
 SHIM = ctypes.CDLL(None)
 

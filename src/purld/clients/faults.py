@@ -228,9 +228,9 @@ def decode_body(content: bytes, content_type: str) -> str:
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
     """Return the seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
-    text = headers.get("retry-after", "").strip()[:100]
+    text = headers.get("retry-after", "").strip()
     try:
-        return max(0.0, float(text)) if re.fullmatch(r"\d+(\.\d+)?", text) else max(0.0, _parse_date(text) - now)
+        return max(0.0, float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else _parse_date(text[:100]) - now)
     except (ValueError, TypeError, OverflowError):
         return None
 
