@@ -160,6 +160,42 @@ def test_a_stream_that_was_not_asked_for_is_read():
     assert parse_body("data: nothing\n") is None
 
 
+def whole(text: str | None, **message: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": text, **message}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    ("last", "text"),
+    [
+        (whole("An answer."), "An answer."),
+        (whole("An answer.\n") | {"object": "chat.completion"}, "An answer.\n"),
+        (whole(" An answer.") | {"object": "chat.completion"}, " An answer."),
+        (whole("") | {"object": "chat.completion"}, "An answer."),
+        (whole(None), "An answer."),
+        (whole(" More."), "An answer. More."),
+        (
+            {"choices": [{"message": None, "delta": {"content": "An answer."}, "finish_reason": "stop"}]},
+            2 * "An answer.",
+        ),
+    ],
+)
+def test_the_whole_message_at_the_end_of_a_stream_is_no_piece_of_it(last, text):
+    pieces = [{"choices": [{"delta": {"content": piece}}]} for piece in ("An ", "answer.")]
+    body = events(*pieces, last)
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None
+    assert (result.state, result.text, result.finish_reason) == ("answered", text, "stop")
+
+
+def test_a_refusal_in_a_stream_is_read():
+    pieces = [{"choices": [{"delta": {"content": None, "refusal": piece}}]} for piece in ("I ", "cannot.")]
+    for last in ([], [whole(None, refusal="I cannot.")]):
+        body = events(*pieces, *last)
+        result = read_completion(parse_body(body), body, ENDPOINT)
+        assert result is not None and reply_from_result(result).state == "refused"
+        assert result.text == "I cannot."
+
+
 def test_usage_in_other_words():
     result = read({**completion("A"), "usage": {"input_tokens": 3, "output_tokens": 4}})
     assert result is not None and result.usage is not None

@@ -55,21 +55,31 @@ def parse_body(body: str) -> Any:
 
 def _join_events(body: str) -> Any:
     """Return the events of a stream as one completion, or the first event if it is an error."""
-    texts: list[str] = []
+    text, refusal, begun = "", "", False
     joined: dict[str, Any] = {"finish_reason": None}
     usage = None
     for line in body.splitlines():
         event = parse_json(line[5:]) if line.startswith("data:") else None
         if not isinstance(event, dict):
             continue
-        if event.get("error") and not texts:
+        if event.get("error") and not begun:
             return event
         usage = event.get("usage") or usage
         choice = _first_choice(event)
         if choice is not None:
-            texts.append(_read_content(_message_of(choice).get("content")).text)
+            begun = True
+            content = _read_message(_message_of(choice))
+            text = _append_piece(text, content.text, event, choice)
+            refusal = _append_piece(refusal, "".join(content.refusals), event, choice)
             joined["finish_reason"] = choice.get("finish_reason") or joined["finish_reason"]
-    return {"choices": [joined | {"message": {"content": "".join(texts)}}], "usage": usage} if texts else None
+    joined["message"] = {"content": text, "refusal": refusal}
+    return {"choices": [joined], "usage": usage} if begun else None
+
+
+def _append_piece(text: str, piece: str, event: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
+    """Return the text of a stream with the next event's piece; a whole message, as some servers send, replaces it."""
+    is_whole = event.get("object") == "chat.completion" or piece.startswith(text)
+    return piece if piece and choice.get("message") is not None and is_whole else text + piece
 
 
 def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallResult | None:
@@ -83,8 +93,7 @@ def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallRe
             return None
         return _unreadable("no choices", None, body, usage)
     message = _message_of(choice)
-    content = _read_content(message.get("content"))
-    content.refusals += _texts_of(message.get("refusal"))
+    content = _read_message(message)
     content.unreadable += [name for name in ("tool_calls", "function_call", "audio") if message.get(name)]
     return _to_result(content, _finish_reason(choice, usage, endpoint), body, usage)
 
@@ -126,9 +135,10 @@ def _message_of(choice: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"content": choice.get("text")}
 
 
-def _read_content(content: object) -> _Content:
+def _read_message(message: Mapping[str, Any]) -> _Content:
     found = _Content()
-    _add_parts(content, found, 0)
+    _add_parts(message.get("content"), found, 0)
+    found.refusals += _texts_of(message.get("refusal"))
     return found
 
 
