@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from purld.config.schema import Data
 from purld.evaluation.score_quality import (
     CheckedGroup,
     accuracy_by_step,
@@ -16,6 +17,7 @@ from purld.evaluation.score_quality import (
     score_quality,
 )
 from purld.records import Prompt
+from purld.tasks.checks import find_check
 
 
 def test_by_hand() -> None:
@@ -91,6 +93,17 @@ def test_scores_outside_0_and_1_are_ranked_and_not_calibrated() -> None:
     quality = score_quality([CheckedGroup("p", 1, [-1.5, 0.4], [False, True])])
     assert (quality.auc_within, quality.ece, quality.bins) == (1.0, None, ())
     assert "ece" not in quality_as_results(quality)
+
+
+def test_a_group_whose_gold_is_none_of_the_options_is_left_out() -> None:
+    prompts = [
+        Prompt.from_text(f"{gold}?", reference=gold, metadata={"choices": ["Rome", "Oslo"]})
+        for gold in ("Oslo", "Bonn")
+    ]
+    rows = [{"prompt_id": p.id, "candidates": ["A", "B"], "scores": [0.1, 0.2], "step": 1} for p in prompts]
+    choice = find_check(Data(prompts="unused", check="choice"))
+    assert choice is not None
+    assert check_groups(rows, prompts, choice) == [CheckedGroup(prompts[0].id, 1, [0.1, 0.2], [False, True])]
 
 
 def test_groups_as_logged_are_checked_and_what_cannot_be_is_left_out() -> None:

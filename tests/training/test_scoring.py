@@ -5,11 +5,11 @@ from purld.records import Prompt
 from purld.tasks.checks import find_check
 from purld.training.scoring import AgreementScorer, GroupToScore
 
-MATH = find_check(Data(prompts="unused", check="math"))
+MATH, CHOICE = (find_check(Data(prompts="unused", check=name)) for name in ("math", "choice"))
 
 
-def group(anchor, *candidates, reference=None):
-    return GroupToScore(Prompt.from_text("How many?", reference=reference), anchor, candidates)
+def group(anchor, *candidates, **fields):
+    return GroupToScore(Prompt.from_text("How many?", **fields), anchor, candidates)
 
 
 def test_a_candidate_agrees_if_its_result_is_the_anchors():
@@ -29,3 +29,16 @@ def test_an_anchor_without_a_result_leaves_its_group_unscored():
     scored = AgreementScorer(MATH)([group("I will not answer this.", "10", "11"), group("10", "10", "11")])
     assert (scored[0].anchor, scored[0].candidates) == (None, [None, None])
     assert (scored[1].anchor, scored[1].candidates) == (1.0, [1.0, 0.0])
+
+
+def test_a_candidate_gains_nothing_by_repeating_a_refusal():
+    refusal = "I'm sorry, I can't help with that."
+    (scores,) = AgreementScorer(MATH)([group(refusal, refusal, "The answer is 10.")])
+    assert (scores.anchor, scores.candidates) == (None, [None, None])
+
+
+def test_an_anchor_that_chooses_no_option_leaves_its_group_unscored():
+    choices = {"choices": ["ten", "eleven"]}
+    groups = [group(anchor, "A", "eleven", metadata=choices) for anchor in ("I cannot say.", "The answer is A.")]
+    scored = AgreementScorer(CHOICE)([*groups, group("The answer is A.", "A")])
+    assert [s.candidates for s in scored] == [[None, None], [1.0, 0.0], [None]]

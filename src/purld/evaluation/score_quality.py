@@ -11,7 +11,7 @@ probability; the method does not need that, but a reader might.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from purld.evaluation.intervals import Array, Interval, bca_interval, bootstrap_values, constant_interval
 from purld.records import Prompt
+from purld.tasks.checks import Check, gold_check
 
 BINS = 10
 
@@ -135,23 +136,22 @@ def accuracy_by_step(groups: Iterable[CheckedGroup]) -> list[dict[str, Any]]:
     return [{"step": step, "n": len(r), "right": round(sum(r) / len(r), 6)} for step, r in sorted(right.items())]
 
 
-def check_groups(
-    rows: Iterable[Mapping[str, Any]], prompts: Iterable[Prompt], check: Callable[[Prompt, str], bool]
-) -> list[CheckedGroup]:
-    """Check the candidates of Stage II's logged groups against gold. Prompts without gold are left out.
+def check_groups(rows: Sequence[Mapping[str, Any]], prompts: Iterable[Prompt], check: Check) -> list[CheckedGroup]:
+    """Check the candidates of Stage II's logged groups against gold. Prompts without readable gold are left out.
 
     Args:
         rows: rows of generations/groups.jsonl.
         prompts: the training prompts.
         check: returns whether an answer is right.
     """
-    by_id = {p.id: p for p in prompts if p.reference is not None}
+    drawn_for = {row["prompt_id"] for row in rows}
+    is_right = {p.id: gold_check(check, p) for p in prompts if p.id in drawn_for}
     checked = []
     for row in rows:
-        if prompt := by_id.get(row["prompt_id"]):
+        if by_gold := is_right.get(row["prompt_id"]):
             texts = row["candidates"]
-            right = [check(prompt, text) for text in texts]
-            checked.append(CheckedGroup(prompt.id, row["step"], row["scores"] or [None] * len(texts), right))
+            right = [by_gold(text) for text in texts]
+            checked.append(CheckedGroup(row["prompt_id"], row["step"], row["scores"] or [None] * len(texts), right))
     return checked
 
 

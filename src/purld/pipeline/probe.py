@@ -38,7 +38,7 @@ from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext, examples_of_pool
 from purld.records import Anchor, Prompt, content_hash
 from purld.runs.files import write_json
-from purld.tasks.checks import Check
+from purld.tasks.checks import Check, gold_check, result_check
 from purld.training.checkpoints import device_autocast
 from purld.training.context import StageContext
 from purld.training.rollout import AnchoredPrompt, candidates_to_score
@@ -145,8 +145,8 @@ def measure_scorer(
         length_correlation=mean_length_correlation(drawn, [[len(c.ids) for c in g.completions] for g in groups]),
         unscored=sum(s is None for s in everything) / len(everything),
         seconds=seconds,
-        anchor_auc=_auc_within(groups, drawn, _agreement_check(context.check), context.seed),
-        gold_auc=_auc_within(groups, drawn, _gold_check(context.check), context.seed),
+        anchor_auc=_auc_within(groups, drawn, _by_anchor, context),
+        gold_auc=_auc_within(groups, drawn, _by_gold, context),
     )
 
 
@@ -170,45 +170,39 @@ def _noise(
     return float((sum(squares) / len(squares)) ** 0.5) if squares else 0.0
 
 
-AnswerJudge = Callable[[ProbeGroup, str], bool | None]
-"""Returns whether a text is a right answer to a group's prompt; None where that cannot be told."""
+AnswerJudge = Callable[[str], bool]
+"""Returns whether a text is a right answer."""
 
 
-def _gold_check(check: Check | None) -> AnswerJudge:
-    def judge(group: ProbeGroup, text: str) -> bool | None:
-        prompt = group.question.prompt
-        return None if check is None or prompt.reference is None else check(prompt, text)
-
-    return judge
+def _by_gold(group: ProbeGroup, check: Check) -> AnswerJudge | None:
+    return gold_check(check, group.question.prompt)
 
 
-def _agreement_check(check: Check | None) -> AnswerJudge:
-    """Return a judge that compares an answer's result with the anchor's; gold is not read."""
-
-    def judge(group: ProbeGroup, text: str) -> bool | None:
-        if check is None:
-            return None
-        anchored = replace(group.question.prompt, reference=group.question.anchor)
-        return check(anchored, text) if check(anchored, group.question.anchor) else None
-
-    return judge
+def _by_anchor(group: ProbeGroup, check: Check) -> AnswerJudge | None:
+    return result_check(check, group.question.prompt, group.question.anchor)
 
 
 def _auc_within(
-    groups: Sequence[ProbeGroup], scores: Sequence[Sequence[float | None]], judge: AnswerJudge, seed: int
+    groups: Sequence[ProbeGroup],
+    scores: Sequence[Sequence[float | None]],
+    judge_of: Callable[[ProbeGroup, Check], AnswerJudge | None],
+    context: StageContext,
 ) -> tuple[float, float, float] | None:
     """Return the AUC within prompts of right answers over wrong ones, with its interval.
 
     None where nothing can be judged or no group holds right and wrong answers.
     """
+    if context.check is None:
+        return None
     checked = []
     for group, drawn in zip(groups, scores, strict=True):
-        right = [judge(group, text) for text in group.texts]
-        if None not in right:
-            checked.append(CheckedGroup(group.question.prompt.id, 0, drawn, [bool(r) for r in right]))
+        judge = judge_of(group, context.check)
+        if judge is not None:
+            right = [judge(text) for text in group.texts]
+            checked.append(CheckedGroup(group.question.prompt.id, 0, drawn, right))
     if not any(s is not None for group in checked for s in group.scores):
         return None
-    quality = score_quality(checked, seed)
+    quality = score_quality(checked, context.seed)
     if quality.auc_within is None or quality.auc_within_ci is None:
         return None
     return (quality.auc_within, *quality.auc_within_ci)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from purld.config.schema import Data
 from purld.records import Prompt
@@ -15,7 +17,7 @@ from purld.tasks import competition_math, multiple_choice
 from purld.tasks.registry import TASKS
 
 Check = Callable[[Prompt, str], bool]
-"""Returns whether a text is a correct answer to a prompt."""
+"""Returns whether a text is a correct answer to a prompt; a ValueError says that its reference cannot be read."""
 
 _CHECKS = {  # module and function
     "exact": ("purld.tasks.checks", "exact_match"),
@@ -47,6 +49,31 @@ def find_check(data: Data) -> Check | None:
 def reads_results(data: Data) -> bool:
     """Return whether the run's check finds the result in a whole answer, so that two answers can be compared."""
     return _check_name(data) in _READS_RESULTS
+
+
+def result_check(check: Check, prompt: Prompt, reference: str) -> Callable[[str], bool] | None:
+    """Return a function that tells whether a text has the result of `reference`, or None if that has no result.
+
+    `reference` stands in the place of the prompt's own, which is not read. An anchor that gives no result, such as a
+    refusal, is no reference to compare with.
+    """
+    referenced = replace(prompt, reference=reference)
+    try:
+        has_result = check(referenced, reference)
+    except ValueError:
+        has_result = False
+    return partial(check, referenced) if has_result else None
+
+
+def gold_check(check: Check, prompt: Prompt) -> Callable[[str], bool] | None:
+    """Return a function that tells whether a text has the gold answer; None if the prompt has none that can be read."""
+    if prompt.reference is None:
+        return None
+    try:
+        check(prompt, "")
+    except ValueError:
+        return None
+    return partial(check, prompt)
 
 
 def _check_name(data: Data) -> str:

@@ -17,6 +17,7 @@ from purld.tasks.final_answer import boxed_answer, stated_answers, without_denia
 Expressions = list[Any]
 """What math-verify's `parse` returns: sympy expressions, then the text that they were read from."""
 
+_FEW_WORDS = 4  # "all real numbers"
 _MAX_CHARACTERS = 5000  # no answer is longer, and parsing takes more than linear time
 _CHARACTERS = str.maketrans({"−": "-", "–": "-", "‒": "-", "⁄": "/", "\xa0": " ", "\u202f": " ", "\u2009": " "})
 _MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d$.])", re.IGNORECASE)
@@ -65,13 +66,23 @@ def answer_in_words(text: str) -> list[str]:
 
 
 def gold_in_words(reference: str) -> str | None:
-    """Return the words of a reference whose answer is a word ("\\text{Friday}"), or None if it is mathematics."""
+    """Return the words of a reference whose answer is a word ("\\text{Friday}"); None if it is not, or has no answer.
+
+    Without a box or a text command only a few words are an answer: a sentence, such as a refusal, states none.
+    """
     boxes = boxed_answer(reference)
     content = reference if boxes is None else boxes[-1] if boxes else ""
     named = _TEXT_COMMAND.sub(r"\1", content)
     if re.search(r"[\d\\$=^_+]", named) or not (_WORD.search(named) or named != content):
         return None
+    if boxes is None and named == content and not _is_short(named):
+        return None
     return _words(named) or None
+
+
+def _is_short(text: str) -> bool:
+    words = text.split()
+    return len(words) == 1 or (len(words) <= _FEW_WORDS and words[-1][-1] not in ".!?")
 
 
 def _parse_parts(parts: list[str]) -> Expressions:

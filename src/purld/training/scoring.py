@@ -23,7 +23,7 @@ from purld.model.likelihood import in_context_scores, reference_scores
 from purld.model.load import Roles
 from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
 from purld.records import Prompt
-from purld.tasks.checks import Check
+from purld.tasks.checks import Check, result_check
 from purld.templates import rating_turn
 from purld.thinking import split_thinking
 from purld.training.scoring_tokens import (
@@ -195,10 +195,10 @@ class AgreementScorer:
         return [self._score_group(group) for group in groups]
 
     def _score_group(self, group: GroupToScore) -> GroupScores:
-        anchored = replace(group.prompt, reference=group.anchor)
-        if not self.check(anchored, group.anchor):
+        agrees = result_check(self.check, group.prompt, group.anchor)
+        if agrees is None:
             return GroupScores(None, [None for _ in group.candidates])
-        return GroupScores(1.0, [float(self.check(anchored, text)) for text in group.candidates])
+        return GroupScores(1.0, [float(agrees(text)) for text in group.candidates])
 
 
 def _check_finite(group: GroupToScore, scores: Sequence[float | None]) -> None:
