@@ -12,8 +12,11 @@ import yaml
 
 from purld.cli import main
 from purld.clients.ledger import CallResult, Caps, Ledger, Request
+from purld.config.load import load_config
+from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.pipeline import sweep
+from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.sweep import plan_sweep, share_stage_one
 from purld.runs.files import read_json, read_rows, write_rows
 from purld.runs.run_dir import RunDir
@@ -38,6 +41,14 @@ def test_a_grid_is_every_combination_in_order(tiny_config, tmp_path):
     assert cells[2].config.align.tau == 1.2
     assert cells[0].family == cells[2].family != cells[1].family
     assert not (tmp_path / "grid").exists()
+
+
+def test_a_finished_run_is_known_by_the_configuration_that_it_wrote(tiny_config, tmp_path):
+    (cell,) = plan_sweep(tiny_config, ["align.score=auto"], tmp_path)
+    assert not cell.finished
+    Pipeline(load_config(tiny_config, cell.overrides), cell.run, Reporter()).execute(["anchors"])
+    cell.run.finish("report", 0.0)
+    assert cell.finished
 
 
 @pytest.mark.parametrize(

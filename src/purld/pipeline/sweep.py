@@ -36,6 +36,7 @@ from purld.display.progress import Reporter
 from purld.display.results import format_signed_difference
 from purld.display.titles import ANSWER_TITLES, METRIC_TITLES, model_title
 from purld.errors import UserError
+from purld.pipeline.chosen_score import with_chosen_score
 from purld.records import content_hash
 from purld.report.page import write_report
 from purld.runs.files import read_json, read_rows, sync_folder, write_json, write_rows
@@ -105,9 +106,8 @@ def plan_sweep(config: Path, grid: Sequence[str], folder: Path) -> list[SweepCel
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         overrides = tuple(f"{key}={json.dumps(value)}" for key, value in chosen.items())
-        cells.append(
-            SweepCell(chosen, overrides, load_config(config, overrides), RunDir(folder / _folder_name(chosen)))
-        )
+        cell_config = with_chosen_score(load_config(config, overrides))  # as the run's config.yaml will have it
+        cells.append(SweepCell(chosen, overrides, cell_config, RunDir(folder / _folder_name(chosen))))
     names = [cell.name for cell in cells]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"the sweep holds {repeated[0]} twice; give each value once.")
