@@ -12,6 +12,7 @@ import yaml
 
 from purld.cli import main
 from purld.runs.files import read_json, read_rows
+from purld.runs.open import open_run
 from purld.runs.run_dir import RunDir
 
 
@@ -159,6 +160,31 @@ def test_changed_prompts_are_noticed(tiny_config, tmp_path, monkeypatch, capsys)
         handle.write(json.dumps({"prompt": "One more?", "reference": "1"}) + "\n")
     assert purld(monkeypatch, "sft", tiny_config, *there) == 2
     assert "have changed" in sentence(capsys)
+
+
+def test_a_run_from_before_the_search_for_near_copies_goes_on_with_its_own_split(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    run = RunDir(tmp_path / "run")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    prompts.write_text(
+        "".join(json.dumps(r) + "\n" for row in rows for r in (row, row | {"prompt": row["prompt"].upper()}))
+    )
+    there = ["data.eval_prompts=null", "data.eval_fraction=0.5", "--run-dir", run.path]
+    assert purld(monkeypatch, "anchors", tiny_config, *there, "data.near_duplicates=ignore") == 0
+    values = yaml.safe_load(run.config.read_text())
+    del values["data"]["near_duplicates"]
+    run.config.write_text(yaml.safe_dump(values))
+    run.record_file("config", run.config)
+    assert open_run(run.path)[1].data.near_duplicates == "ignore"
+    before = run.config.read_bytes()
+    assert purld(monkeypatch, "anchors", tiny_config, *there) == 2
+    assert "data.near_duplicates=ignore goes on so" in sentence(capsys)
+    assert run.config.read_bytes() == before
+    assert purld(monkeypatch, "anchors", tiny_config, *there, "data.near_duplicates=ignore") == 0
+    assert purld(monkeypatch, "anchors", tiny_config, *there) == 2  # now the key is recorded
+    assert "data.near_duplicates: ignore, and now it is apart" in sentence(capsys)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.records import content_hash
 from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
-from purld.runs.open import final_model
+from purld.runs.open import final_model, splits_without_near_copies
 from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.trackers import check_trackers, stage_tracking
@@ -123,8 +123,9 @@ class Pipeline:
             raise UserError(missing)
         with self.run.lock():
             remove_stale_partials(self.run.path)
-            self._adopt_config()
+            text = self._check_config()
             self._check_pools(pools)
+            self._write_config(text)
             if any(stage != "report" for stage in stages):
                 check_ledger(self.config, self.run)
             context = self._context(pools)
@@ -216,8 +217,12 @@ class Pipeline:
         kept = [stage for stage in stages if stage != "probe" or "align" not in stages]
         return [part for stage in kept for part in (("probe", "align") if stage == "align" else (stage,))]
 
-    def _adopt_config(self) -> None:
-        """Write config.yaml, or check that the new configuration agrees with the one that the run began with."""
+    def _check_config(self) -> str:
+        """Check that the configuration agrees with the one that the run began with, and return it as config.yaml.
+
+        Raises:
+            UserError: a key of a stage that has begun differs, or files of the run are lost.
+        """
         run, new = self.run, self.config.model_dump(mode="json")
         text = yaml.safe_dump(new, sort_keys=False)
         self._check_adoptable(text)
@@ -225,13 +230,18 @@ class Pipeline:
             # Loading fills in keys that are newer than the run with their defaults, which were in force when it began.
             old = load_config(run.config).model_dump(mode="json")
             begun = run.begun_stages()
+            free = TRANSPORT | ({"near_duplicates"} if splits_without_near_copies(run) else set())
             for key, before, after in _differences(old, new):
                 section, *_, leaf = key.split(".")
-                if section != "report_to" and _FIRST_STAGE[section] in begun and leaf not in TRANSPORT:
+                if section != "report_to" and _FIRST_STAGE[section] in begun and leaf not in free:
                     raise UserError(
                         f"{run.path} holds a run with {key}: {_brief(before)}, and now it is {_brief(after)}; "
                         "give this one another --run-dir."
                     )
+        return text
+
+    def _write_config(self, text: str) -> None:
+        run = self.run
         run.forget_file(run.config)
         with atomic_write(run.config) as handle:
             handle.write(text)
@@ -258,9 +268,11 @@ class Pipeline:
     def _check_pools(self, pools: PromptPools) -> None:
         done = self.run.finished_stages().get("anchors")
         if done and done["pool"] != pools.fingerprint:
+            older = self.run.config.exists() and splits_without_near_copies(self.run)
+            hint = " The run began without a search for near-copies: data.near_duplicates=ignore goes on so."
             raise UserError(
                 f"{self.run.path}: the prompts of {self.config.data.source} have changed since this run's anchors "
-                "were collected; give the new ones another --run-dir."
+                f"were collected; give the new ones another --run-dir.{hint if older else ''}"
             )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from purld.config.load import load_config
+from purld.config.read_yaml import read_yaml
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.methods.table import METHODS
@@ -22,7 +23,21 @@ def open_run(run_path: Path) -> tuple[RunDir, Config]:
     run.check_files(run.config)
     if not run.config.exists():
         raise UserError(f"{run_path}: is not a run directory; it holds no config.yaml.")
-    return run, load_config(run.config)
+    older = splits_without_near_copies(run)
+    return run, load_config(run.config, ["data.near_duplicates=ignore"] if older else [])
+
+
+def splits_without_near_copies(run: RunDir) -> bool:
+    """Return whether a run's config.yaml is older than `data.near_duplicates`, so that its split ignored near-copies.
+
+    Every other key that is newer than a run has the default that was in force when it began.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    values = read_yaml(run.config)
+    data = values.get("data") if isinstance(values, dict) else None
+    return isinstance(data, dict) and "near_duplicates" not in data
 
 
 @dataclass(frozen=True)
