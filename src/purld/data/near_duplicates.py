@@ -4,8 +4,8 @@ Two prompts are near-copies if their texts share most of their shingles (overlap
 differ in no word but by leaving it out or misspelling it. Their numbers, operators and images are the same: "2 + 3" and
 "2 + 4" are two questions, and so are two that ask for different things in the same words.
 
-Shingles are compared by MinHash (Broder 1997) with locality-sensitive hashing, so that 100,000 prompts take seconds and
-not pairs. Everything is seeded and independent of the order of the prompts.
+Shingles are compared by MinHash (Broder 1997) with locality-sensitive hashing, so that time grows
+with the number of prompts and not with that of pairs. Everything is seeded and independent of the order of the prompts.
 """
 
 from __future__ import annotations

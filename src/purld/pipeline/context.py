@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from purld.clients.anchors import apply_thinking_policy
+from purld.clients.answer_file import AnswerFileClient
 from purld.clients.folder import FolderLedgers
 from purld.clients.ledger import Ledger
+from purld.config.clients import AnchorPolicy, AnswerFile
 from purld.config.schema import Config
 from purld.display.progress import Reporter
 from purld.model.encode import Encoder
@@ -60,3 +63,13 @@ def examples_of_pool(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anch
     """Pair the prompts of a stage with their anchors, in the pool's order; leave out prompts without one."""
     anchors = {row["prompt_id"]: Anchor(row["prompt_id"], row["text"]) for row in read_rows(run.anchors)}
     return [(p, anchors[p.id]) for p in pool if p.id in anchors]
+
+
+def anchors_in_file(file: AnswerFile, prompts: Sequence[Prompt], policy: AnchorPolicy) -> dict[str, str]:
+    """Return the answers that a file has for prompts, by prompt id, as the policy wants their thinking.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    replies = [apply_thinking_policy(reply, policy) for reply in AnswerFileClient(file).ask(prompts)]
+    return {p.id: reply.text for p, reply in zip(prompts, replies, strict=True) if reply.text is not None}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from purld.clients.answer_file import AnswerFileClient
 from purld.config.clients import AnswerFile
 from purld.config.methods import SamplingSettings, SelfScoringSettings
 from purld.config.schema import Config
 from purld.methods.table import METHODS
 from purld.model.encode import Encoder
-from purld.pipeline.context import examples_of_pool
+from purld.pipeline.context import anchors_in_file, examples_of_pool
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.prompt_pools import PromptPools
 from purld.runs.run_dir import RunDir
@@ -75,6 +74,5 @@ def _known_anchors(config: Config, pools: PromptPools, run: RunDir) -> Mapping[s
     if "anchors" in run.finished_stages():
         return {prompt.id: anchor.text for prompt, anchor in examples_of_pool(run, pools.align)}
     if isinstance(config.teacher, AnswerFile):
-        replies = AnswerFileClient(config.teacher).ask(pools.align)
-        return {p.id: reply.text for p, reply in zip(pools.align, replies, strict=True) if reply.text is not None}
+        return anchors_in_file(config.teacher, pools.align, config.anchors)
     return None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from purld.clients.answer_file import AnswerFileClient
+from purld.clients.anchors import apply_thinking_policy
 from purld.clients.base import reply_from_ledger
 from purld.clients.folder import FolderLedgers
 from purld.clients.requests import build_requests
@@ -24,7 +24,7 @@ from purld.config.schema import Config
 from purld.evaluation.intervals import mean_interval
 from purld.evaluation.summary import with_interval
 from purld.model.load import Roles, load_model
-from purld.pipeline.context import RunContext, examples_of_pool
+from purld.pipeline.context import RunContext, anchors_in_file, examples_of_pool
 from purld.pipeline.probe import takes_probe
 from purld.pipeline.prompt_pools import PromptPools
 from purld.records import Prompt
@@ -156,8 +156,7 @@ def _file_anchors(config: Config, pools: PromptPools) -> dict[str, str]:
     """Return the held-out answers of a teacher that is a file, by prompt id."""
     if not isinstance(config.teacher, AnswerFile):
         return {}
-    replies = AnswerFileClient(config.teacher).ask(pools.held_out)
-    return {p.id: r.text for p, r in zip(pools.held_out, replies, strict=True) if r.state == "answered" and r.text}
+    return anchors_in_file(config.teacher, pools.held_out, config.anchors)
 
 
 def _bought_anchors(config: Config, pools: PromptPools, run: RunDir) -> dict[str, str]:
@@ -168,6 +167,9 @@ def _bought_anchors(config: Config, pools: PromptPools, run: RunDir) -> dict[str
     with FolderLedgers(run.ledger, with_own=True) as known:
         for prompt, request in zip(pools.held_out, build_requests(config.teacher, pools.held_out), strict=True):
             reply = reply_from_ledger(known, request.key)
-            if reply is not None and reply.state == "answered" and reply.text:
+            if reply is None:
+                continue
+            reply = apply_thinking_policy(reply, config.anchors)
+            if reply.state == "answered" and reply.text:
                 anchors[prompt.id] = reply.text
     return anchors
