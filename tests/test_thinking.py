@@ -25,6 +25,7 @@ CHANNELS = "<|channel|>analysis<|message|>We add.<|end|><|start|>assistant<|chan
         (f"{CHANNELS}<|return|>", "We add.", "It is 4."),
         ("analysisWe add.assistantfinalIt is 4.", "We add.", "It is 4."),
         ("<|channel|>analysis<|message|>We add", "We add", ""),
+        ("İkİ<think>İkİ İle İkİ</think>It is 4.", "İkİ İle İkİ", "İkİIt is 4."),  # longer in lower case
         *((f"{tags.opening}I add.{tags.closing}It is 4.", "I add.", "It is 4.") for tags in TAGS),
     ],
 )

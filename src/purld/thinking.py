@@ -38,7 +38,7 @@ TAGS: tuple[ThinkingTags, ...] = (
     _CHANNELS,  # gpt-oss
 )
 
-_BY_OPENING = {tags.opening.lower(): tags for tags in TAGS}
+_CLOSING_OF = {tags.opening.lower(): re.compile(re.escape(tags.closing), re.IGNORECASE) for tags in TAGS}
 _CODE = r"(?P<code>(?P<fence>`+).+?(?<!`)(?P=fence)(?!`))"  # a tag that an answer quotes in backticks is text
 _OPENINGS = "|".join(re.escape(tags.opening) for tags in TAGS)
 _CLOSINGS = "|".join(re.escape(tags.closing) for tags in TAGS)
@@ -116,13 +116,13 @@ def _take_blocks(reply: str) -> tuple[list[str], str]:
         position = match.end()
         if match["tag"] is None:
             continue
-        closing = _BY_OPENING[match["tag"].lower()].closing
-        end = reply.lower().find(closing.lower(), match.end())
-        if end < 0 and reply[: match.start()].rpartition("\n")[2].strip():
+        closing = _CLOSING_OF[match["tag"].lower()].search(reply, match.end())
+        if closing is None and reply[: match.start()].rpartition("\n")[2].strip():
             continue  # mentioned within a line, and not closed
         kept.append(reply[start : match.start()])
-        thoughts.append(reply[match.end() :] if end < 0 else reply[match.end() : end])
-        position = start = len(reply) if end < 0 else end + len(closing)
+        end, position = closing.span() if closing else (len(reply), len(reply))
+        thoughts.append(reply[match.end() : end])
+        start = position
     return thoughts, "".join(kept) + reply[start:]
 
 

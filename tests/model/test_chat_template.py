@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from chat_families import FAMILIES
 from transformers import AutoTokenizer
 
 from purld.errors import UserError
@@ -106,7 +107,9 @@ def test_thinking_that_is_kept_is_trained_and_not_scored(fresh):
 def test_thinking_that_must_not_be_is_refused(fresh, shipped_student):
     with pytest.raises(UserError, match="begins every answer with <think>"):
         make(fresh, THINKING, thinking="fail")
-    encoder = make(AutoTokenizer.from_pretrained(shipped_student), CHATML, thinking="fail")
+    encoder = make(AutoTokenizer.from_pretrained(shipped_student), FAMILIES["Qwen 3"].template, thinking="fail")
+    # What is scored is what it was trained on: an answer right after the prompt.
+    assert encoder.encode_prompt(PROMPT, direct=True) == encoder.encode_prompt(PROMPT)
     with pytest.raises(UserError, match="the student began to think"):
         encoder.decode_text(encoder.encode_literal("<think>I add.</think>4."))
 

@@ -16,7 +16,7 @@ from purld.model.log_probs import token_log_probs
 from purld.model.sample import Completion
 from purld.records import Prompt
 from purld.training.group_update import GroupUpdate
-from purld.training.rollout import AnchoredPrompt, RolloutMaker
+from purld.training.rollout import AnchoredPrompt, RolloutMaker, candidates_to_score
 from purld.training.scoring import SCORERS, GroupToScore, ScorerContext, score_nothing
 
 PROMPT, ANCHOR = Prompt.from_text("How many are 3 and 4?"), "3 + 4 = 7."
@@ -90,6 +90,20 @@ def test_log_probs_of_other_ids_than_those_drawn_are_not_handed_on(roles, encode
     (from_texts,) = scorer([GroupToScore(PROMPT, ANCHOR, texts)])
     (from_ids,) = scorer([GroupToScore(PROMPT, ANCHOR, texts, IDS)])
     assert from_texts.log_probs is None and len(from_ids.log_probs) == 3
+
+
+def test_a_candidate_that_thought_is_scored_as_its_answer_which_ends_only_if_it_did(encoder):
+    answer = encoder.encode_literal("12 " * 40 + "it is.")  # longer than an anchor may be
+    thought = [*encoder.encode_literal("<think>\nHm.\n</think>\n\n"), *answer]
+    drawn = [
+        Completion([*thought, encoder.end], True),
+        Completion(thought, False),
+        Completion(encoder.encode_literal("<think>\nHm."), False),
+        Completion(answer, False),
+    ]
+    group = candidates_to_score(encoder, AnchoredPrompt(PROMPT, ANCHOR, encoder.encode_prompt(PROMPT)), drawn)
+    assert [list(ids) for ids in group.ids] == [[*answer, encoder.end], answer, [encoder.end], answer]
+    assert group.thinking == 3
 
 
 def test_the_reference_score_is_the_reward_of_rlpr_in_grpo(roles, encoder):

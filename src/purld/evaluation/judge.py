@@ -1,11 +1,10 @@
 """Ask a judge which of two answers it prefers (appendix C.1, Figure C.4).
 
 The judge sees the question, the reference and both answers, and replies A, B or T, after any thinking. Every pair is
-judged in both orders,
-unless the configuration asks for the paper's single order. A judge that replies anything else is shown its own reply
-and reminded of the three characters, up to `retries` times. A reply that is still no verdict is "unjudged": it is
-kept with its raw text and counted, and is neither a tie nor a loss. The client sends, caches and pays for the calls;
-`winrate` turns verdicts into rates.
+judged in both orders, unless the configuration asks for the paper's single order. A judge that replies anything else is
+shown its own reply and reminded of the three characters, up to `retries` times. A reply that is still no verdict is
+"unjudged": it is kept with its raw text and counted, and is neither a tie nor a loss. The client sends, caches and pays
+for the calls; `winrate` turns verdicts into rates.
 """
 
 from __future__ import annotations

@@ -96,10 +96,12 @@ class ChatTemplate:
             )
         self.note = self._describe_thinking(settings, variables)
         self._unthinking = _unthinking(self.opened, prompt, chat)
-        self._direct = _with_ending(template, self._unthinking)  # the answer comes first
+        self._template = self._direct = template  # with `fail` the student has learned to answer at once
+        if settings.thinking != "fail":
+            self._direct = _with_ending(template, self._unthinking)  # the answer comes first
         if settings.thinking == "strip":
-            template, prompt, self.opened = self._direct, prompt + self._unthinking, None
-        self._template = template
+            self._template = template = self._direct
+            prompt, self.opened = prompt + self._unthinking, None
         self.tags = tags_in([own, *tokenizer.get_added_vocab()])
         self.opening, self.ending = _around_answer(prompt, chat)
         self._loses_system = trial.rendered[2] is not None and _SYSTEM not in trial.rendered[2]

@@ -127,6 +127,14 @@ class Encoder:
         head = self._chat.before_answer(slots.add(self._text.encode(reply.thinking)) if reply.thinking else "")
         return self._cut_answer(self._encode_pieces(*slots.split(head)) + self.encode_literal(reply.answer))
 
+    def encode_drawn_answer(self, answer: str, finished: bool) -> list[int]:
+        """Encode the answer of a candidate that thought before it, with the end-of-turn token if it finished.
+
+        It is not cut. One that the candidate did not come to is the end-of-turn token alone.
+        """
+        ids = self.encode_literal(self._lead + answer) if answer else []
+        return ids if ids and not finished else [*ids, self.end]
+
     def evaluation_frame(self, prompt: Prompt, anchor: str | None) -> EvaluationFrame:
         """Encode the self-evaluation prompt (appendix C.4) around the candidate; without an anchor, a bare rating.
 

@@ -8,6 +8,7 @@ so that it starts in a tenth of a second.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -139,9 +140,13 @@ def _limit_resources() -> None:
         import resource
     except ImportError:  # not on this system: only the clock limits it
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    for kind, limits in (
+        (resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1)),
+        (resource.RLIMIT_CORE, (0, 0)),
+        (resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY)),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # the system has a lower limit already, or none of this kind
+            resource.setrlimit(kind, limits)
 
 
 if __name__ == "__main__":

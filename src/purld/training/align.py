@@ -66,10 +66,11 @@ class AlignFacts:
                 f"the candidates' scores collapsed: at the end they differ by {self.spread_kept:.0%} of what they did "
                 "at the start."
             )
-        if self.kl is not None and self.kl < _UNMOVED:
+        # An estimate of a larger divergence may be below zero by chance.
+        if self.kl is not None and abs(self.kl) < _UNMOVED:
             warnings.append(
-                f"the policy hardly moved from p_sft: their divergence at the end is {self.kl:.1e} nats per answer; "
-                "raise align.learning_rate or align.steps."
+                f"the policy hardly moved from p_sft: their divergence at the end is {abs(self.kl):.1e} nats per "
+                "answer; raise align.learning_rate or align.steps."
             )
         if self.sharper_than_labels > 0.5:
             warnings.append(

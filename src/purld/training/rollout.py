@@ -63,7 +63,7 @@ def candidates_to_score(encoder: Encoder, question: AnchoredPrompt, completions:
     """Return drawn candidates as they are scored: by their answers, without what the student thought before them."""
     replies = [encoder.read_reply(completion.ids) for completion in completions]
     ids = [
-        encoder.encode_answer(reply.answer).ids if reply.found else completion.ids
+        encoder.encode_drawn_answer(reply.answer, completion.finished) if reply.found else completion.ids
         for reply, completion in zip(replies, completions, strict=True)
     ]
     texts, thinking = [reply.answer for reply in replies], sum(bool(reply.thinking) for reply in replies)

@@ -43,8 +43,8 @@ class GroupToScore:
         prompt: the prompt.
         anchor: the anchor's text.
         candidates: the K candidates' texts.
-        ids: the K candidates' token ids as they were drawn, end-of-turn token included, without thinking; empty if
-            unknown.
+        ids: the K candidates' token ids as they were drawn, without thinking, with an end-of-turn token if they
+            finished; empty if unknown.
         thinking: the number of candidates with thinking before their answer.
     """
 
