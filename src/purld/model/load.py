@@ -28,7 +28,7 @@ from purld.model.causal_lm import AdaptedCausalLM, CausalLM, has_adapters, unwra
 from purld.model.chat_template import ChatSettings
 from purld.model.encode import Encoder
 from purld.model.pretrained import load_part
-from purld.model.processor import read_end_tokens, read_processor, reads_images, save_processor
+from purld.model.processor import listed_ends, read_end_tokens, read_processor, reads_images, save_processor
 from purld.model.sample import seed_from_content, seeded_torch
 from purld.model.vision import vision_modules
 from purld.model.weights import WeightsError, check_finite, load_weights
@@ -156,13 +156,13 @@ def save_model(student: Student, model: CausalLM, encoder: Encoder, path: Path) 
 
 def _stop_at_ends(model: CausalLM, encoder: Encoder) -> None:
     """Add the tokens that end a turn to those at which the saved model's generation stops."""
-    settings = unwrap_adapters(model).generation_config
-    listed = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    known = [token for token in listed if token is not None]
+    inner = unwrap_adapters(model)
+    settings = inner.generation_config
+    known = listed_ends(settings)
     if not encoder.ends.issubset(known):
         settings.eos_token_id = [*known, *sorted(encoder.ends.difference(known))]
     # Converters to other formats read this one.
-    unwrap_adapters(model).config.get_text_config().eos_token_id = settings.eos_token_id
+    inner.config.get_text_config().eos_token_id = settings.eos_token_id
 
 
 def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path) -> None:

@@ -98,6 +98,11 @@ def read_end_tokens(model: str) -> list[int]:
         settings = GenerationConfig.from_pretrained(model)
     except OSError:  # it has none of its own: its configuration says it
         settings = GenerationConfig.from_model_config(load_part(AutoConfig, model))
+    return listed_ends(settings)
+
+
+def listed_ends(settings: GenerationConfig) -> list[int]:
+    """Return the tokens at which a generation configuration stops: it holds none, one, or a list of them."""
     ends = settings.eos_token_id
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 

@@ -23,6 +23,7 @@ from purld.errors import NotFiniteError, reason_of
 from purld.model.cache import repeat_with_capacity
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import Encoder, pad_left
+from purld.model.processor import listed_ends
 from purld.model.self_check import can_share_prefix, count_exceeded_windows, refuse_sharing
 from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
 
@@ -236,8 +237,7 @@ def _plain_generation_config(
     """
     inner = unwrap_adapters(model)
     original = inner.generation_config
-    listed = original.eos_token_id if isinstance(original.eos_token_id, list) else [original.eos_token_id]
-    ends = {*encoder.ends, *(token for token in listed if token is not None)}
+    ends = {*encoder.ends, *listed_ends(original)}
     sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
