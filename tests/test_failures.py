@@ -26,7 +26,7 @@ def wrapped(cause):
     ("error", "words"),
     [
         (UserError("row 3 is wrong."), "row 3 is wrong."),
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full (No space left on device)"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/.lock"), "/x/.lock: access is not allowed"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: the disk can only be read"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "/" + "n" * 300), "255 bytes"),
@@ -36,7 +36,7 @@ def wrapped(cause):
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk failed"),
         (sqlite3.OperationalError("disk I/O error"), "the disk failed"),
         (wrapped(OSError(errno.EIO, "Input/output error", "/x/w")), "/x/w: the disk failed (Input/output error)"),
-        (FileExistsError(errno.EEXIST, "File exists"), "a file or folder: is in the way"),
+        (FileExistsError(errno.EEXIST, "File exists"), "a file or folder is in the way"),
         (MemoryError(), "the memory is not enough"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "the memory is not enough"),
         (wrapped(RuntimeError("DefaultCPUAllocator: can't allocate memory")), "the memory is not enough (RuntimeError"),
@@ -48,6 +48,24 @@ def test_what_the_user_can_mend_is_a_sentence_with_status_two(error, words, tmp_
     assert status == 2
     assert words in sentence and sentence.endswith(".") and len(sentence) < 400
     assert list(tmp_path.iterdir()) == []
+
+
+def raised_while_handling(handled):
+    try:
+        try:
+            raise handled
+        except OSError:
+            return 1 / 0
+    except ZeroDivisionError as error:
+        return error
+
+
+def test_an_error_that_code_goes_on_after_explains_none_that_comes_later(tmp_path):
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "/cache/x")
+    assert describe_failure(raised_while_handling(missing), tmp_path)[1] == 1
+    assert describe_failure(wrapped(missing), tmp_path)[0].startswith("/cache/x: is missing")
+    full = OSError(errno.ENOSPC, "No space left on device", "/x")
+    assert describe_failure(raised_while_handling(full), tmp_path)[0].startswith("/x: the disk is full")
 
 
 def raised(message):

@@ -39,6 +39,11 @@ _MENDED_BY_USER = {
     errno.ESTALE: f"the network disk was interrupted ({{reason}}); {_CONTINUES}",
     errno.ELOOP: "its links lead in a circle ({reason}); give another path",
 }
+# Code meets these errors all the time and goes on, so they explain a later one only if they are its stated cause.
+_OFTEN_HANDLED = {
+    *(errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP),
+}
 # Libraries that write files without Python's own functions report these in their own words.
 _IN_WORDS = {
     "No space left on device": errno.ENOSPC,
@@ -89,11 +94,12 @@ def describe_failure(error: Exception, run: Path | None) -> tuple[str, int]:
 
 def _disk_problem(error: Exception) -> str | None:
     """Return the sentence about an error of a file or a disk, wherever in the chain of causes it is."""
+    stated = list(_chain(error, with_contexts=False))
     for part in _chain(error):
         if isinstance(part, OSError) and part.errno in _MENDED_BY_USER:
-            path = part.filename2 or part.filename  # of two, the second is where a file was to go
-            place = _shortened(os.fsdecode(path)) if isinstance(path, str | bytes) else "a file or folder"
-            return f"{place}: " + _MENDED_BY_USER[part.errno].format(reason=part.strerror) + "."
+            if part.errno in _OFTEN_HANDLED and part not in stated:
+                continue
+            return _describe_os_error(part, _MENDED_BY_USER[part.errno])
     for part in _chain(error):
         numbers = re.findall(r"\(os error (\d+)\)", str(part))
         numbers += [number for words, number in _IN_WORDS.items() if words in str(part)]
@@ -101,6 +107,15 @@ def _disk_problem(error: Exception) -> str | None:
             if number in _MENDED_BY_USER:
                 return _MENDED_BY_USER[number].format(reason=_one_line(part)) + "."
     return None
+
+
+def _describe_os_error(error: OSError, template: str) -> str:
+    path = error.filename2 or error.filename  # of two, the second is where a file was to go
+    if isinstance(path, str | bytes):
+        subject = f"{_shortened(os.fsdecode(path))}: "
+    else:
+        subject = "a file or folder " if template.startswith("is ") else ""
+    return subject + template.format(reason=error.strerror) + "."
 
 
 def _memory_problem(error: Exception) -> BaseException | None:
@@ -111,14 +126,15 @@ def _memory_problem(error: Exception) -> BaseException | None:
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from."""
+def _chain(error: BaseException, with_contexts: bool = True) -> Iterator[BaseException]:
+    """Yield an error, its stated causes, and with contexts also the errors that were being handled."""
     seen: set[int] = set()
     part: BaseException | None = error
     while part is not None and id(part) not in seen:
         seen.add(id(part))
         yield part
-        part = part.__cause__ or (None if part.__suppress_context__ else part.__context__)
+        implied = part.__context__ if with_contexts and not part.__suppress_context__ else None
+        part = part.__cause__ or implied
 
 
 def _one_line(error: BaseException) -> str:
