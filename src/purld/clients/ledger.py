@@ -23,7 +23,6 @@ in one folder share is in `folder`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -34,8 +33,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from purld.clients.ledger_files import (
+    CallMark,
+    allocate_reserve,
+    is_locked,
+    lock_ledger,
+    lock_path,
+    mark_path,
+    read_mark,
+)
 from purld.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,11 +90,8 @@ SELECT * FROM (
 ) WHERE rank = 1
 """
 
-# Bytes for the answers in flight: 64 answers of 200 KB each, and the pages that SQLite writes with them.
-RESERVED_BYTES = 16 * 2**20
 _REQUEST_COLUMNS = ("key", "prompt_id", "base_url", "model", "body")
 _COPIED_COLUMNS = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
-_LOCK_SECONDS = 0.5  # others lock a ledger for microseconds, to see whether it is open
 _DISK_FULL = "{}: the disk is full; make room, then run the same command again to continue."
 
 
@@ -271,7 +276,7 @@ class LedgerView:
 
     def _is_open(self) -> bool:
         """Return whether a process has this ledger open for writing."""
-        return _is_locked(_lock_path(self.path))
+        return is_locked(lock_path(self.path))
 
     def _read_calls(self, key: str) -> list[sqlite3.Row]:
         with self._mutex, _database_errors_named(self.path):
@@ -357,18 +362,18 @@ class Ledger(LedgerView):
         self._booked: dict[str, BookedSpend] = {}
         self._in_flight: dict[int, tuple[Role, BookedSpend]] = {}  # worst case by call id
         self._sent: set[int] = set()  # calls in flight that the mark counts
-        self._lock = _lock_file(_lock_path(self.path))
+        self._lock = lock_ledger(lock_path(self.path))
         self._reserve_file = self.path.with_name(self.path.name + ".room")
         try:
             if is_blank(self.path):
                 _check_recorded(self.path, 0)
-            _allocate_reserve(self._reserve_file)
+            allocate_reserve(self._reserve_file)
             with self._folder_locked(), _database_errors_named(self.path):
                 self._db = _connect(self.path)
                 self._recorded = _count_recorded(self._db)
                 _check_recorded(self.path, self._recorded)
                 self._recover()
-            self._mark = _CallMark(self.path, self._recorded)
+            self._mark = CallMark(self.path, self._recorded)
         except BaseException:
             self._lock.close()
             raise
@@ -673,112 +678,15 @@ def _connect_read_only(path: Path) -> sqlite3.Connection:
 
 
 def _check_recorded(path: Path, recorded: int) -> None:
-    made = _read_mark(path)
+    made = read_mark(path)
     if recorded < made:
-        raise UserError(describe_lost_calls(path, recorded, made, f"delete {_mark_path(path)} to do without, or"))
-
-
-class _CallMark:
-    """The file beside a ledger that holds the number of calls recorded in it, so that a loss is noticed.
-
-    It is written after the ledger, in place and without a sync: it may hold fewer calls than the ledger, never more.
-    Errors are ignored, because a mark that is behind does no harm.
-    """
-
-    def __init__(self, ledger: Path, count: int) -> None:
-        self._descriptor = -1
-        with contextlib.suppress(OSError):
-            self._descriptor = os.open(_mark_path(ledger), os.O_RDWR | os.O_CREAT, 0o666)
-        self.write(count)
-
-    def write(self, count: int) -> None:
-        """Replace the number."""
-        if self._descriptor >= 0:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._descriptor, f"{count:019d}\n".encode(), 0)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-def _mark_path(ledger: Path) -> Path:
-    return ledger.with_name(f".{ledger.name}.calls")
-
-
-def _read_mark(ledger: Path) -> int:
-    """Return the number of calls by the mark; 0 if there is none, or a power cut garbled it."""
-    try:
-        text = _mark_path(ledger).read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError):
-        return 0
-    return int(text) if len(text) == 20 and text[:-1].isdigit() else 0
+        raise UserError(describe_lost_calls(path, recorded, made, f"delete {mark_path(path)} to do without, or"))
 
 
 def _count_recorded(db: sqlite3.Connection) -> int:
     """Count the calls that were sent or have ended; no such call is ever deleted."""
     (count,) = db.execute("SELECT COUNT(*) FROM calls WHERE state != 'reserved'").fetchone()
     return int(count)
-
-
-def _lock_path(ledger: Path) -> Path:
-    return ledger.with_name(ledger.name + ".lock")
-
-
-def _is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock; tried by taking a shared one, which is given back at once."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
-def _lock_file(path: Path) -> IO[str]:
-    """Lock `path` for this process; the kernel releases the lock when the process ends in any way."""
-    deadline = time.monotonic() + _LOCK_SECONDS
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("w")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}).") from None
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                handle.close()
-                raise UserError(f"{path.with_suffix('')}: another purld process is using this ledger.") from None
-            time.sleep(0.01)
-        except OSError as error:
-            handle.close()
-            raise UserError(f"{path}: cannot be locked ({error.strerror}).") from None
-
-
-def _allocate_reserve(path: Path) -> None:
-    """Allocate `RESERVED_BYTES` of disk space in a file that can be deleted when the space is needed."""
-    try:
-        with path.open("ab") as handle:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, RESERVED_BYTES)
-            else:  # macOS
-                handle.write(bytes(max(0, RESERVED_BYTES - handle.tell())))
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot reserve {RESERVED_BYTES // 2**20} MiB of disk space for answers ({error.strerror})."
-        ) from None
 
 
 def _connect(path: Path) -> sqlite3.Connection:
