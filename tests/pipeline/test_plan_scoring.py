@@ -15,6 +15,7 @@ from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.plan import make_plan
 from purld.pipeline.plan_scoring import tokens_of_stage
 from purld.pipeline.prompt_pools import load_prompt_pools
+from purld.pipeline.self_comparison import stage_two_prompts
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.group_update import GroupUpdate
@@ -22,6 +23,7 @@ from purld.training.scoring import SCORERS, GroupToScore, ScorerContext
 
 WHOLE_PASS = ["data.max_prompts=4", "align.steps=2", "align.prompts_per_step=2"]
 LIMIT = 20
+BATCHES = (2, 16)  # of candidates that are scored together
 METHODS = [
     ("in_context", ["align.score=in_context"]),
     ("reference", ["align.method=anchor_grpo", "align.score=reference"]),
@@ -66,8 +68,11 @@ class Work:
         SCORERS[self.align.score].make(context)([GroupToScore(prompt, anchor, self.texts, self.ids)])
 
 
-@pytest.mark.parametrize("batch_size", [2, 16])
-@pytest.mark.parametrize(("name", "overrides"), METHODS, ids=[name for name, _ in METHODS])
+@pytest.mark.parametrize(
+    ("name", "overrides", "batch_size"),
+    [(name, overrides, size) for name, overrides in METHODS for size in (BATCHES if name in SCORERS else BATCHES[:1])],
+    ids=lambda value: None if isinstance(value, list) else str(value),
+)
 def test_the_plan_has_the_tokens_that_go_through_the_student(name, overrides, batch_size, tiny_config, tmp_path):
     """Anchors are in a file, some longer than a candidate and some cut at student.max_anchor_tokens."""
     batch = [] if name == "self_distillation" else [f"align.score_batch_size={batch_size}"]
@@ -118,6 +123,20 @@ def test_anchors_count_at_their_limit_until_they_are_there(tiny_config, tmp_path
 def test_groups_of_the_whole_stage(settings, expected):
     align = AnchorGrpo(method="anchor_grpo", **{"prompts_per_step": 2} | settings)
     assert tokens_of_stage([30, 10, 40, 20], align) == expected
+
+
+def test_prompts_that_stage_two_leaves_out_are_not_counted(tiny_config, tmp_path):
+    endpoint = "teacher={kind: openai, base_url: 'http://127.0.0.1:9/v1', model: m}"
+    unmeasured = [endpoint, "data.check=none", "sft.validation_fraction=0.5", "align.prompts_per_step=1"]
+    config = load_config(tiny_config, unmeasured)
+    pools = load_prompt_pools(config, load_encoder(config.student), print)
+    drawn = len(stage_two_prompts(config, pools))
+    assert drawn < len(pools.align)
+    once, twice = (
+        planned(load_config(tiny_config, [*unmeasured, f"align.steps={steps}"]), RunDir(tmp_path / "run"))[0]
+        for steps in (drawn, 2 * drawn)
+    )
+    assert twice == 2 * once
 
 
 def test_nothing_is_counted_where_the_student_computes_no_score(tiny_config, tmp_path):

@@ -13,6 +13,8 @@ from purld.model.encode import Encoder
 from purld.pipeline.context import anchors_in_file, examples_of_pool
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.prompt_pools import PromptPools
+from purld.pipeline.self_comparison import stage_two_prompts
+from purld.records import Prompt
 from purld.runs.run_dir import RunDir
 from purld.training.scoring import find_scorer
 from purld.training.scoring_tokens import CountTokens, GroupSize, anchored_reference_tokens
@@ -26,8 +28,9 @@ def plan_scoring(plan: Plan, config: Config, encoder: Encoder, pools: PromptPool
     title, count, batch_size = found
     row = METHODS[config.align.method].stage_two
     anchored = row is not None and (row.scorer == "anchored" or row.anchored_reference)
-    anchors = _known_anchors(config, pools, run) if anchored else None
-    prompts = [p for p in pools.align if anchors is None or p.id in anchors]
+    pool = stage_two_prompts(config, pools)
+    anchors = _known_anchors(config, pool, run) if anchored else None
+    prompts = [p for p in pool if anchors is None or p.id in anchors]
     if not prompts:
         return
     sizes = [
@@ -69,10 +72,10 @@ def _counted_work(align: SamplingSettings) -> tuple[str, CountTokens, int] | Non
     return None
 
 
-def _known_anchors(config: Config, pools: PromptPools, run: RunDir) -> Mapping[str, str] | None:
+def _known_anchors(config: Config, pool: list[Prompt], run: RunDir) -> Mapping[str, str] | None:
     """Return the anchors of Stage II's prompts by prompt id; None if they are not there yet."""
     if "anchors" in run.finished_stages():
-        return {prompt.id: anchor.text for prompt, anchor in examples_of_pool(run, pools.align)}
+        return {prompt.id: anchor.text for prompt, anchor in examples_of_pool(run, pool)}
     if isinstance(config.teacher, AnswerFile):
-        return anchors_in_file(config.teacher, pools.align, config.anchors)
+        return anchors_in_file(config.teacher, pool, config.anchors)
     return None
