@@ -1,8 +1,8 @@
 """Stop a training stage at the first number that is not finite, before it is saved or logged as a result.
 
 What counts: the loss, the gradient, the weights of a checkpoint, a score, and every logged value, such as the
-validation loss. A checkpoint whose next step is the one that stops is not counted as complete, so the last one kept is
-one that the model computed finite numbers from.
+validation loss. A checkpoint that gives a loss or a score that is not finite no longer counts as complete, so the last
+one kept is one that the model computed finite numbers from.
 """
 
 from __future__ import annotations
