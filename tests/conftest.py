@@ -16,6 +16,7 @@ from network_guard import LOG_VARIABLE, forbid_network
 GUARD = Path(__file__).parent / "no_network"
 NETWORK_LOG = Path(tempfile.mkdtemp()) / "network.log"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # as the command line does; transformers reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Libraries that stay silent on a build server or offline would hide what they send from a user's machine.
 for variable in ("CI", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
