@@ -68,7 +68,7 @@ def after_stage_one(module_config, teacher, tmp_path_factory):
     count = itertools.count()
 
     def make(method, *overrides):
-        run = RunDir(base.path.with_name(f"run{next(count)}"))
+        run = RunDir(base.path.with_name(f"alone{next(count)}") / "run")  # runs in one folder share what they buy
         shutil.copytree(base.path, run.path)
         return pipeline(run, method, *overrides)
 
