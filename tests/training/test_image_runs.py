@@ -119,14 +119,14 @@ def test_killed_in_stage_two_a_run_with_pictures_ends_with_the_same_bits(write_c
 
     def kill(self, stage, at, values):
         log(self, stage, at, values)
-        if stage == "align" and at == 4:
+        if stage == "align" and at == 3:
             raise KilledError
 
     weights = []
     for name in ("calm", "killed"):
         run = RunDir(after_stage_one.path.with_name(name))
         shutil.copytree(after_stage_one.path, run.path)
-        config = load_config(write_config, ["align.steps=5", "align.checkpoint_steps=1"])
+        config = load_config(write_config, ["align.steps=3", "align.checkpoint_steps=1"])
         if name == "killed":
             with monkeypatch.context() as patch, pytest.raises(KilledError):
                 patch.setattr(RunDir, "log_metrics", kill)
