@@ -1,4 +1,4 @@
-"""Compare what a probe measures without gold with the AUC against gold, over students, tasks and scorers.
+"""Compare how a probe's scorers rank known pairs, which needs no gold, with their AUC against gold.
 
     python benchmarks/probe_predicts.py testbed OUT           # probes of the shipped student, before and after Stage I
     python benchmarks/probe_predicts.py plot FIGURE.png PROBE.json [PROBE.json ...]

@@ -14,7 +14,12 @@ from purld.runs.run_dir import RunDir
 
 @pytest.mark.parametrize(
     ("check", "score", "reason"),
-    [("math", "agreement", "compares"), ("exact", "in_context", "finds no"), ("none", "in_context", "finds no")],
+    [
+        ("math", "agreement", "compares"),
+        ("exact", "in_context", "finds no"),
+        ("none", "in_context", "finds no"),
+        ("testbed", "in_context", "finds no"),  # it knows the truth, whatever the anchor says
+    ],
 )
 def test_the_check_decides(tiny_config, tmp_path, check, score, reason):
     config = load_config(tiny_config, ["align.score=auto", f"data.check={check}"])
@@ -29,19 +34,20 @@ def test_a_named_score_and_a_method_without_one_are_kept(tiny_config):
         assert with_chosen_score(config) == config
 
 
-def test_agreement_without_a_check_is_refused_before_anything_is_bought(tiny_config, tmp_path):
+@pytest.mark.parametrize("check", ["none", "testbed"])
+def test_agreement_without_a_comparison_is_refused_before_anything_is_bought(tiny_config, tmp_path, check):
     run = RunDir(tmp_path / "run")
-    config = load_config(tiny_config, ["align.score=agreement", "data.check=none"])
-    with pytest.raises(UserError, match=r"align\.score=agreement compares .* set data.check"):
+    config = load_config(tiny_config, ["align.score=agreement", f"data.check={check}"])
+    with pytest.raises(UserError, match=r"align\.score=agreement compares .* needs data\.check=math"):
         Pipeline(config, run, Reporter())
     assert not run.path.exists()
 
 
 def test_auto_runs_and_the_run_directory_names_the_scorer(tiny_config, tmp_path):
     run = RunDir(tmp_path / "run")
-    Pipeline(load_config(tiny_config, ["align.score=auto", "align.steps=2"]), run, Reporter()).execute(
-        ["anchors", "sft", "align"]
-    )
+    Pipeline(
+        load_config(tiny_config, ["align.score=auto", "align.steps=2", "data.check=math"]), run, Reporter()
+    ).execute(["anchors", "sft", "align"])
     assert read_json(run.probe)["chosen"] == "agreement" and "score: agreement" in run.config.read_text()
     scores = {score for row in read_rows(run.groups) for score in row["scores"]}
     assert scores <= {0.0, 1.0} and {row["anchor_score"] for row in read_rows(run.groups)} == {1.0}

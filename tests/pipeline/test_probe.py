@@ -155,5 +155,5 @@ def test_the_command_measures_every_scorer_of_a_random_student(tiny_config, tmp_
         assert name in printed
     probe = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert probe["model"] == "base" and probe["prompts"] == 8
-    assert {row["name"] for row in probe["scorers"]} == {"expected", "verbal", "in_context", "reference", "agreement"}
+    assert {row["name"] for row in probe["scorers"]} == {"expected", "verbal", "in_context", "reference"}
     assert all(0 <= row["label_entropy"] <= 1.0001 for row in probe["scorers"])

@@ -13,7 +13,7 @@ from purld.model.student_check import StudentSizes, check_stored_weights, check_
 from purld.pipeline.prompt_pools import PromptPools
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
-from purld.tasks.checks import find_check
+from purld.tasks.checks import find_comparison
 from purld.training.scoring import find_scorer
 
 # A generous allowance for the words of the self-evaluation and chat templates.
@@ -67,7 +67,7 @@ def check_scoring(config: Config, encoder: Encoder) -> None:
     if isinstance(config.align, SelfScoringSettings):
         check = find_scorer(config.align.score).check
         if check is not None:
-            check(encoder, find_check(config.data))
+            check(encoder, find_comparison(config.data))
 
 
 def check_local_models(config: Config) -> None:

@@ -38,7 +38,7 @@ from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext, examples_of_pool
 from purld.records import Anchor, Prompt, content_hash
 from purld.runs.files import write_json
-from purld.tasks.checks import Check, gold_check, result_check
+from purld.tasks.checks import Check, find_comparison, gold_check, result_check
 from purld.training.checkpoints import device_autocast
 from purld.training.context import StageContext
 from purld.training.rollout import AnchoredPrompt, candidates_to_score
@@ -110,6 +110,7 @@ def measure_scorer(
     groups: Sequence[ProbeGroup],
     context: StageContext,
     settings: StageTwoSettings,
+    gold: Check | None = None,
 ) -> ScorerMeasures:
     """Score the probe's groups by one scorer and measure what its scores are worth.
 
@@ -117,8 +118,9 @@ def measure_scorer(
         name: the scorer's name.
         scorer: the scorer.
         groups: the probe's groups.
-        context: the student, the run directory, the seed, and the check of answers for the AUCs.
+        context: the student, the run directory, the seed, and the comparison with anchors.
         settings: the method's settings, for the labels.
+        gold: the check of answers against gold, for the AUC that is only reported.
     """
     started = time.monotonic()
     scored = []
@@ -145,8 +147,8 @@ def measure_scorer(
         length_correlation=mean_length_correlation(drawn, [[len(c.ids) for c in g.completions] for g in groups]),
         unscored=sum(s is None for s in everything) / len(everything),
         seconds=seconds,
-        anchor_auc=_auc_within(groups, drawn, _by_anchor, context),
-        gold_auc=_auc_within(groups, drawn, _by_gold, context),
+        anchor_auc=_auc_within(groups, drawn, _by_anchor, context.check, context.seed),
+        gold_auc=_auc_within(groups, drawn, _by_gold, gold, context.seed),
     )
 
 
@@ -186,23 +188,24 @@ def _auc_within(
     groups: Sequence[ProbeGroup],
     scores: Sequence[Sequence[float | None]],
     judge_of: Callable[[ProbeGroup, Check], AnswerJudge | None],
-    context: StageContext,
+    check: Check | None,
+    seed: int,
 ) -> tuple[float, float, float] | None:
     """Return the AUC within prompts of right answers over wrong ones, with its interval.
 
     None where nothing can be judged or no group holds right and wrong answers.
     """
-    if context.check is None:
+    if check is None:
         return None
     checked = []
     for group, drawn in zip(groups, scores, strict=True):
-        judge = judge_of(group, context.check)
+        judge = judge_of(group, check)
         if judge is not None:
             right = [judge(text) for text in group.texts]
             checked.append(CheckedGroup(group.question.prompt.id, 0, drawn, right))
     if not any(s is not None for group in checked for s in group.scores):
         return None
-    quality = score_quality(checked, context.seed)
+    quality = score_quality(checked, seed)
     if quality.auc_within is None or quality.auc_within_ci is None:
         return None
     return (quality.auc_within, *quality.auc_within_ci)
@@ -259,21 +262,20 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
     roles = Roles(model, model)
     measured = []
     with reporter.progress("probe") as progress:
-        training = StageContext(config.student, context.encoder, run, config.seed, progress, check=context.check)
+        comparison = find_comparison(config.data)
+        training = StageContext(config.student, context.encoder, run, config.seed, progress, check=comparison)
         groups = draw_probe_groups(training, settings, model, examples)
         for name in _scorers_to_measure(settings, every_scorer):
             entry = find_scorer(name)
             try:
                 if entry.check is not None:
-                    entry.check(context.encoder, context.check)
+                    entry.check(context.encoder, comparison)
             except UserError as error:
                 reporter.say(f"{name} is left out: {error}")
                 continue
             named = settings.model_copy(update={"score": name})
-            scorer = entry.make(
-                ScorerContext(context.encoder, roles, named, True, device_autocast, check=context.check)
-            )
-            measured.append(measure_scorer(name, scorer, groups, training, settings))
+            scorer = entry.make(ScorerContext(context.encoder, roles, named, True, device_autocast, check=comparison))
+            measured.append(measure_scorer(name, scorer, groups, training, settings, context.check))
     facts = {
         "prompts": len(groups),
         "model": "sft" if folder == run.sft else "base",

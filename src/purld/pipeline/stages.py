@@ -24,6 +24,7 @@ from purld.pipeline.probe import probed_scale, weak_signal_warnings
 from purld.pipeline.self_comparison import stage_two_prompts
 from purld.records import Prompt
 from purld.runs.files import write_rows
+from purld.tasks.checks import find_comparison
 from purld.training.context import Progress, StageContext
 
 
@@ -112,7 +113,13 @@ def run_align(context: RunContext) -> dict[str, Any]:
 def _training_context(context: RunContext, progress: Progress) -> StageContext:
     config = context.config
     return StageContext(
-        config.student, context.encoder, context.run, config.seed, progress, config.report_to, context.check
+        config.student,
+        context.encoder,
+        context.run,
+        config.seed,
+        progress,
+        config.report_to,
+        find_comparison(config.data),
     )
 
 

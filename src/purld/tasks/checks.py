@@ -26,8 +26,8 @@ _CHECKS = {  # module and function
     "choice": ("purld.tasks.multiple_choice", "is_correct"),
 }
 
-
-_READS_RESULTS = ("math", "choice", "testbed")  # find the result in a whole answer; `exact` takes the text as it is
+_READS_RESULTS = ("math", "choice")  # find the result in a whole answer, also in the reference
+_KNOWS_THE_TRUTH = "testbed"  # judges by the question, whatever the reference
 
 
 def find_check(data: Data) -> Check | None:
@@ -44,6 +44,17 @@ def find_check(data: Data) -> Check | None:
     module, function = _CHECKS[name]
     check: Check = getattr(importlib.import_module(module), function)
     return check
+
+
+def find_comparison(data: Data) -> Check | None:
+    """Return the check of a run if it judges by the reference alone, so that the anchor can stand in gold's place.
+
+    None without a check, and for the testbed's, which knows the truth: training must not see it.
+
+    Raises:
+        UserError: the check needs a library that is not installed.
+    """
+    return None if _check_name(data) == _KNOWS_THE_TRUTH else find_check(data)
 
 
 def reads_results(data: Data) -> bool:

@@ -252,8 +252,8 @@ def _check_expected(encoder: Encoder, check: Check | None) -> None:
 def _check_agreement(encoder: Encoder, check: Check | None) -> None:
     if check is None:
         raise UserError(
-            "align.score=agreement compares the candidates' results with the anchor's by data.check, which is none; "
-            "set data.check (math, choice or exact), or take another score."
+            "align.score=agreement compares the candidates' results with the anchor's, which needs data.check=math, "
+            "choice or exact; set it, or take another score."
         )
 
 
