@@ -32,7 +32,6 @@ from purld.testbed.world.world import Task, generate_problems, teacher_answer
 
 TASKS: tuple[Task, ...] = ("counting", "writing")
 PROMPTS, HELD_OUT = 192, 8
-MEASURES = {"agreement": "known pairs ranked right", "anchor_auc": "AUC against the anchors' results"}
 
 
 def probe_testbed(out: Path) -> None:
@@ -75,42 +74,32 @@ def write_config(task: Task, folder: Path) -> Path:
 
 
 def read_points(paths: list[Path]) -> list[dict[str, Any]]:
-    """Return one row per scorer and probe that has an AUC against gold."""
-    points = []
-    for path in paths:
-        for row in read_json(path)["scorers"]:
-            if "gold_auc" in row:
-                found = {
-                    "agreement": row.get("agreement", {}).get("rate"),
-                    "anchor_auc": row.get("anchor_auc", [None])[0],
-                }
-                points.append({"probe": path.stem, "scorer": row["name"], "gold": row["gold_auc"][0]} | found)
-    return points
+    """Return one row per scorer and probe that has known pairs and an AUC against gold."""
+    return [
+        {"probe": path.stem, "scorer": row["name"], "pairs": row["agreement"]["rate"], "gold": row["gold_auc"][0]}
+        for path in paths
+        for row in read_json(path)["scorers"]
+        if "gold_auc" in row and "agreement" in row
+    ]
 
 
 def draw_points(points: list[dict[str, Any]], figure: Path) -> None:
-    """Draw each gold-free measure against the AUC with gold, and print the rank correlations and the points."""
-    drawing, panels = plt.subplots(1, len(MEASURES), figsize=(9, 4.2), sharey=True)
-    scorers = sorted({p["scorer"] for p in points})
-    for axes, (measure, title) in zip(panels, MEASURES.items(), strict=True):
-        # `agreement` compares results itself: against the anchors' results its AUC is 1 by definition.
-        shown = [p for p in points if p[measure] is not None and p["scorer"] != "agreement"]
-        for number, scorer in enumerate(scorers):
-            own = [p for p in shown if p["scorer"] == scorer]
-            axes.scatter([p[measure] for p in own], [p["gold"] for p in own], color=f"C{number}", label=scorer)
-        rank = rank_correlation([p[measure] for p in shown], [p["gold"] for p in shown])
-        print(f"{title}: rank correlation with the AUC against gold {rank:+.2f} over {len(shown)} points")
-        axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, zorder=0)
-        axes.set(xlabel=title, xlim=(0, 1.02), ylim=(0, 1.02), title=f"rank correlation {rank:+.2f}")
-    panels[0].set_ylabel("AUC within prompts, against gold")
-    handles = {label: handle for handle, label in zip(*panels[0].get_legend_handles_labels()) if label != "agreement"}
-    panels[0].legend(handles.values(), handles, frameon=False, fontsize=8)
+    """Draw the rate of known pairs against the AUC with gold, and print the rank correlation and the points."""
+    rank = rank_correlation([p["pairs"] for p in points], [p["gold"] for p in points])
+    drawing, axes = plt.subplots(figsize=(5, 4.2))
+    for number, scorer in enumerate(sorted({p["scorer"] for p in points})):
+        own = [p for p in points if p["scorer"] == scorer]
+        axes.scatter([p["pairs"] for p in own], [p["gold"] for p in own], color=f"C{number}", label=scorer)
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, zorder=0)
+    axes.set(xlabel="known pairs ranked right, without gold", ylabel="AUC within prompts, against gold")
+    axes.set(xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(frameon=False, fontsize=8)
     drawing.tight_layout()
     drawing.savefig(figure, dpi=150)
-    print("| probe | scorer | known pairs | against anchors | against gold |\n|---|---|---|---|---|")
+    print(f"rank correlation {rank:+.2f} over {len(points)} points")
+    print("| probe | scorer | known pairs | against gold |\n|---|---|---|---|")
     for p in points:
-        cells = ("–" if p[key] is None else f"{p[key]:.3f}" for key in ("agreement", "anchor_auc", "gold"))
-        print(f"| {p['probe']} | {p['scorer']} | {' | '.join(cells)} |")
+        print(f"| {p['probe']} | {p['scorer']} | {p['pairs']:.3f} | {p['gold']:.3f} |")
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:

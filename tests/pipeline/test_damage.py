@@ -119,7 +119,8 @@ def left_by(command: str, run: Path, shown: str) -> dict[str, object]:
     results = read_json(run / "results.json") if (run / "results.json").exists() else {}
     results.pop("seconds", None)
     kept = [run / "metrics.jsonl", *(run / "generations").glob("*.jsonl"), *run.glob("*/*.safetensors")]
-    return {"results": results, **{str(path.relative_to(run)): path.read_bytes() for path in sorted(kept)}}
+    files = {str(path.relative_to(run)): path.read_bytes() for path in sorted(kept) if path.exists()}
+    return {"results": results, **files}
 
 
 def harmed_files(run: Path) -> list[str]:
@@ -165,8 +166,9 @@ def check(case, runs, expected, config, monkeypatch, capsys):
     if status == 2:
         assert len(sentences) == 1 and sentences[0].endswith("."), sentences
         return sentences[0]
-    good = expected(kind, command)
-    assert (status, left) == (good[0], good[2]), case
+    calm_status, _, calm = expected(kind, command)
+    # A command that has no need of the damaged file may leave it as it is; everything else must be the same.
+    assert status == calm_status and left | {name: None} == calm | {name: None}, case
     return None
 
 
