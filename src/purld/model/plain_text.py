@@ -12,10 +12,14 @@ from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
+from purld.templates import SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
+
 _EDGE = "\ue000"  # around the number of a slot; no text of others keeps it
 _SLOT = re.compile(f"{_EDGE}(\\d+){_EDGE}")
 # Runs of white space are added tokens of some tokenizers, and so ordinary text; "▁" is the blank of SentencePiece.
 _BLANK = " \t\n\r\v\f▁"
+# Words of our own templates are ordinary text too, also where a tokenizer, such as the testbed's, has a token for them.
+_OWN_WORDS = SELF_EVALUATION_HEAD + SELF_EVALUATION_TAIL
 
 
 class Slots:
@@ -47,7 +51,7 @@ class PlainTextEncoder:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         marks = {token.content for token in added.values()} | {*tokenizer.all_special_tokens, *further_marks}
-        self.marks = frozenset(mark for mark in marks if mark.strip(_BLANK))
+        self.marks = frozenset(mark for mark in marks if mark.strip(_BLANK) and mark not in _OWN_WORDS)
         # The token of what a vocabulary cannot spell comes from ordinary text too.
         vocabulary = tokenizer.get_vocab()
         self.mark_ids = frozenset(vocabulary[mark] for mark in self.marks if mark in vocabulary)
