@@ -1,109 +1,31 @@
-"""The command line.
-
-Each command imports what it needs, so that `purld --help` is instant. An error that the user can fix is one sentence on
-stderr and exit status 2. Ctrl-C, SIGTERM and SIGHUP are exit status 130, 143 and 129, and the same command continues.
-"""
+"""The commands for runs, their results and the testbed."""
 
 from __future__ import annotations
 
-import codecs
-import io
-import locale
-import os
-import signal
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from purld.display.streams import protected_streams
-from purld.errors import PlainWarning, UserError, printable
-from purld.failures import TRACEBACK_VARIABLE, describe_failure
-from purld.signals import Stopped, stopping_signals
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help needs no rich, and is there at once
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Reinforcement-learning alignment for small on-premise models from one teacher answer per prompt.",
+from purld.cli.common import (
+    ConfigPath,
+    Overrides,
+    ResendUnknown,
+    RunDirOption,
+    app,
+    execute,
+    existing_run,
+    make_pipeline,
+    make_reporter,
+    open_config,
+    print_closing,
+    print_table,
 )
+
 testbed_app = typer.Typer(no_args_is_help=True, help="The synthetic world that the demo runs in.")
 app.add_typer(testbed_app, name="testbed")
-
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration file.", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Keys to override in it.", show_default=False),
-]
-RunDirOption = Annotated[
-    Path | None, typer.Option("--run-dir", help="The run directory; runs/<name of CONFIG> by default.")
-]
-ResendUnknown = Annotated[
-    bool,
-    typer.Option("--resend-unknown", help="Ask again where an answer may have been billed but never arrived."),
-]
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from purld import __version__
-
-        print(f"purld {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
-    ] = False,
-) -> None:
-    pass
-
-
-def main() -> None:
-    """Run the `purld` command."""
-    _use_utf8()
-    with protected_streams(), stopping_signals():
-        _configure_libraries()
-        _configure_warnings()
-        status = _run_command()
-    sys.exit(status)
-
-
-def _run_command() -> int:
-    """Run the command and return its exit status; an error or a signal is one sentence on stderr."""
-    try:
-        status = _status_of(app)
-        sys.stdout.flush()
-    except Stopped as stopped:
-        how = "interrupted" if stopped.signum == signal.SIGINT else f"stopped by {stopped}"
-        return _fail(f"{how}; run the same command again to continue.", stopped.status)
-    except BrokenPipeError:  # the reader of stdout has left, as `head` does; stderr raises nothing
-        return 1
-    except Exception as error:
-        if TRACEBACK_VARIABLE in os.environ and not isinstance(error, UserError):
-            raise
-        return _fail(*describe_failure(error, _run_directory))
-    return status
-
-
-def _status_of(command: Callable[[], object]) -> int:
-    try:
-        command()
-    except SystemExit as end:  # how typer ends a command
-        return _fail(end.code, 1) if isinstance(end.code, str) else end.code or 0
-    return 0
-
-
-def _fail(sentence: str, status: int = 2) -> int:
-    print(f"purld: {printable(sentence)}", file=sys.stderr)
-    return status
 
 
 @app.command()
@@ -124,10 +46,10 @@ def demo(
     """
     from purld.testbed.demo import prepare_demo
 
-    reporter = _reporter()
+    reporter = make_reporter()
     with prepare_demo(task, run_dir, overrides or [], student) as (config, run):
-        _pipeline(config, run, reporter).execute()
-    _closing(run)
+        make_pipeline(config, run, reporter).execute()
+    print_closing(run)
 
 
 @app.command()
@@ -141,7 +63,7 @@ def run(
 
     Anchors, SFT, alignment, evaluation, report.
     """
-    _execute(config, overrides, run_dir, None, resend_unknown)
+    execute(config, overrides, run_dir, None, resend_unknown)
 
 
 @app.command()
@@ -150,7 +72,7 @@ def check(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
 
     What will be sent, what it may cost at most, memory and steps. Uses no network.
     """
-    settings, run = _open(config, overrides, run_dir)
+    settings, run = open_config(config, overrides, run_dir)
     from purld.pipeline.plan import make_plan
     from purld.pipeline.plan_sheet import print_plan
 
@@ -174,19 +96,19 @@ def anchors(
     if dry_run:
         _dry_run(config, overrides, run_dir, resend_unknown)
     else:
-        _execute(config, overrides, run_dir, ["anchors"], resend_unknown)
+        execute(config, overrides, run_dir, ["anchors"], resend_unknown)
 
 
 @app.command()
 def sft(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
     """Stage I: fine-tune on the anchors."""
-    _execute(config, overrides, run_dir, ["sft"])
+    execute(config, overrides, run_dir, ["sft"])
 
 
 @app.command()
 def align(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
     """Stage II: align by align.method. Uses no network, unless the teacher judges candidates."""
-    _execute(config, overrides, run_dir, ["align"])
+    execute(config, overrides, run_dir, ["align"])
 
 
 @app.command()
@@ -195,10 +117,10 @@ def probe(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption
 
     Every scorer, without gold, on up to 64 prompts that have anchors: on p_sft after Stage I, on the student before.
     """
-    settings, run = _open(config, overrides, run_dir)
+    settings, run = open_config(config, overrides, run_dir)
     from purld.display.probe import print_probe
 
-    print_probe(_pipeline(settings, run, _reporter()).probe())
+    print_probe(make_pipeline(settings, run, make_reporter()).probe())
 
 
 @app.command()
@@ -209,7 +131,7 @@ def evaluate(
     resend_unknown: ResendUnknown = False,
 ) -> None:
     """Answer the held-out prompts; judge the answers."""
-    _execute(config, overrides, run_dir, ["evaluate"], resend_unknown)
+    execute(config, overrides, run_dir, ["evaluate"], resend_unknown)
 
 
 @app.command()
@@ -227,11 +149,11 @@ def report(
     """Write the report of one run or of several."""
     first, *overrides = runs
     if Path(first).is_file() or (first.endswith((".yaml", ".yml")) and not Path(first).is_dir()):
-        _execute(Path(first), overrides, run_dir, ["report"])
+        execute(Path(first), overrides, run_dir, ["report"])
     else:
         from purld.runs.files import check_new_file
 
-        paths = [_existing_run(Path(run)) for run in runs]
+        paths = [existing_run(Path(run)) for run in runs]
         if out is not None:
             check_new_file(out)
         from purld.pipeline.export import report_runs
@@ -251,11 +173,11 @@ def compare(
 
     RUN_A's final model against RUN_B's, paired on the same held-out prompts.
     """
-    _existing_run(run_b)
-    _existing_run(run_a)
+    existing_run(run_b)
+    existing_run(run_a)
     from purld.pipeline.compare import compare_runs, print_comparison
 
-    print_comparison(compare_runs(run_a, run_b, judge, _reporter()))
+    print_comparison(compare_runs(run_a, run_b, judge, make_reporter()))
 
 
 @app.command()
@@ -280,7 +202,7 @@ def sweep(
     from purld.pipeline.sweep import plan_sweep, run_sweep
 
     cells = plan_sweep(config, grid, run_dir or Path("runs") / f"{config.stem}-sweep")
-    run_sweep(config, cells, jobs, _reporter())
+    run_sweep(config, cells, jobs, make_reporter())
 
 
 @app.command()
@@ -288,7 +210,7 @@ def methods() -> None:
     """List the alignment methods."""
     from purld.methods.table import METHODS
 
-    _table(
+    print_table(
         ["method", "signal", "objective", "teacher calls"],
         [[m.name, m.signal, m.objective, m.teacher_calls] for m in METHODS.values()],
     )
@@ -302,7 +224,7 @@ def tasks() -> None:
 
     rows = [[task, "testbed", f"purld demo --task {task}"] for task in DEMOS]
     rows += [[name, task.check, f"data.task and data.path, {task.path}"] for name, task in TASKS.items()]
-    _table(["task", "check", "use it with"], rows)
+    print_table(["task", "check", "use it with"], rows)
 
 
 @app.command()
@@ -317,7 +239,7 @@ def export(
     """Export a run's model for serving, with adapters merged."""
     from purld.runs.files import check_new_folder
 
-    _existing_run(run_path)
+    existing_run(run_path)
     if out is not None:
         check_new_folder(out)
     from purld.pipeline.export import export_model
@@ -349,12 +271,12 @@ def ledger(
 
     With --export, write every request and answer to a file.
     """
-    _existing_run(run_path)
+    existing_run(run_path)
     from purld.pipeline.export import ledger_totals
 
     rows = ledger_totals(run_path, export_to)
     names = [name for name in rows[0] if name != "role"]
-    _table(
+    print_table(
         ["", *(row["role"] for row in rows)],
         [[name.replace("_", " "), *(_amount(row[name]) for row in rows)] for name in names],
     )
@@ -373,78 +295,17 @@ def testbed_build(
     """
     from purld.testbed.students.build import build_student
 
-    with _reporter().progress("steps") as progress:
+    with make_reporter().progress("steps") as progress:
         build_student(out, seed=seed, progress=progress, student=student)
 
 
-_run_directory: Path | None = None  # of this command, once it is known: a log of an error goes there
-
-
-def _open(config: Path, overrides: Sequence[str] | None, run_dir: Path | None) -> tuple[Any, Any]:
-    """Read the configuration, which imports neither torch nor anything that does, so a slip is told at once."""
-    from purld.config.load import load_config
-    from purld.runs.run_dir import RunDir
-
-    settings, run = load_config(config, overrides or []), RunDir(run_dir or Path("runs") / config.stem)
-    run.check_place()
-    _remember_run(run.path)
-    return settings, run
-
-
-def _existing_run(path: Path) -> Path:
-    """Return the path of a run directory, or say at once that it is none."""
-    if not (path / "config.yaml").exists() and not (path / "manifest.json").exists():
-        raise UserError(f"{path}: is not a run directory; it holds no config.yaml.")
-    _remember_run(path)
-    return path
-
-
-def _remember_run(path: Path) -> None:
-    global _run_directory
-    _run_directory = path
-
-
-def _execute(
-    config: Path,
-    overrides: Sequence[str] | None,
-    run_dir: Path | None,
-    stages: Sequence[str] | None,
-    resend_unknown: bool = False,
-) -> None:
-    settings, run = _open(config, overrides, run_dir)
-    from purld.pipeline.pipeline import STAGES
-
-    _pipeline(settings, run, _reporter(), resend_unknown).execute(stages or STAGES)
-    if stages is None:
-        _closing(run)
-
-
-def _pipeline(config: Any, run: Any, reporter: Any, resend_unknown: bool = False) -> Any:
-    from purld.pipeline.pipeline import Pipeline
-
-    return Pipeline(config, run, reporter, resend_unknown)
-
-
-def _reporter() -> Any:
-    from purld.display.progress import Reporter
-
-    return Reporter()
-
-
-def _closing(run: Any) -> None:
-    """Print the results of a finished run as a table."""
-    from purld.display.results import print_results
-
-    print_results(run)
-
-
 def _dry_run(config: Path, overrides: Sequence[str] | None, run_dir: Path | None, resend_unknown: bool) -> None:
-    settings, run = _open(config, overrides, run_dir)
+    settings, run = open_config(config, overrides, run_dir)
     from purld.pipeline.pipeline import Pipeline
     from purld.pipeline.plan_requests import write_dry_run
     from purld.pipeline.prompt_pools import load_prompt_pools
 
-    reporter = _reporter()
+    reporter = make_reporter()
     pools = load_prompt_pools(settings, Pipeline(settings, run, reporter).encoder, reporter.say)
     count, size = write_dry_run(sys.stdout, settings, pools, run, resend_unknown)
     reporter.say(f"{count:,} requests of {size:,} bytes would be sent; nothing was.")
@@ -453,61 +314,3 @@ def _dry_run(config: Path, overrides: Sequence[str] | None, run_dir: Path | None
 def _amount(value: float) -> str:
     """Format money with four decimals and counts with separators."""
     return f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
-    table.columns[0].no_wrap = True
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _use_utf8() -> None:
-    """Start again in Python's UTF-8 mode where the locale is ASCII, and never fail at a character of the result.
-
-    Paths, prompts and answers hold any character, and an ASCII locale (LANG=C) can neither name nor print most of them.
-    """
-    ascii_only = codecs.lookup(locale.getpreferredencoding(False)).name == "ascii"
-    if ascii_only and not sys.flags.utf8_mode and os.environ.get("PYTHONUTF8") != "1":
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace" if sys.stdout.encoding.lower() == "utf-8" else "replace")
-
-
-def _configure_libraries() -> None:
-    """Set what libraries read when they are imported: no progress bars and advice, and OpenMP threads that sleep.
-
-    While they wait, OpenMP threads spin by default. Where another process uses a core, that made a training step on two
-    threads 19 times slower.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _configure_warnings() -> None:
-    """Print our own warnings as a line for the user; hide the deprecation warnings of libraries."""
-    show_others = warnings.showwarning
-
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
-    ) -> None:
-        if issubclass(category, PlainWarning):
-            _reporter().warn(str(message))
-        else:
-            show_others(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show
-    if not sys.warnoptions:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft|torch|accelerate")
-        # peft says this of the experts' ranks, which it sets itself and does apply.
-        warnings.filterwarnings(
-            "ignore", message="The following (rank|alpha)_pattern keys did not match", module="peft"
-        )

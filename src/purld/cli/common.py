@@ -1,0 +1,134 @@
+"""What the commands share: the application, their arguments, and how they open a configuration or a run.
+
+A configuration or a run is checked before anything that imports torch, so that a slip is told at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from purld.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help needs no rich, and is there at once
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Reinforcement-learning alignment for small on-premise models from one teacher answer per prompt.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML configuration file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Keys to override in it.", show_default=False),
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option("--run-dir", help="The run directory; runs/<name of CONFIG> by default.")
+]
+ResendUnknown = Annotated[
+    bool,
+    typer.Option("--resend-unknown", help="Ask again where an answer may have been billed but never arrived."),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from purld import __version__
+
+        print(f"purld {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+_run_directory: Path | None = None  # of this command, once it is known
+
+
+def run_directory() -> Path | None:
+    """Return the run directory of this command, where the log of an error goes; None while it is not known."""
+    return _run_directory
+
+
+def open_config(config: Path, overrides: Sequence[str] | None, run_dir: Path | None) -> tuple[Any, Any]:
+    """Read the configuration, which imports neither torch nor anything that does, so a slip is told at once."""
+    from purld.config.load import load_config
+    from purld.runs.run_dir import RunDir
+
+    settings, run = load_config(config, overrides or []), RunDir(run_dir or Path("runs") / config.stem)
+    run.check_place()
+    _remember_run(run.path)
+    return settings, run
+
+
+def existing_run(path: Path) -> Path:
+    """Return the path of a run directory, or say at once that it is none."""
+    if not (path / "config.yaml").exists() and not (path / "manifest.json").exists():
+        raise UserError(f"{path}: is not a run directory; it holds no config.yaml.")
+    _remember_run(path)
+    return path
+
+
+def _remember_run(path: Path) -> None:
+    global _run_directory
+    _run_directory = path
+
+
+def execute(
+    config: Path,
+    overrides: Sequence[str] | None,
+    run_dir: Path | None,
+    stages: Sequence[str] | None,
+    resend_unknown: bool = False,
+) -> None:
+    """Run the given stages, or all of them and then print the results."""
+    settings, run = open_config(config, overrides, run_dir)
+    from purld.pipeline.pipeline import STAGES
+
+    make_pipeline(settings, run, make_reporter(), resend_unknown).execute(stages or STAGES)
+    if stages is None:
+        print_closing(run)
+
+
+def make_pipeline(config: Any, run: Any, reporter: Any, resend_unknown: bool = False) -> Any:
+    """Return the pipeline of a run."""
+    from purld.pipeline.pipeline import Pipeline
+
+    return Pipeline(config, run, reporter, resend_unknown)
+
+
+def make_reporter() -> Any:
+    """Return what prints progress, facts and warnings to stderr."""
+    from purld.display.progress import Reporter
+
+    return Reporter()
+
+
+def print_closing(run: Any) -> None:
+    """Print the results of a finished run as a table."""
+    from purld.display.results import print_results
+
+    print_results(run)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; its first column is never wrapped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
