@@ -24,7 +24,7 @@ from purld.clients.ledger import (
     Request,
     UnderWayElsewhereError,
 )
-from purld.errors import PlainWarning
+from purld.errors import PlainWarning, UserError
 from purld.records import Prompt
 
 
@@ -166,3 +166,38 @@ def test_a_ledger_that_cannot_be_read_is_passed_over_and_named(tmp_path):
         os.replace(tmp_path / "copy", text)
         assert claim(ledger, "b") is None
         assert ledger.unreadable_ledgers == [odd]
+
+
+def test_another_process_that_holds_the_lock_delays_no_call_in_flight(server, endpoint, tmp_path):
+    """While the third question waits for the lock, the answer to the second is stored."""
+    both_sent, locked, second_stored, in_time = threading.Barrier(2), threading.Event(), threading.Event(), []
+
+    def answer_first(handler):
+        both_sent.wait(5)
+        with FolderLedgers(tmp_path / "other" / "ledger.sqlite").locked():
+            locked.set()
+            handler.reply(completion("yes"))
+            in_time.append(second_stored.wait(5))
+
+    def answer_second(handler):
+        both_sent.wait(5)
+        locked.wait(5)
+        time.sleep(0.1)  # by now the third question waits
+        handler.reply(completion("yes"))
+
+    server.script = {"first": [answer_first], "second": [answer_second]}
+    with open_run(tmp_path, "a") as ledger:
+        client = EndpointClient(endpoint(concurrency=2, timeout=20), ledger, "teacher")
+        prompts = [Prompt.from_text(text) for text in ("first", "second", "third")]
+        replies = client.ask(prompts, lambda index, reply: second_stored.set() if index == 1 else None)
+    assert [reply.state for reply in replies] == ["answered"] * 3
+    assert in_time == [True]
+
+
+def test_a_lock_that_is_never_given_back_stops_the_run_in_one_sentence(server, endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(endpoint_module, "LOCK_SECONDS", 0.05)
+    with open_run(tmp_path, "a") as ledger, FolderLedgers(tmp_path / "other" / "ledger.sqlite").locked():
+        with pytest.raises(UserError, match="another purld process has locked this folder"):
+            EndpointClient(endpoint(), ledger, "teacher").ask([Prompt.from_text("first")])
+        assert ledger.calls_in_flight("teacher") == 0
+    assert not server.arrived

@@ -32,6 +32,7 @@ from purld.clients.faults import (
     too_large,
     wrong_encoding,
 )
+from purld.clients.folder import LOCK_POLL_SECONDS, LOCK_SECONDS, FolderLockedError
 from purld.clients.ledger import CallResult, CapReachedError, Caps, Ledger, Request, Role, UnderWayElsewhereError
 from purld.clients.rate_limit import RateLimiter, backoff_seconds
 from purld.clients.redaction import KeyRedactor
@@ -102,6 +103,7 @@ class _ConcurrentAsk:
         self.key = key
         self.redactor = KeyRedactor(key)
         self.large_body = asyncio.Lock()  # one at a time: a parsed body takes many times its bytes
+        self.claiming = asyncio.Lock()  # one worker waits for the folder's lock, for all
         self.pending = pending
         self.asked_elsewhere: list[Prompt] = []  # which another run in the folder is asking now
         self.collector = collector
@@ -225,9 +227,7 @@ class _ConcurrentAsk:
         cost = token_cost(self.endpoint, input_tokens, output_tokens)
         while True:
             try:
-                call = self.ledger.claim(
-                    request, self.role, input_tokens + output_tokens, cost, self.caps, self._settles
-                )
+                call = await self._claim(request, input_tokens + output_tokens, cost)
             except CapReachedError:
                 if not self.in_flight:
                     raise
@@ -235,6 +235,21 @@ class _ConcurrentAsk:
             else:
                 self.in_flight += call is not None
                 return call
+
+    async def _claim(self, request: Request, tokens: int, cost: float) -> int | None:
+        """Claim a call, and wait while another process holds the folder's lock.
+
+        The ledger would wait as well, but then the calls in flight would have to, and could time out.
+        """
+        async with self.claiming:
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    return self.ledger.claim(request, self.role, tokens, cost, self.caps, self._settles, wait=False)
+                except FolderLockedError:
+                    if self.stop or time.monotonic() >= deadline:
+                        raise
+                    await self._sleep(LOCK_POLL_SECONDS)
 
     def _settles(self, result: CallResult) -> bool:
         return settled_reply(result, self.resend_unknown) is not None

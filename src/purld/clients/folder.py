@@ -24,8 +24,13 @@ from typing import Self
 from purld.clients.ledger import CallResult, FoundCall, LedgerView
 from purld.errors import UserError
 
-_LOCK_SECONDS = 60.0  # a claim takes milliseconds
+LOCK_SECONDS = 60.0  # how long a claim waits for the lock; another one takes milliseconds
+LOCK_POLL_SECONDS = 0.002
 _STATE_RANK = {"failed": 0, "unknown": 1, "under way": 2, "answered": 3}  # the highest counts
+
+
+class FolderLockedError(UserError):
+    """Another process has locked the folder."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +86,16 @@ class FolderLedgers:
         return call
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         """Lock the folder against claims by other processes; the locks of one object may be nested.
 
+        Whoever holds this and the mutex of a `Ledger` takes this one first.
+
+        Args:
+            seconds: how long to wait for another process; 0 for one attempt.
+
         Raises:
-            UserError: another process held the lock for a minute.
+            FolderLockedError: another process held the lock all the time.
         """
         if self._locks:
             yield
@@ -94,7 +104,7 @@ class FolderLedgers:
             with contextlib.suppress(OSError):  # no permission, or a file system without such locks
                 descriptor = os.open(self._folder, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
-                self._wait_for_lock(descriptor)
+                self._wait_for_lock(descriptor, seconds)
             self._locks += 1
             stack.callback(self._unlocked)
             yield
@@ -102,18 +112,18 @@ class FolderLedgers:
     def _unlocked(self) -> None:
         self._locks -= 1
 
-    def _wait_for_lock(self, descriptor: int) -> None:
-        deadline = time.monotonic() + _LOCK_SECONDS
+    def _wait_for_lock(self, descriptor: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"{self._folder}: another purld process has locked this folder for {_LOCK_SECONDS:g} s; "
+                if time.monotonic() >= deadline:
+                    raise FolderLockedError(
+                        f"{self._folder}: another purld process has locked this folder for {LOCK_SECONDS:g} s; "
                         "if it is suspended, continue or end it."
                     ) from None
-                time.sleep(0.002)
+                time.sleep(LOCK_POLL_SECONDS)
             else:
                 return
 

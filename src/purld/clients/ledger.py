@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -92,6 +93,7 @@ SELECT * FROM (
 
 _REQUEST_COLUMNS = ("key", "prompt_id", "base_url", "model", "body")
 _COPIED_COLUMNS = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
+_IMPORTED_AT_ONCE = 64  # calls
 _DISK_FULL = "{}: the disk is full; make room, then run the same command again to continue."
 
 
@@ -400,10 +402,13 @@ class Ledger(LedgerView):
         """
         if not self._others:
             return
-        found = ((key, call) for key in keys if (call := self._others.find_call(key)))
-        with self._mutex, self._transaction():
-            for key, call in found:
-                self._copy_call(key, role, call)
+        remaining = iter(keys)
+        # A part at a time: one transaction for each takes long, and all calls at once take much memory.
+        while part := list(itertools.islice(remaining, _IMPORTED_AT_ONCE)):
+            found = [(key, call) for key in part if (call := self._others.find_call(key))]
+            with self._mutex, self._transaction():
+                for key, call in found:
+                    self._copy_call(key, role, call)
         self._note_recorded(_count_recorded(self._db))
 
     def _copy_call(self, key: str, role: Role, call: FoundCall) -> None:
@@ -432,6 +437,7 @@ class Ledger(LedgerView):
         cost: float,
         caps: Caps,
         settles: Callable[[CallResult], bool] = lambda result: result.state != "failed",
+        wait: bool = True,
     ) -> int | None:
         """Book a call as `reserve` does, unless another run makes the same call or knows its result.
 
@@ -442,6 +448,7 @@ class Ledger(LedgerView):
             cost: the worst case of its cost.
             caps: the caps of the role's budget.
             settles: tells whether a result of another run makes the call needless.
+            wait: wait while another process holds the folder's lock.
 
         Returns:
             The call's id; None if this ledger now has a copy of another run's result.
@@ -449,9 +456,10 @@ class Ledger(LedgerView):
         Raises:
             UnderWayElsewhereError: another run is making this call.
             CapReachedError: this call might make the role's budget exceed a cap.
-            UserError: the disk is full, or the folder stays locked.
+            FolderLockedError: the folder is locked, or stays so.
+            UserError: the disk is full.
         """
-        with self._folder_locked():
+        with self._folder_locked(wait):
             call = self._others.find_call(request.key) if self._others else None
             if call and call.state == "under way":
                 raise UnderWayElsewhereError(str(call.path))
@@ -465,8 +473,10 @@ class Ledger(LedgerView):
                     return None
             return self.reserve(request, role, tokens, cost, caps)
 
-    def _folder_locked(self) -> contextlib.AbstractContextManager[None]:
-        return self._others.locked() if self._others else contextlib.nullcontext()
+    def _folder_locked(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
+        if self._others is None:
+            return contextlib.nullcontext()
+        return self._others.locked() if wait else self._others.locked(seconds=0.0)
 
     def _is_open(self) -> bool:
         return True
