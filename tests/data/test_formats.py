@@ -115,6 +115,21 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert prompts[0].location.startswith(f"{tmp_path / name}, ")
 
 
+def test_a_text_file_has_a_prompt_on_every_line(tmp_path):
+    path = tmp_path / "pool.txt"
+    path.write_bytes("\ufeffWhat is 2 + 3?\r\n\n  Say hello.\nGr\u00fc\u00df.\n".encode())
+    loaded = load_prompts(path)
+    assert [(p.question, p.location.removeprefix(str(path))) for p in loaded.prompts] == [
+        ("What is 2 + 3?", ", line 1"), ("Say hello.", ", line 3"), ("Gr\u00fc\u00df.", ", line 4")
+    ]  # fmt: skip
+    assert loaded.format == "text with one prompt per line"
+    path.write_bytes(b"good\n\xff\n")
+    with pytest.raises(UserError, match=r"pool\.txt, line 2: is not UTF-8"):
+        load_prompts(path)
+    path.write_text('{"prompt": "rows of JSON are read as such"}\n')
+    assert load_prompts(path).prompts[0].question == "rows of JSON are read as such"
+
+
 def test_parquet_and_saved_data_sets_hold_every_format(tmp_path):
     datasets = pytest.importorskip("datasets")
     for name, (rows, chats, _) in FORMATS.items():

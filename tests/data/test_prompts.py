@@ -328,7 +328,7 @@ def test_when_every_row_is_skipped_the_first_says_why(write):
 def test_other_files(tmp_path, write):
     for path, words in [
         (tmp_path / "none.jsonl", "no such file"),
-        (write("x", name="pool.txt"), "is neither .jsonl nor .json nor .csv .* say what it is by data.format"),
+        (write("x", name="pool.dat"), "is neither .jsonl nor .json nor .csv .* say what it is by data.format"),
         (write(b"PK\x03\x04", name="pool.xlsx"), "is compressed with zip, which is not read"),
         (write("x", name="pool.parquet"), "cannot be read"),
         (tmp_path, "is a folder, but not one saved by the datasets library"),

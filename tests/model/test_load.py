@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from purld.config.schema import Lora, Student
 from purld.errors import UserError
+from purld.model.directory import check_model_directory
 from purld.model.load import (
-    check_model_directory,
     count_parameters,
     load_encoder,
     load_model,

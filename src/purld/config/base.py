@@ -30,7 +30,7 @@ SamplingTemperature = Annotated[float, Field(ge=LEAST_TEMPERATURE, le=1000)]
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_sampled_or_greedy)]
 
 FormatName = Literal[
-    "auto", "columns", "alpaca", "messages", "sharegpt", "jsonl", "json", "csv", "tsv", "parquet", "dataset"
+    "auto", "columns", "alpaca", "messages", "sharegpt", "jsonl", "json", "csv", "tsv", "text", "parquet", "dataset"
 ]
 """How the rows of a file hold a prompt and its answer, or the kind of the file."""
 

@@ -30,7 +30,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys such as student, data and teacher.")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, source=str(path))
 
 
@@ -65,7 +65,12 @@ def _with_template_text(config: Config) -> Config:
     return config.model_copy(update={"student": config.student.model_copy(update={"chat_template": text})})
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the value that `key.path=value` names, in place.
+
+    Raises:
+        UserError: it is not written so, or its value is not plain YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override[:80]!r}: write key.path=value, for example align.tau=0.9.")

@@ -14,7 +14,7 @@ from typing import Any
 from purld.data.limits import first_bytes, read_whole, without_byte_order_mark
 from purld.data.rows import BadRowError, FileRow, check_text, json_type_name
 from purld.data.tables import dataset_rows, parquet_rows
-from purld.data.text_files import csv_rows, json_array_rows, jsonl_rows, parse_json
+from purld.data.text_files import csv_rows, json_array_rows, jsonl_rows, parse_json, text_rows
 from purld.errors import UserError
 
 __all__ = ["BadRowError", "FileRow", "check_text", "file_kind", "iter_rows", "json_type_name", "parse_json_file"]
@@ -24,6 +24,7 @@ FILE_KINDS: dict[str, Callable[[Path], Iterator[FileRow]]] = {
     "json": json_array_rows,
     "csv": partial(csv_rows, delimiter=None),
     "tsv": partial(csv_rows, delimiter="\t"),
+    "text": text_rows,
     "parquet": parquet_rows,
     "dataset": dataset_rows,
 }
@@ -34,6 +35,7 @@ KIND_NAMES = {
     "json": "a JSON array",
     "csv": "CSV",
     "tsv": "TSV",
+    "text": "text with one prompt per line",
     "parquet": "parquet",
     "dataset": "a folder saved by datasets",
 }
@@ -74,9 +76,11 @@ def file_kind(path: Path) -> str:
         return "json"
     if ending in _JSON_ENDINGS or text.startswith(b"{"):
         return "jsonl"
+    if ending == ".txt":
+        return "text"
     raise UserError(
-        f"{path}: is neither .jsonl nor .json nor .csv nor .tsv nor .parquet nor a folder saved by the datasets "
-        "library; say what it is by data.format, for example csv."
+        f"{path}: is neither .jsonl nor .json nor .csv nor .tsv nor .txt nor .parquet nor a folder saved by the "
+        "datasets library; say what it is by data.format, for example csv."
     )
 
 

@@ -79,6 +79,8 @@ def read_formatted(path: str | Path, name: str, columns: Columns, answer: str, k
     else:
         row_format = None if name == "columns" else _find_format(first, columns, answer, key)
     rows = chain(first, rows)
+    if kind == "text":
+        return FormattedRows(KIND_NAMES[kind], rows, columns.prompt)
     if row_format is None:
         title = f"{KIND_NAMES[kind]}, prompts in the column {columns.prompt!r}"
         return FormattedRows(title, rows, columns.prompt, _unread_input(first, columns, key))

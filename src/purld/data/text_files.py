@@ -1,4 +1,4 @@
-"""Read rows from text files: JSONL, an array of JSON objects, and CSV or TSV with a header.
+"""Read rows from text files: JSONL, an array of JSON objects, CSV or TSV with a header, and prompts line by line.
 
 Memory is bounded by one row, except for a JSON array, whose text is held as a whole.
 """
@@ -16,6 +16,7 @@ from purld.data.rows import FileRow, json_type_name
 from purld.errors import UserError
 
 _SPACE = " \t\r\n"
+TEXT_COLUMN = "prompt"  # of a text file, which names none
 
 
 def jsonl_rows(path: Path) -> Iterator[FileRow]:
@@ -92,6 +93,17 @@ def csv_rows(path: Path, delimiter: str | None) -> Iterator[FileRow]:
             return
         if cells:
             yield _csv_row(header, cells, location)
+
+
+def text_rows(path: Path) -> Iterator[FileRow]:
+    """Yield a row with the column `prompt` for every line of a text file that is not blank."""
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            location = f"{path}, line {number}"
+            try:
+                yield FileRow(location, {TEXT_COLUMN: _decode(line).strip()})
+            except ValueError as problem:
+                yield FileRow(location, None, str(problem))
 
 
 def parse_json(data: bytes) -> Any:

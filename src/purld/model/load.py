@@ -9,7 +9,6 @@ the rest is trained; then all roles share them.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +21,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from purld.config.schema import Student
 from purld.errors import UserError, reason_of
-from purld.hub_offline import is_hub_model_cached
 from purld.model.adapters import combine_adapters, make_lora_config, merge_adapter
 from purld.model.causal_lm import AdaptedCausalLM, CausalLM, has_adapters, unwrap_adapters
 from purld.model.chat_template import ChatSettings
+from purld.model.directory import check_model_directory
 from purld.model.encode import Encoder
 from purld.model.pretrained import load_part
 from purld.model.processor import listed_ends, read_end_tokens, read_processor, reads_images, save_processor
@@ -190,36 +189,6 @@ def _save_companions(student: Student, model: CausalLM, encoder: Encoder, path: 
     described = path / (_ADAPTER if (path / _ADAPTER).exists() else "config.json")
     for file in path.glob("*.safetensors"):
         shutil.copymode(described, file)  # safetensors writes files that only their owner may read
-
-
-def check_model_directory(model: str, key: str = "student.model") -> None:
-    """Raise an error for a path that is not a model directory, and for a hub id that is not in the local cache.
-
-    Args:
-        model: the directory or hub id.
-        key: the configuration's key that names it, for the message.
-
-    Raises:
-        UserError: `model` is a folder without a readable config.json, is a file, does not exist, or would have to be
-            downloaded.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{key}: {model} is not a model directory; it holds no config.json.")
-        try:
-            json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"{key}: {model}/config.json is not readable JSON.") from None
-    elif path.is_file():
-        raise UserError(f"{key}: {model} is a file; give the directory that holds config.json.")
-    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UserError(f"{key}: {model} does not exist; give a model directory.")
-    elif not is_hub_model_cached(model):
-        raise UserError(
-            f"{key}: {model} is neither a directory here nor in the Hugging Face cache, and purld downloads "
-            f"nothing; fetch it before with `hf download {model}`."
-        )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -7,8 +7,9 @@ from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, Teacher
 from purld.config.methods import SelfScoringSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.errors import UserError
+from purld.model.directory import check_model_directory
 from purld.model.encode import Encoder
-from purld.model.load import check_model_directory, context_length, load_encoder
+from purld.model.load import context_length, load_encoder
 from purld.model.student_check import StudentSizes, check_stored_weights, check_student
 from purld.pipeline.prompt_pools import PromptPools
 from purld.runs.files import read_rows
@@ -17,7 +18,7 @@ from purld.tasks.checks import find_comparison
 from purld.training.scoring import find_scorer
 
 # A generous allowance for the words of the self-evaluation and chat templates.
-_TEMPLATE_TOKENS = 256
+TEMPLATE_TOKENS = 256
 
 
 def check_before_spending(config: Config, run: RunDir) -> tuple[Encoder, StudentSizes]:
@@ -47,7 +48,7 @@ def check_context(config: Config) -> None:
         UserError: it does not; the message names the keys to lower.
     """
     context = context_length(config.student.model)
-    lengths = config.student.max_prompt_tokens + config.student.max_anchor_tokens + _TEMPLATE_TOKENS
+    lengths = config.student.max_prompt_tokens + config.student.max_anchor_tokens + TEMPLATE_TOKENS
     lengths += max(getattr(config.align, "max_new_tokens", 0), config.evaluate.max_new_tokens)
     if context is not None and lengths > context:
         raise UserError(

@@ -1,0 +1,235 @@
+"""`purld init`: what it asks, finds and writes; and what it writes passes `purld check`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from purld.cli import main
+from purld.config.load import load_config
+from purld.errors import UserError
+from purld.setup.first_config import prepare_config
+from purld.setup.questions import Interview, Wishes, clean_key_variable
+from purld.testbed.world.world import generate_problems, teacher_answer
+
+PROBLEMS = generate_problems("counting", "train", 30, 0)
+ENDPOINT = {"teacher": "http://127.0.0.1:9/v1", "teacher_model": "t"}
+KEY = "sk-proj-4fJ2mQ8sT1vX7yZ0aB3c"
+
+
+def purld(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["purld", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def alpaca():
+    return lines({"instruction": p.question, "input": f"case {n}", "output": "Yes."} for n, p in enumerate(PROBLEMS))
+
+
+def word_problems():
+    return lines({"question": p.question, "gold": 7 + n, "response": f"It is {n}."} for n, p in enumerate(PROBLEMS))
+
+
+def worked(marks):
+    return lines(
+        {"question": f"{p.question} ({n})", "answer": f"3 + 4 = 7\n{marks} {n}"} for n, p in enumerate(PROBLEMS)
+    )
+
+
+def choices():
+    return lines(
+        {"problem": f"{p.question} ({n})", "choices": ["red", "blue"], "label": "AB"[n % 2]}
+        for n, p in enumerate(PROBLEMS)
+    )
+
+
+def chats():
+    turns = ({"role": "user", "content": p.question} for p in PROBLEMS)
+    return lines({"messages": [turn, {"role": "assistant", "content": "Well."}]} for turn in turns)
+
+
+def texts():
+    return "".join(f"{p.question}\n" for p in PROBLEMS)
+
+
+def table():
+    return "id;prompt;topic\n" + "".join(f'{n};"{p.question}";x\n' for n, p in enumerate(PROBLEMS))
+
+
+CASES = {  # file, content, wishes, what the configuration has to say
+    "answers in the file": (
+        "a.jsonl",
+        lambda: lines({"prompt": p.question, "answer": teacher_answer(p)} for p in PROBLEMS),
+        {"teacher": "data"},
+        {"teacher.path": "a.jsonl", "data.check": "math", "data.columns.reference": "answer"},
+    ),
+    "alpaca": (
+        "alpaca.json",
+        lambda: json.dumps([json.loads(line) for line in alpaca().splitlines()]),
+        {"teacher": "data"},
+        {"teacher.columns.answer": "answer", "data.check": "auto"},
+    ),
+    "plain text and an endpoint": (
+        "pool.txt",
+        texts,
+        ENDPOINT | {"input_price": 2.5, "output_price": 10.0, "max_cost": 3.0},
+        {"teacher.max_calls": 43, "teacher.max_cost": 3.0, "teacher.api_key_env": None, "data.eval_fraction": 0.2},
+    ),
+    "word problems with gold": (
+        "wp.jsonl",
+        word_problems,
+        {"teacher": "data"},
+        {"data.check": "math", "data.columns.reference": "gold", "teacher.columns.answer": "response"},
+    ),
+    "worked answers, and a teacher elsewhere": (
+        "gsm.jsonl",
+        lambda: worked("####"),
+        ENDPOINT | {"api_key_env": "TEACHER_API_KEY"},
+        {"data.check": "math", "data.columns.reference": "answer", "data.columns.prompt": "question"},
+    ),
+    "worked answers that are anchors and gold": (
+        "gsm.jsonl",
+        lambda: worked("The answer is"),
+        {},
+        {"data.check": "math", "data.columns.reference": "answer", "teacher.columns.answer": "answer"},
+    ),
+    "choices": ("c.jsonl", choices, ENDPOINT, {"data.check": "choice", "data.columns.reference": "label"}),
+    "chats": ("chats.jsonl", chats, {"teacher": "chats.jsonl"}, {"teacher.path": "chats.jsonl", "data.format": "auto"}),
+    "a table": ("table.csv", table, ENDPOINT, {"data.check": "auto", "teacher.kind": "openai"}),
+}
+
+CHECKED = list(CASES)[:5]  # the others differ in what is written alone
+
+
+def value_of(config, path):
+    for part in path.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_written_says_what_the_data_are_and_passes_the_check(
+    case, random_student, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    name, content, wishes, expected = CASES[case]
+    Path(name).write_text(content())
+    first = prepare_config(Wishes(model=str(random_student), data=name, **wishes), Path("run.yaml"))
+    Path("run.yaml").write_text(first.text)
+    config = load_config("run.yaml")
+    assert config == first.config
+    assert {path: value_of(config, path) for path in expected} == expected
+    if case in CHECKED:
+        assert purld(monkeypatch, "check", "run.yaml") == 0
+        assert "What leaves this machine" in capsys.readouterr().out and not Path("runs").exists()
+    # Only what a user needs to see, and all of it within what the student reads.
+    assert len([line for line in first.text.splitlines() if line.strip() and not line.strip().startswith("#")]) < 35
+
+
+def test_the_command_writes_shows_the_plan_and_overwrites_nothing(random_student, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MY_KEY", KEY)
+    Path("pool.txt").write_text(texts())
+    flags = ["--model", random_student, "--data", "pool.txt", "--teacher", "https://host.test/v1/chat/completions"]
+    flags += ["--teacher-model", "t", "--api-key-env", "MY_KEY", "align.tau=0.9", "student.lora={r: 4}"]
+    assert purld(monkeypatch, "init", "mine.yaml", *flags) == 0
+    shown = capsys.readouterr()
+    config = load_config("mine.yaml")
+    assert (config.align.tau, config.student.lora.r) == (0.9, 4)
+    assert (config.teacher.base_url, config.teacher.api_key_env) == ("https://host.test/v1", "MY_KEY")
+    assert "30 rows, 0 of them duplicates" in shown.out and shown.out.rstrip().endswith("purld run mine.yaml")
+    assert KEY not in shown.out + shown.err + Path("mine.yaml").read_text()
+    before = Path("mine.yaml").read_bytes()
+    assert purld(monkeypatch, "init", "mine.yaml", *flags) == 2
+    assert "mine.yaml: exists; --force overwrites it" in capsys.readouterr().err
+    assert Path("mine.yaml").read_bytes() == before
+    assert purld(monkeypatch, "init", "other.yaml") == 2
+    assert "--model is missing, and there is no terminal to ask at" in capsys.readouterr().err
+    assert not Path("other.yaml").exists()
+
+
+def test_the_judge_that_is_left_to_the_user_is_valid(random_student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pool.txt").write_text(texts())
+    text = prepare_config(Wishes(str(random_student), "pool.txt", **ENDPOINT), Path("run.yaml")).text
+    start = text.index("  # judge:")
+    Path("run.yaml").write_text(text[:start] + text[start:].replace("  # ", "  "))
+    evaluate = load_config("run.yaml").evaluate
+    assert (evaluate.judge.base_url, evaluate.opponent.kind) == (ENDPOINT["teacher"], "teacher")
+
+
+def test_what_is_not_given_is_asked_for_until_it_can_be_used(random_student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pool.txt").write_text(texts())
+    typed = iter([
+        *("nowhere", str(random_student), "none.txt", "pool.txt", "ftp://x", "https://host.test/v1", "gpt-4o"),
+        *(KEY, "TEACHER_API_KEY", "much", "2.5", "10", ""),
+    ])  # fmt: skip
+    questions, told = [], []
+
+    def ask(question, default):
+        questions.append(question)
+        return next(typed)
+
+    text = prepare_config(Wishes(), Path("run.yaml"), ask, told.append).text
+    assert next(typed, None) is None
+    assert len(questions) == 13 and len(set(questions)) == 8
+    refused = [line for line in told if line.startswith(("--", "the name"))]
+    assert [line.split(":")[0].split(" ")[0] for line in refused] == [
+        "--model", "--data", "--teacher", "the", "--input-price"
+    ]  # fmt: skip
+    assert KEY not in text + "".join(told)
+    assert "api_key_env: TEACHER_API_KEY" in text and "max_cost" not in text and "input_price: 2.5" in text
+
+
+@pytest.mark.parametrize("name", [KEY, "hf_aBcDeFgHiJkLmNoPqRsTuVwX", "AKIAIOSFODNN7EXAMPLE", "my key", "a" * 70])
+def test_a_key_in_place_of_its_variables_name_is_refused_and_not_repeated(name):
+    with pytest.raises(UserError) as refused:
+        clean_key_variable(name)
+    assert name not in str(refused.value)
+
+
+def test_names_of_variables_are_accepted(monkeypatch):
+    monkeypatch.setenv("lower_case", "x")
+    for name in ("TEACHER_API_KEY", "OPENAI_KEY_2", "K", "lower_case"):
+        assert clean_key_variable(name) == name
+    assert clean_key_variable("") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wishes", "words"),
+    [
+        ("a.jsonl", '{"a": "x", "b": "y"}\n', {}, "not clear which column holds the prompts; add data.columns.prompt"),
+        ("a.jsonl", '{"prompt": "x"}\n', {}, "--teacher is missing"),
+        ("a.jsonl", '{"prompt": "x"}\n', {"teacher": "data"}, "has no column of answers"),
+        ("a.jsonl", '{"prompt": ""}\n{"prompt": "x"}\n', ENDPOINT, "1 of 2 rows cannot be used; a.jsonl, line 1"),
+        ("a.txt", "x\n", ENDPOINT | {"max_cost": 1.0}, "max_cost needs input_price"),
+        ("a.txt", "x\n", ENDPOINT | {"overrides": ["align.tua=1"]}, "did you mean tau"),
+        ("a.txt", "x\n", ENDPOINT | {"overrides": [f"teacher.api_key_env={KEY}"]}, "never the key itself"),
+        ("a.txt", "x\n", ENDPOINT | {"overrides": ["data.columns.promt=q"]}, "did you mean prompt"),
+        ("a.txt", "x\n", ENDPOINT | {"overrides": ["data.columns=q"]}, "write data.columns.prompt"),
+        ("a.txt", "x\n", {"teacher": "b.jsonl", "overrides": ["teacher.colums=3"]}, "did you mean columns"),
+        ("a.txt", "x\n", {"teacher": "b.jsonl"}, "answers none of the 1 prompts"),
+    ],
+)
+def test_what_cannot_become_a_configuration_is_told_in_a_sentence(
+    name, content, wishes, words, random_student, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content)
+    Path("b.jsonl").write_text('{"prompt": "other", "answer": "A"}\n')
+    with pytest.raises(UserError) as refused:
+        prepare_config(Wishes(model=str(random_student), data=name, **wishes), Path("run.yaml"))
+    assert words in str(refused.value) and "\n" not in str(refused.value) and KEY not in str(refused.value)
+
+
+def test_a_default_is_taken_where_there_is_no_terminal():
+    interview = Interview(None, lambda line: None)
+    assert interview.answer(None, "--x", "X", str.upper, default="a") == "A"
