@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from purld.methods.advantages import TokenCredit
 from purld.methods.losses import (
+    WEIGHT_CAP,
     GroupTokens,
     dpo_loss,
     grpo_loss,
@@ -101,15 +102,16 @@ def exact_kl_gradient(logits, reference_logits):
     return logits.grad
 
 
-def mean_estimated_gradient(logits, reference_logits, k):
-    """The estimator's exact expectation: every group of k draws, weighted by its probability."""
+def mean_estimated_gradient(logits, reference_logits, k, old_logits=None):
+    """The estimator's exact expectation: every group of k draws from the old policy, weighted by its probability."""
     log_p = torch.log_softmax(logits, 0)
+    log_old = log_p if old_logits is None else torch.log_softmax(old_logits, 0)
     log_reference = torch.log_softmax(reference_logits, 0)
     total = torch.zeros_like(logits)
     scores = torch.eye(len(logits), dtype=logits.dtype) - log_p.exp()  # row y: d log p(y) / d logits
     for group in torch.cartesian_prod(*[torch.arange(len(logits))] * k).reshape(-1, k):
-        weight = log_p[group].sum().exp()
-        total += weight * (kl_coefficients(log_p[group], log_reference[group]) @ scores[group])
+        weight = log_old[group].sum().exp()
+        total += weight * (kl_coefficients(log_p[group], log_reference[group], log_old[group]) @ scores[group])
     return total
 
 
@@ -122,6 +124,28 @@ def test_kl_estimator_has_the_gradient_of_kl_policy_to_reference(k):
     assert torch.allclose(found, exact_kl_gradient(logits, reference), atol=1e-12)
     reverse = torch.softmax(logits, 0) - torch.softmax(reference, 0)  # d KL(ref || p) / d logits
     assert (found - reverse).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_kl_estimator_of_candidates_of_an_earlier_policy(k):
+    """Exact in expectation while no importance weight is above the cap; one that is counts as the cap."""
+    logits = torch.tensor([0.3, -1.2, 0.9, 0.0], dtype=torch.float64)
+    old = torch.tensor([0.5, -1.0, 0.4, 0.2], dtype=torch.float64)
+    reference = torch.tensor([-0.5, 0.4, 0.1, 1.3], dtype=torch.float64)
+    found = mean_estimated_gradient(logits, reference, k, old)
+    assert torch.allclose(found, exact_kl_gradient(logits, reference), atol=1e-12)
+    far = kl_coefficients(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-9.0]))
+    assert far.tolist() == [2.0 * WEIGHT_CAP]
+
+
+def test_the_anchor_in_the_group_has_a_part_in_q_and_none_in_the_kl():
+    """The anchor was not drawn, so the KL of p from p_sft is estimated on the candidates alone."""
+    tokens = members([[-0.1, -0.4], [-1.0, -0.2], [-2.0, -0.7]], reference=[[-0.3, -0.4], [-1.5, -0.2], [-1.0, -0.7]])
+    log_labels = torch.log(torch.tensor([0.5, 0.4, 0.1]))
+    loss = ldl_loss(tokens, log_labels, form="ratio", beta=0.5, drawn=2)
+    log_q = torch.log_softmax(torch.tensor([0.2, 0.5, -1.0]), 0)
+    kl = (0.5 - 1.0) / 2
+    assert loss.value.item() == pytest.approx(labels_kl(log_labels, log_q).item() + 0.5 * kl, abs=1e-6)
 
 
 def test_kl_pulls_back_towards_the_reference():

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from purld.config.methods import AnchorGrpo, LdlGrpo, SelfDistillation
 from purld.config.schema import Student
+from purld.methods.labels import pu_labels
 from purld.methods.table import METHODS
 from purld.model.load import Roles, load_encoder
 from purld.model.log_probs import token_log_probs
 from purld.model.sample import Completion
+from purld.model.self_evaluation import GroupScores
 from purld.records import Prompt
 from purld.training.group_update import GroupUpdate
 from purld.training.rollout import AnchoredPrompt, RolloutMaker, candidates_to_score
@@ -53,6 +55,16 @@ def test_self_distillation_compares_with_p_sft_that_has_read_the_anchor(roles, e
     assert torch.equal(rollout.members.reference, expected)
     assert (expected - plain).abs().max() > 0.1
     assert rollout.members.prompt.ids == bare.ids  # what the policy reads
+
+
+def test_the_anchor_joins_the_group_with_the_label_of_its_own_score(roles, encoder):
+    settings = LdlGrpo(candidates=3, anchor_in_group=True)
+    scores = GroupScores(0.9, [0.2, None, 0.8])
+    rollout = make_rollout("ldl_grpo", settings, roles, encoder, lambda groups: [scores for _ in groups])
+    assert rollout.member_candidates == (0, 2)
+    assert rollout.members.ids == [encoder.encode_target(ANCHOR).ids, IDS[0], IDS[2]]
+    labels = pu_labels(torch.tensor([0.9, 0.2, 0.8]), 0.9, settings.gamma, settings.tau)
+    assert torch.equal(rollout.signal.log_distribution, labels.log_distribution)
 
 
 def scorer_of(settings, roles, encoder):

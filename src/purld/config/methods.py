@@ -43,6 +43,11 @@ class StageTwoSettings(Section):
         return 1
 
     @property
+    def anchor_joins(self) -> bool:
+        """Return whether the anchor is a member of a group of candidates, with a label of its own."""
+        return False
+
+    @property
     def candidates_in_all(self) -> int:
         """Return the number of candidates that the whole stage draws."""
         return -(-self.steps // self.updates) * self.prompts_per_step * self.drawn
@@ -84,11 +89,10 @@ class SelfScoringSettings(Section):
     weak_signal: Literal["stop", "continue"] = "stop"  # what to do where the probe finds scores without a signal
 
 
-class ClippingSettings(StageTwoSettings):
-    """Settings of a policy-gradient method that may make several clipped updates on the same candidates."""
+class RepeatingSettings(StageTwoSettings):
+    """Settings of a method that may make several updates on the same candidates."""
 
     updates_per_rollout: Count = 1
-    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
 
     @property
     def updates(self) -> int:
@@ -106,7 +110,13 @@ class ClippingSettings(StageTwoSettings):
         return self
 
 
-class LdlGrpo(GroupSettings, SelfScoringSettings):
+class ClippingSettings(RepeatingSettings):
+    """Settings of a policy-gradient method, whose updates on the same candidates are clipped."""
+
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+
+
+class LdlGrpo(GroupSettings, SelfScoringSettings, RepeatingSettings):
     """Stage II by LDL-GRPO (section 3.3)."""
 
     method: Literal["ldl_grpo"] = "ldl_grpo"
@@ -118,6 +128,12 @@ class LdlGrpo(GroupSettings, SelfScoringSettings):
     # auto: literal for scores from 0 to 1 that are meant absolutely, calibrated for the others.
     margin_scale: Literal["auto", "literal", "calibrated"] = "auto"
     beta: NonNegative = 0.01  # weight of KL(p || p_sft), as in every method that has one
+    anchor_in_group: bool = False  # the anchor is a member beside the K candidates, with the label of its own score
+
+    @property
+    def anchor_joins(self) -> bool:
+        """Return whether the anchor is a member of a group of candidates, with a label of its own."""
+        return self.anchor_in_group
 
 
 class AnchorRankDpo(GroupSettings, SelfScoringSettings):

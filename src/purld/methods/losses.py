@@ -21,6 +21,8 @@ from purld.methods.advantages import TokenCredit
 from purld.methods.labels import distribution_entropy
 
 QForm = Literal["ratio", "likelihood", "mean"]
+WEIGHT_CAP = 2.0
+"""The greatest importance weight of a sequence; a rare one with a large weight would drown the others."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,17 @@ def loss_coefficients(
 # --- LDL-GRPO ------------------------------------------------------------------------------------------------
 
 
-def ldl_loss(tokens: GroupTokens, log_labels: Tensor, *, form: QForm, beta: float) -> GroupLoss:
+def ldl_loss(
+    tokens: GroupTokens, log_labels: Tensor, *, form: QForm, beta: float, drawn: int | None = None
+) -> GroupLoss:
     """Compute KL(D || q_theta) + beta KL(p_theta || p_sft) of one group (Eq. 4).
 
     Args:
-        tokens: K candidates drawn from the policy.
+        tokens: K members: candidates drawn from the policy `tokens.old`, before them the anchor if it is a member.
         log_labels: (K,) log D_x.
         form: how q is made of the policy, see `log_policy_distribution`.
         beta: weight of the KL from p_sft.
+        drawn: how many of the last members were drawn, which the KL is estimated on; all unless given.
     """
     log_probs, reference = tokens.sequences(tokens.policy), tokens.sequences(tokens.reference)
     log_q = log_policy_distribution(log_probs, reference, tokens.lengths, form)
@@ -112,7 +117,9 @@ def ldl_loss(tokens: GroupTokens, log_labels: Tensor, *, form: QForm, beta: floa
     q = log_q.exp()
     if (correlation := _correlation(q.detach(), tokens.lengths)) is not None:
         metrics["length_correlation"] = correlation
-    value = divergence + beta * kl_from_reference(log_probs, reference)
+    rows = slice(len(q) - (len(q) if drawn is None else drawn), None)
+    old = tokens.sequences(tokens.old)
+    value = divergence + beta * kl_from_reference(log_probs[rows], reference[rows], old[rows])
     return GroupLoss(value, metrics, {"labels": log_labels.exp(), "policy_before": q})
 
 
@@ -145,29 +152,46 @@ def labels_kl(log_labels: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(labels > 0, labels * (log_labels - log_q), torch.zeros_like(labels)).sum()
 
 
-def kl_coefficients(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+def kl_coefficients(log_probs: Tensor, reference_log_probs: Tensor, old_log_probs: Tensor | None = None) -> Tensor:
     """Return (K,) coefficients of grad log p_theta(y_k|x) that estimate the gradient of KL(p_theta || p_sft).
 
     With y ~ p_theta the gradient is E[(log p_theta(y) - log p_sft(y)) grad log p_theta(y)]; the mean of the
     other candidates' log-ratios is subtracted, which leaves the expectation as it is because it does not
     depend on y_k, and lowers the variance. (Differentiating the k3 estimator instead would give the
     gradient of KL(p_sft || p_theta).) A group of one has no others and goes without.
+
+    If `old_log_probs`, (K,), says that an earlier policy drew the sequences, each has its importance weight
+    p_theta / p_old, at most `WEIGHT_CAP`; below the cap the expectation stays exact.
     """
     log_ratios = (log_probs - reference_log_probs).detach()
+    weights = importance_weights(log_probs, old_log_probs)
     k = log_ratios.numel()
     if k == 1:
-        return log_ratios
-    others = (log_ratios.sum() - log_ratios) / (k - 1)
-    return (log_ratios - others) / k
+        return weights * log_ratios
+    weighted = weights * log_ratios
+    # The baseline of a draw is made of the others, so that it is independent of it.
+    others = (weighted.sum() - weighted) / (k - 1)
+    return weights * (log_ratios - others) / k
 
 
-def kl_from_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+def importance_weights(log_probs: Tensor, old_log_probs: Tensor | None) -> Tensor:
+    """Return p_theta / p_old of whole sequences, at most `WEIGHT_CAP`, (K,), detached; 1 without `old_log_probs`."""
+    if old_log_probs is None:
+        return torch.ones_like(log_probs)
+    return (log_probs - old_log_probs).detach().exp().clamp(max=WEIGHT_CAP)
+
+
+def kl_from_reference(
+    log_probs: Tensor, reference_log_probs: Tensor, old_log_probs: Tensor | None = None
+) -> Tensor:
     """Estimate KL(p_theta || p_sft) in nats per sequence, shape (), from (K,) log-likelihoods of draws.
 
     Its value is the mean log-ratio; its gradient is that of `kl_coefficients`, which the mean's own gradient is not.
+    If an earlier policy drew the sequences, both are weighted as there.
     """
-    value = (log_probs - reference_log_probs).detach().mean()
-    coefficients = kl_coefficients(log_probs, reference_log_probs)
+    weights = importance_weights(log_probs, old_log_probs)
+    value = (weights * (log_probs - reference_log_probs).detach()).mean()
+    coefficients = kl_coefficients(log_probs, reference_log_probs, old_log_probs)
     return value + (coefficients * (log_probs - log_probs.detach())).sum()
 
 

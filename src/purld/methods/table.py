@@ -63,7 +63,7 @@ class StageTwoMethod(Generic[Signal]):
         signal: (evidence, settings) -> what the objective learns from; None leaves the group out.
         loss: (tokens, signal, settings) -> the objective on one group.
         scorer: `anchored` self-evaluation, self-evaluation `alone` (without the anchor), the `teacher`, or None.
-        anchor_member: whether the anchor is the group's first member, before the candidates.
+        anchor_member: whether the anchor is always the group's first member, before the candidates.
         anchored_reference: whether p_sft reads the anchor when it gives the members' reference log-probs.
         critic: whether a value head is learned with the policy.
         across: (signals, masks) -> the signals of a step's prompts, normalised over all of them.
@@ -92,11 +92,15 @@ class Method:
 def _pu_labels(evidence: GroupEvidence, settings: Any) -> PuLabels | None:
     if evidence.anchor_score is None or evidence.scores.numel() < 2:
         return None
-    return pu_labels(evidence.scores, evidence.anchor_score, settings.gamma, settings.tau, evidence.margin_scale)
+    scores = evidence.scores
+    if settings.anchor_joins:
+        scores = torch.cat([scores.new_tensor([evidence.anchor_score]), scores])
+    return pu_labels(scores, evidence.anchor_score, settings.gamma, settings.tau, evidence.margin_scale)
 
 
 def _ldl_loss(tokens: GroupTokens, labels: PuLabels, settings: Any) -> GroupLoss:
-    loss = ldl_loss(tokens, labels.log_distribution, form=settings.q, beta=settings.beta)
+    drawn = len(labels.log_distribution) - settings.anchor_joins
+    loss = ldl_loss(tokens, labels.log_distribution, form=settings.q, beta=settings.beta, drawn=drawn)
     return replace(loss, members={**loss.members, "confidences": labels.confidences})
 
 

@@ -156,9 +156,9 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
 
 
 def _label_entropy(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> float | None:
-    """Return the mean entropy of the labels over ln K; None for a method without labels."""
+    """Return the mean entropy of the labels over that of uniform ones; None for a method without labels."""
     entropies = [row["entropy_labels"] for row in rows if "entropy_labels" in row]
-    return sum(entropies) / len(entropies) / math.log(settings.drawn) if entropies else None
+    return sum(entropies) / len(entropies) / math.log(settings.drawn + settings.anchor_joins) if entropies else None
 
 
 def _spread_kept(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -92,6 +92,11 @@ class RolloutMaker:
     update: GroupUpdate
     margin_scale: float = 1.0
 
+    @property
+    def anchor_first(self) -> bool:
+        """Return whether the anchor is a group's first member."""
+        return self.method.anchor_member or self.settings.anchor_joins
+
     def __call__(self, policy: CausalLM, questions: Sequence[AnchoredPrompt], seed: int) -> list[Rollout]:
         """Make one group per question; the same seed draws the same candidates."""
         drawn: list[list[Completion]] = [[] for _ in questions]
@@ -120,7 +125,7 @@ class RolloutMaker:
             indices = [index for index in indices if rollout.scores.candidates[index] is not None]
         scores = [s for s in rollout.scores.candidates if s is not None]
         ids = [list(rollout.completions[index].ids) for index in indices]
-        if self.method.anchor_member:
+        if self.anchor_first:
             ids.insert(0, self.encoder.encode_target(rollout.question.anchor).ids)
         device = next(policy.parameters()).device
         evidence = GroupEvidence(
@@ -147,7 +152,7 @@ class RolloutMaker:
         if self.method.anchored_reference:
             # Where the policy thinks before it answers, p_sft reads what it thought as well.
             anchored = self.encoder.encode_anchored_prompt(question.prompt, question.anchor, direct=False)
-        elif known is not None and not self.method.anchor_member:
+        elif known is not None and not self.anchor_first:
             measured = [known[index] for index in indices]
         return self.update.members(policy, question.encoded, ids, keep_old, anchored, measured)
 
