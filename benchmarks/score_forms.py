@@ -3,6 +3,7 @@
     python benchmarks/score_forms.py problems STUDENT RUN/sft PROBLEMS.jsonl OUT/problems.jsonl --groups 60
     python benchmarks/score_forms.py again STUDENT OUT/problems.jsonl OUT/before.jsonl
     python benchmarks/score_forms.py judged STUDENT JUDGED.jsonl OUT/judged.jsonl --groups 30
+    python benchmarks/score_forms.py judged STUDENT JUDGED.jsonl OUT/whole.jsonl --groups 30 --tokens 1500 --forms-only
     python benchmarks/score_forms.py table OUT/problems.jsonl OUT/before.jsonl OUT/judged.jsonl
 
 The first and the third store per-token log-probs of every answer in several contexts: without the anchor, with it under
@@ -10,7 +11,9 @@ several templates, and with another prompt's anchor; and of the anchor with each
 the same answers with the student's own weights, before Stage I. Stopped, all three continue. The last makes every form
 of what they stored, in seconds. PROBLEMS has rows of prompt, reference (a number) and teacher (the anchor); JUDGED has
 rows of prompt, anchor and answers, each with text and wins, the probability that a judge prefers it to a fixed
-opponent. A pair counts if its verdicts differ by more than 0.3.
+opponent. A pair counts if its verdicts differ by more than 0.3. Judged answers are cut at 120 tokens, so that they are of
+nearly equal length, or where `--tokens` says; `--forms-only` leaves out what takes passes of its own and is no form, so
+that whole answers take minutes instead of hours.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,8 +44,8 @@ TEMPLATES = {
     "own words": "{q}\n\nHere is an answer to this:\n{a}\n\nWrite the same answer in your own words.",
     "reference": "{q}\n\nReference answer:\n{a}\n\nAnswer the question in agreement with the reference answer.",
 }
+RATINGS: tuple[Literal["expected", "verbal"], ...] = ("expected", "verbal")
 CANDIDATES = 8
-JUDGED_TOKENS = 120  # answers are cut here, so that they are of nearly equal length
 ANCHOR_TOKENS = 300
 MIN_VERDICT_GAP = 0.3
 Row = dict[str, Any]
@@ -53,7 +56,13 @@ Form = Callable[[np.ndarray, np.ndarray], float]
 
 
 def measure_answers(
-    model: CausalLM, encoder: Encoder, question: str, anchor: str, other: str, rows: list[list[int]]
+    model: CausalLM,
+    encoder: Encoder,
+    question: str,
+    anchor: str,
+    other: str,
+    rows: list[list[int]],
+    forms_only: bool = False,
 ) -> Row:
     """Return the log-probs of every token in each context, and the scores that need no form; row 0 is the anchor.
 
@@ -64,15 +73,19 @@ def measure_answers(
     contexts = {"bare": question, "other": own_words.format(q=question, a=other)}
     contexts |= {name: text.format(q=question, a=anchor) for name, text in TEMPLATES.items()}
     log_probs = {name: answer_log_probs(model, encoder, text, rows) for name, text in contexts.items()}
+    if forms_only:
+        return {"log_probs": log_probs}
     log_probs["reversed"] = [
         answer_log_probs(model, encoder, own_words.format(q=question, a=text), rows[:1])[0] for text in texts
     ]
     prompt = Prompt.from_text(question)
-    expected = SelfEvaluator(encoder, "expected", 16).score(model, prompt, anchor, texts)
+    ratings = {
+        kind: SelfEvaluator(encoder, kind, 16).score(model, prompt, anchor, texts).candidates for kind in RATINGS
+    }
     reference = reference_scores(model, encoder, prompt, anchor, rows[1:], 16)
     return {
         "log_probs": log_probs,
-        "expected": expected.candidates,
+        **ratings,
         "reference": [reference.anchor, *reference.candidates],
     }
 
@@ -135,9 +148,10 @@ def measure_judged(args: argparse.Namespace) -> None:
         anchor, other = (
             encoder.decode_text(encoder.encode_literal(i["anchor"])[:ANCHOR_TOKENS]) for i in (item, items[index - 1])
         )
-        rows = [cut_answer(encoder, text) for text in (item["anchor"], *(a["text"] for a in item["answers"]))]
+        rows = [cut_answer(encoder, text, args.tokens) for text in (item["anchor"], *(a["text"] for a in item["answers"]))]
         row = {"id": item["id"], "wins": [a["wins"] for a in item["answers"]], "tokens": [len(r) for r in rows[1:]]}
-        append_row(args.out, row | measure_answers(model, encoder, item["prompt"], anchor, other, rows))
+        measured = measure_answers(model, encoder, item["prompt"], anchor, other, rows, args.forms_only)
+        append_row(args.out, row | measured)
         print(f"{item['id']} measured", flush=True)
 
 
@@ -147,10 +161,10 @@ def open_student(folder: str) -> tuple[Student, Encoder]:
     return student, load_encoder(student)
 
 
-def cut_answer(encoder: Encoder, text: str) -> list[int]:
+def cut_answer(encoder: Encoder, text: str, limit: int) -> list[int]:
     """Return an answer's token ids up to the limit, with the end of turn if it is whole."""
     ids = encoder.encode_literal(text)
-    return ids[:JUDGED_TOKENS] if len(ids) >= JUDGED_TOKENS else [*ids, encoder.end]
+    return ids[:limit] if len(ids) >= limit else [*ids, encoder.end]
 
 
 def last_number(text: str) -> float | None:
@@ -192,7 +206,7 @@ def scores_of(row: Row) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the scores of a group's answers, without the anchor, in every form."""
     contexts = {name: [np.array(v) for v in rows] for name, rows in row["log_probs"].items()}
     bare, other, own = contexts["bare"], contexts["other"], contexts["own words"]
-    for name in ("expected", "reference"):
+    for name in (*RATINGS, "reference"):
         if name in row:
             yield name, np.array(row[name], dtype=float)[1:]
     yield "bare, mean", np.array([b.mean() for b in bare])[1:]
@@ -228,7 +242,7 @@ def agreement(rows: Sequence[Row]) -> dict[str, np.ndarray]:
         pairs = pairs_of(row) if "log_probs" in row else []
         half = hashlib.sha256(str(row["id"]).encode()).digest()[0] % 2
         for name, scores in scores_of(row) if pairs else ():
-            wins = [np.sign(scores[i] - scores[j]) / 2 + 0.5 for i, j in pairs]
+            wins = [np.nan_to_num(np.sign(scores[i] - scores[j])) / 2 + 0.5 for i, j in pairs]  # unscored: a tie
             shares.setdefault(name, []).append((float(np.mean(wins)), half))
     return {name: np.array(values) for name, values in shares.items()}
 
@@ -269,6 +283,9 @@ def main() -> None:
             command.add_argument(place)
         if name in ("problems", "judged"):
             command.add_argument("--groups", type=int, default=60)
+        if name == "judged":
+            command.add_argument("--tokens", type=int, default=120)
+            command.add_argument("--forms-only", action="store_true")
         if name == "table":
             command.add_argument("measured", nargs="+")
         command.set_defaults(run=run)
