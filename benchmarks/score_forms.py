@@ -148,7 +148,8 @@ def measure_judged(args: argparse.Namespace) -> None:
         anchor, other = (
             encoder.decode_text(encoder.encode_literal(i["anchor"])[:ANCHOR_TOKENS]) for i in (item, items[index - 1])
         )
-        rows = [cut_answer(encoder, text, args.tokens) for text in (item["anchor"], *(a["text"] for a in item["answers"]))]
+        texts = (item["anchor"], *(a["text"] for a in item["answers"]))
+        rows = [cut_answer(encoder, text, args.tokens) for text in texts]
         row = {"id": item["id"], "wins": [a["wins"] for a in item["answers"]], "tokens": [len(r) for r in rows[1:]]}
         measured = measure_answers(model, encoder, item["prompt"], anchor, other, rows, args.forms_only)
         append_row(args.out, row | measured)

@@ -181,9 +181,7 @@ def importance_weights(log_probs: Tensor, old_log_probs: Tensor | None) -> Tenso
     return (log_probs - old_log_probs).detach().exp().clamp(max=WEIGHT_CAP)
 
 
-def kl_from_reference(
-    log_probs: Tensor, reference_log_probs: Tensor, old_log_probs: Tensor | None = None
-) -> Tensor:
+def kl_from_reference(log_probs: Tensor, reference_log_probs: Tensor, old_log_probs: Tensor | None = None) -> Tensor:
     """Estimate KL(p_theta || p_sft) in nats per sequence, shape (), from (K,) log-likelihoods of draws.
 
     Its value is the mean log-ratio; its gradient is that of `kl_coefficients`, which the mean's own gradient is not.
