@@ -11,9 +11,9 @@ several templates, and with another prompt's anchor; and of the anchor with each
 the same answers with the student's own weights, before Stage I. Stopped, all three continue. The last makes every form
 of what they stored, in seconds. PROBLEMS has rows of prompt, reference (a number) and teacher (the anchor); JUDGED has
 rows of prompt, anchor and answers, each with text and wins, the probability that a judge prefers it to a fixed
-opponent. A pair counts if its verdicts differ by more than 0.3. Judged answers are cut at 120 tokens, so that they are of
-nearly equal length, or where `--tokens` says; `--forms-only` leaves out what takes passes of its own and is no form, so
-that whole answers take minutes instead of hours.
+opponent. A pair counts if its verdicts differ by more than 0.3. Judged answers are cut at 120 tokens, so that they are
+of nearly equal length, or where `--tokens` says; `--forms-only` leaves out what takes passes of its own and is no form,
+so that whole answers take minutes instead of hours.
 """
 
 from __future__ import annotations
