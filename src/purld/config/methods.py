@@ -31,6 +31,21 @@ class StageTwoSettings(Section):
     max_grad_norm: Positive = 1.0
     micro_batch_size: Count = 8  # members of a group per backward pass; changes memory, not the gradient
     checkpoint_steps: Count = 50
+    # Every so many steps, greedy answers to prompts that no stage trains on are compared, and the policy of the best
+    # step is kept; null: the policy of the last step is kept, whatever it does.
+    validate_every: Count | None = 50
+    # score: the mean anchored score; agreement: how many have the anchor's result; gold: how many are right, which
+    # needs references; auto: agreement where data.check finds results, else score.
+    validate_by: Literal["auto", "score", "agreement", "gold"] = "auto"
+    patience: Count | None = None  # end the stage after so many validations in a row without a better one
+
+    @property
+    def validation_steps(self) -> int | None:
+        """Return the steps from one validation to the next, whole rollouts; None if the last step is kept anyway."""
+        if self.validate_every is None:
+            return None
+        every = -(-self.validate_every // self.updates) * self.updates
+        return every if every < self.steps else None
 
     @property
     def drawn(self) -> int:

@@ -53,6 +53,7 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
         "teacher": _teacher_spend(context),
         "models": {name: model_metrics(m, opponents, config.seed) for name, m in models.items()},
         "difference": _model_differences(models, opponents, config.seed),
+        "validation": finished.get("align", {}).get("validation") or {},  # which step was kept, and why
         **_candidates_against_gold(context, groups),
         "self_comparison": _self_comparison(context, folders, models),
         "probe": _probe_results(finished.get("probe")),

@@ -28,7 +28,7 @@ from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.records import content_hash
 from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
-from purld.runs.open import final_model, splits_without_near_copies
+from purld.runs.open import final_model, keeps_last_step, splits_without_near_copies
 from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.trackers import check_trackers, stage_tracking
@@ -80,7 +80,7 @@ class Pipeline:
     """
 
     def __init__(self, config: Config, run: RunDir, reporter: Reporter, resend_unknown: bool = False) -> None:
-        config = with_chosen_score(config)
+        config = _as_begun(with_chosen_score(config), run)
         self.config = config
         self.run = run
         self.reporter = reporter
@@ -228,7 +228,8 @@ class Pipeline:
         self._check_adoptable(text)
         if run.config.exists() and not run.damaged_files(run.config):
             # Loading fills in keys that are newer than the run with their defaults, which were in force when it began.
-            old = load_config(run.config).model_dump(mode="json")
+            last_step = ["align.validate_every=null"] if keeps_last_step(run) else []
+            old = load_config(run.config, last_step).model_dump(mode="json")
             begun = run.begun_stages()
             free = TRANSPORT | ({"near_duplicates"} if splits_without_near_copies(run) else set())
             for key, before, after in _differences(old, new):
@@ -274,6 +275,18 @@ class Pipeline:
                 f"{self.run.path}: the prompts of {self.config.data.source} have changed since this run's anchors "
                 f"were collected; give the new ones another --run-dir.{hint if older else ''}"
             )
+
+
+def _as_begun(config: Config, run: RunDir) -> Config:
+    """Let a run that was in Stage II before steps were compared go on with the prompts that it has."""
+    align = config.align
+    if (
+        "validate_every" in align.model_fields_set
+        or not isinstance(align, StageTwoSettings)
+        or not keeps_last_step(run)
+    ):
+        return config
+    return config.model_copy(update={"align": align.model_copy(update={"validate_every": None})})
 
 
 def _brief(value: Any) -> str:

@@ -17,7 +17,8 @@ from purld.pipeline.plan_scoring import plan_scoring
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
-from purld.pipeline.self_comparison import describe_comparison, stage_two_prompts
+from purld.pipeline.self_comparison import describe_comparison, stage_two_prompts, validation_prompts
+from purld.pipeline.validation import describe_validation
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.sft import in_validation_part
@@ -114,6 +115,8 @@ def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:
             _describe_stage_two(align, len(stage_two_prompts(config, pools))),
             f"  {config.describe_rate('align')}",
         )
+    if kept := describe_validation(config, validation_prompts(config, pools)):
+        plan.add_lines("Training", kept)
     if config.set_aside:
         plan.add_lines("Training", config.set_aside)
     if config.data.sft_fraction is not None:

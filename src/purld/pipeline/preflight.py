@@ -12,6 +12,7 @@ from purld.model.encode import Encoder
 from purld.model.load import context_length, load_encoder
 from purld.model.student_check import StudentSizes, check_stored_weights, check_student
 from purld.pipeline.prompt_pools import PromptPools
+from purld.pipeline.validation import check_validation
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_comparison
@@ -35,6 +36,7 @@ def check_before_spending(config: Config, run: RunDir) -> tuple[Encoder, Student
     check_local_models(config)
     check_context(config)
     check_scoring(config, encoder)
+    check_validation(config)
     sizes = check_student(config.student, encoder)
     if "sft" not in run.finished_stages():
         check_stored_weights(config.student)

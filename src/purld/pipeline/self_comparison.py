@@ -27,15 +27,14 @@ from purld.model.load import Roles, load_model
 from purld.pipeline.context import RunContext, anchors_in_file, examples_of_pool
 from purld.pipeline.probe import takes_probe
 from purld.pipeline.prompt_pools import PromptPools
+from purld.pipeline.validation import FEWEST_PROMPTS, split_validation_part
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check
 from purld.training.checkpoints import device_autocast
 from purld.training.scoring import GroupToScore, ScorerContext, find_scorer
-from purld.training.sft import in_validation_part
 
 _MOST_PROMPTS = 256  # scoring more would take longer and narrow the interval little
-_FEWEST_PROMPTS = 2
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,29 @@ def lacks_measure(config: Config) -> bool:
 
 
 def stage_two_prompts(config: Config, pools: PromptPools) -> list[Prompt]:
-    """Return the prompts of Stage II: its pool, without the slice that models will be compared on."""
-    if not lacks_measure(config) or len(_file_anchors(config, pools)) >= _FEWEST_PROMPTS:
-        return pools.align
-    kept_out = {prompt.id for prompt in _validation_part(config, pools)}
-    return [prompt for prompt in pools.align if prompt.id not in kept_out]
+    """Return the prompts of Stage II: its pool, without those that its steps or the models will be compared on."""
+    steps, models = _kept_out(config, pools)
+    ids = {prompt.id for prompt in steps + models}
+    return [prompt for prompt in pools.align if prompt.id not in ids]
+
+
+def validation_prompts(config: Config, pools: PromptPools) -> list[Prompt]:
+    """Return the prompts that Stage II's steps are compared on; none if the last step is kept."""
+    return _kept_out(config, pools)[0]
+
+
+def _kept_out(config: Config, pools: PromptPools) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts that are kept out of Stage II to compare its steps on, and to compare models on."""
+    compares = lacks_measure(config) and len(_file_anchors(config, pools)) < FEWEST_PROMPTS
+    return split_validation_part(config, pools, compares)
 
 
 def describe_comparison(config: Config, pools: PromptPools) -> list[str]:
     """Describe for the plan what will be measured without gold and without a judge."""
     if not lacks_measure(config):
         return []
-    in_file, validation = len(_file_anchors(config, pools)), len(_validation_part(config, pools))
-    if in_file >= _FEWEST_PROMPTS:
+    in_file, validation = len(_file_anchors(config, pools)), len(_kept_out(config, pools)[1])
+    if in_file >= FEWEST_PROMPTS:
         anchors = f"{in_file:,} held-out prompts, given the teacher's answers in {getattr(config.teacher, 'path', '')}"
     elif validation:
         anchors = f"{validation:,} prompts of Stage I's validation part, given their anchors; Stage II leaves them out"
@@ -95,10 +104,10 @@ def find_slice(context: RunContext) -> AnchoredSlice | None:
     if not lacks_measure(config):
         return None
     anchors = _file_anchors(config, pools) or _bought_anchors(config, pools, run)
-    if len(anchors) >= _FEWEST_PROMPTS:
+    if len(anchors) >= FEWEST_PROMPTS:
         return AnchoredSlice([p for p in pools.held_out if p.id in anchors][:_MOST_PROMPTS], anchors, True)
-    examples = examples_of_pool(run, _validation_part(config, pools)[:_MOST_PROMPTS])
-    if len(examples) < _FEWEST_PROMPTS:
+    examples = examples_of_pool(run, split_validation_part(config, pools, compares=True)[1][:_MOST_PROMPTS])
+    if len(examples) < FEWEST_PROMPTS:
         return None
     return AnchoredSlice([p for p, _ in examples], {p.id: a.text for p, a in examples}, False)
 
@@ -143,13 +152,6 @@ def compare_by_own_score(
         share, interval = float(wins.mean()), mean_interval(wins, config.seed)
         preferred[f"{after} - {before}"] = with_interval("preferred", share, interval)
     return {"scorer": settings.score, "anchors": chosen.source, "n": len(scored), "score": means, "pairs": preferred}
-
-
-def _validation_part(config: Config, pools: PromptPools) -> list[Prompt]:
-    """Return the prompts that Stage I validates on; none if they are too few, or if no other prompts are left."""
-    part = [p for p in pools.sft if in_validation_part(p, config.sft.validation_fraction)]
-    left = {p.id for p in pools.align} - {p.id for p in part}
-    return part if _FEWEST_PROMPTS <= len(part) < len(pools.sft) and left else []
 
 
 def _file_anchors(config: Config, pools: PromptPools) -> dict[str, str]:

@@ -21,7 +21,8 @@ from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.pipeline.context import RunContext, examples_of_pool, open_ledger
 from purld.pipeline.evaluate import SPEND_KEYS
 from purld.pipeline.probe import probed_scale, weak_signal_warnings
-from purld.pipeline.self_comparison import stage_two_prompts
+from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
+from purld.pipeline.validation import make_validation_set
 from purld.records import Prompt
 from purld.runs.files import write_rows
 from purld.tasks.checks import find_comparison
@@ -99,9 +100,12 @@ def run_align(context: RunContext) -> dict[str, Any]:
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
         examples = examples_of_pool(context.run, stage_two_prompts(config, context.pools))
-        facts = align(training, config.align, examples, teacher, margin_scale=scale)
+        validation = make_validation_set(context, validation_prompts(config, context.pools))
+        facts = align(training, config.align, examples, teacher, margin_scale=scale, validation=validation)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")
+    if facts.validation is not None:
+        reporter.say(facts.validation.describe())
     if facts.thinking:
         reporter.say(f"{facts.thinking} candidates have thinking before their answer; only answers were scored.")
     warnings = [*weak_signal_warnings(probe), *facts.warnings]

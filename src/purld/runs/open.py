@@ -23,8 +23,17 @@ def open_run(run_path: Path) -> tuple[RunDir, Config]:
     run.check_files(run.config)
     if not run.config.exists():
         raise UserError(f"{run_path}: is not a run directory; it holds no config.yaml.")
-    older = splits_without_near_copies(run)
-    return run, load_config(run.config, ["data.near_duplicates=ignore"] if older else [])
+    return run, load_config(run.config, overrides_of_older_run(run))
+
+
+def overrides_of_older_run(run: RunDir) -> list[str]:
+    """Return the settings that were in force when a run of an older version began, where they are not the defaults.
+
+    Raises:
+        UserError: its config.yaml cannot be read.
+    """
+    split = ["data.near_duplicates=ignore"] if splits_without_near_copies(run) else []
+    return [*split, *(["align.validate_every=null"] if keeps_last_step(run) else [])]
 
 
 def splits_without_near_copies(run: RunDir) -> bool:
@@ -38,6 +47,19 @@ def splits_without_near_copies(run: RunDir) -> bool:
     values = read_yaml(run.config)
     data = values.get("data") if isinstance(values, dict) else None
     return isinstance(data, dict) and "near_duplicates" not in data
+
+
+def keeps_last_step(run: RunDir) -> bool:
+    """Return whether Stage II of a run began before `align.validate_every` was there, so that it keeps the last step.
+
+    Raises:
+        UserError: its config.yaml cannot be read.
+    """
+    if "align" not in run.begun_stages() or not run.config.exists():
+        return False
+    values = read_yaml(run.config)
+    align = values.get("align") if isinstance(values, dict) else None
+    return isinstance(align, dict) and "validate_every" not in align
 
 
 @dataclass(frozen=True)

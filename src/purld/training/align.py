@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from purld.clients.base import Client
@@ -24,6 +24,7 @@ from purld.training.checkpoints import last_checkpoint
 from purld.training.context import StageContext
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
+from purld.training.validation import METRIC, ValidationFacts, ValidationSet
 
 _COLLAPSED = 0.1  # of the spread that the scores had at the start
 _UNMOVED = 1e-3  # nats per answer; a policy nearer to p_sft answers like it
@@ -45,11 +46,14 @@ class AlignFacts:
     label_entropy: float | None = None
     spread_kept: float | None = None
     kl: float | None = None
+    validation: ValidationFacts | None = None
 
     @property
     def warnings(self) -> list[str]:
         """Return what the user should look at, one sentence each."""
         warnings = []
+        if self.validation is not None and self.validation.warning is not None:
+            warnings.append(self.validation.warning)
         if self.truncated > self.candidates // 10:
             warnings.append(f"{self.truncated} of {self.candidates} candidates met the limit align.max_new_tokens.")
         if self.unscored:
@@ -87,8 +91,11 @@ def align(
     teacher: Client | None = None,
     change_scorer: Callable[[Scorer], Scorer] | None = None,
     margin_scale: float = 1.0,
+    validation: ValidationSet | None = None,
 ) -> AlignFacts:
     """Align p_sft by the method of `settings` and save the policy to `run.align`; resume from the last checkpoint.
+
+    The policy of the last step is saved, or that of the best one on `validation`.
 
     Args:
         context: the student, the run directory and the seed.
@@ -97,6 +104,7 @@ def align(
         teacher: the teacher's client, for a method that asks it about candidates.
         change_scorer: replaces the method's scorer by another, for experiments on scores.
         margin_scale: the factor of the margins; 1 is the paper's literal form.
+        validation: the prompts that steps are compared on.
 
     Raises:
         UserError: there are no anchors, no group ever gave a signal, or a number is not finite.
@@ -119,15 +127,24 @@ def align(
         teacher=teacher,
         change_scorer=change_scorer,
         margin_scale=margin_scale,
+        validation=validation,
     )
-    trainer.train_from(checkpoint.path, checkpoint.step)
+    trainer.train_from(checkpoint.path)
     trainer.check_policy()
-    rows = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
+    logged = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
+    rows = [row for row in logged if METRIC not in row]
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
     trainer.remeasure()
     save_policy(context.student, roles, run.sft, encoder, run.align)
-    return _facts(rows, settings, len(examples))
+    facts = _facts(rows, settings, len(examples), trainer.kept_step)
+    return facts if validation is None else replace(facts, validation=_validated(logged, validation, trainer.kept_step))
+
+
+def _validated(rows: Sequence[dict[str, Any]], validation: ValidationSet, kept_step: int) -> ValidationFacts:
+    measured = [row for row in rows if METRIC in row]
+    steps, scores = ([row[key] for row in measured] for key in ("step", METRIC))
+    return ValidationFacts(validation.measure, len(validation.examples), kept_step, steps, scores)
 
 
 def _no_signal(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> str:
@@ -138,11 +155,12 @@ def _no_signal(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> st
     return "Stage II: the teacher never answered with a score between 0 and 1; purld ledger shows what it said."
 
 
-def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: int) -> AlignFacts:
+def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: int, kept_step: int) -> AlignFacts:
+    steps = rows[-1]["step"]
     return AlignFacts(
         prompts=prompts,
-        steps=settings.steps,
-        candidates=settings.candidates_in_all,
+        steps=steps,
+        candidates=-(-steps // settings.updates) * settings.prompts_per_step * settings.drawn,
         truncated=int(_total(rows, "truncated")),
         unscored=int(_total(rows, "unscored")),
         thinking=int(_total(rows, "thinking")),
@@ -151,7 +169,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         against_flattening=_advice(settings),
         label_entropy=_label_entropy(rows, settings),
         spread_kept=_spread_kept(rows),
-        kl=_final_kl(rows),
+        kl=_final_kl([row for row in rows if row["step"] <= kept_step]),
     )
 
 

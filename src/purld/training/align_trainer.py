@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler as IndexSampler
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from purld.clients.base import Client
 from purld.config.methods import SamplingSettings, SelfPpo, StageTwoSettings
@@ -28,6 +29,7 @@ from purld.model.sample import Decoding, Sampler, seed_from_content
 from purld.model.samplers import make_sampler
 from purld.runs.files import append_rows, read_rows, write_rows
 from purld.runs.thumbnails import prompt_fields
+from purld.training.best_step import BestStep, load_state
 from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, device_arguments
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
@@ -37,6 +39,7 @@ from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
 from purld.training.scoring import Scorer, ScorerContext, make_scorer
 from purld.training.trackers import tracker_arguments
+from purld.training.validation import ValidationSet, Validator
 
 _CRITIC_FILE = "critic.pt"
 # The trainer's own values: its loss is the objective under another name, and the rest are timings and totals.
@@ -55,6 +58,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         teacher: the teacher's client, for a method that asks it about candidates.
         change_scorer: replaces the method's scorer by another, for experiments on scores.
         margin_scale: the factor of the margins; 1 is the paper's literal form.
+        validation: the prompts that steps are compared on to keep the best; None to keep the last.
         trainer_options: further arguments of `transformers.Trainer`.
     """
 
@@ -68,6 +72,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         teacher: Client | None = None,
         change_scorer: Callable[[Scorer], Scorer] | None = None,
         margin_scale: float = 1.0,
+        validation: ValidationSet | None = None,
         **trainer_options: Any,
     ) -> None:
         rate, folder = settings.learning_rate, context.run.checkpoints("align")
@@ -93,10 +98,8 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             roles, settings.micro_batch_size, encoder.pad, accelerator.backward, accelerator.autocast, self._critic
         )
         anchored = self._method.scorer == "anchored"
-        scorer = make_scorer(
-            self._method,
-            ScorerContext(encoder, roles, settings, anchored, accelerator.autocast, teacher, context.check),
-        )
+        parts = ScorerContext(encoder, roles, settings, anchored, accelerator.autocast, teacher, context.check)
+        scorer = make_scorer(self._method, parts)
         self._make_rollouts = RolloutMaker(
             self._method,
             settings,
@@ -107,13 +110,50 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             margin_scale,
         )
         self._rollouts: list[Rollout] = []
+        self._best: BestStep | None = None
+        if validation is not None and settings.validation_steps is not None:
+            validator = Validator(validation, settings, parts, partial(make_sampler, context.student.engine, encoder))
+            self._best = BestStep(settings.validation_steps, settings.patience, lambda: validator(self.model))
+            self.add_callback(self._best)
 
-    def train_from(self, checkpoint: Path | None, step: int) -> None:
-        """Train from a checkpoint at `step`, or from the start; at the last step only load the checkpoint."""
-        if checkpoint is not None and step >= self.args.max_steps:
-            self._load_from_checkpoint(str(checkpoint))  # `train` would take a step before it sees that it is done
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train from a checkpoint, or from the start, and load the step that is kept; `state` tells the steps taken.
+
+        A checkpoint of the last step is only loaded: `train` would take a step before it sees that it is done.
+        """
+        state = None if checkpoint is None else load_state(checkpoint)
+        if checkpoint is not None and state is not None and self._is_over(state):
+            self.state = state
+            self._load_from_checkpoint(str(checkpoint))
         else:
+            if checkpoint is None:
+                self._measure_start()
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.kept_step != self.state.global_step:
+            self._load_from_checkpoint(str(Path(self.args.output_dir or "") / f"checkpoint-{self.kept_step}"))
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose policy is kept: the best one, or the last where none were compared."""
+        return self.state.best_global_step or self.state.global_step
+
+    def _measure_start(self) -> None:
+        """Measure p_sft, which the steps are compared with."""
+        if self._best is not None and (metrics := self._best.measure()) and self.is_world_process_zero():
+            self._run.log_metrics("align", 0, metrics)
+
+    def _is_over(self, state: TrainerState) -> bool:
+        return state.global_step >= self.args.max_steps if self._best is None else self._best.is_over(state)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Compare the policy with those of earlier steps; `_best` says when."""
+        assert self._best is not None
+        self.model.eval()
+        metrics = self._best.measure()
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._best.decide(self.state, self.control, metrics)
+        return metrics
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Make new groups if the last ones are used up, accumulate their gradient, and return the mean objective.

@@ -154,7 +154,10 @@ class RunCallback(TrainerCallback):
         """Write one row of metrics."""
         values = {key: float(value) for key, value in (logs or {}).items() if self._is_logged(key)}
         # The trainer's closing summary repeats the last step without any of these.
-        if not values.keys() & {"loss", "eval_loss", "objective", "dropped_groups"} or not state.is_world_process_zero:
+        if (
+            not values.keys() & {"loss", "eval_loss", "eval_score", "objective", "dropped_groups"}
+            or not state.is_world_process_zero
+        ):
             return
         self._run.log_metrics(self._stage, state.global_step, values)
         self._note = ", ".join(f"{key} {values[key]:.3f}" for key in _SHOWN if key in values)

@@ -1,0 +1,164 @@
+"""Compare the steps of Stage II on prompts that no stage trains on, so that the best of them can be kept.
+
+The policy answers every prompt greedily, and its answers are measured by the frozen p_sft's score given the anchor, by
+their agreement with the anchor's result, or, only where the configuration asks for it, by gold. Nothing is random here,
+so a resumed run finds the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from purld.config.methods import LdlGrpo, SamplingSettings, SelfScoringSettings, StageTwoSettings
+from purld.model.causal_lm import CausalLM
+from purld.model.encode import Encoder
+from purld.model.log_probs import micro_batches
+from purld.model.sample import Completion, Decoding, Sampler
+from purld.model.self_evaluation import GroupScores
+from purld.records import Anchor, Prompt
+from purld.tasks.checks import Check, gold_check, result_check
+from purld.training.rollout import AnchoredPrompt, candidates_to_score
+from purld.training.scoring import GroupToScore, Scorer, ScorerContext, find_scorer
+
+GOLD = "gold"
+METRIC = "eval_score"  # of the rows in metrics.jsonl
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """The prompts that steps are compared on, and how.
+
+    Attributes:
+        examples: prompts that no stage trains on, with their anchors.
+        measure: the name of a scorer, or `gold`.
+        check: for `gold` the check of answers; for `agreement` a check that reads the reference alone.
+        max_new_tokens: the longest answer, for a method that draws none itself.
+    """
+
+    examples: Sequence[tuple[Prompt, Anchor]]
+    measure: str
+    check: Check | None = None
+    max_new_tokens: int = 512
+
+    def measurable(self) -> ValidationSet:
+        """Return the set without the prompts on which the check has nothing to compare with."""
+        if self.check is None or self.measure not in (GOLD, "agreement"):
+            return self
+        kept = [(p, a) for p, a in self.examples if _reads_reference(self.check, p, a, self.measure)]
+        return ValidationSet(kept, self.measure, self.check, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class ValidationFacts:
+    """The outcome of the validations, for the manifest and results.json.
+
+    Attributes:
+        measure: see `ValidationSet`.
+        prompts: how many prompts there were.
+        kept_step: the step whose policy is kept.
+        steps: the validated steps; 0 is p_sft.
+        scores: what was measured at them, the mean over prompts.
+    """
+
+    measure: str
+    prompts: int
+    kept_step: int
+    steps: Sequence[int]
+    scores: Sequence[float]
+
+    def describe(self) -> str:
+        """Describe which step is kept and why."""
+        by_step = dict(zip(self.steps, self.scores, strict=True))
+        if self.kept_step not in by_step:
+            return f"No answer to the {self.prompts} validation prompts got a score; the last step is kept."
+        others = [f"{by_step[0]:.3f} before Stage II"] if 0 in by_step else []
+        if self.steps[-1] != self.kept_step:
+            others.append(f"{self.scores[-1]:.3f} at step {self.steps[-1]}")
+        return (
+            f"Kept the policy of step {self.kept_step}: {self.measure} {by_step[self.kept_step]:.3f} on "
+            f"{self.prompts} validation prompts ({', '.join(others) or 'the only validation'})."
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """Return a sentence if no step was better than p_sft; None otherwise."""
+        by_step = dict(zip(self.steps, self.scores, strict=True))
+        if 0 not in by_step or by_step.get(self.kept_step, 0.0) > by_step[0]:
+            return None
+        return (
+            f"no step of Stage II was better than p_sft on the {self.prompts} validation prompts ({self.measure} "
+            f"{by_step.get(self.kept_step, by_step[0]):.3f} against {by_step[0]:.3f}); the best of them is kept, and "
+            "`purld export --stage sft` exports p_sft."
+        )
+
+
+class Validator:
+    """Measures a policy on a validation set.
+
+    Args:
+        chosen: the prompts and the measure.
+        settings: the method's section of the configuration.
+        context: what scorers are made of.
+        make_sampler: makes the sampler of a way of decoding.
+    """
+
+    def __init__(
+        self,
+        chosen: ValidationSet,
+        settings: StageTwoSettings,
+        context: ScorerContext,
+        make_sampler: Callable[[Decoding], Sampler],
+    ) -> None:
+        limit = settings.max_new_tokens if isinstance(settings, SamplingSettings) else chosen.max_new_tokens
+        self._encoder: Encoder = context.encoder
+        self._autocast: Callable[[], AbstractContextManager[Any]] = context.autocast
+        self._questions = [AnchoredPrompt(p, a.text, context.encoder.encode_prompt(p)) for p, a in chosen.examples]
+        self._sampler = make_sampler(Decoding(0.0, limit))
+        self._scorer = _make_scorer(chosen, settings, context)
+        self._batch = settings.prompts_per_step * max(1, settings.drawn)  # as many sequences as a step draws at once
+
+    @torch.no_grad()
+    def __call__(self, policy: CausalLM) -> float | None:
+        """Return the mean score of greedy answers; None if none of them got a score."""
+        scores: list[float | None] = []
+        for rows in micro_batches(len(self._questions), self._batch):
+            batch = self._questions[rows]
+            with self._autocast():
+                drawn = self._sampler(policy, [question.encoded for question in batch], 1, seed=0)
+            groups = [self._to_score(question, completions) for question, completions in zip(batch, drawn)]
+            scores += [scored.candidates[0] for scored in self._scorer(groups)]
+        known = [score for score in scores if score is not None]
+        return sum(known) / len(known) if known else None
+
+    def _to_score(self, question: AnchoredPrompt, completions: Sequence[Completion]) -> GroupToScore:
+        return candidates_to_score(self._encoder, question, completions)
+
+
+def _make_scorer(chosen: ValidationSet, settings: StageTwoSettings, context: ScorerContext) -> Scorer:
+    if chosen.measure == GOLD:
+        assert chosen.check is not None
+        return _GoldScorer(chosen.check)
+    rows = settings.score_batch_size if isinstance(settings, SelfScoringSettings) else settings.micro_batch_size
+    own = LdlGrpo.model_validate({"score": chosen.measure, "score_batch_size": rows})
+    found = ScorerContext(context.encoder, context.roles, own, True, context.autocast, None, chosen.check)
+    return find_scorer(chosen.measure).make(found)
+
+
+@dataclass(frozen=True)
+class _GoldScorer:
+    """Score 1 for a right answer and 0 for a wrong one."""
+
+    check: Check
+
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
+        return [GroupScores(None, [float(self.check(g.prompt, text)) for text in g.candidates]) for g in groups]
+
+
+def _reads_reference(check: Check, prompt: Prompt, anchor: Anchor, measure: str) -> bool:
+    found = gold_check(check, prompt) if measure == GOLD else result_check(check, prompt, anchor.text)
+    return found is not None
