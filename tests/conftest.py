@@ -61,14 +61,18 @@ def tokenizer(shipped_student):
 @pytest.fixture(scope="session")
 def random_student(tokenizer, tmp_path_factory) -> Path:
     """A student that knows nothing, small enough to train in a test, with weights large enough to have opinions."""
+    return make_random_student(tokenizer, tmp_path_factory.mktemp("student") / "random", hidden_size=32, layers=2)
+
+
+def make_random_student(tokenizer, path: Path, hidden_size: int, layers: int) -> Path:
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -81,7 +85,6 @@ def random_student(tokenizer, tmp_path_factory) -> Path:
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, repetition_penalty=1.5
     )
-    path = tmp_path_factory.mktemp("student") / "random"
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

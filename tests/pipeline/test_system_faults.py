@@ -1,142 +1,223 @@
-"""Make every durable system call of `purld anchors` fail in turn, and run the same command again.
+"""Make every durable system call of every stage fail in turn, and run the same command again.
 
-It ends with the anchors of an undisturbed run, or in one sentence until the fault is repaired; the server sees no
+It ends with the files of an undisturbed run, or in one sentence until the fault is repaired; the server sees no
 question twice, and what a kill may have lost is `unknown`, never asked again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import write_tiny_config
+import yaml
+from conftest import make_random_student, write_tiny_config
+from faulty_command import MODES, CommandRunner, Ended, command_runner, worthwhile_faults
 from faulty_server import Server, completion, running_server
 
-from purld.clients.ledger import Ledger
-from purld.runs.files import read_rows
-from purld.runs.run_dir import RunDir
+from purld.clients.ledger import LedgerView
 
-HERE = Path(__file__).parent
-NO_SPACE, DISK_FULL, IO_ERROR, KILL_BEFORE, KILL_AFTER, TORN_WRITE, POWER_CUT = range(1, 8)
-NO_CALL = 10**6
+SMALL = {
+    "sft": {"epochs": 2, "batch_size": 2, "checkpoint_steps": 1, "validation_fraction": 0.34},
+    "align": {"steps": 2, "candidates": 2, "prompts_per_step": 1, "max_new_tokens": 4, "checkpoint_steps": 1},
+    "evaluate": {"samples": 1, "max_new_tokens": 4, "opponent": {"kind": "teacher"}},
+}
+NOT_COMPARED = ("ledger.sqlite", ".ledger.sqlite", ".lock", "report.html", "sweep.log")
 
 
-class FaultyCommand:
-    """`purld anchors` in a process in which one durable system call fails."""
+@dataclass(frozen=True)
+class Subject:
+    """A command whose calls fail: what it is given, what has run before it, and whether it sends requests."""
 
-    def __init__(self, shim: Path, config: Path, server: Server, folder: Path) -> None:
-        self.server, self.folder, self.run = server, folder, RunDir(folder / "run")
-        self.config = config
-        self.said = folder.with_name("said")
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "fault_runner.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"LD_PRELOAD": str(shim), "OMP_NUM_THREADS": "1"},
-        )
+    name: str
+    before: tuple[str, ...] = ()
+    talks: bool = False
 
-    def __call__(self, nth: int = NO_CALL, mode: int = 0) -> int:
-        teacher = f"teacher={{kind: openai, base_url: '{self.server.url}', model: m, concurrency: 2}}"
-        order = {
-            "arguments": ["anchors", str(self.config), teacher, "--run-dir", str(self.run.path)],
-            "root": str(self.folder),
-            "nth": nth,
-            "mode": mode,
-            "said": str(self.said),
-        }
-        assert self.process.stdin and self.process.stdout
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
+    def __str__(self) -> str:
+        return self.name
 
-    def last_lines(self) -> list[str]:
-        return self.said.read_text(errors="replace").strip().splitlines()
 
-    def start_afresh(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir()
+SUBJECTS = (
+    Subject("anchors", talks=True),
+    Subject("sft", ("anchors",)),
+    Subject("align", ("anchors", "sft")),
+    Subject("evaluate", ("anchors", "sft", "align"), talks=True),
+    Subject("report", ("anchors", "sft", "align", "evaluate")),
+    Subject("export", ("anchors", "sft", "align")),
+    Subject("sweep", ("anchors", "sft")),
+)
+
+
+@dataclass
+class Workbench:
+    """Folders, a server and a runner that all tests of this module share."""
+
+    runner: CommandRunner
+    server: Server
+    folder: Path
+    config: Path
+    prepared: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    undisturbed: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
+
+    @property
+    def root(self) -> Path:
+        """The folder whose files are watched, with one run in it or one sweep."""
+        return self.folder / "work"
+
+    def arguments(self, command: str) -> list[object]:
+        run = self.root / "tau=0.5"
+        if command == "export":
+            return ["export", run]
+        if command == "sweep":
+            return ["sweep", self.config, "align.tau=0.5,0.6", "--run-dir", self.root]
+        return [command, self.config, "align.tau=0.5", "--run-dir", run]
+
+    def __call__(self, command: str, nth: int = 0, mode: int = 0) -> Ended:
+        return self.runner(self.arguments(command), self.root, nth, mode)
+
+    def start(self, subject: Subject) -> None:
+        """Put the state before a command into the folder of work."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir()
+        self.server.arrived.clear()
+        for count in range(len(subject.before), 0, -1):
+            if kept := self.prepared.get(subject.before[:count]):
+                shutil.copytree(kept, self.root, dirs_exist_ok=True)
+                break
+        else:
+            count = 0
+        for position in range(count, len(subject.before)):
+            ended = self(subject.before[position])
+            assert ended.status == 0, ended
+            self._keep(subject.before[: position + 1])
         self.server.arrived.clear()
 
+    def _keep(self, done: tuple[str, ...]) -> None:
+        if done not in self.prepared:
+            self.prepared[done] = self.folder / "-".join(done)
+            shutil.copytree(self.root, self.prepared[done])
+
+    def expected(self, subject: Subject) -> tuple[dict[str, Any], str]:
+        """Return what an undisturbed command leaves, and the letters of its calls."""
+        if subject.name not in self.undisturbed:
+            self.start(subject)
+            ended = self(subject.name)
+            assert ended.status == 0, ended
+            assert ended.calls and not ended.sentences
+            self._keep((*subject.before, subject.name))
+            self.undisturbed[subject.name] = self.left(), ended.calls
+        return self.undisturbed[subject.name]
+
+    def left(self) -> dict[str, Any]:
+        """Return what two equal commands must share: every file but logs, and what was measured but times."""
+        files = [
+            path for path in sorted(self.root.rglob("*")) if path.is_file() and not path.name.startswith(NOT_COMPARED)
+        ]
+        return {path.relative_to(self.root).as_posix(): _content(path) for path in files}
+
+    def lost(self) -> int:
+        """Return how many questions were sent and never answered."""
+        ledgers = [LedgerView(path) for path in self.root.glob("*/ledger.sqlite") if path.stat().st_size]
+        return sum(row["state"] == "unknown" for ledger in ledgers for row in ledger.iter_requests())
+
+
+def _content(path: Path) -> Any:
+    if path.name == "manifest.json":
+        manifest = json.loads(path.read_text())
+        return sorted(manifest["finished"]), sorted(manifest["files"])
+    if path.suffix == ".json" and path.parent.name not in ("sft", "align", "export"):
+        return _without_times(json.loads(path.read_text()))
+    return path.read_bytes()
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if not key.startswith("seconds")}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value
+
 
 @pytest.fixture(scope="module")
-def command(random_student, tmp_path_factory) -> Iterator[FaultyCommand]:
-    compiler = shutil.which("cc")
-    if compiler is None or not sys.platform.startswith("linux"):
-        pytest.skip("needs a C compiler and Linux")
+def bench(tokenizer, tmp_path_factory) -> Iterator[Workbench]:
     folder = tmp_path_factory.mktemp("faults")
-    shim = folder / "shim.so"
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", "-O1", "-o", str(shim), str(HERE / "fault_shim.c"), "-ldl", "-lpthread"],
-        check=True,
-    )
-    config = write_tiny_config(random_student, folder)
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(prompts.read_text().splitlines(keepends=True)[:3]))
+    student = make_random_student(tokenizer, folder / "student", hidden_size=8, layers=1)
+    config = write_tiny_config(student, folder)
+    for name, count in (("prompts", 4), ("held_out", 2)):
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:count]))
     with running_server() as server:
-        server.default = lambda handler: handler.reply(completion(f"To {handler.prompt}"))
-        made = FaultyCommand(shim, config, server, folder / "runs")
-        try:
-            yield made
-        finally:
-            made.process.kill()
-            made.process.wait()
+        server.default = lambda handler: handler.reply(completion(_reply_to(handler.prompt)))
+        values = yaml.safe_load(config.read_text())
+        endpoint = {"kind": "openai", "base_url": server.url, "model": "m", "concurrency": 2}
+        values |= {section: values[section] | SMALL[section] for section in SMALL} | {"teacher": endpoint}
+        values["evaluate"]["judge"] = endpoint | {"max_tokens_per_answer": 8}
+        config.write_text(yaml.safe_dump(values))
+        with command_runner(folder, config) as runner:
+            yield Workbench(runner, server, folder, config)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(command) -> tuple[list[dict], int]:
-    """Return the anchors of an undisturbed run, and how many durable system calls it makes."""
-    command.start_afresh()
-    assert command() == 0, command.last_lines()
-    return read_rows(command.run.anchors), int(command.last_lines()[-1])
+def _reply_to(question: str) -> str:
+    return "A" if "Response A" in question else f"To {question}"
 
 
-def check_fault(command: FaultyCommand, expected: list[dict], nth: int, mode: int) -> None:
-    command.start_afresh()
-    statuses = [command(nth, mode)]
-    killed = statuses[0] == -signal.SIGKILL
-    where = f"call {nth}, mode {mode}: {command.last_lines()}"
-    assert killed or statuses[0] in (0, 2), where
-    assert "Traceback" not in "\n".join(command.last_lines()), where
-    if statuses[0] == 2:
-        assert sum(line.startswith("purld: ") for line in command.last_lines()) == 1, where
-    statuses.append(command())
-    where = f"call {nth}, mode {mode}, statuses {statuses}: {command.last_lines()}"
-    assert "Traceback" not in "\n".join(command.last_lines()), where
-    assert max(Counter(command.server.arrived).values()) == 1, f"bought twice: {where}"
-    with Ledger(command.run.ledger) as ledger:
-        states = {row["prompt_id"]: row["state"] for row in ledger.iter_requests()}
-    lost = {prompt for prompt, state in states.items() if state == "unknown"}
-    assert len(lost) <= (2 if statuses[0] else 0), where
-    if len(lost) < len(expected):
-        assert statuses[-1] == 0, where
-        assert read_rows(command.run.anchors) == [row for row in expected if row["prompt_id"] not in lost], where
-    assert not list(command.run.path.rglob(".*.partial")), where
+def check_fault(bench: Workbench, subject: Subject, nth: int, mode: int) -> None:
+    expected, _ = bench.expected(subject)
+    bench.start(subject)
+    first = bench(subject.name, nth, mode)
+    assert first.status in (0, 2, -signal.SIGKILL), first
+    assert "Traceback" not in first.said, first
+    assert len(first.sentences) == (first.status == 2), first
+    if first.status == 0 and not bench.lost():
+        check_left(bench, expected, first)
+    second = bench(subject.name)
+    repeated = Counter(bench.server.arrived)
+    assert not repeated or max(repeated.values()) == 1, f"bought twice: {first} / {second}"
+    assert "Traceback" not in second.said, second
+    lost = bench.lost()
+    assert lost <= (2 if first.status else 0), first
+    if not lost:
+        assert second.status == 0, f"{first} / {second}"
+        check_left(bench, expected, first)
+    elif subject.name == "anchors" and lost < len(expected):
+        assert second.status == 0, f"{first} / {second}"
 
 
-MODES = (NO_SPACE, DISK_FULL, IO_ERROR, KILL_BEFORE, KILL_AFTER, TORN_WRITE, POWER_CUT)
+def check_left(bench: Workbench, expected: dict[str, Any], ended: Ended) -> None:
+    left = bench.left()
+    assert left.keys() == expected.keys(), f"{ended}: {left.keys() ^ expected.keys()}"
+    assert not [name for name in left if left[name] != expected[name]], ended
 
 
-def test_a_failing_system_call_costs_no_answer_that_was_paid(command, undisturbed):
-    expected, calls = undisturbed
-    assert len(expected) == 3 and calls > 50
-    rng = random.Random(0)
-    for mode in rng.sample(MODES, 3):
-        check_fault(command, expected, rng.randint(1, calls), mode)
+def draw(bench: Workbench, subject: Subject, count: int) -> Sequence[tuple[int, int]]:
+    calls = bench.expected(subject)[1]
+    return random.Random(subject.name).sample(worthwhile_faults(calls, subject.talks), count)
+
+
+@pytest.mark.parametrize(("subject", "count"), [(SUBJECTS[0], 2), (SUBJECTS[1], 1)], ids=str)
+def test_a_failing_system_call_costs_nothing_but_time(bench, subject, count):
+    for nth, mode in draw(bench, subject, count):
+        check_fault(bench, subject, nth, mode)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(7200)
+@pytest.mark.timeout(6 * 3600)
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_every_system_call_in_turn(command, undisturbed, mode):
-    expected, calls = undisturbed
-    for nth in range(1, calls + 1):
-        check_fault(command, expected, nth, mode)
+def test_every_system_call_in_turn(bench, subject, mode):
+    wrong = []
+    calls = bench.expected(subject)[1]
+    for nth, number in worthwhile_faults(calls, subject.talks):
+        if number == MODES[mode]:
+            try:
+                check_fault(bench, subject, nth, number)
+            except AssertionError as error:
+                wrong.append(f"{subject}, call {nth} ({calls[nth - 1]}): {str(error)[:600]}")
+                print(mode, wrong[-1], file=sys.__stdout__, flush=True)
+    assert not wrong
