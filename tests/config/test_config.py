@@ -165,7 +165,13 @@ def test_missing_file(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("module", ["purld.cli", "purld.config.schema", "purld.records", "purld.templates"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("purld.cli", "purld.cli.status", "purld.config.schema", "purld.pipeline.status", "purld.records"),
+        *("purld.setup.questions", "purld.templates"),
+    ],
+)
 def test_quick_modules_import_nothing_heavy(module):
     heavy = "torch transformers trl peft openai matplotlib datasets numpy"
     code = f"import {module}, sys; print([m for m in {heavy.split()} if m in sys.modules])"

@@ -145,7 +145,7 @@ class Pipeline:
             if self._repaired(stage, damaged, context):
                 return
         self._check_start(stage)
-        self.run.begin(stage)
+        self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out))
         self.reporter.headline(_TITLES[stage])
         with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):
             facts = _RUNNERS[stage](context)

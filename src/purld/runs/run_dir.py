@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ from purld.runs.files import (
     write_json,
     write_rows,
 )
+
+STAGES = ("anchors", "sft", "probe", "align", "evaluate", "report")
+"""The stages of a run by name, in order; a method or a configuration may leave some of them out."""
 
 _SIGNS_OF_A_RUN = ("config.yaml", "manifest.json", "ledger.sqlite", ".lock", "sweep.log", "demo")
 TRAINED = ("sft", "align")  # stages that take long, and whose result another machine may not repeat to the bit
@@ -119,13 +123,20 @@ class RunDir:
         """Return the names of all stages that were started, finished or not."""
         return set(self._manifest()["begun"])
 
+    def begin_facts(self, stage: str) -> dict[str, Any]:
+        """Return what was recorded when a stage began: `started` in seconds since 1970, and what was told of its size.
+
+        Empty for a stage that has not begun, and for a run of an older version.
+        """
+        return dict(self._manifest()["begun"].get(stage, {}))
+
     def begun_after(self, stage: str) -> set[str]:
         """Return the stages that build on the result of `stage` and were started; a probe is only repeated."""
         begun = list(self._manifest()["begun"])
         return set(begun[begun.index(stage) + 1 :]) - {"probe", "report"} if stage in begun else set()
 
-    def begin(self, stage: str) -> None:
-        """Record that `stage` has started; call it before the stage's first write.
+    def begin(self, stage: str, **sizes: int) -> None:
+        """Record that `stage` has started, when, and how much it has to do; call it before the stage's first write.
 
         If it was finished before, it no longer is, nor is any stage that was begun after it.
         """
@@ -137,9 +148,17 @@ class RunDir:
             kept -= set(begun[begun.index(stage) :])
         self._write_manifest(
             {name: facts for name, facts in manifest["finished"].items() if name in kept},
-            {name: {} for name in [*(name for name in begun if name in kept), stage]},
+            {name: manifest["begun"][name] for name in begun if name in kept}
+            | {stage: {"started": round(time.time(), 3), **sizes}},
             {name: entry for name, entry in manifest["files"].items() if entry["stage"] in (*kept, "config")},
         )
+
+    def note_size(self, stage: str, **sizes: int) -> None:
+        """Record how much a stage that has begun has to do, as soon as it is known."""
+        manifest = self._manifest()
+        known = manifest["begun"].get(stage)
+        if known is not None and known != known | sizes:
+            self._write_manifest(manifest["finished"], manifest["begun"] | {stage: known | sizes}, manifest["files"])
 
     def finish(self, stage: str, seconds: float, **facts: Any) -> None:
         """Record `stage` as finished, with its facts and its files; call it after the stage's last write.

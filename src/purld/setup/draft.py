@@ -8,6 +8,7 @@ from typing import Any
 from purld.config.load import apply_override, parse_config
 from purld.config.read_yaml import parse_yaml
 from purld.config.schema import Config
+from purld.errors import UserError
 from purld.setup.render_yaml import render_yaml
 
 _SECTIONS = ("student", "data", "teacher", "sft", "align", "evaluate")
@@ -24,7 +25,7 @@ class Draft:
         comments: by dotted path of a key, one line.
 
     Raises:
-        UserError: an override is not written so.
+        UserError: an override is not written so, or sets a whole section.
     """
 
     def __init__(self, overrides: Sequence[str]) -> None:
@@ -33,6 +34,9 @@ class Draft:
         self._appended: dict[str, Sequence[str]] = {}
         for override in overrides:
             apply_override(self.values, override)
+        for section in _SECTIONS:
+            if not isinstance(self.values[section], dict):
+                raise UserError(f"{section} is a section with keys of its own; write {section}.KEY=VALUE.")
 
     def get(self, path: str) -> Any:
         """Return the value of a dotted path; None if it has none."""
@@ -49,8 +53,6 @@ class Draft:
     def put(self, path: str, value: Any, comment: str | None = None) -> None:
         """Set a key of a section with a comment, unless the user has set it."""
         section, key = path.split(".")
-        if not isinstance(self.values[section], dict):
-            return  # as the user wrote it; reading the result back says what is wrong
         self.values[section].setdefault(key, value)
         if comment and self.values[section][key] == value:
             self.comments[path] = comment

@@ -138,7 +138,9 @@ class RunCallback(TrainerCallback):
         self._note = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Find the best model's checkpoint again in a run directory that was moved."""
+        """Record the number of steps; find the best model's checkpoint again in a run directory that was moved."""
+        if state.is_world_process_zero:
+            self._run.note_size(self._stage, steps=state.max_steps)
         best = Path(args.output_dir or "") / f"checkpoint-{state.best_global_step}"
         if state.best_global_step and best.is_dir():
             state.best_model_checkpoint = str(best)

@@ -1,0 +1,205 @@
+"""Tell where a run stands, from the files in its directory, while it runs or after it was stopped.
+
+Nothing is locked, written or loaded: the manifest, the logs, the ledger and results.json say all of it, and no module
+that imports torch is needed. What a stage is doing is in `purld.pipeline.stage_progress`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from purld.clients.ledger import BUDGETS, LedgerView
+from purld.config.clients import OpenAIEndpoint
+from purld.config.load import load_config
+from purld.config.methods import SelfPpo, SelfScoringSettings, StageTwoSettings
+from purld.config.schema import Config
+from purld.display.titles import ANSWER_TITLES, METRIC_TITLES, model_title
+from purld.errors import UserError
+from purld.pipeline.stage_progress import describe_done, describe_progress, describe_seconds
+from purld.runs.files import read_json
+from purld.runs.lock_holder import find_lock_holder
+from purld.runs.run_dir import STAGES, RunDir
+
+State = Literal["done", "running", "stopped", "begun", "to do"]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Where a stage stands: its name, its state, what it did or is doing, and the time that it took so far."""
+
+    name: str
+    state: State
+    detail: str = ""
+    time: str = ""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Where a run stands.
+
+    Attributes:
+        headline: one line about the whole run.
+        stages: the stages that take part, in order.
+        spending: a line for each budget from which something was spent.
+        figures: the last figures of a finished evaluation, a line each.
+        warnings: a sentence each.
+        commands: what goes on from here.
+    """
+
+    headline: str
+    stages: list[StageStatus]
+    spending: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+
+def read_status(run: RunDir, now: float) -> RunStatus:
+    """Return where a run stands.
+
+    Args:
+        run: the run directory.
+        now: the time in seconds since 1970.
+
+    Raises:
+        UserError: the manifest or the ledger is damaged.
+    """
+    warnings: list[str] = []
+    config = _read_config(run, warnings)
+    holder = find_lock_holder(run.path / ".lock")
+    stages = [_stage_status(name, run, config, holder, now) for name in STAGES if takes_part(name, config, run)]
+    finished = run.finished_stages()
+    return RunStatus(
+        headline=_headline(run, stages, holder, now),
+        stages=stages,
+        spending=_spending(run, config),
+        figures=_figures(run) if "evaluate" in finished else [],
+        warnings=warnings + _warnings(run, finished),
+        commands=_commands(run, stages, holder),
+    )
+
+
+def takes_part(stage: str, config: Config | None, run: RunDir) -> bool:
+    """Return whether a stage is part of a run by its configuration; without one, whether it has begun."""
+    if config is None:
+        return stage in run.begun_stages()
+    if stage == "probe":
+        return isinstance(config.align, SelfScoringSettings) and not isinstance(config.align, SelfPpo)
+    return stage != "align" or isinstance(config.align, StageTwoSettings)
+
+
+def _read_config(run: RunDir, warnings: list[str]) -> Config | None:
+    try:
+        return load_config(run.config)
+    except UserError as problem:  # also that of another version, whose run can be looked at all the same
+        warnings.append(str(problem))
+        return None
+
+
+def _stage_status(name: str, run: RunDir, config: Config | None, holder: int | None, now: float) -> StageStatus:
+    finished = run.finished_stages()
+    if name in finished:
+        facts = finished[name]
+        return StageStatus(name, "done", describe_done(name, facts, run), describe_seconds(facts.get("seconds", 0.0)))
+    if name not in run.begun_stages():
+        return StageStatus(name, "to do")
+    state: State = "running" if holder else "stopped" if holder == 0 else "begun"
+    progress = describe_progress(name, run, config, now if holder else None)
+    return StageStatus(name, state, progress.detail, progress.time)
+
+
+def _headline(run: RunDir, stages: list[StageStatus], holder: int | None, now: float) -> str:
+    if holder:
+        state = f"running (process {holder})"
+    elif all(stage.state == "done" for stage in stages):
+        return f"{run.path}: finished"
+    elif any(stage.state == "begun" for stage in stages):
+        state = "begun and not finished"
+    else:
+        state = "not running"
+    written = _last_write(run)
+    return f"{run.path}: {state}" + (f", last wrote {describe_seconds(now - written)} ago" if written else "")
+
+
+def _last_write(run: RunDir) -> float | None:
+    """Return the time at which the run last wrote one of its files."""
+    ledger = [run.ledger, run.ledger.with_name(run.ledger.name + "-wal")]
+    files = [run.manifest, run.metrics, run.anchors, *ledger, *run.groups.parent.glob("*.jsonl")]
+    return max((path.stat().st_mtime for path in files if path.exists()), default=None)
+
+
+def _spending(run: RunDir, config: Config | None) -> list[str]:
+    """Describe what was spent, and the caps on it."""
+    if not run.ledger.exists():
+        return []
+    clients = {"teacher": config.teacher, "judge": config.evaluate.judge} if config else {}
+    lines = []
+    with LedgerView(run.ledger) as ledger:
+        for budget in dict.fromkeys(BUDGETS.values()):
+            rows = [ledger.totals(role) for role, owner in BUDGETS.items() if owner == budget]
+            total = {key: sum(row[key] for row in rows) for key in rows[0]}
+            if total["prompts"]:
+                lines.append(_describe_spending(budget, total, clients.get(budget)))
+    return lines
+
+
+def _describe_spending(budget: str, total: Mapping[str, float], client: object) -> str:
+    tokens = int(total["input_tokens"] + total["output_tokens"])
+    amounts = {"max_calls": int(total["calls"]), "max_tokens": tokens, "max_cost": total["cost"]}
+    caps = {name: getattr(client, name) for name in amounts} if isinstance(client, OpenAIEndpoint) else {}
+    shown = [
+        f"{amounts['max_calls']:,} calls{_of_cap(amounts['max_calls'], caps.get('max_calls'))}",
+        f"{tokens:,} tokens{_of_cap(tokens, caps.get('max_tokens'))}",
+    ]
+    if total["cost"] or total["unsettled_cost"]:
+        shown.append(f"cost {total['cost']:,.4f}{_of_cap(total['cost'], caps.get('max_cost'))}")
+    if total["unsettled_cost"]:
+        shown.append(f"at most {total['unsettled_cost']:,.4f} more for calls without a bill")
+    counts = [f"{int(total[name]):,} {name.replace('_', ' ')}" for name in ("failed", "unknown", "under_way")]
+    return f"{budget}: {', '.join([*shown, *(count for count in counts if not count.startswith('0 '))])}"
+
+
+def _of_cap(amount: float, cap: float | None) -> str:
+    return "" if cap is None else f" of at most {cap:,} ({amount / cap:.0%})"
+
+
+def _figures(run: RunDir) -> list[str]:
+    """Return the metrics of results.json, from model to model."""
+    models: Mapping[str, Mapping[str, Any]] = read_json(run.results)["models"]
+    titles = {key: title for key, title in METRIC_TITLES.items() if any(key in m for m in models.values())}
+    titles = titles or {key: title for key, title in ANSWER_TITLES.items() if any(key in m for m in models.values())}
+    order = " → ".join(model_title(name) for name in models)
+    lines = [
+        f"{title}: {' → '.join(f'{m[key]:.3f}' if key in m else '-' for m in models.values())}"
+        for key, title in titles.items()
+    ]
+    return [f"{order}, on {max(m['n'] for m in models.values())} held-out prompts", *lines]
+
+
+def _warnings(run: RunDir, finished: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the warnings of the stages, and the logs of errors that nobody foresaw."""
+    if "evaluate" in finished:
+        found = list(read_json(run.results).get("warnings", []))
+    else:
+        found = list(finished.get("align", {}).get("warnings", []))
+        chosen = [row for row in finished.get("probe", {}).get("scorers", []) if "weakness" in row]
+        if any(row["name"] == finished["probe"].get("chosen") for row in chosen):
+            found.append(finished["probe"]["verdict"])
+    logs = sorted(run.path.glob("purld-error-*.log"))
+    return [*dict.fromkeys(found), *(f"an error ended a command; its traceback is in {log}." for log in logs[-1:])]
+
+
+def _commands(run: RunDir, stages: list[StageStatus], holder: int | None) -> list[str]:
+    """Return the commands that go on from here; none while the run is running."""
+    path = shlex.quote(str(run.path))
+    if holder:
+        return []
+    if all(stage.state == "done" for stage in stages):
+        return [f"purld chat {path}", f"purld export {path}"]
+    if (run.path / "demo").is_dir():
+        return [f"purld demo --run-dir {path}, with the task, student and keys that it began with"]
+    return [f"purld run {shlex.quote(str(Path(run.config)))} --run-dir {path}"]
