@@ -116,6 +116,8 @@ def test_version_and_short_help():
         (["export", "nowhere"], "is not a run directory"),
         (["export", "RUN", "--out", "FOLDER"], "is not empty"),
         (["export", "RUN", "--out", "FILE"], "is a file"),
+        (["export", "RUN", "--gguf", "--gguf-type", "q9"], "--gguf-type q9: give auto, f32"),
+        (["export", "RUN", "--converter", "FOLDER"], "holds no convert_hf_to_gguf.py"),
         (["report", "RUN", "--out", "FOLDER"], "is a folder; give a file"),
         (["compare", "RUN", "nowhere"], "nowhere: is not a run directory"),
     ],

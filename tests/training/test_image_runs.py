@@ -19,7 +19,7 @@ from purld.methods.table import METHODS
 from purld.model.encode import training_batch
 from purld.model.load import load_encoder, load_model
 from purld.model.vision import vision_modules
-from purld.pipeline.export import export_model
+from purld.pipeline.export import ExportOptions, export_model
 from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.runs.files import read_json, read_rows
@@ -102,7 +102,7 @@ def test_a_whole_run_with_an_adapter_ends_as_an_ordinary_directory(write_config,
     for name, module in vision_modules(base).items():
         for key, value in module.state_dict().items():
             assert torch.equal(value, vision_modules(aligned)[name].state_dict()[key])
-    export = export_model(run.path, None, "align")
+    export = export_model(run.path, None, ExportOptions(stage="align"))
     served = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
     encoder = load_encoder(config.student.model_copy(update={"model": str(export), "lora": None}))
     prompts = [prompt for prompt in load_prompt_pools(config, encoder, print).train if prompt.images]

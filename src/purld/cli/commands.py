@@ -23,6 +23,7 @@ from purld.cli.common import (
     print_closing,
     print_table,
 )
+from purld.errors import UserError
 
 testbed_app = typer.Typer(no_args_is_help=True, help="The synthetic world that the demo runs in.")
 app.add_typer(testbed_app, name="testbed")
@@ -235,17 +236,35 @@ def export(
         str | None,
         typer.Option(help="align, or sft for Stage I's model; the run's last one by default.", show_default=False),
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; that of the run by default.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Export the LoRA adapter alone, for the base model.")
+    ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Add a GGUF file, by llama.cpp's converter.")] = False,
+    gguf_type: Annotated[str, typer.Option(help="auto (16 bits), f32, f16, bf16 or q8_0.")] = "auto",
+    converter: Annotated[
+        Path | None,
+        typer.Option(help="convert_hf_to_gguf.py, or the folder of llama.cpp that holds it.", show_default=False),
+    ] = None,
 ) -> None:
-    """Export a run's model for serving, with adapters merged."""
+    """Export a run's model for serving, with adapters merged.
+
+    The directory also holds a model card and an Ollama Modelfile.
+    """
+    from purld.pipeline.gguf_converter import GGUF_TYPES, find_converter
     from purld.runs.files import check_new_folder
 
     existing_run(run_path)
     if out is not None:
         check_new_folder(out)
-    from purld.pipeline.export import export_model
+    if gguf_type not in GGUF_TYPES:
+        raise UserError(f"--gguf-type {gguf_type}: give {', '.join(GGUF_TYPES)}.")
+    command = find_converter(converter) if gguf or converter is not None else None
+    from purld.pipeline.export import ExportOptions, export_model
 
-    path = export_model(run_path, out, stage)
-    print(path)
+    print(export_model(run_path, out, ExportOptions(stage, adapter, dtype, command, gguf_type)))
 
 
 @app.command("import-gguf")
