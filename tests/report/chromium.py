@@ -55,9 +55,17 @@ class Page:
         """Set the size of the tab."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
 
-    def screenshot(self, path: Path) -> None:
-        """Save a screenshot as PNG."""
-        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot")["data"]))
+    def prefer(self, scheme: str) -> None:
+        """Tell the page which colours the system asks for: `light` or `dark`."""
+        self._call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def screenshot(self, path: Path, whole: bool = False) -> None:
+        """Save a screenshot as PNG: of the tab, or of the whole page."""
+        clip = {}
+        if whole:
+            size = self._call("Page.getLayoutMetrics")["cssContentSize"]
+            clip = {"clip": {**size, "scale": 1}, "captureBeyondViewport": True}
+        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", **clip)["data"]))
 
     def press(self, key: str) -> None:
         """Press and release a key."""

@@ -16,7 +16,7 @@ from purld.report.page import write_report
 from purld.runs.files import read_rows, write_rows
 from purld.runs.run_dir import RunDir
 
-pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed")]
 
 FILTER = "document.querySelector('.controls select')"
 SEARCH = "document.querySelector('.controls input')"
@@ -26,6 +26,27 @@ DETAIL = "document.querySelector('.detail').textContent"
 
 def type_into(page: Page, control: str, event: str, value: str) -> None:
     page.run(f"{control}.value = {value!r}; {control}.dispatchEvent(new Event({event!r}))")
+
+
+def open_on_all(page: Page, run: RunDir) -> None:
+    """Open a report, list all prompts and choose the first."""
+    page.open(run.report.resolve().as_uri())
+    type_into(page, FILTER, "change", "all")
+    page.run("document.querySelector('.list button').click()")
+
+
+# Elements that reach out of the window, hide a part of themselves sideways, or are text outside of their drawing.
+CUT_OFF = """[...document.querySelectorAll('body *')].filter((e) => {
+  if (e.closest('thead, [hidden]') || !e.getClientRects().length) return false;
+  const box = e.getBoundingClientRect();
+  if (box.left < -0.5 || box.right > innerWidth + 0.5) return true;
+  if (e.tagName === 'text') {
+    const frame = e.ownerSVGElement.getBoundingClientRect();
+    return box.left < frame.left - 1.5 || box.right > frame.right + 1.5
+      || box.top < frame.top - 1.5 || box.bottom > frame.bottom + 1.5;
+  }
+  return getComputedStyle(e).overflowX !== 'visible' && e.scrollWidth > e.clientWidth + 1;
+}).map((e) => `${e.tagName}.${e.className.baseVal ?? e.className}: ${e.textContent.slice(0, 60)}`)"""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +64,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 @pytest.fixture(scope="module")
 def page(poisoned: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     with Page(tmp_path_factory.mktemp("profile")) as page:
-        page.open(poisoned.report.resolve().as_uri())
+        open_on_all(page, poisoned)
         yield page
 
 
@@ -138,9 +159,57 @@ def test_tab_stops_once_at_the_list(page: Page) -> None:
     type_into(page, SEARCH, "input", "")
 
 
-def test_a_phone_needs_no_sideways_scrolling(page: Page) -> None:
-    page.resize(390, 800)
-    assert page.run("document.documentElement.scrollWidth") <= 390
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1400, 390])
+def test_nothing_is_cut_off_on_a_desk_or_a_phone(build: Build, tmp_path: Path, width: int, scheme: str) -> None:
+    run = build()
+    write_report([run], run.report)
+    with Page(tmp_path / "profile") as page:
+        page.prefer(scheme)
+        page.resize(width, 844)
+        page.open(run.report.as_uri())
+        page.run("for (const d of document.querySelectorAll('details')) d.open = true")
+        assert page.run(CUT_OFF) == []
+        assert page.run("document.documentElement.scrollWidth") <= width
+        ground = page.run("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(20, 22, 26)") == (scheme == "dark")
+        assert page.errors == []
+
+
+def test_the_page_opens_where_sft_and_the_aligned_model_differ(build: Build, tmp_path: Path) -> None:
+    run = build(groups=3, logged=False)
+
+    def right(model: str) -> list[int]:
+        drawn, greedy = (read_rows(run.generations(name)) for name in (model, f"{model}.greedy"))
+        return [a["correct"] + b["correct"] for a, b in zip(drawn, greedy, strict=True)]
+
+    write_report([run], run.report)
+    changes = [after - before for before, after in zip(right("sft"), right("ldl_grpo"), strict=True)]
+    with Page(tmp_path / "profile") as page:
+        page.open(run.report.as_uri())
+        assert page.run(f"{FILTER}.selectedOptions[0].textContent").startswith("SFT and LDL-GRPO differ (")
+        assert page.run(LISTED) == sum(change != 0 for change in changes) > 0
+        marks = page.run("[...document.querySelectorAll('.list .chips')].map((c) => c.firstChild.textContent)")
+        shown = [abs(int(mark[7]) - int(mark[0])) for mark in marks]  # "0/2 → 2/2 right"
+        assert shown == sorted(shown, reverse=True) and shown[0] == max(map(abs, changes))
+        assert page.run("document.querySelector('.list button').hasAttribute('aria-current')")
+
+
+def test_without_gold_and_judge_it_opens_where_the_words_differ(build: Build, tmp_path: Path) -> None:
+    run = build(held_out=3, groups=0, logged=False)
+    for model in ("base", "sft", "ldl_grpo"):
+        run.verdicts(model).unlink()
+        run.generations(f"{model}.greedy").unlink()
+        rows = read_rows(run.generations(model))
+        texts = ["same", "same", model]
+        write_rows(run.generations(model), [
+            {k: v for k, v in row.items() if k != "correct"} | {"text": t} for row, t in zip(rows, texts, strict=True)
+        ])  # fmt: skip
+    write_report([run], run.report)
+    with Page(tmp_path / "profile") as page:
+        page.open(run.report.as_uri())
+        assert page.run(LISTED) == 1
+        assert "Case 2:" in page.run(DETAIL)
 
 
 def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None:
@@ -149,7 +218,7 @@ def test_many_prompts_stay_small_and_quick(build: Build, tmp_path: Path) -> None
     write_report([run], run.report)
     assert 4_000_000 < run.report.stat().st_size < 10_000_000
     with Page(tmp_path / "profile") as page:
-        page.open(run.report.as_uri())
+        open_on_all(page, run)
         assert page.run(LISTED) == 600
         # Only one prompt is laid out in full, next to a list of short lines; more would make the page slow.
         assert page.run("document.querySelectorAll('main section#answers *').length") < 600 * 10
@@ -183,7 +252,7 @@ def test_the_pictures_of_a_prompt_are_shown_where_it_asks_about_them(build: Buil
     write_report([run], run.report)
     assert run.report.read_text().count("data:image/") == 2, "each picture is in the page once"
     with Page(tmp_path / "profile") as page:
-        page.open(run.report.as_uri())
+        open_on_all(page, run)
         assert loaded(page) == [[360, 240]]
         assert page.run("document.querySelector('.question').textContent").startswith("What is on the ward? <script>")
         assert page.run(f"{PICTURES}[0].className") == ""
@@ -212,7 +281,7 @@ def test_a_mark_that_a_model_wrote_is_named_and_no_picture(build: Build, tmp_pat
     write_rows(path, [row | {"text": f"Here: {IMAGE}"} for row in read_rows(path)])
     write_report([run], run.report)
     with Page(tmp_path / "profile") as page:
-        page.open(run.report.as_uri())
+        open_on_all(page, run)
         assert "Here: U+FFFC" in page.run(DETAIL)
         assert page.run("document.images.length") == 0
 
@@ -230,7 +299,7 @@ def test_q_stands_before_and_after_where_it_was_measured_again(build: Build, tmp
     run = build(held_out=0, groups=REVISITED + 1, logged=False)
     write_report([run], run.report)
     with Page(tmp_path / "profile") as page:
-        page.open(run.report.as_uri())
+        open_on_all(page, run)
         shown = page.run(DETAIL)
         assert "KL(D‖q) 0.310 before, 0.103 after" in shown
         assert shown.count("q before") == 1 + 8 and shown.count("q after") == 1 + 8  # the note, and each candidate
@@ -251,7 +320,7 @@ def test_a_group_shows_what_its_method_has(build: Build, tmp_path: Path) -> None
     run.revisited.unlink()
     write_report([run], run.report)
     with Page(tmp_path / "profile") as page:
-        page.open(run.report.as_uri())
+        open_on_all(page, run)
         shown = page.run(DETAIL)
         assert "8 candidates, best score first" in shown and "A0.500" in shown
         assert "label distribution" not in shown and "scored" not in shown and "KL" not in shown

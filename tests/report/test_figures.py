@@ -136,3 +136,32 @@ def test_score_quality_is_drawn_and_said(build: Build) -> None:
     assert "self-evaluated score" in drawing.svg
     none = {key: value for key, value in quality.items() if not key.startswith("auc")} | {"ece": 0.3, "bins": bins}
     assert "No prompt has both" in describe_score_quality(none)
+
+
+def test_the_step_whose_model_was_kept_is_marked_on_each_curve(build: Build) -> None:
+    run = RunData(**(vars(logged(build, "sft", "align")) | {"kept_steps": {"sft": 50, "align": 90}}))
+    figure = draw_convergence(run)
+    assert figure is not None
+    marks = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "D"]
+    assert [mark.get_xdata()[0] for mark in marks] == [50, 75 + 90]
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "kept: step 50" in texts and "kept: step 90" in texts
+    assert "the steps whose models were kept" in draw_figures(run, whole=False)[0].caption
+
+
+def test_the_manifest_says_which_step_was_kept(build: Build) -> None:
+    run = build(held_out=1, groups=1, logged=False)
+    for stage in ("sft", "align"):
+        run.begin(stage)
+    run.finish("sft", 1.0, best_step=48, steps=240)
+    assert read_run(run).kept_steps == {"sft": 48}
+    run.finish("align", 1.0, steps=80)
+    assert read_run(run).kept_steps == {"sft": 48, "align": 80}, "the last step where none is recorded"
+    run.finish("align", 1.0, steps=80, validation={"kept_step": 60})
+    assert read_run(run).kept_steps == {"sft": 48, "align": 60}
+
+
+def test_the_convergence_has_a_drawing_for_a_phone(build: Build) -> None:
+    (drawing,) = draw_figures(logged(build, "sft", "align"), whole=False)
+    wide, narrow = (float(svg.split('viewBox="0 0 ')[1].split()[0]) for svg in (drawing.svg, drawing.narrow_svg))
+    assert narrow < wide / 2

@@ -57,8 +57,36 @@ def test_a_second_metric_that_disagrees_is_not_left_out(build: Build) -> None:
             greedy_accuracy_ci=[-0.08, -0.02],
         )
     )
-    assert sentence.tone == "better"
-    assert sentence.text.endswith("; but −5.0 points in right greedy answers (−8.0 to −2.0).")
+    assert sentence.tone == "mixed"
+    assert sentence.claim == "LDL-GRPO is better than SFT sampled, but worse greedy"
+    assert sentence.numbers == (
+        "sampled, 74.5% right answers against 68.3%, a difference of +6.0 points (95% interval +3.0 to +9.0); greedy, "
+        "88.0% against 85.7%, −5.0 points (−8.0 to −2.0); over 300 held-out prompts."
+    )
+    assert sentence.text == f"{sentence.claim}: {sentence.numbers}"
+
+
+_INTERVALS = {"better": [0.01, 0.05], "open": [-0.01, 0.05], "worse": [-0.05, -0.01]}
+
+
+@pytest.mark.parametrize("greedy", _INTERVALS)
+@pytest.mark.parametrize("sampled", _INTERVALS)
+def test_sampled_and_greedy_are_claimed_together(build: Build, sampled: str, greedy: str) -> None:
+    difference = {"accuracy": 0.02, "accuracy_ci": _INTERVALS[sampled]}
+    difference |= {"greedy_accuracy": 0.02, "greedy_accuracy_ci": _INTERVALS[greedy]}
+    sentence = write_headline(judged(build(held_out=1, groups=1, logged=False), **difference))
+    word = {"better": "better", "open": "cannot be told apart", "worse": "worse"}
+    before, _, after = sentence.claim.partition("sampled")
+    if sampled == greedy:
+        assert word[sampled] in before and "greedy" in after and sentence.tone == sampled
+    else:
+        assert word[sampled] in before and word[greedy] in after and "greedy" in after
+        assert sentence.tone == ("mixed" if "open" not in (sampled, greedy) else ({sampled, greedy} - {"open"}).pop())
+
+
+def test_judged_wins_that_contradict_are_not_left_out(build: Build) -> None:
+    difference = {"accuracy": 0.06, "accuracy_ci": [0.03, 0.09], "win_rate": -0.05, "win_rate_ci": [-0.08, -0.02]}
+    assert write_headline(judged(build(), **difference)).text.endswith("; but −5.0 points in wins (−8.0 to −2.0).")
 
 
 def test_win_rates_speak_where_there_is_no_gold(build: Build) -> None:

@@ -40,8 +40,9 @@ def sections(page: str) -> list[str | None]:
 
 def test_a_finished_run_has_every_section(build: Build) -> None:
     page = written(build())
-    assert sections(page) == ["results", "training-0", "spend", "answers", "configuration"]
-    assert '<h1 class="verdict better">LDL-GRPO is better than SFT: 74.5%' in page
+    assert sections(page) == ["changes", "results", "training-0", "spend", "answers", "configuration"]
+    assert '<h1 class="verdict better">LDL-GRPO is better than SFT sampled, and cannot be told apart from it' in page
+    assert '<span class="numbers">Sampled, 74.5% right answers against 68.3%' in page
     assert "<b>74.5%</b> <small>70.4 – 78.3</small>" in page
     assert "<dd>184,220</dd><dt>tokens in</dt>" in page
     assert "7,680 candidates" in page  # 120 steps of 8 prompts with 8 candidates
@@ -100,7 +101,7 @@ def test_what_was_not_measured_is_absent_and_never_zero(build: Build) -> None:
     assert "Flips with order" not in page
     assert "<dt>cost</dt>" not in page
     assert "<b>0.0%</b>" not in page
-    assert '<th scope="row">Base</th><td class="absent">–</td>' in page
+    assert '<th scope="row">Base</th><td data-label="Accuracy" class="absent">–</td>' in page
 
 
 def test_names_and_configuration_are_text(build: Build) -> None:
@@ -148,6 +149,26 @@ def test_a_difference_has_a_tone_where_its_interval_excludes_zero_and_its_p(buil
     page = written(run)
     assert '<b class="better">+6.2</b> <small>+3.1 to +9.5</small>' in page
     assert '<b class="open">+2.3</b> <small>−0.7 to +5.3; p = 0.12</small>' in page
+
+
+def test_every_cell_is_named_for_a_phone(build: Build) -> None:
+    """A phone shows a row as a card, where the heading of a cell's column stands beside the cell."""
+    page = written(build(logged=False))
+    cells = [attributes for tag, attributes in Elements(page).tags if tag == "td"]
+    assert cells and all("data-label" in attributes for attributes in cells)
+    rates = page[page.index('aria-label="Models and metrics"') : page.index("On the same prompts")]
+    names = re.findall('data-label="([^"]+)"', rates)
+    assert names == ["Accuracy", "Accuracy, greedy", "Win rate", "Win rate, length-controlled"] * 3
+    differences = page[page.index('aria-label="Paired differences"') : page.index("Bars are 95% intervals")]
+    assert re.findall('data-label="([^"]*)"', differences) == ["Percentage points", ""] * 3
+
+
+def test_a_long_path_of_the_student_is_cut_to_its_end(build: Build) -> None:
+    run = build(logged=False)
+    run.config.write_text("student: {model: /a/long/path/to/clinic-1b}\n", encoding="utf-8")
+    assert "<dt>Student</dt><dd>…/to/clinic-1b</dd>" in written(run)
+    run.config.write_text("student: {model: org/clinic-1b}\n", encoding="utf-8")
+    assert "<dt>Student</dt><dd>org/clinic-1b</dd>" in written(run)
 
 
 def test_equal_runs_make_equal_pages(build: Build) -> None:

@@ -44,8 +44,7 @@ class RecordedAnswers:
             not self.greedy and correct is not None
         ):  # drawn at temperature 0: all samples of a prompt are the greedy one
             greedy_correct = correct[:, :1]
-        verdicts = [Verdict(**row) for row in self.verdicts]
-        return EvaluatedModel(rows_to_generations(self.drawn), correct, greedy_correct, verdicts)
+        return EvaluatedModel(rows_to_generations(self.drawn), correct, greedy_correct, rows_to_verdicts(self.verdicts))
 
 
 def read_recorded_answers(run: RunDir, model: str) -> RecordedAnswers:
@@ -67,8 +66,16 @@ def read_recorded_answers(run: RunDir, model: str) -> RecordedAnswers:
 
 def rows_to_generations(rows: Iterable[Row]) -> list[Generation]:
     """Return the generations in rows that also hold the question and whether the answer is right."""
-    names = [field.name for field in fields(Generation)]
-    return [Generation(**{name: row[name] for name in names if name in row}) for row in rows]
+    return [Generation(**_own_fields(Generation, row)) for row in rows]
+
+
+def rows_to_verdicts(rows: Iterable[Row]) -> list[Verdict]:
+    """Return the verdicts in rows."""
+    return [Verdict(**_own_fields(Verdict, row)) for row in rows]
+
+
+def _own_fields(record: type[Generation | Verdict], row: Row) -> dict[str, Any]:
+    return {field.name: row[field.name] for field in fields(record) if field.name in row}
 
 
 def _correct_array(rows: Sequence[Row]) -> NDArray[np.bool_] | None:

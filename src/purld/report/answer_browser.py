@@ -18,6 +18,7 @@ from typing import Any
 from purld.display.titles import model_title
 from purld.evaluation.recorded import Row
 from purld.report.run_data import OPPONENT, RunData
+from purld.runs.open import final_model
 from purld.runs.thumbnails import ENDINGS
 
 MAX_BYTES = 8_000_000  # texts and numbers of a page, so that the page stays below 10 MB without images
@@ -64,9 +65,18 @@ def answer_browser(runs: Sequence[RunData]) -> BrowserData:
         images.add(entry)
     names = safe_json([run.name for run in runs])
     titles = safe_json({m: model_title(m) for run in runs for m in (*run.answers, *run.greedy)})
-    urls = safe_json(images.urls)
-    data = f'{{"runs": {names}, "titles": {titles}, "images": {urls}, "entries": [{",".join(kept)}]}}'
+    pairs = safe_json([_compared_models(run) for run in runs])
+    head = f'"runs": {names}, "titles": {titles}, "pairs": {pairs}, "images": {safe_json(images.urls)}'
+    data = f'{{{head}, "entries": [{",".join(kept)}]}}'
     return BrowserData(data, shown=len(kept), total=len(entries), images_left_out=len(images.left_out))
+
+
+def _compared_models(run: RunData) -> dict[str, str]:
+    """Return the run's final model and the one that its training started from; the browser opens where they differ."""
+    if run.method is None:
+        return {"before": "base", "after": "sft"}
+    final = final_model(run.method)
+    return {"before": final.parent, "after": final.name}
 
 
 class _Images:

@@ -16,6 +16,13 @@ _SPEND = {
     "output_tokens": "tokens out",
     "cost": "cost",
 }
+_STAGES = {
+    "anchors": "Anchors",
+    "sft": "Stage I",
+    "probe": "Probe",
+    "align": "Stage II",
+    "evaluate": "Evaluation",
+}
 
 
 def cost_section(runs: Sequence[RunData]) -> PageSection:
@@ -64,7 +71,7 @@ def _stage_times(run: RunData) -> str:
         return ""
     longest = max(seconds.values())
     rows = "".join(
-        f'<div><dt>{escape_text(stage)}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>'
+        f'<div><dt>{escape_text(_STAGES.get(stage, stage))}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>'
         f"{_format_duration(s)}</dd></div>"
         for stage, s in seconds.items()
     )

@@ -31,6 +31,9 @@ COLOURS = {
     "stage2": "#cf3f36",
     "labels": "#c77a08",
     "policy": "#0c8577",
+    "right": "#2a8f5d",
+    "wrong": "#c4483f",
+    "paper": "#fffffe",
 }
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -57,6 +60,7 @@ STYLE: dict[Any, Any] = {
     "text.parse_math": False,
 }
 _SMOOTH_FROM = 20  # with fewer points, no smoothed line is drawn
+_NARROW = (4.2, 3.4)  # inches of the convergence on a phone
 _WINDOWS = 20  # the smoothed line averages over a twentieth of the stage
 
 
@@ -73,15 +77,21 @@ class MetricPanel:
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure ready for a page."""
+    """A figure ready for a page; one with `narrow_svg` takes the whole width, and has that drawing on a phone."""
 
     heading: str
     caption: str
     svg: str
-    wide: bool = False
+    narrow_svg: str = ""
 
 
 PANELS = (
+    MetricPanel(
+        "Validation",
+        "score",
+        {"eval_score": ("validation", "stage2")},
+        "The measure on validation prompts by which the step to keep is chosen.",
+    ),
     MetricPanel(
         "Entropy of D and q",
         "nats",
@@ -172,10 +182,7 @@ def draw_figures(run: RunData, prefix: str = "figure", whole: bool = True) -> li
         prefix: starts the ids of the figures; different for each run on a page.
         whole: False to draw the two-stage convergence alone.
     """
-    figures = []
-    if (figure := draw_convergence(run)) is not None:
-        caption = "The loss of Stage I and the objective of Stage II have different units, so each has its own axis."
-        figures.append(ReportFigure("Two-stage convergence", caption, figure_to_svg(figure, prefix), wide=True))
+    figures = _draw_both_convergences(run, prefix)
     if not whole:
         return figures
     if "training_accuracy" in run.results:
@@ -192,10 +199,26 @@ def draw_figures(run: RunData, prefix: str = "figure", whole: bool = True) -> li
     return figures
 
 
-def draw_convergence(run: RunData) -> Figure | None:
+def _draw_both_convergences(run: RunData, prefix: str) -> list[ReportFigure]:
+    """Return the two-stage convergence, drawn for a desk and for a phone; empty if the run logged no training."""
+    figure, narrow = draw_convergence(run), draw_convergence(run, _NARROW)
+    if figure is None or narrow is None:
+        return []
+    caption = "The loss of Stage I and the objective of Stage II have different units, so each has its own axis."
+    if run.kept_steps:
+        caption += " Diamonds: the steps whose models were kept."
+    svgs = figure_to_svg(figure, prefix), figure_to_svg(narrow, f"{prefix}-narrow")
+    return [ReportFigure("Two-stage convergence", caption, *svgs)]
+
+
+def draw_convergence(run: RunData, size: tuple[float, float] = (11.5, 3.6)) -> Figure | None:
     """Draw Stage I's loss (left axis) and Stage II's objective (right axis) over all steps, as in Figure 2.
 
-    Returns None if the run logged no training.
+    A diamond marks the step of each stage whose model was kept. Returns None if the run logged no training.
+
+    Args:
+        run: the run.
+        size: width and height in inches.
     """
     first, second = run.stage_metrics("sft"), run.stage_metrics("align")
     losses, objectives = _points(first, "loss"), _points(second, "objective")
@@ -204,11 +227,11 @@ def draw_convergence(run: RunData) -> Figure | None:
         return None
     boundary = max((row["step"] for row in first), default=0)
     with rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 3.6), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         left = figure.add_subplot()
         left.margins(x=0.02)
         left.set_xlabel("training step")
-        left.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        left.xaxis.set_major_locator(MaxNLocator(8 if size[0] > _NARROW[0] else 4, integer=True))
         right = left.twinx() if len(losses[0]) and len(objectives[0]) else left
         right.grid(False)
         if len(losses[0]):
@@ -216,13 +239,45 @@ def draw_convergence(run: RunData) -> Figure | None:
             if len(validation[0]):
                 left.plot(*validation, "o", markersize=4.5, color=COLOURS["stage1"], label="validation loss")
                 left.legend(loc="lower left", bbox_to_anchor=(0, 1.01))
+            _mark_kept(left, losses, run.kept_steps.get("sft"), "stage1")
             _colour_axis(left, "Stage I: SFT loss", "stage1")
         if len(objectives[0]):
             _line(right, objectives[0] + boundary, objectives[1], "stage2")
+            _mark_kept(right, objectives, run.kept_steps.get("align"), "stage2", boundary)
             _colour_axis(right, f"Stage II: {model_title(run.method or 'align')} objective", "stage2")
         if right is not left:
             _mark_boundary(left, boundary)
     return figure
+
+
+def _mark_kept(axes: Axes, points: tuple[Any, Any], kept: int | None, role: str, offset: int = 0) -> None:
+    """Mark the step whose model was kept with a diamond on the curve, and name it.
+
+    Args:
+        axes: the axes with the curve.
+        points: the curve's steps and values.
+        kept: the step; None marks nothing.
+        role: the curve's colour.
+        offset: where on the axis of steps the stage begins.
+    """
+    if kept is None:
+        return
+    steps, values = points
+    height = float(np.interp(kept, steps, _smoothed(values)))
+    axes.plot(
+        [kept + offset], [height], "D", markersize=8, color=COLOURS[role], markeredgecolor=COLOURS["paper"], zorder=5
+    )
+    late = kept > 0.7 * steps[-1]
+    axes.annotate(
+        f"kept: step {kept}",
+        (kept + offset, height),
+        xytext=(-7 if late else 7, 9),
+        textcoords="offset points",
+        ha="right" if late else "left",
+        color=COLOURS[role],
+        weight="bold",
+        bbox={"facecolor": COLOURS["paper"], "alpha": 0.8, "linewidth": 0, "pad": 1},
+    )
 
 
 def _mark_boundary(axes: Axes, boundary: float) -> None:
@@ -357,7 +412,12 @@ def _line(axes: Axes, steps: Any, values: Any, role: str, label: str | None = No
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label)
         return
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(steps, _running_mean(values, len(values) // _WINDOWS), color=colour, linewidth=1.8, label=label)
+    axes.plot(steps, _smoothed(values), color=colour, linewidth=1.8, label=label)
+
+
+def _smoothed(values: Any) -> Any:
+    """Return the running mean of many values; few values are returned as they are."""
+    return values if len(values) < _SMOOTH_FROM else _running_mean(values, len(values) // _WINDOWS)
 
 
 def _running_mean(values: Any, half: int) -> Any:

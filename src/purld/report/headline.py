@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from purld.display.results import describe_self_comparison
@@ -11,7 +11,7 @@ from purld.display.titles import model_title
 from purld.report.run_data import RunData
 from purld.runs.open import FinalModel, final_model
 
-Tone = Literal["better", "worse", "open", "none"]
+Tone = Literal["better", "worse", "mixed", "open", "none"]
 
 # Metrics of a difference, the most trustworthy first, with their names in a sentence.
 HEADLINE_METRICS = {
@@ -20,14 +20,41 @@ HEADLINE_METRICS = {
     "lc_win_rate": "length-controlled wins",
     "win_rate": "wins",
 }
+_SAMPLED, _GREEDY = "accuracy", "greedy_accuracy"
+
+# How two models compare sampled, then greedy; {0} and {1} are their titles.
+_BOTH_CLAIMS: dict[tuple[Tone, Tone], str] = {
+    ("better", "better"): "{0} is better than {1}, sampled and greedy",
+    ("better", "open"): "{0} is better than {1} sampled, and cannot be told apart from it greedy",
+    ("better", "worse"): "{0} is better than {1} sampled, but worse greedy",
+    ("open", "better"): "{0} cannot be told apart from {1} sampled, and is better greedy",
+    ("open", "open"): "{0} and {1} cannot be told apart, sampled or greedy",
+    ("open", "worse"): "{0} cannot be told apart from {1} sampled, and is worse greedy",
+    ("worse", "better"): "{0} is worse than {1} sampled, but better greedy",
+    ("worse", "open"): "{0} is worse than {1} sampled, and cannot be told apart from it greedy",
+    ("worse", "worse"): "{0} is worse than {1}, sampled and greedy",
+}
+_CLAIMS: dict[Tone, str] = {
+    "better": "{0} is better than {1}",
+    "worse": "{0} is worse than {1}",
+    "open": "{0} and {1} cannot be told apart",
+}
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A sentence and its tone."""
+    """A claim with its tone, and the numbers behind it."""
 
-    text: str
+    claim: str
     tone: Tone
+    numbers: str = ""
+
+    @property
+    def text(self) -> str:
+        """The claim and the numbers as one text."""
+        if not self.numbers:
+            return self.claim
+        return f"{self.claim}{'' if self.claim.endswith('.') else ':'} {self.numbers}"
 
 
 def write_headline(run: RunData) -> Headline:
@@ -41,14 +68,16 @@ def write_headline(run: RunData) -> Headline:
     metrics = models.get(final.name, {}), models.get(final.parent, {})
     names = model_title(final.name), model_title(final.parent)
     headline = compare_models(names, metrics, difference) or _without_difference(final, models)
-    own = describe_self_comparison(run.results)
-    return Headline(" ".join([headline.text, *(line.strip() for line in own)]), headline.tone) if own else headline
+    own = [line.strip() for line in describe_self_comparison(run.results)]
+    return replace(headline, numbers=" ".join(filter(None, [headline.numbers, *own])))
 
 
 def compare_models(
     names: tuple[str, str], metrics: tuple[Mapping[str, Any], Mapping[str, Any]], difference: Mapping[str, Any]
 ) -> Headline | None:
     """Return whether one model is better than another on the same prompts; None if no difference was measured.
+
+    Sampled and greedy answers are compared together where both were checked: a model may gain in one and not the other.
 
     Args:
         names: the titles of the two models.
@@ -58,20 +87,43 @@ def compare_models(
     measured = [key for key in HEADLINE_METRICS if key in difference and f"{key}_ci" in difference]
     if not measured:
         return None
-    key = measured[0]
-    low, high = difference[f"{key}_ci"]
-    ours, theirs = names
-    claim: str
-    tone: Tone
-    if low > 0:
-        claim, tone = f"{ours} is better than {theirs}", "better"
-    elif high < 0:
-        claim, tone = f"{ours} is worse than {theirs}", "worse"
+    tones = {key: _tone(*difference[f"{key}_ci"]) for key in measured}
+    first, *others = measured
+    if others[:1] == [_GREEDY] and first == _SAMPLED:
+        claim, tone = _BOTH_CLAIMS[tones[_SAMPLED], tones[_GREEDY]], _overall(tones[_SAMPLED], tones[_GREEDY])
+        numbers = _both_rates(metrics, difference)
+        others.remove(_GREEDY)
     else:
-        claim, tone = f"{ours} and {theirs} cannot be told apart", "open"
-    text = f"{claim}: {_rates(key, *metrics)} {format_points(difference[key])} points "
-    text += f"(95% interval {format_points(low)} to {format_points(high)}){_prompt_count(metrics[0])}"
-    return Headline(text + _contradiction(measured[1:], difference, tone) + ".", tone)
+        claim, tone = _CLAIMS[tones[first]], tones[first]
+        numbers = f"{_rates(first, *metrics)} {_with_interval(difference, first)}{_prompt_count(metrics[0])}"
+    return Headline(claim.format(*names), tone, f"{numbers}{_contradiction(others, difference, tone)}.")
+
+
+def _tone(low: float, high: float) -> Tone:
+    return "better" if low > 0 else "worse" if high < 0 else "open"
+
+
+def _overall(sampled: Tone, greedy: Tone) -> Tone:
+    """Return the tone of both together: mixed if one is better and the other worse, else what either shows."""
+    shown = {sampled, greedy} - {"open"}
+    return "mixed" if len(shown) == 2 else shown.pop() if shown else "open"
+
+
+def _both_rates(metrics: tuple[Mapping[str, Any], Mapping[str, Any]], difference: Mapping[str, Any]) -> str:
+    rates = [m[_GREEDY] for m in metrics if _GREEDY in m]
+    greedy = f"{format_percent(rates[0])} against {format_percent(rates[1])}, " if len(rates) == 2 else ""
+    low, high = difference[f"{_GREEDY}_ci"]
+    parts = (
+        f"sampled, {_rates(_SAMPLED, *metrics)} {_with_interval(difference, _SAMPLED)}",
+        f"greedy, {greedy}{format_points(difference[_GREEDY])} points ({format_points(low)} to {format_points(high)})",
+        _prompt_count(metrics[0]).strip(),
+    )
+    return "; ".join(part for part in parts if part)
+
+
+def _with_interval(difference: Mapping[str, Any], key: str) -> str:
+    low, high = difference[f"{key}_ci"]
+    return f"{format_points(difference[key])} points (95% interval {format_points(low)} to {format_points(high)})"
 
 
 def _contradiction(others: list[str], difference: Mapping[str, Any], tone: Tone) -> str:

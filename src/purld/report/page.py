@@ -16,10 +16,11 @@ from pathlib import Path
 
 from purld.display.titles import model_title
 from purld.report.answer_browser import BrowserData, answer_browser
+from purld.report.changes import changes_section
 from purld.report.cost import cost_section
 from purld.report.figures import draw_figures
 from purld.report.headline import Headline, Tone, write_headline
-from purld.report.markup import PageSection, escape_text, figure_grid
+from purld.report.markup import PageSection, capitalised, escape_text, figure_grid
 from purld.report.probe import probe_section
 from purld.report.run_data import RunData, read_run
 from purld.report.sensitivity import sensitivity_section
@@ -56,8 +57,9 @@ def _page(runs: Sequence[RunData]) -> str:
     data = answer_browser(runs)
     script, style = _read_asset("browser.js"), _read_asset("page.css")
     training = _convergence_sections(runs) if len(runs) > _MAX_FULL_RUNS else _training_sections(runs)
-    numbers = [sensitivity_section(runs), results_section(runs), probe_section(runs), *training, cost_section(runs)]
-    candidates = [*numbers, _browser_section(data), _config_section(runs)]
+    changes = changes_section(runs) if len(runs) <= _MAX_FULL_RUNS else PageSection("changes", "", "")
+    numbers = [sensitivity_section(runs), changes, results_section(runs), probe_section(runs)]
+    candidates = [*numbers, *training, cost_section(runs), _browser_section(data), _config_section(runs)]
     sections = [section for section in candidates if section.body]
     names = ", ".join(run.name for run in runs)
     return f"""<!doctype html>
@@ -98,7 +100,7 @@ def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
     headlines = [(run, write_headline(run)) for run in runs]
     if len(headlines) == 1:
         run, sentence = headlines[0]
-        lines = f'<h1 class="verdict {sentence.tone}">{escape_text(sentence.text)}</h1>{_warnings(run)}{_facts(run)}'
+        lines = f"{_verdict(sentence)}{_warnings(run)}{_facts(run)}"
     else:
         each = "".join(
             f'<p class="verdict {s.tone}"><b>{escape_text(run.name)}:</b> {escape_text(s.text)}</p>'
@@ -112,11 +114,16 @@ def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
     return f'<header>\n{brand}\n{lines}\n<nav aria-label="Sections">\n{links}\n</nav>\n</header>'
 
 
+def _verdict(sentence: Headline) -> str:
+    """Return the headline of a single run: the claim as a sentence, and in smaller print the numbers."""
+    claim, numbers = escape_text(sentence.claim.rstrip(".")), escape_text(capitalised(sentence.numbers))
+    below = f' <span class="numbers">{numbers}</span>' if numbers else ""
+    return f'<h1 class="verdict {sentence.tone}">{claim}.{below}</h1>'
+
+
 def _warnings(run: RunData) -> str:
     """Return what puts the result in doubt, as a list under the headline."""
-    items = "".join(
-        f"<li>{escape_text(warning[:1].upper() + warning[1:])}</li>" for warning in run.results.get("warnings", [])
-    )
+    items = "".join(f"<li>{escape_text(capitalised(warning))}</li>" for warning in run.results.get("warnings", []))
     return f'<ul class="warnings">{items}</ul>' if items else ""
 
 
@@ -125,6 +132,7 @@ def _tally(headlines: Sequence[tuple[RunData, Headline]]) -> str:
     words: dict[Tone, str] = {
         "better": "better than the model it started from",
         "worse": "worse than the model it started from",
+        "mixed": "better sampled and worse greedy than the model it started from, or the other way round",
         "open": "not told apart from the model it started from",
         "none": "without a comparison",
     }
@@ -138,7 +146,7 @@ def _facts(run: RunData) -> str:
     student, teacher = run.config.get("student", {}), run.config.get("teacher", {})
     facts = {
         "Run": run.name,
-        "Student": student.get("model"),
+        "Student": _short_path(student.get("model")),
         "Teacher": teacher.get("model") or teacher.get("path"),
         "Method": model_title(run.method) if run.method else None,
         **_opponent_and_judge(run),
@@ -146,6 +154,12 @@ def _facts(run: RunData) -> str:
     }
     items = (f"<div><dt>{name}</dt><dd>{escape_text(v)}</dd></div>" for name, v in facts.items() if v is not None)
     return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def _short_path(model: str | None) -> str | None:
+    """Return a model's name, or the end of the path of its folder; the whole path is in the configuration."""
+    parts = Path(model).parts if model else ()
+    return "/".join(("…", *parts[-2:])) if len(parts) > 3 else model
 
 
 def _opponent_and_judge(run: RunData) -> dict[str, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from purld.report.markup import PageSection, escape_text, scrolling_table
+from purld.report.markup import PageSection, escape_text, wide_table
 from purld.report.run_data import RunData
 
 _HEADINGS = ("Scorer", "Known pairs", "Spread", "Noise", "H(D)/ln K", "With length", "Against anchors", "Against gold")
@@ -22,7 +22,7 @@ def probe_section(runs: Sequence[RunData]) -> PageSection:
                 f'<p class="note">On {probe["prompts"]} prompts, without gold: {escape_text(probe["verdict"])}</p>\n'
             )
             heading = f"<h3>{escape_text(run.name)}</h3>" if len(runs) > 1 else ""
-            parts.append(heading + scrolling_table("Scorers in the probe", _HEADINGS, rows) + verdict)
+            parts.append(heading + wide_table("Scorers in the probe", _HEADINGS, rows) + verdict)
     return PageSection("probe", "Can the student evaluate itself?", "".join(parts))
 
 

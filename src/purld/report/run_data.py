@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class RunData:
         greedy: greedy held-out answers by model.
         verdicts: the judge's verdicts by model.
         images: the image files that rows refer to, by name.
+        kept_steps: the step of each finished training stage whose model was kept.
     """
 
     name: str
@@ -49,6 +50,7 @@ class RunData:
     greedy: Mapping[str, Sequence[Row]]
     verdicts: Mapping[str, Sequence[Row]]
     images: Mapping[str, Path]
+    kept_steps: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def method(self) -> str | None:
@@ -85,7 +87,18 @@ def read_run(run: RunDir) -> RunData:
         greedy={model: rows.greedy for model, rows in recorded.items() if rows.greedy},
         verdicts={model: rows.verdicts for model, rows in recorded.items() if rows.verdicts},
         images={path.stem: path for path in thumbnail_folder(run.groups).glob("[!.]*")},
+        kept_steps=_kept_steps(run.finished_stages()),
     )
+
+
+def _kept_steps(finished: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Return by stage the step whose model was kept, as the manifest records it; the last where it records none."""
+    steps = {
+        "sft": finished.get("sft", {}).get("best_step"),
+        "align": (finished.get("align", {}).get("validation") or {}).get("kept_step"),
+    }
+    last = {stage: finished.get(stage, {}).get("steps") for stage in steps}
+    return {stage: kept or last[stage] for stage, kept in steps.items() if kept or last[stage]}
 
 
 def _read_groups(run: RunDir) -> list[Row]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from purld.display.titles import model_title
 from purld.report.headline import HEADLINE_METRICS, format_percent, format_points
-from purld.report.markup import PageSection, escape_text, scrolling_table
+from purld.report.markup import PageSection, escape_text, wide_table
 from purld.report.run_data import RunData
 
 _RATES = {
@@ -105,7 +105,7 @@ def _model_table(
         names += f'<th scope="row">{escape_text(model_title(model))}</th>'
         kind = "method" if model == run.method else "rival"
         body += f'<tr class="{kind}{" first" if first else ""}">{names}{cells(metrics)}</tr>\n'
-    return scrolling_table(label, [*(["Run"] if several else []), "Model", *headings], body)
+    return wide_table(label, [*(["Run"] if several else []), "Model", *headings], body)
 
 
 def _group_heading(name: str, rows: int) -> str:
@@ -176,7 +176,7 @@ def _differences_table(runs: Sequence[RunData]) -> str:
                 f"<tr{' class=first' if heading else ''}>{heading}{_difference_cells(difference, key, scale)}</tr>\n"
             )
     headings = ("Difference", "Metric", "Percentage points", "")
-    return "<h3>On the same prompts</h3>\n" + scrolling_table("Paired differences", headings, body)
+    return "<h3>On the same prompts</h3>\n" + wide_table("Paired differences", headings, body)
 
 
 def _difference_cells(difference: Mapping[str, Any], key: str, scale: tuple[float, float]) -> str:

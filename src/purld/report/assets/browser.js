@@ -3,7 +3,7 @@
 (() => {
   const root = document.getElementById("browser");
   if (!root) return;
-  const { runs, titles, images, entries } = JSON.parse(document.getElementById("data").textContent);
+  const { runs, titles, pairs, images, entries } = JSON.parse(document.getElementById("data").textContent);
 
   // Characters that are invisible or reorder the text around them, without line breaks and tabs. The last one marks an
   // image, in prompts only.
@@ -13,17 +13,23 @@
 
   const NOTE = "u is the confidence that a candidate is as good as the anchor, D the label distribution over the " +
     "group, q the policy's own distribution over it.";
-  const AFTER = "q before belongs to the policy that drew the candidates, q after to the final policy.";
+  const TWICE = "q before belongs to the policy that drew the candidates, q after to the final policy.";
+
+  // The two models that every run compares, by name where they are the same in all runs.
+  const same = pairs.every((p) => p.before === pairs[0].before && p.after === pairs[0].after);
+  const titleOf = (model) => titles[model] ?? model;
+  const [before, after] = same ? [titleOf(pairs[0].before), titleOf(pairs[0].after)] : ["before", "after"];
 
   const FILTERS = {
+    differ: [`${before} and ${after} differ`, (e) => e.differs],
     all: ["All prompts", () => true],
     held: ["Held-out answers", (e) => e.answers.length > 0],
     groups: ["Stage II candidates", (e) => Boolean(e.group)],
-    fixed: ["SFT wrong, method right", (e) => e.right.sft === false && e.right.method === true],
-    broken: ["SFT right, method wrong", (e) => e.right.sft === true && e.right.method === false],
-    win: ["Judge: method wins", (e) => e.outcome === "win"],
+    fixed: [`${before} wrong, ${after} right`, (e) => e.right.before === false && e.right.after === true],
+    broken: [`${before} right, ${after} wrong`, (e) => e.right.before === true && e.right.after === false],
+    win: [`Judge: ${after} wins`, (e) => e.outcome === "win"],
     tie: ["Judge: tie", (e) => e.outcome === "tie"],
-    loss: ["Judge: method loses", (e) => e.outcome === "loss"],
+    loss: [`Judge: ${after} loses`, (e) => e.outcome === "loss"],
     unjudged: ["Unjudged", (e) => e.outcome === "unjudged"],
     revisited: ["q before and after", (e) => Boolean(e.group?.divergence)],
     unscored: ["Unscored candidates", (e) => e.group?.candidates.some((c) => c.score === null)],
@@ -95,13 +101,16 @@
 
   // ---- Fields for the filters and the search ----
 
-  const isMethod = (model) => !["base", "sft", "opponent"].includes(model);
-
   function addFilterFields(entry) {
-    const first = (test) => entry.answers.find((a) => test(a.model))?.samples[0];
-    const method = entry.answers.find((a) => isMethod(a.model)) ?? entry.answers.find((a) => a.model === "sft");
-    entry.right = { sft: first((m) => m === "sft")?.correct, method: first(isMethod)?.correct };
-    entry.outcome = overallOutcome(method?.samples.find((s) => s.verdicts)?.verdicts);
+    const samplesOf = (model) => entry.answers.find((a) => a.model === model)?.samples ?? [];
+    const [before, after] = [samplesOf(pairs[entry.run].before), samplesOf(pairs[entry.run].after)];
+    const judged = (samples) => overallOutcome(samples.find((s) => s.verdicts)?.verdicts);
+    entry.right = { before: before[0]?.correct, after: after[0]?.correct };
+    entry.outcome = judged(after) ?? judged(before);
+    entry.tally = [tally(before), tally(after)];
+    entry.change = changeBetween(entry.tally, [judged(before), judged(after)]);
+    entry.differs = before.length > 0 && after.length > 0
+      && (entry.change === undefined ? before[0].text !== after[0].text : entry.change !== 0);
     entry.haystack = [
       entry.prompt, entry.anchor, entry.id,
       ...entry.answers.flatMap((a) => a.samples.map((s) => s.text)),
@@ -109,13 +118,27 @@
     ].join("\n").toLowerCase();
   }
 
+  // How many of a model's answers are right, greedy and sampled together; undefined if they were not checked.
+  function tally(samples) {
+    const checked = samples.filter((s) => s.correct !== undefined);
+    return checked.length ? { right: checked.filter((s) => s.correct).length, of: checked.length } : undefined;
+  }
+
+  const POINTS = { win: 1, tie: 0.5, loss: 0 };
+
+  // How much better the second model is on a prompt, by gold or else by the judge; undefined if neither is known.
+  function changeBetween([before, after], outcomes) {
+    if (before && after) return after.right / after.of - before.right / before.of;
+    const [from, to] = outcomes.map((outcome) => POINTS[outcome]);
+    return from === undefined || to === undefined ? undefined : to - from;
+  }
+
   // The outcome over both orders: their mean, a tie counting half; unjudged only if both orders are.
   function overallOutcome(verdicts) {
     if (!verdicts) return undefined;
-    const points = { win: 1, tie: 0.5, loss: 0 };
-    const judged = verdicts.filter((v) => v.outcome in points);
+    const judged = verdicts.filter((v) => v.outcome in POINTS);
     if (!judged.length) return "unjudged";
-    const mean = judged.reduce((sum, v) => sum + points[v.outcome], 0) / judged.length;
+    const mean = judged.reduce((sum, v) => sum + POINTS[v.outcome], 0) / judged.length;
     return mean > 0.5 ? "win" : mean < 0.5 ? "loss" : "tie";
   }
 
@@ -193,7 +216,7 @@
     const order = sorted.length > 1 && sorted[0].score !== undefined ? ", best score first" : "";
     return [
       el("h3", { textContent: heading + order }),
-      sorted[0].D === undefined ? null : el("p", { class: "note", textContent: group.divergence ? `${NOTE} ${AFTER}` : NOTE }),
+      sorted[0].D === undefined ? null : el("p", { class: "note", textContent: group.divergence ? `${NOTE} ${TWICE}` : NOTE }),
       group.divergence ? el("div", { class: "chips" }, divergenceChip(...group.divergence)) : null,
       el("ol", { class: "candidates" }, ...sorted.map((c) =>
         el("li", { class: "candidate" }, measureList(c, largest), paragraph(c.text || "(empty)")))),
@@ -241,7 +264,7 @@
   function listButton(entry) {
     const marks = [
       runs.length > 1 ? chip(runs[entry.run]) : null,
-      entry.right.method === undefined ? null : rightChip(entry.right.method),
+      changeChip(entry),
       entry.outcome === undefined ? null : chip(entry.outcome, TONES[entry.outcome]),
       entry.group ? chip(`step ${entry.group.step}`) : null,
     ];
@@ -253,6 +276,16 @@
       el("span", { class: "line", dir: "auto" }, ...line.childNodes), el("span", { class: "chips" }, ...marks));
     text.addEventListener("click", () => choose(entry));
     return text;
+  }
+
+  // Right answers before and after where their share changed, else whether the first answer is right.
+  function changeChip(entry) {
+    const [before, after] = entry.tally;
+    if (before && after && entry.change !== 0) {
+      const counts = `${before.right}/${before.of} → ${after.right}/${after.of} right`;
+      return chip(counts, entry.change > 0 ? "good" : "bad");
+    }
+    return entry.right.after === undefined ? null : rightChip(entry.right.after);
   }
 
   // Tab reaches one prompt of the list, the chosen one if it is listed; the arrow keys move from there.
@@ -278,10 +311,12 @@
     const wanted = search.value.trim().toLowerCase();
     const passes = FILTERS[filter.value][1];
     const shown = entries.filter((e) => passes(e) && e.haystack.includes(wanted));
+    if (filter.value === "differ") shown.sort((a, b) => Math.abs(b.change ?? 0) - Math.abs(a.change ?? 0));
     list.replaceChildren(...shown.map((e) => el("li", {}, e.button)));
     count.textContent = `${shown.length} of ${entries.length}`;
     setTabStop();
     if (!shown.length) list.append(el("li", { class: "none", textContent: "No prompt matches." }));
+    return shown;
   }
 
   // Arrow keys, Home and End move in the list; "/" goes to the search.
@@ -316,8 +351,9 @@
     el("div", { class: "panes" }, list, pane),
   );
   const linked = entries.find((e) => `#prompt-${e.run}-${e.id}` === location.hash);
+  if (linked) filter.value = "all"; // the chosen prompt is always in the list
+  show(linked ?? refresh()[0]);
   refresh();
-  show(linked ?? entries[0]);
   if (linked) {
     root.scrollIntoView();
     linked.button.scrollIntoView({ block: "nearest" });
