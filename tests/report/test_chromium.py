@@ -190,7 +190,7 @@ def test_the_page_opens_where_sft_and_the_aligned_model_differ(build: Build, tmp
         assert page.run(f"{FILTER}.selectedOptions[0].textContent").startswith("SFT and LDL-GRPO differ (")
         assert page.run(LISTED) == sum(change != 0 for change in changes) > 0
         marks = page.run("[...document.querySelectorAll('.list .chips')].map((c) => c.firstChild.textContent)")
-        shown = [abs(int(mark[7]) - int(mark[0])) for mark in marks]  # "0/2 → 2/2 right"
+        shown = [abs(int(mark[6]) - int(mark[0])) for mark in marks]  # "0/2 → 2/2 right"
         assert shown == sorted(shown, reverse=True) and shown[0] == max(map(abs, changes))
         assert page.run("document.querySelector('.list button').hasAttribute('aria-current')")
 
