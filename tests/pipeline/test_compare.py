@@ -69,7 +69,7 @@ def test_the_accuracy_of_both_and_their_paired_difference(evaluated, monkeypatch
     shown = capsys.readouterr().out
     assert "A: better (LDL-GRPO)" in shown
     assert "0.800" in shown and "0.500" in shown and "+0.300" in shown and "0.0312" in shown
-    assert "A is better than B: 80.0% right answers against 50.0%, a difference of +30.0 points (95%" in shown
+    assert "A is better than B, sampled and greedy: sampled, 80.0% right answers against 50.0%, a difference" in shown
     comparison = compare_runs(a, b, judge=False, reporter=Reporter())
     assert comparison.difference["accuracy"] == pytest.approx(0.3)
     assert comparison.difference["accuracy_p"] == pytest.approx(2 / 64, rel=1e-3)

@@ -93,12 +93,12 @@ def read_run(run: RunDir) -> RunData:
 
 def _kept_steps(finished: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Return by stage the step whose model was kept, as the manifest records it; the last where it records none."""
-    steps = {
+    recorded = {
         "sft": finished.get("sft", {}).get("best_step"),
         "align": (finished.get("align", {}).get("validation") or {}).get("kept_step"),
     }
-    last = {stage: finished.get(stage, {}).get("steps") for stage in steps}
-    return {stage: kept or last[stage] for stage, kept in steps.items() if kept or last[stage]}
+    steps = {stage: kept or finished.get(stage, {}).get("steps") for stage, kept in recorded.items()}
+    return {stage: step for stage, step in steps.items() if step}
 
 
 def _read_groups(run: RunDir) -> list[Row]:
