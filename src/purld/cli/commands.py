@@ -23,7 +23,7 @@ from purld.cli.common import (
     print_closing,
     print_table,
 )
-from purld.errors import UserError
+from purld.errors import UserError, printable
 
 testbed_app = typer.Typer(no_args_is_help=True, help="The synthetic world that the demo runs in.")
 app.add_typer(testbed_app, name="testbed")
@@ -285,20 +285,29 @@ def ledger(
     export_to: Annotated[
         Path | None, typer.Option("--export", help="Write every request and answer to this JSONL file.")
     ] = None,
+    cancel: Annotated[
+        bool,
+        typer.Option("--cancel-batches", help="Cancel batches under way; what they have answered is billed and kept."),
+    ] = False,
 ) -> None:
     """Show what was sent to remote models and what it cost.
 
     With --export, write every request and answer to a file.
     """
     existing_run(run_path)
-    from purld.pipeline.export import ledger_totals
+    from purld.pipeline.export import cancel_batches, ledger_totals, list_open_batches
 
+    if cancel:
+        print("\n".join(cancel_batches(run_path)) or "No batch is under way.")
+        return
     rows = ledger_totals(run_path, export_to)
     names = [name for name in rows[0] if name != "role"]
     print_table(
         ["", *(row["role"] for row in rows)],
         [[name.replace("_", " "), *(_amount(row[name]) for row in rows)] for name in names],
     )
+    for line in list_open_batches(run_path):
+        print(printable(line))
 
 
 @testbed_app.command("build")

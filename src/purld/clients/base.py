@@ -24,6 +24,12 @@ FAILURE_DESCRIPTIONS = {
     "unreadable_answer": "the answer is kept in the ledger, but purld cannot read its form",
     "too_large": "the response is longer than purld reads",
     "compressed": "the response is compressed, although purld asks for plain text",
+    "batch_expired": "the batch expired before this request was executed",
+    "batch_cancelled": "the batch was cancelled before this request was executed",
+    "batch_failed": "the endpoint refused the batch",
+    "not_submitted": "the batch with this request was never submitted",
+    "no_line": "the results of the batch have no line for this request",
+    "output_gone": "the endpoint has deleted the results of the batch",
 }
 
 
@@ -79,9 +85,18 @@ class ReplyCollector:
             if self._on_reply:
                 self._on_reply(index, reply)
 
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return sum(map(len, self._indices.values()))
+
+    @property
+    def done(self) -> int:
+        """Return how many prompts have their reply."""
+        return len(self._replies)
+
     def in_order(self) -> list[Reply]:
         """Return all replies in the order of the keys; every key must have its reply."""
-        return [self._replies[index] for index in range(sum(map(len, self._indices.values())))]
+        return [self._replies[index] for index in range(len(self))]
 
 
 class KnownResults(Protocol):

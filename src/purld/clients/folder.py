@@ -2,7 +2,7 @@
 
 A call that has not ended is under way if the process that made it still has its ledger open, which the ledger's lock
 tells. If that process is dead, a sent call may have been billed, so it counts as `unknown`; a reserved one was never
-sent, so it does not count.
+sent, so it does not count. A call in a batch that was submitted is neither: the endpoint goes on with it.
 
 To claim a question, a run locks the folder, finds no call for it in any other ledger, and reserves one in its own.
 `FolderLedgers` does the first two; `Ledger.claim` is the whole. The lock is one of the kernel on the folder itself: it
@@ -26,7 +26,7 @@ from purld.errors import UserError
 
 LOCK_SECONDS = 60.0  # how long a claim waits for the lock; another one takes milliseconds
 LOCK_POLL_SECONDS = 0.002
-_STATE_RANK = {"failed": 0, "unknown": 1, "under way": 2, "answered": 3}  # the highest counts
+_STATE_RANK = {"failed": 0, "unknown": 1, "batched": 2, "under way": 3, "answered": 4}  # the highest counts
 
 
 class FolderLockedError(UserError):

@@ -10,6 +10,8 @@ sent. If a kill interrupts a sent call, it may have been billed, so it becomes `
 again. Settling replaces the booking by the reported usage; without one (lost calls, servers that report none) the
 worst case stays booked, so a cap is never exceeded.
 
+The calls of a batch stay `sent` when the process ends, because the endpoint goes on with them; see `batch_records`.
+
 A full disk loses no answer: before anything is sent, a reserve file holds disk space for the answers in flight. It is
 deleted when the space is needed, and from then on no call is reserved.
 
@@ -28,14 +30,17 @@ import itertools
 import json
 import math
 import os
+import secrets
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from purld.clients import batch_records
+from purld.clients.batch_records import BatchRecord
 from purld.clients.ledger_files import (
     CallMark,
     allocate_reserve,
@@ -94,6 +99,11 @@ SELECT * FROM (
 _REQUEST_COLUMNS = ("key", "prompt_id", "base_url", "model", "body")
 _COPIED_COLUMNS = ("state", "text", "finish_reason", "error", "raw", "reserved_at", "ended_at")
 _IMPORTED_AT_ONCE = 64  # calls
+_SETTLE = (
+    "UPDATE calls SET state = ?, text = ?, finish_reason = ?, error = ?, raw = ?,"
+    " input_tokens = ?, output_tokens = ?, cost = ?, booked_tokens = ?, booked_cost = ?,"
+    " ended_at = ?, sent_at = CASE WHEN ? THEN sent_at END WHERE id = ?"
+)
 _DISK_FULL = "{}: the disk is full; make room, then run the same command again to continue."
 
 
@@ -181,20 +191,51 @@ class CallResult:
 
 
 @dataclass(frozen=True)
+class WorstCase:
+    """A request with the upper bounds of what its call may take."""
+
+    request: Request
+    tokens: int
+    cost: float
+
+
+@dataclass
+class ReservedBatch:
+    """What became of requests that were to be put into a batch.
+
+    Attributes:
+        batch: the batch's id in the ledger; None if it has no calls.
+        token: marks the batch at the endpoint.
+        calls: the reserved calls by request key, in the batch's order.
+        known: the keys of requests of which this ledger now has another run's result.
+        elsewhere: the ledgers in which other runs are asking the same, by request key.
+        capped: the caps that keep requests out, by request key.
+    """
+
+    batch: int | None = None
+    token: str = ""
+    calls: dict[str, int] = field(default_factory=dict)
+    known: list[str] = field(default_factory=list)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    capped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FoundCall:
     """The call that counts for a request in one ledger.
 
     `row` is the call joined with its request. `interrupted` says that its process died after it had sent the call.
+    `batched` is a call of a batch that the endpoint may be working on, while no process waits for it.
     """
 
-    state: Literal["answered", "failed", "unknown", "under way"]
+    state: Literal["answered", "failed", "unknown", "under way", "batched"]
     row: sqlite3.Row
     path: Path
     interrupted: bool = False
 
     def result(self) -> CallResult | None:
-        """Return the result of the call; None while it is under way."""
-        if self.state == "under way":
+        """Return the result of the call; None while it is under way or in a batch."""
+        if self.state in ("under way", "batched"):
             return None
         result = _to_result(self.row)
         return replace(result, state="unknown", error="interrupted") if self.interrupted else result
@@ -248,7 +289,7 @@ class LedgerView:
     def find_call(self, key: str) -> FoundCall | None:
         """Return the call that counts for a request: the answered one, or else the last; None if there is none.
 
-        Of a dead process, a sent call is `unknown`, and a reserved one does not count.
+        Of a dead process, a sent call is `unknown` unless it is in a batch, and a reserved one does not count.
         """
         rows = self._read_calls(key)
         open_rows = [row for row in rows if row["ended_at"] is None]
@@ -272,9 +313,20 @@ class LedgerView:
         last = next((row for row in counting if row["state"] == "answered"), counting[-1] if counting else None)
         if last is None:
             return None
+        if last["state"] == "sent" and self._is_batched(last["id"]):
+            return FoundCall("batched", last, self.path)
         if last["state"] == "sent":
             return FoundCall("unknown", last, self.path, interrupted=True)
         return FoundCall(last["state"], last, self.path)
+
+    def open_batches(self) -> list[BatchRecord]:
+        """Return the batches of this ledger that have not ended, oldest first."""
+        with self._mutex, _database_errors_named(self.path):
+            return batch_records.find_open_batches(self._db)
+
+    def _is_batched(self, call: int) -> bool:
+        with self._mutex, _database_errors_named(self.path):
+            return batch_records.is_batched(self._db, call)
 
     def _is_open(self) -> bool:
         """Return whether a process has this ledger open for writing."""
@@ -346,7 +398,8 @@ class LedgerView:
 class Ledger(LedgerView):
     """A writable ledger, open in only one process at a time; threads may share it.
 
-    On opening, calls that a dead process had sent become `unknown`, and those it had only reserved are deleted.
+    On opening, calls that a dead process had sent become `unknown`, and those it had only reserved are deleted. Calls
+    of a batch that was submitted stay in flight; those of one that was only prepared become `failed`.
 
     Args:
         path: the ledger; created if this run has none yet.
@@ -457,21 +510,28 @@ class Ledger(LedgerView):
             UnderWayElsewhereError: another run is making this call.
             CapReachedError: this call might make the role's budget exceed a cap.
             FolderLockedError: the folder is locked, or stays so.
-            UserError: the disk is full.
+            UserError: the disk is full, or another run has put this question into a batch and does not wait for it.
         """
         with self._folder_locked(wait):
-            call = self._others.find_call(request.key) if self._others else None
-            if call and call.state == "under way":
-                raise UnderWayElsewhereError(str(call.path))
-            result = call.result() if call else None
-            if call and result and settles(result):
-                with self._mutex, self._transaction():
-                    self._copy_call(request.key, role, call)
-                self._note_recorded(_count_recorded(self._db))
-                own = self.find_result(request.key)
-                if own and settles(own):
-                    return None
+            if self._copied_from_others(request.key, role, settles):
+                return None
             return self.reserve(request, role, tokens, cost, caps)
+
+    def _copied_from_others(self, key: str, role: Role, settles: Callable[[CallResult], bool]) -> bool:
+        """Copy another run's result that makes a call needless, and return whether there is one."""
+        call = self._others.find_call(key) if self._others else None
+        if call and call.state == "under way":
+            raise UnderWayElsewhereError(str(call.path))
+        if call and call.state == "batched":
+            raise UserError(_describe_batched_elsewhere(call.path))
+        result = call.result() if call else None
+        if not (call and result and settles(result)):
+            return False
+        with self._mutex, self._transaction():
+            self._copy_call(key, role, call)
+        self._note_recorded(_count_recorded(self._db))
+        own = self.find_result(key)
+        return own is not None and settles(own)
 
     def _folder_locked(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         if self._others is None:
@@ -488,27 +548,131 @@ class Ledger(LedgerView):
             CapReachedError: this call might make the role's budget exceed a cap.
             UserError: the disk is full.
         """
-        if not self._reserve_file.exists():
-            raise UserError(_DISK_FULL.format(self.path))
+        self._check_room()
         worst = BookedSpend(1, tokens, cost)
         with self._mutex:
             total = self.booked_spend(role) + worst
             if cap := total.exceeded_cap(caps):
                 raise CapReachedError(cap)
             with self._transaction():
-                self._db.execute(
-                    "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)",
-                    (request.key, request.prompt_id, request.base_url, request.model, request.body),
-                )
-                cursor = self._db.execute(
-                    "INSERT INTO calls (key, role, state, booked_tokens, booked_cost, reserved_at)"
-                    " VALUES (?, ?, 'reserved', ?, ?, ?)",
-                    (request.key, role, tokens, cost, time.time()),
-                )
-            call = int(cursor.lastrowid or 0)
+                call = self._insert_reserved(request, role, worst)
             self._booked[BUDGETS[role]] = total
             self._in_flight[call] = (role, worst)
             return call
+
+    def _check_room(self) -> None:
+        if not self._reserve_file.exists():
+            raise UserError(_DISK_FULL.format(self.path))
+
+    def _insert_reserved(self, request: Request, role: Role, worst: BookedSpend) -> int:
+        self._db.execute(
+            "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?)",
+            (request.key, request.prompt_id, request.base_url, request.model, request.body),
+        )
+        cursor = self._db.execute(
+            "INSERT INTO calls (key, role, state, booked_tokens, booked_cost, reserved_at)"
+            " VALUES (?, ?, 'reserved', ?, ?, ?)",
+            (request.key, role, worst.tokens, worst.cost, time.time()),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def reserve_batch(
+        self,
+        wanted: Sequence[WorstCase],
+        role: Role,
+        base_url: str,
+        caps: Caps,
+        settles: Callable[[CallResult], bool],
+    ) -> ReservedBatch:
+        """Book the worst case of one call for each request, as `claim` does, and record them as a prepared batch.
+
+        Raises:
+            UserError: the disk is full, the folder stays locked, or another run has put one of the questions into a
+                batch and does not wait for it.
+        """
+        self._check_room()
+        reserved = ReservedBatch(token=secrets.token_hex(16))
+        with self._folder_locked(), self._mutex:
+            chosen = []
+            for case in wanted:
+                key = case.request.key
+                try:
+                    if self._copied_from_others(key, role, settles):
+                        reserved.known.append(key)
+                    else:
+                        chosen.append(case)
+                except UnderWayElsewhereError as other:
+                    reserved.elsewhere[key] = str(other)
+            self._book_batch(chosen, role, base_url, caps, reserved)
+        return reserved
+
+    def _book_batch(
+        self, wanted: Sequence[WorstCase], role: Role, base_url: str, caps: Caps, reserved: ReservedBatch
+    ) -> None:
+        """Reserve a call for each request that the caps leave room for, all in one transaction."""
+        total, fitting = self.booked_spend(role), list[tuple[Request, BookedSpend]]()
+        for case in wanted:
+            worst = BookedSpend(1, case.tokens, case.cost)
+            if cap := (total + worst).exceeded_cap(caps):
+                reserved.capped[case.request.key] = cap
+            else:
+                total += worst
+                fitting.append((case.request, worst))
+        if not fitting:
+            return
+        with self._transaction():
+            for request, worst in fitting:
+                reserved.calls[request.key] = self._insert_reserved(request, role, worst)
+            reserved.batch = batch_records.insert_batch(
+                self._db, reserved.token, base_url, role, reserved.calls.values()
+            )
+        self._booked[BUDGETS[role]] = total
+        for request, worst in fitting:
+            self._in_flight[reserved.calls[request.key]] = (role, worst)
+
+    def open_calls(self, batch: int) -> dict[str, int]:
+        """Return the calls of a batch that have no result yet, by request key."""
+        with self._mutex, _database_errors_named(self.path):
+            return batch_records.open_calls(self._db, batch)
+
+    def mark_batch_sent(self, batch: int, file_id: str) -> None:
+        """Record that a batch is about to be created at the endpoint, from the input file that was uploaded."""
+        now = time.time()
+        calls = list(self.open_calls(batch).values())
+        with self._mutex:
+            with self._transaction():
+                self._db.execute(
+                    "UPDATE batches SET state = 'submitting', file_id = ?, submitted_at = ? WHERE id = ?",
+                    (file_id, now, batch),
+                )
+                self._db.executemany(
+                    "UPDATE calls SET state = 'sent', sent_at = ? WHERE id = ?", ((now, call) for call in calls)
+                )
+            self._note_recorded(self._recorded + len(set(calls) - self._sent))
+            self._sent.update(calls)
+
+    def note_batch(self, batch: int, batch_id: str, status: str) -> None:
+        """Record the id by which the endpoint knows a batch, and what it said of it."""
+        self._write(
+            "UPDATE batches SET state = 'submitted', batch_id = ?, status = ? WHERE id = ?", (batch_id, status, batch)
+        )
+
+    def end_batch(self, batch: int, status: str, rest: CallResult) -> list[str]:
+        """Record the end of a batch; calls without a result get `rest`. Return the keys of these calls."""
+        left = self.open_calls(batch)
+        with self._mutex:
+            freed = [self._freed(call, rest) for call in left.values()]
+            with self._transaction():
+                for call in left.values():
+                    self._db.execute(_SETTLE, self._settled_values(call, rest))
+                self._db.execute(
+                    "UPDATE batches SET state = 'ended', status = ?, ended_at = ? WHERE id = ?",
+                    (status, time.time(), batch),
+                )
+            self._note_recorded(self._recorded + len(set(left.values()) - self._sent))
+            for call, (role, spend) in zip(left.values(), freed, strict=True):
+                self._close_call(call, role, spend)
+        return list(left)
 
     def mark_sent(self, call: int) -> None:
         """Record that the call is about to be sent."""
@@ -520,22 +684,25 @@ class Ledger(LedgerView):
     def settle(self, call: int, result: CallResult) -> None:
         """Record the result of the call and replace its booking by the actual usage."""
         with self._mutex:
-            role, worst = self._in_flight[call]
-            actual = _actual_spend(result, worst)
-            usage = result.usage
-            self._write(
-                "UPDATE calls SET state = ?, text = ?, finish_reason = ?, error = ?, raw = ?,"
-                " input_tokens = ?, output_tokens = ?, cost = ?, booked_tokens = ?, booked_cost = ?,"
-                " ended_at = ?, sent_at = CASE WHEN ? THEN sent_at END WHERE id = ?",
-                (
-                    *(result.state, result.text, result.finish_reason, result.error, result.raw),
-                    *((usage.input_tokens, usage.output_tokens, usage.cost) if usage else (None, None, None)),
-                    *(actual.tokens, actual.cost, time.time(), result.left, call),
-                ),
-            )
+            role, freed = self._freed(call, result)
+            self._write(_SETTLE, self._settled_values(call, result))
             if call not in self._sent:  # a local model's call, which is never sent
                 self._note_recorded(self._recorded + 1)
-            self._close_call(call, role, worst - actual)
+            self._close_call(call, role, freed)
+
+    def _freed(self, call: int, result: CallResult) -> tuple[Role, BookedSpend]:
+        """Return the role of a call, and what of its booking its result frees."""
+        role, worst = self._in_flight[call]
+        return role, worst - _actual_spend(result, worst)
+
+    def _settled_values(self, call: int, result: CallResult) -> tuple[Any, ...]:
+        """Return the values of `_SETTLE`."""
+        actual, usage = _actual_spend(result, self._in_flight[call][1]), result.usage
+        return (
+            *(result.state, result.text, result.finish_reason, result.error, result.raw),
+            *((usage.input_tokens, usage.output_tokens, usage.cost) if usage else (None, None, None)),
+            *(actual.tokens, actual.cost, time.time(), result.left, call),
+        )
 
     def release(self, call: int) -> None:
         """Cancel a reserved call that was not sent."""
@@ -596,13 +763,23 @@ class Ledger(LedgerView):
         self._mark.write(count)
 
     def _recover(self) -> None:
+        now = time.time()
         with self._transaction():
+            for batch in batch_records.find_open_batches(self._db):
+                if batch.state == "prepared":
+                    self._give_up_prepared(batch.id)
+                elif not batch.calls:  # a kill came after its last answer
+                    self._db.execute("UPDATE batches SET state = 'ended', ended_at = ? WHERE id = ?", (now, batch.id))
             self._db.execute("DELETE FROM calls WHERE state = 'reserved'")
             self._db.execute("DELETE FROM requests WHERE key NOT IN (SELECT key FROM calls)")
             self._db.execute(
-                "UPDATE calls SET state = 'unknown', error = 'interrupted', ended_at = ? WHERE state = 'sent'",
-                (time.time(),),
+                "UPDATE calls SET state = 'unknown', error = 'interrupted', ended_at = ? WHERE state = 'sent'"
+                " AND id NOT IN (SELECT call FROM batched_calls)",
+                (now,),
             )
+        in_flight = self._db.execute("SELECT id, role, booked_tokens, booked_cost FROM calls WHERE ended_at IS NULL")
+        self._in_flight = {call: (role, BookedSpend(1, *worst)) for call, role, *worst in in_flight}
+        self._sent = set(self._in_flight)
         rows = self._db.execute(
             "SELECT role, COUNT(sent_at), SUM(booked_tokens), SUM(booked_cost) FROM calls GROUP BY role"
         )
@@ -610,6 +787,15 @@ class Ledger(LedgerView):
         for role, *sums in rows:
             budget = BUDGETS[role]
             self._booked[budget] = self._booked.get(budget, BookedSpend()) + BookedSpend(*sums)
+
+    def _give_up_prepared(self, batch: int) -> None:
+        """Record that a batch was never created at the endpoint; its requests may have been uploaded all the same."""
+        self._db.execute(
+            "UPDATE calls SET state = 'failed', error = 'not_submitted', booked_tokens = 0, booked_cost = 0.0,"
+            " ended_at = ? WHERE id IN (SELECT call FROM batched_calls WHERE batch = ?)",
+            (time.time(), batch),
+        )
+        self._db.execute("UPDATE batches SET state = 'ended', ended_at = ? WHERE id = ?", (time.time(), batch))
 
     def _close_call(self, call: int, role: Role, freed: BookedSpend) -> None:
         del self._in_flight[call]
@@ -642,6 +828,13 @@ def _export_row(request: dict[str, Any], calls: list[dict[str, Any]]) -> dict[st
         "answer": current["text"],
         "calls": [{name: value for name, value in call.items() if name not in ("id", "key")} for call in calls],
     }
+
+
+def _describe_batched_elsewhere(path: Path) -> str:
+    return (
+        f"{path}: its run has put questions of this one into a batch and does not wait for it; continue that run to "
+        f"collect the answers, or give the batch up with `purld ledger {path.parent} --cancel-batches`."
+    )
 
 
 def check_not_lost(path: Path) -> None:
@@ -707,6 +900,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     if not db.execute("SELECT 1 FROM sqlite_schema").fetchone():
         db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
     _check_version(db, path)
+    db.executescript(f"BEGIN; {batch_records.TABLES} COMMIT;")
     return db
 
 

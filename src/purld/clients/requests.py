@@ -101,6 +101,13 @@ def token_cost(endpoint: OpenAIEndpoint, input_tokens: int, output_tokens: int) 
     return (input_tokens * endpoint.input_price + output_tokens * endpoint.output_price) / 1e6
 
 
+def with_batch_prices(endpoint: OpenAIEndpoint) -> OpenAIEndpoint:
+    """Return the endpoint with the prices of its batch API."""
+    share = 1 - endpoint.batch_discount
+    prices = {"input_price": endpoint.input_price * share, "output_price": endpoint.output_price * share}
+    return endpoint.model_copy(update=prices)
+
+
 def read_api_key(endpoint: OpenAIEndpoint) -> str | None:
     """Read the API key from the configured environment variable or file; None if neither is configured.
 

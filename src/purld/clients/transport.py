@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from purld.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
+    from httpx2 import Request as HttpRequest
     from httpx2 import Response as HttpResponse
 
 CONNECT_SECONDS = 10.0
@@ -30,6 +31,7 @@ MIN_BODY_BYTES = 8 * 2**20  # read of an answer at least; a token has no more by
 BYTES_PER_TOKEN = 128
 ERROR_BODY_BYTES = 64 * 2**10
 ERROR_BODY_SECONDS = 5.0
+_PIECE_BYTES = 64 * 2**10
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,6 @@ def open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncClient:
         "Accept": "application/json",
         "Accept-Encoding": "identity",
         "Connection": "close",
-        "Content-Type": "application/json",
         "User-Agent": "purld",
     }
     if key:
@@ -104,22 +105,105 @@ async def post(
         TimeoutError: the response was not complete in time.
         httpx2.HTTPError: there was no connection, or it broke.
     """
+    request = http.build_request(
+        "POST",
+        f"{endpoint.base_url}/chat/completions",
+        content=body.encode("ascii"),
+        headers={"Content-Type": "application/json", "Idempotency-Key": idempotency_key},
+    )
+    return await exchange(http, request, deadline, body_limit(endpoint))
+
+
+async def exchange(http: AsyncClient, request: HttpRequest, deadline: float, limit: int) -> Response:
+    """Send a request and read at most `limit` bytes of its response; raises as `post` does."""
     async with asyncio.timeout_at(deadline):
-        request = http.build_request(
-            "POST",
-            f"{endpoint.base_url}/chat/completions",
-            content=body.encode("ascii"),
-            headers={"Idempotency-Key": idempotency_key},
-        )
         response = await http.send(request, stream=True)
     try:
         if not 200 <= response.status_code < 300:
             return await _read_error(response, deadline)
         async with asyncio.timeout_at(deadline):
-            return await _read(response, body_limit(endpoint))
+            return await _read(response, limit)
     finally:
         with contextlib.suppress(Exception):
             await response.aclose()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a response without its line break; of one that is longer than the limit, its start."""
+
+    content: bytes
+    too_long: bool = False
+
+
+async def read_lines(http: AsyncClient, request: HttpRequest, limit: int) -> AsyncIterator[Line | Response]:
+    """Yield the lines of a response, each of at most `limit` bytes; of one that is an error, nothing but the response.
+
+    Memory is bounded by a line. A server that stalls is given up after the client's own timeout of one read.
+
+    Raises:
+        httpx2.HTTPError: there was no connection, or it broke; the lines before are complete.
+        zlib.error: the response is compressed and damaged.
+    """
+    deadline = asyncio.get_running_loop().time() + float(http.timeout.read or 0)
+    async with asyncio.timeout_at(deadline):
+        response = await http.send(request, stream=True)
+    try:
+        if not 200 <= response.status_code < 300:
+            yield await _read_error(response, deadline)
+            return
+        splitter = _LineSplitter(limit)
+        async for piece in _decoded_pieces(response):
+            for line in splitter.feed(piece):
+                yield line
+        if last := splitter.rest():
+            yield last
+    finally:
+        with contextlib.suppress(Exception):
+            await response.aclose()
+
+
+async def _decoded_pieces(response: HttpResponse) -> AsyncIterator[bytes]:
+    """Yield the content of a response, decompressed, in pieces of bounded size."""
+    plain = response.headers.get("content-encoding", "").strip().lower() in ("", "identity")
+    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    async for chunk in response.aiter_raw():
+        if plain:
+            yield chunk
+            continue
+        while chunk:
+            yield decoder.decompress(chunk, _PIECE_BYTES)
+            chunk = decoder.unconsumed_tail
+
+
+class _LineSplitter:
+    """Splits a stream of bytes into lines of which at most `limit` bytes are kept."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._line = bytearray()
+        self._too_long = False
+
+    def feed(self, piece: bytes) -> Iterator[Line]:
+        """Yield the lines that a piece of the stream completes."""
+        *ended, begun = piece.split(b"\n")
+        for part in ended:
+            self._add(part)
+            if line := self.rest():
+                yield line
+        self._add(begun)
+
+    def rest(self) -> Line | None:
+        """Return the line that has begun, and begin another; None if it is blank."""
+        line = Line(bytes(self._line), self._too_long)
+        self._line.clear()
+        self._too_long = False
+        return line if line.content.strip() else None
+
+    def _add(self, part: bytes) -> None:
+        room = self._limit - len(self._line)
+        self._too_long = self._too_long or len(part) > room
+        self._line += part[:room]
 
 
 async def _read_error(response: HttpResponse, deadline: float) -> Response:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from purld.config.base import Count, FormatName, NonNegative, Positive, Retries, Seconds, Section, Temperature
+from purld.config.base import Count, FormatName, Fraction, NonNegative, Positive, Retries, Seconds, Section, Temperature
 
 
 class FileColumns(Section):
@@ -43,6 +43,8 @@ class OpenAIEndpoint(Section):
     max_cost: Positive | None = None
     input_price: NonNegative = 0.0  # per million tokens, in the currency of max_cost
     output_price: NonNegative = 0.0
+    batch: bool = False  # ask through the endpoint's batch API: cheaper, and answered within a day
+    batch_discount: Fraction = 0.5  # the share of the prices that a batch saves
     concurrency: Count = 8
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
@@ -123,6 +125,8 @@ TRANSPORT = frozenset(
         "max_cost",
         "input_price",
         "output_price",
+        "batch",
+        "batch_discount",
         "concurrency",
         "timeout",
         "retries",

@@ -78,7 +78,9 @@ class Reporter:
             if done >= total or now - last >= _SECONDS_BETWEEN_LINES:
                 # Estimated from the speed since the last line: what an earlier run had done is reported all at once.
                 seconds_left = (total - done) * (now - last) / max(1, done - last_done)
-                remaining = f"  about {_format_duration(seconds_left)} left" if seconds_left else ""
+                # Nothing done since then says nothing about the rest, as while a batch waits for its turn.
+                known = seconds_left and done > last_done
+                remaining = f"  about {_format_duration(seconds_left)} left" if known else ""
                 self.console.print(
                     f"  {what} {done}/{total}  {printable(note)}{remaining}".rstrip(), markup=False, soft_wrap=True
                 )

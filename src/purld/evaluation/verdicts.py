@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from purld.clients.batch import BatchClient
 from purld.clients.ledger import Ledger
 from purld.clients.open import open_client
 from purld.config.clients import AnswerFile, FileColumns
@@ -57,21 +58,34 @@ def collect_verdicts(
         raise ValueError("the settings name no judge")
     retries = settings.judge_retries
     if isinstance(judge, AnswerFile):
-        questions = [
-            question
-            for generations in answers.values()
-            for question in judge_questions(prompts, generations, opponents, settings.both_orders)
-        ]
-        _check_coverage(judge, questions, ledger, to_judge)
+        _check_coverage(judge, _first_questions(settings, prompts, answers, opponents), ledger, to_judge)
         retries = 0  # a file gives the same reply every time
-    client = open_client(judge, ledger, "judge", resend_unknown)
+    displays = list[Progress]()
+    client = open_client(judge, ledger, "judge", resend_unknown, lambda *state: displays[-1](*state))
+    if isinstance(client, BatchClient):  # the first questions about all models at once
+        client.submit(_first_questions(settings, prompts, answers, opponents))
     verdicts = {}
     for model, generations in answers.items():
         with watch(f"{model}: answers judged") as progress:
+            displays.append(progress)
             verdicts[model] = judge_answers(
                 prompts, generations, opponents, client, settings.both_orders, retries, progress
             )
     return verdicts
+
+
+def _first_questions(
+    settings: Evaluate,
+    prompts: Sequence[Prompt],
+    answers: Mapping[str, Sequence[Generation]],
+    opponents: Mapping[str, str],
+) -> list[Prompt]:
+    """Return the questions about the answers of every model, without those that ask again after a bad reply."""
+    return [
+        question
+        for generations in answers.values()
+        for question in judge_questions(prompts, generations, opponents, settings.both_orders)
+    ]
 
 
 def _check_coverage(judge: AnswerFile, questions: Sequence[Prompt], ledger: Ledger, to_judge: Path) -> None:

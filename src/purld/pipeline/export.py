@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from purld.clients.ledger import BUDGETS, LedgerView
+from purld.clients.ledger import BUDGETS, Ledger, LedgerView, Role
+from purld.config.clients import OpenAIEndpoint
 from purld.config.schema import Config
 from purld.errors import PlainWarning, UserError
 from purld.model.encode import Encoder
@@ -180,3 +181,32 @@ def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]
             ledger.export(export_to)
         totals = [{"role": role} | ledger.totals(role) for role in BUDGETS]
     return [row for row in totals if row["role"] != "scorer" or row["prompts"]]
+
+
+def list_open_batches(run_path: Path) -> list[str]:
+    """Return a line about each batch of a run whose results have not been collected."""
+    with LedgerView(open_run(run_path)[0].ledger) as ledger:
+        return [
+            f"{batch.name} ({batch.role}, {batch.calls:,} requests): {batch.status or batch.state}"
+            for batch in ledger.open_batches()
+        ]
+
+
+def cancel_batches(run_path: Path) -> list[str]:
+    """Cancel the batches of a run at their endpoints, and return a line about each.
+
+    Raises:
+        UserError: `run_path` holds no ledger, a process is using it, or an endpoint cannot be asked.
+    """
+    from purld.clients.batch import BatchClient
+
+    run, config = open_run(run_path)
+    if not run.ledger.exists():
+        raise UserError(f"{run_path}: has no ledger; the run sent no request over a network.")
+    askers: list[tuple[Role, Any]] = [("teacher", config.teacher), ("judge", config.evaluate.judge)]
+    lines = []
+    with Ledger(run.ledger) as ledger:
+        for role, endpoint in askers:
+            if isinstance(endpoint, OpenAIEndpoint) and ledger.open_batches():
+                lines += BatchClient(endpoint, ledger, role).cancel()
+    return lines

@@ -11,10 +11,16 @@ from typing import IO
 
 from purld.clients.anchors import apply_thinking_policy
 from purld.clients.answer_file import AnswerFileClient
-from purld.clients.base import reply_from_ledger
+from purld.clients.base import settled_reply
 from purld.clients.folder import FolderLedgers
-from purld.clients.ledger import Request, Role
-from purld.clients.requests import build_requests, max_image_tokens, token_cost, worst_case_tokens
+from purld.clients.ledger import LedgerView, Request, Role, is_blank
+from purld.clients.requests import (
+    build_requests,
+    max_image_tokens,
+    token_cost,
+    with_batch_prices,
+    worst_case_tokens,
+)
 from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
@@ -44,7 +50,7 @@ def pending_requests(
 ) -> Iterator[PendingRequest]:
     """Yield the requests that `purld anchors` would send now, each once, in order.
 
-    Requests that the ledger of this run or of a sibling run can answer are left out.
+    Requests that the ledger of this run or of a sibling run can answer, or that are in a batch, are left out.
 
     Raises:
         UserError: the ledger cannot be read.
@@ -60,7 +66,10 @@ def pending_requests(
             if (key := request.key) in seen:
                 continue
             seen.add(key)
-            if reply_from_ledger(known, key, resend_unknown) is None:
+            call = known.find_call(key)
+            result = call.result() if call else None
+            in_batch = call is not None and call.state == "batched"
+            if not in_batch and (result is None or settled_reply(result, resend_unknown) is None):
                 yield PendingRequest(role, prompt, request)
 
 
@@ -68,6 +77,8 @@ def write_dry_run(
     handle: IO[str], config: Config, pools: PromptPools, run: RunDir, resend_unknown: bool = False
 ) -> tuple[int, int]:
     """Write one line {"role", "url", "body"} per request that would be sent; `body` is byte for byte what is sent.
+
+    With the batch API, the bodies are sent in the lines of a file.
 
     Returns:
         The number of requests, and the bytes of their bodies in total.
@@ -77,7 +88,8 @@ def write_dry_run(
     if isinstance(config.teacher, OpenAIEndpoint):
         for pending in pending_requests(config.teacher, config, pools, run, resend_unknown):
             request = pending.request
-            url = json.dumps(f"{request.base_url}/chat/completions")
+            path = "files" if config.teacher.batch else "chat/completions"
+            url = json.dumps(f"{request.base_url}/{path}")
             # The body is written as it is and not dumped again, so that it stays byte for byte what is sent.
             handle.write(f'{{"role": "{pending.role}", "url": {url}, "body": {request.body}}}\n')
             count += 1
@@ -94,6 +106,7 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
     match config.teacher:
         case OpenAIEndpoint() as endpoint:
             _plan_teacher(plan, endpoint, pools, pending_requests(endpoint, config, pools, run))
+            plan.add_lines(_HEADING, *_describe_open_batches(run))
         case LocalModel(model=model):
             plan.add_lines(_HEADING, f"teacher: nothing; answers come from {model}")
         case AnswerFile(path=path) as file:
@@ -110,6 +123,17 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
     _plan_training_requests(plan, config, encoder, pools)
     if config.report_to:
         plan.add_lines(_HEADING, f"trackers: metrics to where {', '.join(config.report_to)} is set up to (report_to)")
+
+
+def _describe_open_batches(run: RunDir) -> list[str]:
+    """Return a line about each batch that was submitted before and whose results have not been collected."""
+    if is_blank(run.ledger):
+        return []
+    with LedgerView(run.ledger) as ledger:
+        return [
+            f"  {batch.name} of {batch.calls:,} requests ({batch.role}) was submitted before and is collected"
+            for batch in ledger.open_batches()
+        ]
 
 
 def _describe_answers(file: AnswerFile, config: Config, encoder: Encoder, prompts: list[Prompt], role: str) -> str:
@@ -140,15 +164,15 @@ def _plan_teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: PromptPools, requ
         read, written = read + bound[0], written + bound[1]
     held_out = f", {calls['opponent']:,} of them about held-out prompts" if calls["opponent"] else ""
     sent = f"{images:,} images, {size:,} bytes" if images else f"{size:,} bytes"
-    likely, cost = token_cost(endpoint, estimate, written), token_cost(endpoint, read, written)
     plan.add_lines(
         _HEADING,
-        f"teacher: {calls.total():,} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {sent}",
+        f"teacher: {calls.total():,} calls to {endpoint.model} at {endpoint.base_url}{held_out}, {sent}"
+        + _describe_batching(endpoint),
         f"  about {estimate:,} tokens in (by the student's tokenizer)"
-        + _format_cost(endpoint, likely, "with answers of full length about"),
-        f"  at most {read:,} tokens in and {written:,} out{_format_cost(endpoint, cost, 'at most')}",
+        + _format_cost(endpoint, (estimate, written), "with answers of full length about"),
+        f"  at most {read:,} tokens in and {written:,} out" + _format_cost(endpoint, (read, written), "at most"),
     )
-    _plan_caps(plan, endpoint, calls.total(), read + written, cost)
+    _plan_caps(plan, endpoint, calls.total(), read, written)
 
 
 def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools) -> None:
@@ -162,15 +186,16 @@ def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools:
         len(encoder.encode_literal(rating_turn(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align
     ) / len(pools.align)
     read, written = int(calls * (question_tokens + settings.max_new_tokens)), calls * settings.max_tokens_per_score
-    cost = token_cost(teacher, read, written)
+    single = teacher.model_copy(update={"batch": False})
     plan.add_lines(
         _HEADING,
         "Stage I: nothing",
-        f"Stage II: at most {calls:,} calls to {teacher.model} at {teacher.base_url}, one per candidate",
+        f"Stage II: at most {calls:,} calls to {teacher.model} at {teacher.base_url}, one per candidate"
+        + (", none of them in a batch" if teacher.batch else ""),
         f"  about {read:,} tokens in with candidates of full length, at most {written:,} out"
-        + _format_cost(teacher, cost, "about"),
+        + _format_cost(single, (read, written), "about"),
     )
-    _plan_caps(plan, teacher, len(pools.train) + calls, read + written, cost)
+    _plan_caps(plan, single, len(pools.train) + calls, read, written)
 
 
 def _plan_judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: PromptPools) -> None:
@@ -182,17 +207,16 @@ def _plan_judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Enco
     images = sum(_image_tokens(judge, p) for p in pools.held_out)
     read = per_prompt * (texts + images + answers * len(pools.held_out))
     written = calls * judge.max_tokens_per_answer
-    cost = token_cost(judge, read, written)
     plan.add_lines(
         _HEADING,
-        f"judge: at most {calls} calls to {judge.model} at {judge.base_url}",
+        f"judge: at most {calls} calls to {judge.model} at {judge.base_url}" + _describe_batching(judge),
         f"  about {read:,} tokens in with answers of full length, at most {written:,} out"
-        + _format_cost(judge, cost, "about"),
+        + _format_cost(judge, (read, written), "about"),
     )
     if config.evaluate.judge_retries:
         retries = config.evaluate.judge_retries
         plan.add_lines(_HEADING, f"  up to {retries} more for each reply that is no verdict (evaluate.judge_retries)")
-    _plan_caps(plan, judge, calls, read + written, cost)
+    _plan_caps(plan, judge, calls, read, written)
 
 
 def _image_tokens(endpoint: OpenAIEndpoint, prompt: Prompt) -> int:
@@ -200,18 +224,29 @@ def _image_tokens(endpoint: OpenAIEndpoint, prompt: Prompt) -> int:
     return sum(max_image_tokens(endpoint, image) for image in prompt.images)
 
 
-def _format_cost(endpoint: OpenAIEndpoint, cost: float, bound: str) -> str:
-    priced = endpoint.input_price or endpoint.output_price
-    return f", {bound} {cost:,.2f} in cost" if priced else "; no prices are configured"
+def _describe_batching(endpoint: OpenAIEndpoint) -> str:
+    return f", in batches at {endpoint.batch_discount:.0%} off, answered within a day" if endpoint.batch else ""
 
 
-def _plan_caps(plan: Plan, endpoint: OpenAIEndpoint, calls: int, tokens: int, cost: float) -> None:
-    needed = {"max_calls": calls, "max_tokens": tokens, "max_cost": cost}
+def _format_cost(endpoint: OpenAIEndpoint, tokens: tuple[int, int], bound: str) -> str:
+    """Return what input and output tokens cost: one call at a time, and in batches if they are asked for."""
+    if not (endpoint.input_price or endpoint.output_price):
+        return "; no prices are configured"
+    single, batched = token_cost(endpoint, *tokens), token_cost(with_batch_prices(endpoint), *tokens)
+    if endpoint.batch:
+        return f", {bound} {batched:,.2f} in cost in batches ({single:,.2f} without)"
+    return f", {bound} {single:,.2f} in cost"
+
+
+def _plan_caps(plan: Plan, endpoint: OpenAIEndpoint, calls: int, read: int, written: int) -> None:
+    cost = token_cost(with_batch_prices(endpoint) if endpoint.batch else endpoint, read, written)
+    needed = {"max_calls": calls, "max_tokens": read + written, "max_cost": cost}
     caps = {name: cap for name in needed if (cap := getattr(endpoint, name)) is not None}
     listed = ", ".join(f"{name} {cap:,}" for name, cap in caps.items())
     plan.add_lines(_HEADING, f"  hard caps: {listed or 'none'}")
     for name, cap in caps.items():
         if needed[name] > cap:
-            plan.add_lines(_HEADING, f"  the cap {name} may leave the last of these calls unsent")
+            later = "; what it holds back follows in further batches, as far as answers are cheaper" * endpoint.batch
+            plan.add_lines(_HEADING, f"  the cap {name} may leave the last of these calls unsent{later}")
     if endpoint.api_key_env and not os.environ.get(endpoint.api_key_env):
         plan.add_lines(_HEADING, f"  the environment variable {endpoint.api_key_env} is not set here")

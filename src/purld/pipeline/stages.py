@@ -14,6 +14,7 @@ from typing import Any
 
 from purld.clients.anchors import CollectedAnchors, collect_anchors
 from purld.clients.base import Client, ReplyState
+from purld.clients.batch import BatchClient
 from purld.clients.ledger import Ledger, Role
 from purld.clients.open import open_client
 from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
@@ -33,6 +34,7 @@ def run_anchors(context: RunContext) -> dict[str, Any]:
     """Ask the teacher once for each prompt, and for each held-out one if it is the opponent."""
     config, run = context.config, context.run
     with open_ledger(run, context.reporter) as ledger:
+        _submit_together(context, ledger)
         collection = _ask_teacher(context, ledger, "teacher", context.pools.train, "answers")
         if isinstance(config.evaluate.opponent, TeacherAnchors):
             opponent = _ask_teacher(context, ledger, "opponent", context.pools.held_out, "held-out prompts answered")
@@ -44,10 +46,20 @@ def run_anchors(context: RunContext) -> dict[str, Any]:
     return {"pool": context.pools.fingerprint, "teacher": totals | spent}
 
 
+def _submit_together(context: RunContext, ledger: Ledger) -> None:
+    """Submit the batches for training and for held-out prompts, so that neither waits for the other."""
+    held_out = context.pools.held_out if isinstance(context.config.evaluate.opponent, TeacherAnchors) else []
+    asked: list[tuple[Role, list[Prompt]]] = [("teacher", context.pools.train), ("opponent", held_out)]
+    for role, prompts in asked:
+        client = open_client(context.config.teacher, ledger, role, context.resend_unknown)
+        if isinstance(client, BatchClient):
+            client.submit(prompts)
+
+
 def _ask_teacher(context: RunContext, ledger: Ledger, role: Role, prompts: list[Prompt], what: str) -> CollectedAnchors:
     teacher = context.config.teacher
-    client = open_client(teacher, ledger, role, context.resend_unknown)
     with context.reporter.progress(what) as progress:
+        client = open_client(teacher, ledger, role, context.resend_unknown, progress)
 
         def on_progress(counts: Counter[ReplyState]) -> None:
             progress(counts.total(), len(prompts), _collection_status(counts, ledger, role, teacher))
@@ -135,7 +147,8 @@ def _judging_teacher(context: RunContext) -> Iterator[Client | None]:
         yield None
         return
     with open_ledger(context.run, context.reporter) as ledger:
-        short = teacher.model_copy(update={"max_tokens_per_answer": settings.max_tokens_per_score})
+        # One call at a time: a step of training cannot wait for a batch.
+        short = teacher.model_copy(update={"max_tokens_per_answer": settings.max_tokens_per_score, "batch": False})
         yield open_client(short, ledger, "scorer", context.resend_unknown)
 
 

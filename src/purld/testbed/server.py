@@ -2,7 +2,7 @@
 
 Both answer `POST /v1/chat/completions` and `GET /v1/models` with a bearer key. They recognise images (data URLs in
 content parts) by their pixels, and know only what a request contains. Both are deterministic, so sampling settings are
-accepted and ignored. There is no streaming, and nothing is logged.
+accepted and ignored. There is no streaming, and nothing is logged. Files and batches are those of `batches`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import parse_qsl
 
 from purld import templates
 from purld.data.images import read_image
 from purld.errors import UserError
 from purld.records import IMAGE
+from purld.testbed.batches import BadBatchError, BatchStore, UnknownObjectError
 from purld.testbed.world.scenes import Scene
 from purld.testbed.world.world import answer_quality, read_scene, recognise_problem, teacher_answer
 
@@ -33,6 +35,7 @@ TEACHER, JUDGE = "testbed-teacher", "testbed-judge"
 MODELS = (TEACHER, JUDGE)
 UNKNOWN_QUESTION = "I can only answer questions of the testbed's world, and this is not one of them."
 MAX_BODY_BYTES = 10_000_000
+MAX_FILE_BYTES = 201_000_000  # a file of 200 MB in a form
 
 
 class TestbedServer:
@@ -166,6 +169,20 @@ class _HttpServer(ThreadingHTTPServer):
         self.api_key = api_key
         self.lock = threading.Lock()
         self.completions: Counter[str] = Counter()
+        self.batches = BatchStore(self.complete)
+
+    def complete(self, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the response to a chat completion request."""
+        try:
+            model, prompt, message = _parse_request(body)
+            if model not in MODELS:
+                raise _ApiError(HTTPStatus.NOT_FOUND, f"The model {model!r} does not exist.", "model_not_found")
+        except _ApiError as error:
+            return error.status, error.body
+        text = reply_as(model, message)
+        with self.lock:
+            self.completions[model] += 1
+        return HTTPStatus.OK, _completion(model, prompt, text)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that hang up."""
@@ -177,31 +194,58 @@ class _Handler(BaseHTTPRequestHandler):
     server: _HttpServer
 
     def do_GET(self) -> None:
-        self._respond({"/v1/models": _list_models})
+        self._respond()
 
     def do_POST(self) -> None:
-        self._respond({"/v1/chat/completions": self._complete})
+        self._respond()
 
-    def _respond(self, routes: dict[str, Any]) -> None:
+    def _respond(self) -> None:
+        path, _, query = self.path.partition("?")
         try:
-            body = self._read_body()
+            body = self._read_body(MAX_FILE_BYTES if path == "/v1/files" else MAX_BODY_BYTES)
             self._check_key()
-            route = routes.get(self.path.partition("?")[0])
-            if route is None:
-                raise _ApiError(HTTPStatus.NOT_FOUND, f"There is no {self.command} {self.path} here.")
-            self._send(HTTPStatus.OK, route(body))
+            self._send(*self._answer(path.removeprefix("/v1/").split("/"), query, body))
         except _ApiError as error:
             self._send(error.status, error.body)
+        except UnknownObjectError as missing:
+            self._send(HTTPStatus.NOT_FOUND, _ApiError(HTTPStatus.NOT_FOUND, f"There is no {missing}.").body)
+        except BadBatchError as bad:
+            self._send(HTTPStatus.BAD_REQUEST, _ApiError(HTTPStatus.BAD_REQUEST, str(bad)).body)
 
-    def _read_body(self) -> bytes:
+    def _answer(self, path: list[str], query: str, body: bytes) -> tuple[int, dict[str, Any] | bytes]:
+        """Return the status and the body of the response; `path` is without its version."""
+        store = self.server.batches
+        match self.command, path:
+            case "GET", ["models"]:
+                return HTTPStatus.OK, _list_models()
+            case "POST", ["chat", "completions"]:
+                return self.server.complete(body)
+            case "POST", ["files"]:
+                return HTTPStatus.OK, store.upload(self.headers.get("Content-Type", ""), body)
+            case "GET", ["files", identity]:
+                return HTTPStatus.OK, store.describe_file(identity)
+            case "GET", ["files", identity, "content"]:
+                return HTTPStatus.OK, store.read_file(identity)
+            case "POST", ["batches"]:
+                return HTTPStatus.OK, store.create(_parse_object(body))
+            case "GET", ["batches"]:
+                asked = dict(parse_qsl(query))
+                return HTTPStatus.OK, store.list_batches(asked.get("after"), int(asked.get("limit", "20")))
+            case "GET", ["batches", identity]:
+                return HTTPStatus.OK, store.retrieve(identity)
+            case "POST", ["batches", identity, "cancel"]:
+                return HTTPStatus.OK, store.cancel(identity)
+        raise _ApiError(HTTPStatus.NOT_FOUND, f"There is no {self.command} {self.path} here.")
+
+    def _read_body(self, most: int) -> bytes:
         # Read the body even if the request is refused: on a kept-alive connection it precedes the next request.
         length = self.headers.get("Content-Length", "0")
         if self.headers.get("Transfer-Encoding") or not length.isdecimal():
             self.close_connection = True
             raise _ApiError(HTTPStatus.LENGTH_REQUIRED, "Send a Content-Length.")
-        if int(length) > MAX_BODY_BYTES:
+        if int(length) > most:
             self.close_connection = True
-            raise _ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"More than {MAX_BODY_BYTES} bytes.")
+            raise _ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"More than {most} bytes.")
         return self.rfile.read(int(length))
 
     def _check_key(self) -> None:
@@ -209,19 +253,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(self.headers.get("Authorization", "").encode(), expected):
             raise _ApiError(HTTPStatus.UNAUTHORIZED, "Incorrect API key provided.", "invalid_api_key")
 
-    def _complete(self, body: bytes) -> dict[str, Any]:
-        model, prompt, message = _parse_request(body)
-        if model not in MODELS:
-            raise _ApiError(HTTPStatus.NOT_FOUND, f"The model {model!r} does not exist.", "model_not_found")
-        text = reply_as(model, message)
-        with self.server.lock:
-            self.server.completions[model] += 1
-        return _completion(model, prompt, text)
-
-    def _send(self, status: HTTPStatus, value: dict[str, Any]) -> None:
-        data = json.dumps(value).encode()
+    def _send(self, status: int, value: dict[str, Any] | bytes) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "application/octet-stream" if data is value else "application/json")
         self.send_header("Content-Length", str(len(data)))
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -232,7 +267,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Stay quiet."""
 
 
-def _list_models(_body: bytes) -> dict[str, Any]:
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise _ApiError(HTTPStatus.BAD_REQUEST, "The request body is not a JSON object.")
+    return value
+
+
+def _list_models() -> dict[str, Any]:
     entries = [{"id": name, "object": "model", "created": 0, "owned_by": "purld"} for name in MODELS]
     return {"object": "list", "data": entries}
 

@@ -1,0 +1,137 @@
+"""Read the files of a batch that has ended into the ledger, line by line.
+
+A line is settled durably before its answer is used, so that a process killed while it reads goes on where it was. A
+request without a line is `failed` if the endpoint's counts say that it was not executed, else `unknown`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from purld.clients.batch_api import ApiReply, BatchApi
+from purld.clients.batch_format import OVERHEAD_BYTES, BatchStatus, read_line, unexecuted
+from purld.clients.batch_records import BatchRecord
+from purld.clients.faults import CallOutcome
+from purld.clients.ledger import CallResult, Ledger
+from purld.clients.rate_limit import backoff_seconds
+from purld.clients.redaction import KeyRedactor
+from purld.clients.transport import Line, body_limit
+from purld.config.clients import OpenAIEndpoint
+from purld.errors import UserError
+
+OnOutcome = Callable[[str, CallOutcome], None]
+"""Receives a request's key and the end of its call, once it is durable."""
+
+
+@dataclass
+class Collected:
+    """What a batch brought.
+
+    Attributes:
+        requests: the calls that ended now.
+        answered: those with an answer.
+        cause: the error of the last call that failed.
+        stop: one sentence, if a response said that every further call would fail.
+    """
+
+    requests: int = 0
+    answered: int = 0
+    cause: CallResult | None = None
+    stop: str | None = None
+
+    def add(self, outcome: CallOutcome) -> None:
+        """Count the end of a call."""
+        self.requests += 1
+        self.stop = self.stop or outcome.stop
+        if outcome.result.state == "answered":
+            self.answered += 1
+        else:
+            self.cause = outcome.result
+
+
+class BatchCollector:
+    """Collects the results of batches.
+
+    Args:
+        api: the endpoint's batch API.
+        ledger: stores the results.
+        endpoint: the endpoint, with the prices of a batch.
+        redactor: removes the key from what the endpoint sent.
+    """
+
+    def __init__(self, api: BatchApi, ledger: Ledger, endpoint: OpenAIEndpoint, redactor: KeyRedactor) -> None:
+        self._api = api
+        self._ledger = ledger
+        self._endpoint = endpoint
+        self._redactor = redactor
+
+    async def collect(self, batch: BatchRecord, status: BatchStatus, on_outcome: OnOutcome) -> Collected:
+        """Settle every call of a batch that has ended.
+
+        Raises:
+            UserError: a file cannot be read now; the batch stays open, and what was read is stored.
+        """
+        calls = self._ledger.open_calls(batch.id)
+        collected, executed, gone = Collected(), set[str](), False
+        for file_id in status.files:
+            problem = await self._read_file(file_id, calls, executed, collected, on_outcome)
+            if problem and problem.status in (404, 410):
+                gone = True
+            elif problem:
+                raise UserError(
+                    f"{self._endpoint.base_url}: the results of {batch.name} cannot be read ({problem.said}); "
+                    "they stay there, and the same command collects them."
+                )
+        rest = self._rest(status, len(executed), gone)
+        for key in self._ledger.end_batch(batch.id, status.status, rest.result):
+            collected.add(rest)
+            on_outcome(key, rest)
+        return collected
+
+    async def _read_file(
+        self, file_id: str, calls: dict[str, int], executed: set[str], collected: Collected, on_outcome: OnOutcome
+    ) -> ApiReply | None:
+        """Settle the calls that a file has lines for; return why it could not be read to its end, or None."""
+        problem: ApiReply | None = None
+        for attempt in range(self._endpoint.retries + 1):
+            problem = None
+            async for item in self._api.lines(file_id):
+                if isinstance(item, ApiReply):
+                    problem = item
+                else:
+                    self._settle_line(item, calls, executed, collected, on_outcome)
+            if problem is None or not problem.passing:
+                break
+            await asyncio.sleep(backoff_seconds(attempt, problem.retry_after))
+        return problem
+
+    def _settle_line(
+        self, line: Line, calls: dict[str, int], executed: set[str], collected: Collected, on_outcome: OnOutcome
+    ) -> None:
+        limit = body_limit(self._endpoint) + OVERHEAD_BYTES
+        read = read_line(line.content, line.too_long, limit, self._endpoint, time.time(), self._redactor)
+        if read is None:
+            return
+        if read.executed:
+            executed.add(read.key)
+        call = calls.pop(read.key, None)
+        if call is None:  # settled before, by an earlier attempt or process
+            return
+        self._ledger.settle(call, read.outcome.result)
+        collected.add(read.outcome)
+        on_outcome(read.key, read.outcome)
+
+    def _rest(self, status: BatchStatus, executed: int, gone: bool) -> CallOutcome:
+        """Return the end of the calls for which no line was found."""
+        if status.status == "failed" and not status.files:
+            said = f"batch_failed: {status.errors}" if status.errors else "batch_failed"
+            return CallOutcome(CallResult("failed", error=said, billable=False, left=False), suspect=True)
+        if gone:
+            return CallOutcome(CallResult("unknown", error="output_gone"), suspect=True)
+        if status.completed is not None and status.completed <= executed:
+            left_out = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
+            return unexecuted(left_out.get(status.status, "no_line"))
+        return CallOutcome(CallResult("unknown", error="no_line"), suspect=True)
