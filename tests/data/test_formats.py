@@ -123,6 +123,7 @@ def test_a_text_file_has_a_prompt_on_every_line(tmp_path):
         ("What is 2 + 3?", ", line 1"), ("Say hello.", ", line 3"), ("Gr\u00fc\u00df.", ", line 4")
     ]  # fmt: skip
     assert loaded.format == "text with one prompt per line"
+    assert load_prompts(path, Columns(prompt="question")).prompts[1].question == "Say hello."
     path.write_bytes(b"good\n\xff\n")
     with pytest.raises(UserError, match=r"pool\.txt, line 2: is not UTF-8"):
         load_prompts(path)

@@ -18,14 +18,16 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from purld.cli import commands, common, init, status
+from purld.cli import commands, common  # isort: split
+
+from purld.cli import doctor, init, status  # in the help, these come after
 from purld.cli.common import app, make_reporter
 from purld.display.streams import protected_streams
 from purld.errors import PlainWarning, UserError, printable
 from purld.failures import TRACEBACK_VARIABLE, describe_failure
 from purld.signals import Stopped, stopping_signals
 
-__all__ = ["app", "commands", "init", "main", "status"]
+__all__ = ["app", "commands", "doctor", "init", "main", "status"]
 
 
 def main() -> None:

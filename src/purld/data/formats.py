@@ -20,6 +20,7 @@ from typing import Any
 
 from purld.config.schema import Columns
 from purld.data.files import FILE_KINDS, KIND_NAMES, FileRow, file_kind, iter_rows, json_type_name
+from purld.data.text_files import TEXT_COLUMN
 from purld.errors import UserError
 
 _SPEAKERS = {
@@ -79,8 +80,8 @@ def read_formatted(path: str | Path, name: str, columns: Columns, answer: str, k
     else:
         row_format = None if name == "columns" else _find_format(first, columns, answer, key)
     rows = chain(first, rows)
-    if kind == "text":
-        return FormattedRows(KIND_NAMES[kind], rows, columns.prompt)
+    if kind == "text":  # which has no names of columns
+        return FormattedRows(KIND_NAMES[kind], _rename_column(rows, TEXT_COLUMN, columns.prompt), columns.prompt)
     if row_format is None:
         title = f"{KIND_NAMES[kind]}, prompts in the column {columns.prompt!r}"
         return FormattedRows(title, rows, columns.prompt, _unread_input(first, columns, key))
@@ -130,6 +131,11 @@ def _chat_format(cells: Mapping[str, Any], column: str) -> str | None:
     if not isinstance(turns, list) or not turns or not isinstance(turns[0], Mapping):
         return None
     return "sharegpt" if "from" in turns[0] else "messages" if "role" in turns[0] else None
+
+
+def _rename_column(rows: Iterable[FileRow], old: str, new: str) -> Iterator[FileRow]:
+    for row in rows:
+        yield row if row.values is None else FileRow(row.location, {new: row.values[old]})
 
 
 def _convert_rows(rows: Iterable[FileRow], row_format: RowFormat, columns: Columns, answer: str) -> Iterator[FileRow]:

@@ -22,32 +22,39 @@ def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path) -> 
     Memory is that of weights, gradients and optimiser. Activations depend on the micro-batch sizes and come on top.
     """
     student, count, trained = config.student, sizes.weights, sizes.trained
-    bytes_each = 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
-    # The frozen p_sft (with an adapter, the base), and per trained weight its value, gradient and two moments.
-    memory = count * bytes_each + 16 * trained
+    memory = training_bytes(config, sizes)
     mode = f"LoRA r={student.lora.r}, {trained / 1e6:,.1f} M trained" if student.lora else "all weights"
     plan.add_lines(
         "Student",
         f"{student.model}: {count / 1e6:,.1f} M parameters, {mode}",
-        f"about {_format_bytes(memory)} for weights, gradients and optimiser, activations on top",
+        f"about {format_bytes(memory)} for weights, gradients and optimiser, activations on top",
     )
     stages = 2 if isinstance(config.align, StageTwoSettings) else 1
     saved = trained if student.lora else count  # without an adapter, frozen weights are saved too
     disk = 4 * (saved * (stages + _CHECKPOINTS) + 2 * trained * _CHECKPOINTS)
-    free = shutil.disk_usage(_nearest_existing_folder(run)).free
+    free = shutil.disk_usage(nearest_existing_folder(run)).free
     plan.add_lines(
-        "Student", f"about {_format_bytes(disk)} of disk at most, checkpoints included; {_format_bytes(free)} are free"
+        "Student", f"about {format_bytes(disk)} of disk at most, checkpoints included; {format_bytes(free)} are free"
     )
     if disk > free:
         plan.problems.append(
-            f"{run}: the run needs about {_format_bytes(disk)} of disk, and {_format_bytes(free)} are free."
+            f"{run}: the run needs about {format_bytes(disk)} of disk, and {format_bytes(free)} are free."
         )
 
 
-def _nearest_existing_folder(path: Path) -> Path:
+def training_bytes(config: Config, sizes: StudentSizes) -> int:
+    """Return the bytes that weights, gradients and optimiser take; activations come on top."""
+    student = config.student
+    bytes_each = 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
+    # The frozen p_sft (with an adapter, the base), and per trained weight its value, gradient and two moments.
+    return sizes.weights * bytes_each + 16 * sizes.trained
+
+
+def nearest_existing_folder(path: Path) -> Path:
     """Return `path` or its nearest parent that exists."""
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
-def _format_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in GiB, or in MiB if it is less than one."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{math.ceil(count / 2**20)} MiB"
