@@ -1,5 +1,6 @@
 """Every objective: values derived by hand, gradients against autograd, and the KLs' gradients against the exact one."""
 
+import functools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from purld.methods.losses import (
     WEIGHT_CAP,
     GroupTokens,
     dpo_loss,
+    engine_weights,
     grpo_loss,
     kl_coefficients,
     labels_kl,
@@ -21,6 +23,7 @@ from purld.methods.losses import (
     nll_loss,
     ppo_loss,
     reverse_kl_loss,
+    sampling_gaps,
 )
 
 FORMS = ("ratio", "likelihood", "mean")
@@ -268,3 +271,66 @@ def test_likelihood_is_the_mean_over_a_members_own_tokens():
     )
     assert loss.value.item() == pytest.approx((2 + 4) / 2)
     assert coefficients.tolist() == [[-0.25, -0.25], [-0.5, 0.0]]
+
+
+# --- draws of an engine with other numbers -------------------------------------------------------------------
+
+
+def test_hand_derived_engine_weights():
+    """An anchor, and candidates with log p_old - log p_engine = (0.1, 0.2), (0.5, 0.4), (-0.3,) and one of padding.
+
+    Weights 1, e^0.3 = 1.349859, e^0.9 = 2.459603 cut at 2, e^-0.3 = 0.740818; gaps 0.1, 0.2, 0.5, 0.4, 0.3.
+    """
+    old = torch.tensor([[-1.0, -1], [-1, -2], [-1, -2], [-3, 0]])
+    sampled = old - torch.tensor([[math.nan, math.nan], [0.1, 0.2], [0.5, 0.4], [-0.3, math.nan]])
+    mask = torch.tensor([[1.0, 1], [1, 1], [1, 1], [1, 0]])
+    group = members(old, mask=mask, sampled=sampled)
+    assert engine_weights(group, 2.0).tolist() == pytest.approx([1, 1.349859, 2, 0.740818], abs=1e-6)
+    assert sampling_gaps(group).tolist() == pytest.approx([0.1, 0.2, 0.5, 0.4, 0.3], abs=1e-6)
+    loss, coefficients, _ = loss_coefficients(nll_loss, group, importance_cap=2.0)
+    assert coefficients[:, 0].tolist() == pytest.approx([-1 / 8, -1.349859 / 8, -2 / 8, -0.740818 / 4], abs=1e-6)
+    assert loss.metrics["importance"].item() == pytest.approx(5.090677 / 4, abs=1e-6)
+    assert loss.metrics["importance_capped"].item() == 0.25
+    assert torch.equal(loss_coefficients(nll_loss, group)[1], loss_coefficients(nll_loss, members(old, mask=mask))[1])
+    assert engine_weights(members(old), 2.0) is None
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda tokens, reward: grpo_loss(tokens, reward, clip=0.2, beta=0.3),
+        lambda tokens, reward: ldl_loss(tokens, torch.zeros_like(reward), form="ratio", beta=1.0),
+        lambda tokens, reward: reverse_kl_loss(tokens),
+    ],
+    ids=["grpo", "kl of ldl", "reverse kl"],
+)
+@pytest.mark.parametrize("cap", [100.0, 1.1])
+def test_engine_weights_give_the_policys_own_gradient_in_expectation(objective, cap):
+    """Exactly, over all answers of two tokens out of three; the engine's distribution is another in both tokens.
+
+    With the cap, answers that the engine draws too seldom count for less than they should: mu min(p / mu, cap).
+    """
+    generator = torch.Generator().manual_seed(0)
+    policy, reference, noise = (torch.randn(12, dtype=torch.float64, generator=generator) for _ in range(3))
+    engine, rewards = policy + 0.3 * noise, torch.randn(9, dtype=torch.float64, generator=generator)
+
+    def token_log_probs(logits):  # (9, 2): the first token, and the second one after it
+        first, second = logits[:3].log_softmax(0), logits[3:].view(3, 3).log_softmax(1)
+        return torch.stack([first.repeat_interleave(3), second.flatten()], dim=1)
+
+    p, mu, log_reference = token_log_probs(policy), token_log_probs(engine), token_log_probs(reference)
+
+    def expected_gradient(shares, sampled, importance_cap):
+        total = torch.zeros(9, 2, dtype=torch.float64)
+        for y in range(9):
+            group = members(p[y : y + 1], log_reference[y : y + 1], sampled=sampled[y : y + 1])
+            fixed = functools.partial(objective, reward=rewards[y : y + 1])
+            total[y] = shares[y] * loss_coefficients(fixed, group, importance_cap)[1][0]
+        return torch.func.vjp(token_log_probs, policy)[1](total)[0]
+
+    weighted = expected_gradient(mu.sum(dim=1).exp(), mu, cap)
+    shares = torch.minimum(p.sum(dim=1).exp(), cap * mu.sum(dim=1).exp())
+    assert torch.allclose(weighted, expected_gradient(shares, mu, None), atol=1e-12)
+    exact = expected_gradient(p.sum(dim=1).exp(), mu, None)
+    assert torch.allclose(weighted, exact, atol=1e-12) == (cap == 100.0)
+    assert not torch.allclose(expected_gradient(mu.sum(dim=1).exp(), mu, None), exact, atol=1e-3)

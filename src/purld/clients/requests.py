@@ -14,12 +14,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from purld.api_keys import checked_key
 from purld.clients.ledger import Request
 from purld.config.clients import OpenAIEndpoint
 from purld.data.image_encoding import ImageBounds, bounded_size, encode_for_sending
 from purld.data.parallel import map_in_order
 from purld.errors import UserError
-from purld.failures import hide_secret
 from purld.records import IMAGE, Image, Message, Prompt
 
 # Upper bounds of a call's tokens. No tokenizer in use produces more tokens than a text has bytes; a chat template adds
@@ -124,13 +124,7 @@ def read_api_key(endpoint: OpenAIEndpoint) -> str | None:
             raise UserError(f"the key {source} cannot be read.") from None
     else:
         return None
-    key = key.strip()
-    if not key:
-        raise UserError(f"the {source} holds no API key for {endpoint.base_url}.")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"the {source} does not hold a valid API key: its text has spaces or special characters.")
-    hide_secret(key)
-    return key
+    return checked_key(key, source, endpoint.base_url)
 
 
 def _content(text: str, urls: Iterator[str]) -> str | list[dict[str, Any]]:

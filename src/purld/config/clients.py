@@ -12,6 +12,29 @@ from pydantic_core import PydanticCustomError
 from purld.config.base import Count, FormatName, Fraction, NonNegative, Positive, Retries, Seconds, Section, Temperature
 
 
+def plain_http(url: str) -> str:
+    """Return the address of a server without a slash at its end.
+
+    Raises:
+        ValueError: it is no address over HTTP, or it holds more than host, port and path.
+    """
+    parts = urlsplit(url)
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or not url.isprintable()
+        or " " in url
+        or parts.port == 0
+    ):
+        raise ValueError("an endpoint's address begins with http:// or https:// and names a host")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        # Do not echo the address: it may hold a secret.
+        raise PydanticCustomError(
+            "secret_in_url", "the address may hold no user, password or query; name a key by api_key_env"
+        )
+    return url.rstrip("/")
+
+
 class FileColumns(Section):
     """The names of the columns in an answer file; a row matches a prompt by `id`, or by `prompt` and its `images`."""
 
@@ -62,21 +85,7 @@ class OpenAIEndpoint(Section):
     @field_validator("base_url")
     @classmethod
     def _plain_http(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if (
-            parts.scheme not in ("http", "https")
-            or not parts.hostname
-            or not url.isprintable()
-            or " " in url
-            or parts.port == 0
-        ):
-            raise ValueError("an endpoint's address begins with http:// or https:// and names a host")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            # Do not echo the address: it may hold a secret.
-            raise PydanticCustomError(
-                "secret_in_url", "the address may hold no user, password or query; name a key by api_key_env"
-            )
-        url = url.rstrip("/")
+        url = plain_http(url)
         if url.endswith("/chat/completions"):
             raise ValueError(f"purld adds /chat/completions itself; give {url.removesuffix('/chat/completions')}")
         return url
@@ -129,12 +138,13 @@ TRANSPORT = frozenset(
         "batch_discount",
         "concurrency",
         "timeout",
+        "restart_timeout",
         "retries",
         "requests_per_minute",
         "tokens_per_minute",
     }
 )
-"""How an endpoint is reached and what it may cost; no answer depends on these keys, so a begun run may change them."""
+"""How a server is reached and what it may cost; no answer depends on these keys, so a begun run may change them."""
 
 
 Teacher = Annotated[OpenAIEndpoint | AnswerFile | LocalModel, Field(discriminator="kind")]

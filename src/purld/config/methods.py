@@ -74,6 +74,9 @@ class SamplingSettings(StageTwoSettings):
     temperature: SamplingTemperature = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 512
+    # Weigh each candidate by p_trainer / p_engine, at most this; null: not at all. Only another engine than `generate`
+    # draws from other numbers than the trainer's.
+    importance_cap: Annotated[float, Field(ge=1, le=100)] | None = None
 
     @property
     def drawn(self) -> int:

@@ -31,6 +31,7 @@ from purld.config.base import (
     union_sections,
 )
 from purld.config.clients import AnchorPolicy, AnswerFile, Judge, Opponent, Teacher
+from purld.config.engines import Engine, GenerateEngine, VllmEngine
 from purld.config.methods import Align, LdlGrpo, TeacherJudgeGrpo
 
 
@@ -41,16 +42,6 @@ class Lora(Section):
     alpha: Positive | None = None  # None: 2 r
     dropout: Fraction = 0.0
     target_modules: str | list[str] = "all-linear"
-
-
-class GenerateEngine(Section):
-    """Draw completions with transformers' `generate`, in this process."""
-
-    kind: Literal["generate"] = "generate"
-
-
-Engine = GenerateEngine
-"""What draws completions from the student; a union of sections once there is a second engine."""
 
 
 class Student(Section):
@@ -71,6 +62,16 @@ class Student(Section):
     engine: Engine = GenerateEngine()  # what draws completions from the student
     # Whether the vision modules are trained too; null: if all weights are, and not with an adapter.
     train_vision: bool | None = None
+
+    @model_validator(mode="after")
+    def _engine_takes_adapters(self) -> Student:
+        if isinstance(self.engine, VllmEngine) and self.lora is None:
+            raise ValueError(
+                "engine kind vllm needs student.lora: a running vLLM server takes new adapters from files, but all "
+                "weights only over NCCL from a process that has vllm installed, and vllm does not install beside "
+                "purld's transformers"
+            )
+        return self
 
     @property
     def trains_vision(self) -> bool:

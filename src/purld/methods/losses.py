@@ -36,6 +36,8 @@ class GroupTokens:
         mask: 1 on a member's tokens, 0 on padding.
         values: the critic's value before each token; differentiated too. None without a critic.
         old_values: the critic's values when the members were drawn.
+        sampled: as `old`, by the numbers of the engine that drew the members; NaN on a member that was not drawn.
+            None where the policy itself drew them.
     """
 
     policy: Tensor
@@ -44,6 +46,7 @@ class GroupTokens:
     mask: Tensor
     values: Tensor | None = None
     old_values: Tensor | None = None
+    sampled: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -71,22 +74,50 @@ class GroupLoss:
 
 
 def loss_coefficients(
-    objective: Callable[[GroupTokens], GroupLoss], tokens: GroupTokens
+    objective: Callable[[GroupTokens], GroupLoss], tokens: GroupTokens, importance_cap: float | None = None
 ) -> tuple[GroupLoss, Tensor, Tensor | None]:
-    """Return the objective and its (K, C) gradients in `tokens.policy` and `tokens.values`, without keeping a graph."""
+    """Return the objective and its (K, C) gradients in `tokens.policy` and `tokens.values`, without keeping a graph.
+
+    Args:
+        objective: the objective.
+        tokens: the members.
+        importance_cap: multiply each member's gradients by its `engine_weights`; None leaves them.
+    """
     policy = tokens.policy.detach().requires_grad_()
     values = None if tokens.values is None else tokens.values.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(replace(tokens, policy=policy, values=values))
         loss.value.backward()
     gradients = [None if x is None else torch.zeros_like(x) if x.grad is None else x.grad for x in (policy, values)]
-    detached = GroupLoss(
-        loss.value.detach(),
-        {name: metric.detach() for name, metric in loss.metrics.items()},
-        {name: column.detach() for name, column in loss.members.items()},
-    )
+    metrics = {name: metric.detach() for name, metric in loss.metrics.items()}
+    if importance_cap is not None and (weights := engine_weights(tokens, importance_cap)) is not None:
+        gradients = [None if gradient is None else weights.unsqueeze(1) * gradient for gradient in gradients]
+        metrics |= {"importance": weights.mean(), "importance_capped": (weights >= importance_cap).float().mean()}
+    members = {name: column.detach() for name, column in loss.members.items()}
+    detached = GroupLoss(loss.value.detach(), metrics, members)
     assert gradients[0] is not None
     return detached, gradients[0], gradients[1]
+
+
+def engine_weights(tokens: GroupTokens, cap: float) -> Tensor | None:
+    """Return p_old(y) / p_engine(y) of each member, at most `cap`, shape (K,); None where the policy drew them itself.
+
+    An engine that computes in other numbers draws from a slightly other distribution. With these weights, a mean over
+    its draws of what depends on one draw alone has the policy's own expectation, as long as the cap is not met
+    (truncated importance sampling: Ionides, 2008, here of whole answers). A member that was not drawn has weight 1.
+    """
+    if tokens.sampled is None:
+        return None
+    log_ratios = tokens.sequences((tokens.old - tokens.sampled).nan_to_num(nan=0.0)).detach()
+    return log_ratios.exp().clamp(max=cap)
+
+
+def sampling_gaps(tokens: GroupTokens) -> Tensor | None:
+    """Return |log p_old - log p_engine| of every drawn token of a group, in nats, (T,); None without an engine."""
+    if tokens.sampled is None:
+        return None
+    gaps = (tokens.old - tokens.sampled).abs()
+    return gaps[(tokens.mask > 0) & ~gaps.isnan()]
 
 
 # --- LDL-GRPO ------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 - `load`: models, adapters, and their roles in Stage II; `processor`: tokenizers and processors.
 - `encode`: text to token ids; `vision`: images to the model's other inputs.
-- `sample`: completions; `samplers`: the engines that draw them.
+- `sample`: completions; `samplers`: the engines that draw them, with vLLM (`vllm_sampler`, `vllm_server`) among them.
 - `log_probs`: log-probs of a group's completions. Its prompt is computed once (`prefix`, on `cache` and
   `body_and_head`) if the model passes a check (`self_check`).
 - `self_evaluation`: scores of candidates against the anchor; `critic`: the value head of PPO.

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from purld.config.schema import Student
 from purld.errors import reason_of
-from purld.model.causal_lm import CausalLM
+from purld.model.causal_lm import CausalLM, has_adapters, unwrap_adapters
 from purld.model.vision import vision_modules
 from purld.model.weights import WeightsError
 
 _WEIGHTS = "adapter_model.safetensors"
+# Where the adapter lies that was merged into a model when it was loaded.
+_merged_adapters: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 
 
 def make_lora_config(student: Student, model: CausalLM) -> LoraConfig:
@@ -55,7 +61,57 @@ def merge_adapter(base: Any, path: Path) -> Any:
     # peft leaves adapter weights that the file lacks as they were initialised, with no more than a warning.
     if lacking := sorted(_adapter_weights(adapted).keys() - held.keys()):
         raise WeightsError(f"{_WEIGHTS} lacks {len(lacking)} of the adapter's weights, such as {lacking[0]}")
-    return adapted.merge_and_unload()
+    merged = adapted.merge_and_unload()
+    _merged_adapters[merged] = path
+    return merged
+
+
+def write_current_adapter(model: CausalLM, folder: Path) -> Path | None:
+    """Return a folder with the one adapter that makes `model` of the student's own weights, or None for those weights.
+
+    Args:
+        model: as `purld.model.load` returns it, or the policy of Stage II.
+        folder: is made and written to, unless the adapter lies in a file already.
+
+    Raises:
+        WeightsError: Stage I's adapter is damaged.
+    """
+    merged = _merged_adapters.get(cast(nn.Module, unwrap_adapters(model)))
+    if not has_adapters(model) or merged is None:
+        return merged
+    folder.mkdir(parents=True, exist_ok=True)
+    combine_adapters(cast(PeftModel, model), merged, folder)
+    _let_others_read(folder)
+    return folder
+
+
+def write_blank_adapter(student: Student, skeleton: CausalLM, folder: Path, stages: int) -> None:
+    """Write an adapter that changes nothing, in the shape of the one that `stages` stages of training add up to.
+
+    Args:
+        student: says which adapter is trained.
+        skeleton: the student on the meta device; it is changed.
+        folder: where to write to; it exists.
+        stages: 1 for Stage I's adapter, 2 for that of both stages.
+    """
+    config = make_lora_config(student, skeleton)
+    config.r, config.lora_alpha = stages * config.r, stages * config.lora_alpha
+    adapted = cast(PeftModel, get_peft_model(cast(PreTrainedModel, skeleton), config))
+    blank = {name: torch.zeros(weight.shape) for name, weight in _adapter_weights(adapted).items()}
+    adapted.peft_config["default"].save_pretrained(str(folder))
+    save_file(blank, folder / _WEIGHTS, metadata={"format": "pt"})
+    _let_others_read(folder)
+
+
+def _let_others_read(folder: Path) -> None:
+    """Let the umask say who may read an adapter's weights, which safetensors lets only their owner read."""
+    shutil.copymode(folder / "adapter_config.json", folder / _WEIGHTS)
+
+
+def hash_adapter(folder: Path) -> str:
+    """Return the SHA-256 of a saved adapter's weights, in hexadecimal."""
+    with (folder / _WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def combine_adapters(policy: PeftModel, stage_one: Path, path: Path) -> None:

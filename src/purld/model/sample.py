@@ -42,10 +42,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Completion:
-    """The token ids of one completion, with its end-of-turn token if it finished before the limit."""
+    """The token ids of one completion, with its end-of-turn token if it finished before the limit.
+
+    `log_probs` are those of the engine that drew it, in nats and at temperature 1; None if that is the model itself.
+    """
 
     ids: list[int]
     finished: bool
+    log_probs: list[float] | None = None
 
 
 class Sampler(Protocol):
@@ -210,6 +214,11 @@ def seed_from_content(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
 
 
+def end_tokens(model: CausalLM, encoder: Encoder) -> set[int]:
+    """Return the tokens after which a completion ends."""
+    return {*encoder.ends, *listed_ends(unwrap_adapters(model).generation_config)}
+
+
 def _cut_completion(row: list[int], ends: set[int]) -> Completion:
     """Cut a row of generated token ids after its first end-of-turn token."""
     for index, token in enumerate(row):
@@ -237,7 +246,7 @@ def _plain_generation_config(
     """
     inner = unwrap_adapters(model)
     original = inner.generation_config
-    ends = {*encoder.ends, *listed_ends(original)}
+    ends = end_tokens(model, encoder)
     sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature > 0:
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}

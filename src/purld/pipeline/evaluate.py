@@ -173,7 +173,7 @@ def _draw_answers(
             load,
             prompts,
             context.encoder,
-            make_sampler(config.student.engine, context.encoder, decoding),
+            make_sampler(config.student, context.encoder, context.run.engine_files, decoding),
             samples,
             config.evaluate.batch_size,
             config.seed,

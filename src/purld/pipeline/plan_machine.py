@@ -12,6 +12,7 @@ from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
 from purld.model.student_check import StudentSizes
 from purld.pipeline.plan_sheet import Plan
+from purld.runs.files import nearest_folder
 
 _CHECKPOINTS = 3  # two are kept, and the next one is complete before the oldest is deleted
 
@@ -32,7 +33,7 @@ def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path) -> 
     stages = 2 if isinstance(config.align, StageTwoSettings) else 1
     saved = trained if student.lora else count  # without an adapter, frozen weights are saved too
     disk = 4 * (saved * (stages + _CHECKPOINTS) + 2 * trained * _CHECKPOINTS)
-    free = shutil.disk_usage(nearest_existing_folder(run)).free
+    free = shutil.disk_usage(nearest_folder(run)).free
     plan.add_lines(
         "Student", f"about {format_bytes(disk)} of disk at most, checkpoints included; {format_bytes(free)} are free"
     )
@@ -48,11 +49,6 @@ def training_bytes(config: Config, sizes: StudentSizes) -> int:
     bytes_each = 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
     # The frozen p_sft (with an adapter, the base), and per trained weight its value, gradient and two moments.
     return sizes.weights * bytes_each + 16 * sizes.trained
-
-
-def nearest_existing_folder(path: Path) -> Path:
-    """Return `path` or its nearest parent that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def format_bytes(count: float) -> str:

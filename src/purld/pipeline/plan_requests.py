@@ -22,6 +22,7 @@ from purld.clients.requests import (
     worst_case_tokens,
 )
 from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, TeacherAnchors
+from purld.config.engines import VllmEngine, is_loopback
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.model.encode import Encoder
@@ -120,7 +121,7 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
         )
     if isinstance(config.evaluate.judge, OpenAIEndpoint):
         _plan_judge(plan, config.evaluate.judge, config, encoder, pools)
-    _plan_training_requests(plan, config, encoder, pools)
+    _plan_training_requests(plan, config, encoder, pools, run)
     if config.report_to:
         plan.add_lines(_HEADING, f"trackers: metrics to where {', '.join(config.report_to)} is set up to (report_to)")
 
@@ -175,11 +176,14 @@ def _plan_teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: PromptPools, requ
     _plan_caps(plan, endpoint, calls.total(), read, written)
 
 
-def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools) -> None:
+def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools, run: RunDir) -> None:
     """Add what training sends: nothing, except by the method in which the teacher scores every candidate."""
     settings, teacher = config.align, config.teacher
+    if isinstance(config.student.engine, VllmEngine):
+        plan.add_lines(_HEADING, *_describe_engine(config.student.engine, run))
     if not isinstance(settings, TeacherJudgeGrpo) or not isinstance(teacher, OpenAIEndpoint):
-        plan.add_lines(_HEADING, "Stage I and Stage II: nothing")
+        others = " else" if isinstance(config.student.engine, VllmEngine) else ""
+        plan.add_lines(_HEADING, f"Stage I and Stage II: nothing{others}")
         return
     calls = settings.candidates_in_all
     question_tokens = sum(
@@ -196,6 +200,17 @@ def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools:
         + _format_cost(single, (read, written), "about"),
     )
     _plan_caps(plan, single, len(pools.train) + calls, read, written)
+
+
+def _describe_engine(engine: VllmEngine, run: RunDir) -> list[str]:
+    """Say what goes to the server that draws from the student."""
+    place = "on this machine" if is_loopback(engine.base_url) else "on another machine"
+    key = f"with the key in {engine.api_key_env}" if engine.api_key_env else "without a key"
+    return [
+        f"rollout engine: vLLM at {engine.base_url}, {place}, {key}, past any proxy",
+        "  it is sent every prompt, held-out ones included, as token ids, and returns the completions",
+        f"  it reads adapters in {run.path.absolute()}, where they are written before each step; no weights are sent",
+    ]
 
 
 def _plan_judge(plan: Plan, judge: OpenAIEndpoint, config: Config, encoder: Encoder, pools: PromptPools) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from purld.clients.ledger import LedgerView, check_not_lost, describe_lost_calls, is_blank
 from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, TeacherAnchors
-from purld.config.methods import SelfScoringSettings, TeacherJudgeGrpo
+from purld.config.methods import SelfScoringSettings, StageTwoSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.model.directory import check_model_directory
 from purld.model.encode import Encoder
+from purld.model.engine_check import check_engine
 from purld.model.load import context_length, load_encoder
 from purld.model.student_check import StudentSizes, check_stored_weights, check_student
 from purld.pipeline.prompt_pools import PromptPools
 from purld.pipeline.validation import check_validation
-from purld.runs.files import read_rows
+from purld.runs.files import nearest_folder, read_rows
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_comparison
 from purld.training.scoring import find_scorer
@@ -40,7 +41,28 @@ def check_before_spending(config: Config, run: RunDir) -> tuple[Encoder, Student
     sizes = check_student(config.student, encoder)
     if "sft" not in run.finished_stages():
         check_stored_weights(config.student)
+    check_rollout_engine(config, encoder, run)
     return encoder, sizes
+
+
+def check_rollout_engine(config: Config, encoder: Encoder, run: RunDir) -> None:
+    """Check the server that draws from the student, if that is not this process and there is still something to draw.
+
+    Raises:
+        UserError: see `check_engine`.
+    """
+    finished = run.finished_stages()
+    if "evaluate" in finished:
+        return
+    drawn = max(getattr(config.align, "max_new_tokens", 0), config.evaluate.max_new_tokens)
+    check_engine(
+        config.student,
+        encoder,
+        nearest_folder(run.path),
+        longest=config.student.max_prompt_tokens + drawn,
+        stages=2 if isinstance(config.align, StageTwoSettings) else 1,
+        compare_weights="sft" not in finished,
+    )
 
 
 def check_context(config: Config) -> None:

@@ -83,7 +83,7 @@ def draw_probe_groups(
     """
     encoder = context.encoder
     decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
-    sampler = make_sampler(context.student.engine, encoder, decoding)
+    sampler = make_sampler(context.student, encoder, context.run.engine_files, decoding)
     questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
     count = max(4, settings.candidates if isinstance(settings, GroupSettings) else 0)
     drawn: list[list[Completion]] = []

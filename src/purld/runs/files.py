@@ -55,6 +55,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return `path` or its nearest parent that exists."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 def remove_stale_partials(folder: Path) -> None:
     """Remove the partial files that killed processes have left in a folder and its subfolders."""
     for partial in list(folder.rglob(".*.partial")):

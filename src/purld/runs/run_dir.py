@@ -20,6 +20,7 @@ from purld.records import content_hash
 from purld.runs.checksums import FileRecord, find_damage, record_file
 from purld.runs.files import (
     append_rows,
+    nearest_folder,
     read_intact_rows,
     read_json,
     read_rows,
@@ -87,7 +88,7 @@ class RunDir:
                     f"{self.path}: holds other things than a run, such as {min(others)}; give a new folder with "
                     "--run-dir."
                 )
-        nearest = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        nearest = nearest_folder(self.path)
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"{nearest}: cannot be written; change its permissions or give another --run-dir.")
 
@@ -102,6 +103,11 @@ class RunDir:
     def checkpoints(self, stage: str) -> Path:
         """Return the folder of a stage's checkpoints, which is removed once the stage is finished."""
         return self.path / stage / "checkpoints"
+
+    @property
+    def engine_files(self) -> Path:
+        """Return the folder of what Stage II writes for a rollout engine; it goes when the stage is finished."""
+        return self.checkpoints("align") / "engine"
 
     def stage_files(self, stage: str) -> list[Path]:
         """Return the files of a stage that are there; none for the report, which nothing reads."""

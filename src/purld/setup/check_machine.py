@@ -17,7 +17,8 @@ from pathlib import Path
 
 import purld
 from purld.errors import reason_of
-from purld.pipeline.plan_machine import format_bytes, nearest_existing_folder
+from purld.pipeline.plan_machine import format_bytes
+from purld.runs.files import nearest_folder
 from purld.setup.finding import Finding
 
 _DAY = 86_400
@@ -135,7 +136,7 @@ def _free_memory() -> tuple[str, int]:
 
 def check_disk(run: Path) -> Iterator[Finding]:
     """Look at the disk where runs go: room, permission, and the locks and syncs that a ledger needs."""
-    folder = nearest_existing_folder(run)
+    folder = nearest_folder(run)
     free = shutil.disk_usage(folder).free
     text = f"{format_bytes(free)} are free in {folder}"
     if free < _NO_DISK:

@@ -17,6 +17,7 @@ from purld.config.methods import SelfScoringSettings, StageTwoSettings
 from purld.errors import PlainWarning, UserError
 from purld.methods.labels import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
+from purld.model.vllm_sampler import NOTABLE_GAP, describe_gap
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
 from purld.training.align_trainer import AlignTrainer
@@ -47,6 +48,7 @@ class AlignFacts:
     spread_kept: float | None = None
     kl: float | None = None
     validation: ValidationFacts | None = None
+    engine_gap: float | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -76,6 +78,8 @@ class AlignFacts:
                 f"the policy hardly moved from p_sft: their divergence at the end is {abs(self.kl):.1e} nats per "
                 "answer; raise align.learning_rate or align.steps."
             )
+        if self.engine_gap is not None and self.engine_gap > NOTABLE_GAP:
+            warnings.append(describe_gap(self.engine_gap))
         if self.sharper_than_labels > 0.5:
             warnings.append(
                 f"in {self.sharper_than_labels:.0%} of the groups the policy was sharper than its labels, so the "
@@ -170,6 +174,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         label_entropy=_label_entropy(rows, settings),
         spread_kept=_spread_kept(rows),
         kl=_final_kl([row for row in rows if row["step"] <= kept_step]),
+        engine_gap=_engine_gap(rows),
     )
 
 
@@ -193,6 +198,12 @@ def _final_kl(rows: Sequence[dict[str, Any]]) -> float | None:
     measured = [row["kl"] for row in rows if "kl" in row]
     last = measured[-max(1, len(measured) // 4) :]
     return float(sum(last) / len(last)) if last else None
+
+
+def _engine_gap(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return the mean difference of log-probs between engine and trainer; None where the trainer's model drew."""
+    gaps = [row["engine_gap"] for row in rows if "engine_gap" in row]
+    return sum(gaps) / len(gaps) if gaps else None
 
 
 def _total(rows: Sequence[dict[str, Any]], key: str) -> float:

@@ -95,16 +95,23 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         self._critic = _make_critic(roles.policy) if self._method.critic else None
         accelerator, encoder = self.accelerator, context.encoder
         self._update = GroupUpdate(
-            roles, settings.micro_batch_size, encoder.pad, accelerator.backward, accelerator.autocast, self._critic
+            roles,
+            settings.micro_batch_size,
+            encoder.pad,
+            accelerator.backward,
+            accelerator.autocast,
+            self._critic,
+            settings.importance_cap if isinstance(settings, SamplingSettings) else None,
         )
         anchored = self._method.scorer == "anchored"
         parts = ScorerContext(encoder, roles, settings, anchored, accelerator.autocast, teacher, context.check)
         scorer = make_scorer(self._method, parts)
+        engine_sampler = partial(make_sampler, context.student, encoder, context.run.engine_files)
         self._make_rollouts = RolloutMaker(
             self._method,
             settings,
             encoder,
-            sampler or make_sampler(context.student.engine, encoder, _decoding(settings)),
+            sampler or engine_sampler(_decoding(settings)),
             change_scorer(scorer) if change_scorer else scorer,
             self._update,
             margin_scale,
@@ -112,7 +119,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         self._rollouts: list[Rollout] = []
         self._best: BestStep | None = None
         if validation is not None and settings.validation_steps is not None:
-            validator = Validator(validation, settings, parts, partial(make_sampler, context.student.engine, encoder))
+            validator = Validator(validation, settings, parts, engine_sampler)
             self._best = BestStep(settings.validation_steps, settings.patience, lambda: validator(self.model))
             self.add_callback(self._best)
 

@@ -37,6 +37,7 @@ class GroupMembers:
         old: log-probs under the policy that drew the members; None if that is the policy of the update.
         states: (K, C, H) hidden states that the critic reads; None without a critic.
         old_values: the critic's values when the members were drawn.
+        sampled: see `GroupTokens.sampled`.
     """
 
     prompt: EncodedPrompt
@@ -46,11 +47,12 @@ class GroupMembers:
     old: Tensor | None = None
     states: Tensor | None = None
     old_values: Tensor | None = None
+    sampled: Tensor | None = None
 
     def tokens(self, policy: Tensor, values: Tensor | None = None) -> GroupTokens:
         """Return the members as an objective sees them, given their (K, C) log-probs under the current policy."""
         old = policy.detach() if self.old is None else self.old
-        return GroupTokens(policy, self.reference, old, self.mask, values, self.old_values)
+        return GroupTokens(policy, self.reference, old, self.mask, values, self.old_values, self.sampled)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class GroupUpdate:
         backward: runs the backward pass of a scalar.
         autocast: the precision to compute in, the same for policy and reference.
         critic: the value head, for a method that has one.
+        importance_cap: the cap of importance weights, where another engine draws the members; None for no weights.
     """
 
     roles: Roles
@@ -72,6 +75,7 @@ class GroupUpdate:
     backward: Callable[[Tensor], None]
     autocast: Callable[[], AbstractContextManager[Any]]
     critic: ValueHead | None = None
+    importance_cap: float | None = None
 
     @torch.no_grad()
     def members(
@@ -129,7 +133,7 @@ class GroupUpdate:
             tokens = members.tokens(log_probs.detach(), values)
         else:
             tokens = members.tokens(self._without_graph(prefix, members.ids)[0], values)
-        loss, coefficients, value_coefficients = loss_coefficients(objective, tokens)
+        loss, coefficients, value_coefficients = loss_coefficients(objective, tokens, self.importance_cap)
         if one_pass:
             self.backward((share * coefficients * log_probs).sum())
         else:

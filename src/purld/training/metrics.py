@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
-from purld.methods.losses import GroupLoss, GroupTokens
+from purld.methods.losses import GroupLoss, GroupTokens, sampling_gaps
 from purld.records import GroupRecord
 from purld.training.rollout import Rollout
 
 _SUMMED = frozenset({"truncated", "unscored", "dropped_groups", "thinking"})
+_LARGEST = frozenset({"engine_gap_max"})
 Q_COLUMN = "policy_before"  # the member column that holds q, in a method that has one
 
 
@@ -49,19 +49,25 @@ class StepMetrics:
         self._values["objective"].append(loss.value.item())
         for name, metric in loss.metrics.items():
             self._values[name].append(metric.item())
+        if (gaps := sampling_gaps(tokens)) is not None:
+            self._values["engine_gap"].append(gaps.mean().item())
+            self._values["engine_gap_max"].append(gaps.max().item())
         if candidates and from_sft:
             log_ratios = tokens.sequences(tokens.policy - tokens.reference)[-candidates:]
             self._values["kl"].append(log_ratios.mean().item())
 
     def drain(self) -> dict[str, float]:
         """Return the values of the step and start the next one."""
-        values = {
-            name: sum(values) if name in _SUMMED else sum(values) / len(values)
-            for name, values in self._values.items()
-            if values
-        }
+        values = {name: _combine(name, values) for name, values in self._values.items() if values}
         self._values.clear()
         return values
+
+
+def _combine(name: str, values: list[float]) -> float:
+    """Combine what a step noted under one name: the mean, or the sum or the largest for the names that say so."""
+    if name in _LARGEST:
+        return max(values)
+    return sum(values) if name in _SUMMED else sum(values) / len(values)
 
 
 def group_record(step: int, rollout: Rollout, loss: GroupLoss, keep_ids: bool) -> GroupRecord:
@@ -78,7 +84,7 @@ def group_record(step: int, rollout: Rollout, loss: GroupLoss, keep_ids: bool) -
     if (divergence := logged_label_divergence(loss)) is not None:
         optional["label_divergence"] = divergence
     if keep_ids and Q_COLUMN in loss.members:
-        optional["completions"] = [asdict(c) for c in rollout.completions]
+        optional["completions"] = [{"ids": c.ids, "finished": c.finished} for c in rollout.completions]
     if anchor_score is not None:
         optional["margins"] = [None if s is None else s - anchor_score for s in scores]
     if any(s is not None for s in scores):

@@ -70,6 +70,21 @@ def candidates_to_score(encoder: Encoder, question: AnchoredPrompt, completions:
     return GroupToScore(question.prompt, question.anchor, texts, ids, thinking)
 
 
+def engine_log_probs(drawn: Sequence[Completion], mask: torch.Tensor) -> torch.Tensor | None:
+    """Return the log-probs that an engine gave to the drawn members, which come last, as `GroupTokens.sampled`.
+
+    Args:
+        drawn: the members that were drawn.
+        mask: (K, C), the mask of all members.
+    """
+    rows = torch.full_like(mask, torch.nan)
+    for row, completion in zip(rows[len(rows) - len(drawn) :], drawn, strict=True):
+        if completion.log_probs is None:
+            return None
+        row[: len(completion.ids)] = torch.tensor(completion.log_probs)
+    return rows if drawn else None
+
+
 @dataclass(frozen=True)
 class RolloutMaker:
     """Makes the groups of a step: samples, scores, and measures them as a method needs.
@@ -154,7 +169,9 @@ class RolloutMaker:
             anchored = self.encoder.encode_anchored_prompt(question.prompt, question.anchor, direct=False)
         elif known is not None and not self.anchor_first:
             measured = [known[index] for index in indices]
-        return self.update.members(policy, question.encoded, ids, keep_old, anchored, measured)
+        members = self.update.members(policy, question.encoded, ids, keep_old, anchored, measured)
+        sampled = engine_log_probs([rollout.completions[index] for index in indices], members.mask)
+        return replace(members, sampled=sampled)
 
     def _combine_prompts(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Let the signals of a step's prompts change each other, for a method that does so."""
