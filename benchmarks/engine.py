@@ -53,7 +53,7 @@ def main() -> None:
     for repeat in range(options.repeats + 1):
         for name, sampler in samplers.items():
             started, used = time.monotonic(), cpu_seconds(options.server_pid)
-            groups = sampler(model, prompts, options.candidates, seed=repeat)
+            groups = sampler(model, prompts, options.candidates, [repeat] * len(prompts))
             wall, cpu = time.monotonic() - started, cpu_seconds(options.server_pid) - used
             if repeat:
                 drawn[name].append((wall, cpu, sum(len(c.ids) for group in groups for c in group)))

@@ -109,7 +109,7 @@ def measure_problems(args: argparse.Namespace) -> None:
             return
         problem, other = problems[index], problems[index - 1]["teacher"]
         prompt = Prompt.from_text(problem["prompt"])
-        (drawn,) = sampler(model, [encoder.encode_prompt(prompt)], CANDIDATES, seed_from_content("forms", prompt.id))
+        (drawn,) = sampler(model, [encoder.encode_prompt(prompt)], CANDIDATES, [seed_from_content("forms", prompt.id)])
         ids = [c.ids for c in drawn]
         right = [last_number(encoder.decode_text(i)) == float(problem["reference"]) for i in ids]
         row: Row = {"id": prompt.id, "right": right, "tokens": [len(i) for i in ids]}

@@ -77,6 +77,7 @@ class Shape:
 
 
 SHAPES = {
+    "toy": Shape(64, 2, 128, 1, 2_000),
     "small": Shape(512, 12, 1408, 2, 32_000),
     "quick": Shape(256, 4, 704, 1, 32_000),
     "0.5b": Shape(896, 24, 4864, 2, 151_936),
@@ -141,7 +142,7 @@ class Bench:
 
     def sample_shared(self) -> list[list[int]]:
         """Sample K candidates, prefilling the prompt once."""
-        (group,) = self.sampler(self.policy, [self.encoded_prompt], self.cell.candidates, seed=0)
+        (group,) = self.sampler(self.policy, [self.encoded_prompt], self.cell.candidates, seeds=[0])
         return [c.ids for c in group]
 
     @torch.no_grad()

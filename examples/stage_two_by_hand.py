@@ -64,7 +64,8 @@ def align_by_hand(
     for number, batch in enumerate(batches):
         # 1. Sample K candidates per prompt from the policy. The same seed draws the same candidates.
         prompts = [encoder.encode_prompt(prompt) for prompt, _ in batch]
-        drawn = sampler(policy, prompts, settings.candidates, seed_from_content("candidates", seed, number))
+        of_step = seed_from_content("candidates", seed, number)
+        drawn = sampler(policy, prompts, settings.candidates, [seed_from_content(of_step, p.id) for p, _ in batch])
         objectives, scores, anchor_scores = [], [], []
 
         for (prompt, anchor), encoded, completions in zip(batch, prompts, drawn, strict=True):

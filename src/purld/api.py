@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from purld import ranks
 from purld.config.load import load_config
 from purld.config.schema import Config
 from purld.display.progress import Reporter
@@ -54,7 +55,8 @@ def run(
         UserError: the configuration, the input or an answer cannot be used; the message is one sentence.
     """
     loaded, directory = _open(config, run_dir)
-    Pipeline(loaded, directory, reporter or Reporter(), resend_unknown).execute(STAGES)
+    with ranks.together():
+        Pipeline(loaded, directory, reporter or Reporter(), resend_unknown).execute(STAGES)
     return load_results(directory.path)
 
 
@@ -112,7 +114,8 @@ def _run_stage(
     resend_unknown: bool = False,
 ) -> Mapping[str, Any]:
     loaded, directory = _open(config, run_dir)
-    Pipeline(loaded, directory, reporter or Reporter(), resend_unknown).execute([stage])
+    with ranks.together():
+        Pipeline(loaded, directory, reporter or Reporter(), resend_unknown).execute([stage])
     return directory.finished_stages().get(stage, {})
 
 

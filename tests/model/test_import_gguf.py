@@ -179,7 +179,7 @@ def test_directory_loads_as_a_student_and_generates(write, tmp_path):
     encoder, model = load_encoder(student), load_model(student, student.model)
     assert encoder.end == 2
     prompt = encoder.encode_prompt(Prompt.from_text("question 12"))
-    completions = GenerateSampler(encoder, Decoding(temperature=1.0, max_new_tokens=4))(model, [prompt], 3, seed=0)
+    completions = GenerateSampler(encoder, Decoding(temperature=1.0, max_new_tokens=4))(model, [prompt], 3, seeds=[0])
     assert [len(group) for group in completions] == [3]
 
 

@@ -236,9 +236,9 @@ def test_pictures_of_many_shapes_make_a_batch(model, encoder):
 def test_shared_prompts_and_full_ones_draw_the_same(model, encoder, monkeypatch):
     encoded_prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS]
     sampler = GenerateSampler(encoder, Decoding(1.0, 4))
-    shared = sampler(model, encoded_prompts, 2, seed=5)
+    shared = sampler(model, encoded_prompts, 2, seeds=range(len(encoded_prompts)))
     monkeypatch.setattr(sample, "can_share_prefix", lambda *_: False)
-    assert sampler(model, encoded_prompts, 2, seed=5) == shared
+    assert sampler(model, encoded_prompts, 2, seeds=range(len(encoded_prompts))) == shared
 
 
 def test_a_saved_student_reads_prompts_as_before(student, encoder, model, tmp_path):

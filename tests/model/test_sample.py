@@ -36,18 +36,30 @@ def encoded_prompts(encoder):
 
 def test_same_seed_same_draws_whatever_came_before(model, encoder, encoded_prompts):
     sampler = GenerateSampler(encoder, Decoding(1.0, 12))
-    first = sampler(model, encoded_prompts, 3, seed=5)
+    first = sampler(model, encoded_prompts, 3, seeds=[5, 5])
     state = torch.random.get_rng_state()
     torch.rand(7)
-    assert sampler(model, encoded_prompts, 3, seed=5) == first
-    assert sampler(model, encoded_prompts, 3, seed=6) != first
+    assert sampler(model, encoded_prompts, 3, seeds=[5, 5]) == first
+    assert sampler(model, encoded_prompts, 3, seeds=[6, 6]) != first
     torch.random.set_rng_state(state)
-    sampler(model, encoded_prompts, 3, seed=7)
+    sampler(model, encoded_prompts, 3, seeds=[7, 7])
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_a_prompts_draws_depend_on_its_own_seed_alone(model, encoder, encoded_prompts):
+    """Whatever is drawn beside them, however many, up to whatever length: so they are the same on every process."""
+    sampler = GenerateSampler(encoder, Decoding(1.0, 12, top_p=0.9))
+    both = sampler(model, encoded_prompts, 3, seeds=[5, 6])
+    assert sampler(model, encoded_prompts[::-1], 3, seeds=[6, 5]) == both[::-1]
+    assert [*sampler(model, encoded_prompts[:1], 4, seeds=[5])[0][:3]] == both[0]
+    (shorter,) = GenerateSampler(encoder, Decoding(1.0, 5, top_p=0.9))(model, encoded_prompts[1:], 2, seeds=[6])
+    assert [c.ids for c in shorter] == [c.ids[:5] for c in both[1][:2]]
+    with pytest.raises(ValueError, match="2 prompts need as many seeds, not 1"):
+        sampler(model, encoded_prompts, 3, seeds=[5])
+
+
 def test_shape_and_limit(model, encoder, encoded_prompts):
-    groups = GenerateSampler(encoder, Decoding(1.0, 12))(model, encoded_prompts, 3, seed=0)
+    groups = GenerateSampler(encoder, Decoding(1.0, 12))(model, encoded_prompts, 3, seeds=[0, 0])
     assert [len(group) for group in groups] == [3, 3]
     for completion in groups[0] + groups[1]:
         assert 1 <= len(completion.ids) <= 12
@@ -57,7 +69,7 @@ def test_shape_and_limit(model, encoder, encoded_prompts):
 
 def test_greedy_takes_the_likeliest_token_despite_the_models_own_defaults(model, encoder, encoded_prompts):
     """The random student's generation_config asks for a repetition penalty; draws must not see it."""
-    (greedy,), _ = GenerateSampler(encoder, Decoding(0.0, 12))(model, encoded_prompts, 1, seed=0)
+    (greedy,), _ = GenerateSampler(encoder, Decoding(0.0, 12))(model, encoded_prompts, 1, seeds=[0, 0])
     ids = list(encoded_prompts[0].ids)
     for token in greedy.ids:
         with torch.no_grad():
@@ -89,10 +101,10 @@ def test_a_shared_prefill_draws_what_a_repeated_one_draws(sharing_model, encoder
     sampler = GenerateSampler(encoder, Decoding(1.0, 12))
     prefilled = []
     monkeypatch.setattr(sample, "_prefill_cache", lambda *a: prefilled.append(a[3].shape) or real(*a))
-    shared = sampler(sharing_model, encoded_prompts, 3, seed=5)
+    shared = sampler(sharing_model, encoded_prompts, 3, seeds=[5, 5])
     assert prefilled == [(2, max(map(len, encoded_prompts)) - 1)]
     monkeypatch.setattr(sample, "can_share_prefix", lambda *_: False)
-    assert sampler(sharing_model, encoded_prompts, 3, seed=5) == shared
+    assert sampler(sharing_model, encoded_prompts, 3, seeds=[5, 5]) == shared
 
 
 def test_a_common_prefix_is_prefilled_once_for_replies_of_any_length(
@@ -109,15 +121,19 @@ def test_a_common_prefix_is_prefilled_once_for_replies_of_any_length(
     assert generate_completions(sharing_model, encoder, tails, 1, greedy, encoded) == shared
 
 
-def test_frequencies_are_the_policys_probabilities(model, encoder, encoded_prompts):
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.0, 0.5)])
+def test_frequencies_are_the_policys_probabilities(temperature, top_p, model, encoder, encoded_prompts):
     """2,000 one-token draws against exact probabilities: within four standard errors for the five likeliest."""
-    groups = GenerateSampler(encoder, Decoding(1.0, 1))(model, encoded_prompts[:1], 2000, seed=1)
+    decoding = Decoding(temperature, 1, top_p)
+    groups = GenerateSampler(encoder, decoding)(model, encoded_prompts[:1], 2000, seeds=[1])
     drawn = [c.ids[0] for c in groups[0]]
     with torch.no_grad():
         log_probs = sequence_log_probs(model, encoded_prompts[0], [[t] for t in range(len(encoder.tokenizer))], pad=0)
-    for token in log_probs.topk(5).indices.tolist():
-        p = log_probs[token].exp().item()
-        assert abs(drawn.count(token) / 2000 - p) < 4 * (p * (1 - p) / 2000) ** 0.5
+    ranked, tokens = (log_probs / temperature).softmax(-1).sort(descending=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # the smallest set of likeliest tokens that reaches top_p
+    for token, p in zip(tokens[:5].tolist(), (ranked / ranked.sum())[:5].tolist()):
+        assert abs(drawn.count(token) / 2000 - p) < 4 * (p * (1 - p) / 2000) ** 0.5 or drawn.count(token) == p == 0
+    assert not set(drawn) & set(tokens[ranked == 0].tolist())
 
 
 def test_seed_from_content():
@@ -130,14 +146,14 @@ def test_a_cache_that_cannot_be_repeated_is_told_once_and_done_without(random_st
     model = AutoModelForCausalLM.from_pretrained(random_student).eval()  # a new one: the refusal is kept with it
     prompts = [EncodedPrompt(encoder.encode_literal("How many legs has a spider?"))]
     sampler = GenerateSampler(encoder, Decoding(1.0, 4))
-    expected = sampler(model, prompts, 2, seed=1)
+    expected = sampler(model, prompts, 2, seeds=[1])
 
     def fails(*_):
         raise AttributeError("no attribute 'keys'")
 
     monkeypatch.setattr("purld.model.sample.repeat_with_capacity", fails)
     with pytest.warns(PlainWarning, match="does not work with this model: no attribute 'keys'"):
-        assert sampler(model, prompts, 2, seed=1) == expected
+        assert sampler(model, prompts, 2, seeds=[1]) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error", PlainWarning)
-        assert sampler(model, prompts, 2, seed=1) == expected
+        assert sampler(model, prompts, 2, seeds=[1]) == expected

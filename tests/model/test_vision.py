@@ -163,9 +163,9 @@ def test_prompts_with_and_without_pictures_are_drawn_from_together(model, encode
 
     encoded_prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS.values()]
     sampler = GenerateSampler(encoder, Decoding(1.0, 8))
-    with_one = sampler(model, encoded_prompts, 3, seed=5)
+    with_one = sampler(model, encoded_prompts, 3, seeds=range(len(encoded_prompts)))
     monkeypatch.setattr(sample, "can_share_prefix", lambda *_: False)
-    assert sampler(model, encoded_prompts, 3, seed=5) == with_one
+    assert sampler(model, encoded_prompts, 3, seeds=range(len(encoded_prompts))) == with_one
 
 
 def test_a_greedy_answer_is_the_likeliest_under_the_shared_prefix(model, encoder):
@@ -185,7 +185,7 @@ def test_a_placeholder_is_never_drawn(model, encoder):
     with torch.no_grad():
         model.lm_head.weight[encoder.placeholders] *= 50
     encoded_prompts = [encoder.encode_prompt(PROMPTS["one"])]
-    drawn = generate_completions(model, encoder, encoded_prompts, 8, Decoding(1.0, 16))
+    drawn = generate_completions(model, encoder, encoded_prompts, 8, Decoding(1.0, 16), seeds=[0])
     assert not {token for completion in drawn[0] for token in completion.ids} & set(encoder.placeholders)
 
 
@@ -233,7 +233,9 @@ def test_frozen_vision_looks_at_a_picture_once_for_all_roles(student, encoder, t
     roles = load_roles(settings, tmp_path)
     looks = count_looks(roles.policy)
     encoded = encoder.encode_prompt(PROMPTS["one"])
-    generate_completions(roles.policy, encoder, [encoded, encoder.encode_prompt(PROMPTS["none"])], 2, Decoding(1.0, 2))
+    generate_completions(
+        roles.policy, encoder, [encoded, encoder.encode_prompt(PROMPTS["none"])], 2, Decoding(1.0, 2), seeds=[0, 1]
+    )
     with roles.frozen() as frozen:
         SelfEvaluator(encoder, "expected", 8).score(frozen, PROMPTS["one"], "Four.", ["Four.", "Five."])
         reference = SharedPrefix(frozen, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0]

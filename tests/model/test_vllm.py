@@ -96,7 +96,7 @@ def expected_log_probs(model, prompt, completions, pad):
 
 
 def test_candidates_come_from_both_stages_adapters_by_token_ids(fake, policy, encoder, prompts, tmp_path):
-    groups = sampler_of(fake, encoder, tmp_path)(policy, prompts, 3, seed=5)
+    groups = sampler_of(fake, encoder, tmp_path)(policy, prompts, 3, [5] * len(prompts))
     assert [len(group) for group in groups] == [3, 3]
     for prompt, group in zip(prompts, groups):
         log_probs, mask = expected_log_probs(policy, prompt, group, encoder.pad)
@@ -111,10 +111,10 @@ def test_candidates_come_from_both_stages_adapters_by_token_ids(fake, policy, en
 def test_a_draw_depends_on_seed_prompt_and_number_alone(fake, policy, encoder, prompts, tmp_path):
     """So neither the batch nor the number of processes that share a step matters, nor what came before."""
     sampler = sampler_of(fake, encoder, tmp_path)
-    together = sampler(policy, prompts, 3, seed=5)
-    assert sampler(policy, prompts[1:], 3, seed=5) == together[1:]
-    assert sampler(policy, prompts[::-1], 2, seed=5) == [group[:2] for group in together[::-1]]
-    assert sampler(policy, prompts, 3, seed=6) != together
+    together = sampler(policy, prompts, 3, [5] * len(prompts))
+    assert sampler(policy, prompts[1:], 3, [5] * len(prompts[1:])) == together[1:]
+    assert sampler(policy, prompts[::-1], 2, [5] * len(prompts[::-1])) == [group[:2] for group in together[::-1]]
+    assert sampler(policy, prompts, 3, [6] * len(prompts)) != together
     assert len({tuple(c.ids) for c in together[0]}) == 3
 
 
@@ -122,11 +122,11 @@ def test_each_update_is_a_new_adapter_and_older_ones_are_taken_back(fake, policy
     sampler = sampler_of(fake, encoder, tmp_path)
     for update in range(3):
         moved(policy, update)
-        sampler(policy, prompts[:1], 1, seed=0)
+        sampler(policy, prompts[:1], 1, [0] * len(prompts[:1]))
         assert list(fake.adapters) == [fake.drawn[-1]["model"]]
         assert [path.name for path in (tmp_path / "engine").iterdir()] == list(fake.adapters)
     assert len(set(fake.loaded)) == 3
-    sampler(policy, prompts[:1], 1, seed=1)  # nothing was learned
+    sampler(policy, prompts[:1], 1, [1] * len(prompts[:1]))  # nothing was learned
     assert len(fake.loaded) == 3
 
 
@@ -136,13 +136,13 @@ def test_trained_models_are_served_from_their_own_files_and_the_base_without(
 ):
     run, student = stages[0], student_of(fake)
     sampler = sampler_of(fake, encoder, tmp_path)
-    (group,) = sampler(base, prompts[:1], 2, seed=0)
+    (group,) = sampler(base, prompts[:1], 2, [0] * len(prompts[:1]))
     assert fake.loaded == [] and fake.drawn[-1]["model"] == fake.name
     log_probs, _ = expected_log_probs(base, prompts[0], group, encoder.pad)
     assert log_probs[0, 0].item() == pytest.approx(group[0].log_probs[0], abs=1e-4)
     for folder in ("sft", "align"):
         model = load_model(student, run / folder)
-        (group,) = sampler_of(fake, encoder, tmp_path)(model, prompts[:1], 2, seed=0)
+        (group,) = sampler_of(fake, encoder, tmp_path)(model, prompts[:1], 2, [0] * len(prompts[:1]))
         log_probs, _ = expected_log_probs(model, prompts[0], group, encoder.pad)
         assert log_probs[1, 0].item() == pytest.approx(group[1].log_probs[0], abs=1e-4)
     assert len(fake.loaded) == 2 and (run / "sft" / "adapter_model.safetensors").exists()
@@ -150,12 +150,12 @@ def test_trained_models_are_served_from_their_own_files_and_the_base_without(
 
 
 def test_decoding_is_the_runs_own_whatever_the_server_would_take_from_the_model(fake, base, encoder, prompts, tmp_path):
-    sampler_of(fake, encoder, tmp_path, Decoding(0.7, 5, 0.9))(base, prompts[:1], 1, seed=0)
+    sampler_of(fake, encoder, tmp_path, Decoding(0.7, 5, 0.9))(base, prompts[:1], 1, [0] * len(prompts[:1]))
     (body,) = fake.drawn
     asked = {"temperature": 0.7, "top_p": 0.9, "max_tokens": 5, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     assert asked.items() <= body.items()
     assert body["ignore_eos"] and body["stop_token_ids"] == [encoder.end]
-    (greedy,), _ = sampler_of(fake, encoder, tmp_path, Decoding(0.0, 5))(base, prompts, 1, seed=0)
+    (greedy,), _ = sampler_of(fake, encoder, tmp_path, Decoding(0.0, 5))(base, prompts, 1, [0] * len(prompts))
     with torch.no_grad():
         first = base(input_ids=torch.tensor([prompts[0].ids])).logits[0, -1].argmax().item()
     assert greedy.ids[0] == first
@@ -175,20 +175,20 @@ def test_a_reply_that_is_not_the_completion_asked_for_is_not_used(fault):
 
 def test_faults_and_a_restart_cost_requests_and_no_candidate(fake, policy, encoder, prompts, tmp_path):
     sampler = sampler_of(fake, encoder, tmp_path)
-    whole = sampler(policy, prompts, 2, seed=5)
+    whole = sampler(policy, prompts, 2, [5] * len(prompts))
     for fault in ("drop", "restart", "stale"):
         fake.faults.extend([None, fault])
         with pytest.warns(PlainWarning, match=r"student\.engine: the server at .* asks again"):
-            assert sampler(policy, prompts, 2, seed=5) == whole
+            assert sampler(policy, prompts, 2, [5] * len(prompts)) == whole
         assert list(fake.adapters) == [fake.drawn[-1]["model"]]
 
 
 def test_a_timeout_is_asked_again(fake, base, encoder, prompts, tmp_path):
     sampler = sampler_of(fake, encoder, tmp_path, timeout=0.7)
-    whole = sampler(base, prompts, 1, seed=5)
+    whole = sampler(base, prompts, 1, [5] * len(prompts))
     fake.faults.append("hang")
     with pytest.warns(PlainWarning, match=r"did not reply to /v1/completions within 0\.7 s"):
-        assert sampler(base, prompts, 1, seed=5) == whole
+        assert sampler(base, prompts, 1, [5] * len(prompts)) == whole
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_server_that_never_gives_a_usable_reply_ends_the_draw_in_one_sentence(
     fake.faults.extend([fault] * 9)
     with warnings.catch_warnings(), pytest.raises(UserError, match=sentence) as raised:
         warnings.simplefilter("ignore")
-        sampler_of(fake, encoder, tmp_path)(base, prompts[:1], 1, seed=5)
+        sampler_of(fake, encoder, tmp_path)(base, prompts[:1], 1, [5] * len(prompts[:1]))
     assert "4 times in a row" in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -217,13 +217,13 @@ def test_a_server_that_stays_away_is_waited_for_and_then_given_up(random_student
         pytest.warns(PlainWarning, match=r"waits up to 0\.3 s"),
         pytest.raises(UserError, match=r"did not come back within 0\.3 s; .* goes on from the last checkpoint"),
     ):
-        sampler(base, prompts, 1, seed=5)
+        sampler(base, prompts, 1, [5] * len(prompts))
 
 
 def test_another_models_log_probs_are_an_error_and_another_precisions_a_warning(fake, base, encoder, prompts, tmp_path):
     fake.noise = -0.1
     with pytest.warns(PlainWarning, match=r"differ from the trainer's by 0\.100 nats"):
-        sampler_of(fake, encoder, tmp_path)(base, prompts, 2, seed=0)
+        sampler_of(fake, encoder, tmp_path)(base, prompts, 2, [0] * len(prompts))
     fake.noise = -1.0
     with pytest.raises(UserError, match=r"holds other weights under the name .* differ by 1\.00 nats"):
-        sampler_of(fake, encoder, tmp_path)(base, prompts, 2, seed=0)
+        sampler_of(fake, encoder, tmp_path)(base, prompts, 2, [0] * len(prompts))

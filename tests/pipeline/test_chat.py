@@ -62,7 +62,7 @@ def evaluated(run, question):
     seed = seed_from_content("chat", config.seed, prompt.id)
     answers = []
     for folder in (config.student.model, run.sft, run.align):
-        ((drawn,),) = sampler(load_model(config.student, folder), [encoder.encode_prompt(prompt)], 1, seed)
+        ((drawn,),) = sampler(load_model(config.student, folder), [encoder.encode_prompt(prompt)], 1, [seed])
         answers.append(encoder.read_reply(drawn.ids).answer)
     return answers
 

@@ -39,7 +39,7 @@ def roles(random_student):
 def make_rollout(method, settings, roles, encoder, scorer):
     """One group of the candidates above."""
     update = GroupUpdate(roles, 8, encoder.pad, torch.Tensor.backward, contextlib.nullcontext)
-    sampler = lambda policy, prompts, count, seed: [[Completion(ids, True) for ids in IDS]]  # noqa: E731
+    sampler = lambda policy, prompts, count, seeds: [[Completion(ids, True) for ids in IDS]]  # noqa: E731
     maker = RolloutMaker(METHODS[method].stage_two, settings, encoder, sampler, scorer, update)
     (rollout,) = maker(roles.policy, [AnchoredPrompt(PROMPT, ANCHOR, encoder.encode_prompt(PROMPT))], seed=0)
     return rollout

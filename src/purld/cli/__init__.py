@@ -16,8 +16,10 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
+from purld import ranks
 from purld.cli import commands, common  # isort: split
 
 from purld.cli import chat, doctor, init, status  # in the help, these come after
@@ -37,24 +39,35 @@ def main() -> None:
         _configure_libraries()
         _configure_warnings()
         status = _run_command()
-    sys.exit(status)
+    ranks.exit_process(status)
 
 
 def _run_command() -> int:
     """Run the command and return its exit status; an error or a signal is one sentence on stderr."""
     try:
-        status = _status_of(app)
-        sys.stdout.flush()
-    except Stopped as stopped:
-        how = "interrupted" if stopped.signum == signal.SIGINT else f"stopped by {stopped}"
-        return _fail(f"{how}; run the same command again to continue.", stopped.status)
+        with ranks.quiet_unless_first(), ranks.together(_describe_end, interrupt=True):
+            status = _status_of(app)
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of stdout has left, as `head` does; stderr raises nothing
         return 1
-    except Exception as error:
-        if TRACEBACK_VARIABLE in os.environ and not isinstance(error, UserError):
+    except (Stopped, Exception) as error:
+        if TRACEBACK_VARIABLE in os.environ and not isinstance(error, UserError | Stopped):
             raise
-        return _fail(*describe_failure(error, common.run_directory()))
+        return _fail(*_describe_end(error))
     return status
+
+
+@lru_cache(maxsize=1)  # the log of an error is written once
+def _describe_end(error: BaseException) -> tuple[str, int]:
+    """Return the sentence about what ended the command, and the exit status."""
+    if isinstance(error, Stopped):
+        how = "interrupted" if error.signum == signal.SIGINT else f"stopped by {error}"
+        return f"{how}; run the same command again to continue.", error.status
+    if isinstance(error, ranks.PeerError):
+        return str(error), error.status
+    if isinstance(error, Exception):
+        return describe_failure(error, common.run_directory())
+    return f"{type(error).__name__} ended this command.", 1
 
 
 def _status_of(command: Callable[[], object]) -> int:
@@ -66,7 +79,7 @@ def _status_of(command: Callable[[], object]) -> int:
 
 
 def _fail(sentence: str, status: int = 2) -> int:
-    print(f"purld: {printable(sentence)}", file=sys.stderr)
+    ranks.print_ending(f"purld: {printable(sentence)}")
     return status
 
 

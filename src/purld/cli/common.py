@@ -11,7 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
+from purld import ranks
 from purld.errors import UserError
+
+# The commands whose work the processes of a job share.
+_SHARED_COMMANDS = frozenset({"run", "anchors", "sft", "probe", "align", "evaluate", "report"})
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,11 +50,15 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in _SHARED_COMMANDS:  # in a job of several processes, the first works alone
+        if not ranks.is_first():
+            raise typer.Exit
+        context.with_resource(ranks.working_alone())
 
 
 _run_directory: Path | None = None  # of this command, once it is known
@@ -97,7 +105,7 @@ def execute(
     from purld.pipeline.pipeline import STAGES
 
     make_pipeline(settings, run, make_reporter(), resend_unknown).execute(stages or STAGES)
-    if stages is None:
+    if stages is None and ranks.is_first():
         print_closing(run)
 
 

@@ -13,7 +13,7 @@ from purld.model.chat_template import ChatSettings
 from purld.model.encode import Encoder
 from purld.model.load import context_length, default_device
 from purld.model.processor import read_end_tokens, read_processor
-from purld.model.sample import Completion, Decoding, GenerateSampler, Sampler
+from purld.model.sample import Completion, Decoding, GenerateSampler, Sampler, seed_from_content
 from purld.model.vision import EncodedPrompt
 from purld.model.weights import load_weights
 from purld.records import Prompt
@@ -71,7 +71,8 @@ class LocalWriter:
     def _generate(self, encoded_prompts: Sequence[EncodedPrompt], seed: int) -> list[WrittenAnswer]:
         if not encoded_prompts:
             return []
-        groups = self._sampler(self._model, encoded_prompts, 1, seed)
+        seeds = [seed_from_content(seed, index) for index in range(len(encoded_prompts))]
+        groups = self._sampler(self._model, encoded_prompts, 1, seeds)
         return [
             self._decode_answer(prompt, completion)
             for prompt, (completion,) in zip(encoded_prompts, groups, strict=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from purld import ranks
 from purld.display.streams import make_unfailing
 from purld.errors import printable
 
@@ -30,7 +31,8 @@ class Reporter:
     """A writer of the stages, facts and warnings of a run to a console."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        # Of several processes the first alone prints.
+        self.console = console or Console(stderr=True, highlight=False, quiet=not ranks.is_first())
         self.console.file = make_unfailing(self.console.file)
 
     def headline(self, text: str) -> None:

@@ -1,8 +1,9 @@
 """Draw one model's answers to held-out prompts, batch by batch.
 
-The seed of a batch depends on its prompts and its position alone, and a batch is on disk before the next is drawn. An
-interrupted evaluation therefore continues at the next batch and ends with the same answers. `recorded` reads the
-answers back; `judge` compares them.
+The seed of an answer depends on its prompt alone, and a batch is on disk before the next is drawn. An interrupted
+evaluation therefore continues at the next batch and ends with the same answers. The ranks of a job take batches in
+turn, so that each batch, and with it every answer, is the same on any number of ranks; rank 0 writes. `recorded` reads
+the answers back; `judge` compares them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from purld import ranks
 from purld.evaluation.recorded import rows_to_generations
 from purld.model.encode import Encoder
 from purld.model.sample import Completion, Sampler, seed_from_content
@@ -41,7 +43,7 @@ def answer_prompts(
         encoder: the run's encoder.
         sampler: draws the answers.
         samples: answers per prompt.
-        batch_size: sequences drawn at once.
+        batch_size: sequences that a process draws at once.
         seed: the run's seed.
         path: the JSONL file of generations. Each row also has the question, its images and, with a check, `correct`.
         check: returns whether an answer is right; None to leave answers unchecked.
@@ -51,18 +53,23 @@ def answer_prompts(
         The generations, prompt by prompt, sample by sample.
     """
     per_batch = max(1, batch_size // samples)
-    rows, done = _complete_batches(path, len(prompts), samples, per_batch)
+    rows, done = ranks.on_first(lambda: _complete_batches(path, len(prompts), samples, per_batch))
     model = load() if done < len(prompts) else None
-    for start in range(done, len(prompts), per_batch):
-        batch = prompts[start : start + per_batch]
-        batch_seed = seed_from_content("answers", seed, start, [p.id for p in batch])
-        drawn = sampler(model, [encoder.encode_prompt(p) for p in batch], samples, batch_seed)
-        new_rows = [
-            row for p, answers in zip(batch, drawn) for row in _generation_rows(p, answers, encoder, check, path)
-        ]
-        append_rows(path, new_rows)
+    while done < len(prompts):
+        start = done + per_batch * ranks.index()
+        batch, drawn = prompts[start : start + per_batch], []
+        if batch:
+            seeds = [seed_from_content("answers", seed, p.id) for p in batch]
+            drawn = sampler(model, [encoder.encode_prompt(p) for p in batch], samples, seeds)
+        new_rows = ranks.gather_rows(
+            [row for p, answers in zip(batch, drawn) for row in _generation_rows(p, answers, encoder, check)]
+        )
+        if ranks.is_first():
+            fields = [prompt_fields(p, path) for p in prompts[done : done + per_batch * ranks.count()]]
+            append_rows(path, [row | fields[index // samples] for index, row in enumerate(new_rows)])
         rows += new_rows
-        progress(start + len(batch), len(prompts), "")
+        done = min(len(prompts), done + per_batch * ranks.count())
+        progress(done, len(prompts), "")
     return rows_to_generations(rows)
 
 
@@ -80,14 +87,14 @@ def _complete_batches(path: Path, prompts: int, samples: int, per_batch: int) ->
 
 
 def _generation_rows(
-    prompt: Prompt, answers: Sequence[Completion], encoder: Encoder, check: Check | None, path: Path
+    prompt: Prompt, answers: Sequence[Completion], encoder: Encoder, check: Check | None
 ) -> list[dict[str, Any]]:
-    question, rows = prompt_fields(prompt, path), []
+    rows = []
     for sample, answer in enumerate(answers):
         reply = encoder.read_reply(answer.ids)
         thinking = reply.thinking or None
         generation = Generation(prompt.id, sample, reply.answer, len(answer.ids), answer.finished, thinking)
         values = {name: value for name, value in asdict(generation).items() if value is not None}
         rightness = {} if check is None else {"correct": check(prompt, reply.answer)}
-        rows.append(values | question | rightness)
+        rows.append(values | rightness)
     return rows

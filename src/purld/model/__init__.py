@@ -14,7 +14,7 @@ For example, the log-probs of two drawn candidates and their scores against an a
     model = load_model(student, student.model)
     prompt = Prompt.from_text("How many legs has a spider?")
     encoded = encoder.encode_prompt(prompt)
-    (candidates,) = GenerateSampler(encoder, Decoding(1.0, 64))(model, [encoded], 2, seed=0)
+    (candidates,) = GenerateSampler(encoder, Decoding(1.0, 64))(model, [encoded], 2, seeds=[0])
     log_probs, mask = token_log_probs(model, encoded, [c.ids for c in candidates], encoder.pad)
     texts = [encoder.decode_text(c.ids) for c in candidates]
     scores = SelfEvaluator(encoder, "expected", batch_size=16).score(model, prompt, "Eight.", texts)

@@ -212,8 +212,8 @@ def _dtype(student: Student) -> torch.dtype | str:
 
 
 def default_device() -> torch.device:
-    """Return the device that models are put on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device that models are put on: on a machine with several GPUs, this process's own."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _load_error(model: str, error: Exception) -> UserError:

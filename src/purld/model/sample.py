@@ -4,7 +4,8 @@ Decoding follows the run's configuration and nothing else: a model directory's o
 penalty, a top-k) are ignored, because Stage II's estimators assume that candidates are drawn from the policy. Another
 engine can replace transformers' `generate` behind `Sampler`.
 
-What sequences have in common is computed once and its cache repeated; then all of them decode together.
+What sequences have in common is computed once and its cache repeated; then all of them decode together. Each has its
+own random numbers, so a completion depends on its prompt's seed and not on what it is drawn beside.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from purld.errors import NotFiniteError, reason_of
 from purld.model.cache import repeat_with_capacity
@@ -53,10 +54,13 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """A function that draws `count` completions for each prompt, the same ones for the same seed."""
+    """A function that draws `count` completions for each prompt, from a seed per prompt.
+
+    A completion depends on the seed of its prompt and on its place among the `count`, and not on the other prompts.
+    """
 
     def __call__(
-        self, model: Any, prompts: Sequence[EncodedPrompt], count: int, seed: int
+        self, model: Any, prompts: Sequence[EncodedPrompt], count: int, seeds: Sequence[int]
     ) -> list[list[Completion]]: ...
 
 
@@ -68,11 +72,10 @@ class GenerateSampler:
         self._decoding = decoding
 
     def __call__(
-        self, model: CausalLM, prompts: Sequence[EncodedPrompt], count: int, seed: int
+        self, model: CausalLM, prompts: Sequence[EncodedPrompt], count: int, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """Draw `count` completions for each prompt."""
-        with seeded_torch(seed):
-            return generate_completions(model, self._encoder, prompts, count, self._decoding)
+        """Draw `count` completions for each prompt; see `Sampler`."""
+        return generate_completions(model, self._encoder, prompts, count, self._decoding, seeds=seeds)
 
 
 @torch.no_grad()
@@ -83,8 +86,9 @@ def generate_completions(
     count: int,
     decoding: Decoding,
     prefix: EncodedPrompt = EMPTY_PROMPT,
+    seeds: Sequence[int] = (),
 ) -> list[list[Completion]]:
-    """Draw `count` completions for each prompt, from torch's global random state.
+    """Draw `count` completions for each prompt; torch's global random state is neither read nor changed.
 
     Args:
         model: a causal language model.
@@ -93,15 +97,16 @@ def generate_completions(
         count: completions per prompt; 1 if there is a prefix.
         decoding: the settings of sampling.
         prefix: what comes before each prompt.
+        seeds: a seed per prompt; not used at temperature 0.
 
     Raises:
         NotFiniteError: the model's logits are NaN or infinite.
     """
     try:
-        return _generate(model, encoder, prompts, count, decoding, prefix)
+        return _generate(model, encoder, prompts, count, decoding, prefix, seeds)
     except _UnusableCacheError as error:
         refuse_sharing(model, str(error))
-        return _generate(model, encoder, prompts, count, decoding, prefix)
+        return _generate(model, encoder, prompts, count, decoding, prefix, seeds)
 
 
 class _UnusableCacheError(Exception):
@@ -115,6 +120,7 @@ def _generate(
     count: int,
     decoding: Decoding,
     prefix: EncodedPrompt,
+    seeds: Sequence[int],
 ) -> list[list[Completion]]:
     """See `generate_completions`."""
     # Padding is put between the prefix and a shorter prompt. No position counts it, but a sliding window would.
@@ -129,14 +135,17 @@ def _generate(
     elif count > 1 and can_share_prefix(model, *_trial_group(prompts, encoder), encoder.pad):
         # All but the last token, which `generate` needs to process itself.
         inputs = _prefill_cache(model, encoder, prompts, ids[:, :-1], mask[:, :-1], count, width)
+        ids, mask = ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
     else:
         # Rows are repeated here, because with some models `generate` mixes up the images of a prompt that has several.
         ids, mask = ids.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         inputs = pixel_inputs([prompt for prompt in prompts for _ in range(count)], ids)
-    with _plain_generation_config(model, encoder, decoding) as (config, ends):
-        config.num_return_sequences = len(prompts) * count // len(ids)
-        watch = _FiniteLogits()
-        processors = LogitsProcessorList([watch])
+    watch = _FiniteLogits()
+    processors = LogitsProcessorList([watch])
+    if decoding.temperature > 0:
+        numbers = _uniform_numbers(seeds, len(prompts), count, decoding.max_new_tokens)
+        processors.append(_SeededChoice(numbers.to(ids.device), ids.shape[1], decoding))
+    with _plain_generation_config(model, encoder, decoding.max_new_tokens) as ends:
         output = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **inputs)
     watch.check()
     rows = [_cut_completion(row, ends) for row in output[:, ids.shape[1] :].tolist()]
@@ -162,6 +171,45 @@ class _FiniteLogits(LogitsProcessor):
         """Raise an error if a row was not finite."""
         if self._finite is not None and not self._finite:
             raise NotFiniteError("the distribution that the student's tokens are drawn from")
+
+
+class _SeededChoice(LogitsProcessor):
+    """Chooses each row's next token by inverting the cumulative distribution at a number of the row's own.
+
+    `generate` then takes the token as the greedy one. Its own sampling uses one stream for the whole batch, so that
+    what is drawn for a prompt would depend on its neighbours; it also draws V numbers a token where this needs one.
+
+    Args:
+        numbers: (B, T) numbers in [0, 1), float64, for B rows of up to T tokens.
+        start: the rows' length before the first token is drawn.
+        decoding: the settings of sampling.
+    """
+
+    def __init__(self, numbers: Tensor, start: int, decoding: Decoding) -> None:
+        self._numbers = numbers
+        self._start = start
+        self._temperature = decoding.temperature
+        self._nucleus = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (B, V) scores that are -inf but for one token per row."""
+        scores = scores / self._temperature
+        if self._nucleus is not None:
+            scores = self._nucleus(input_ids, scores)
+        # float64: in float32 the tail of a large vocabulary adds nothing to a sum that is near 1.
+        cumulative = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        step = input_ids.shape[1] - self._start
+        targets = self._numbers[:, step, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, targets, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+
+
+def _uniform_numbers(seeds: Sequence[int], prompts: int, count: int, length: int) -> Tensor:
+    """Return (prompts * count, length) numbers in [0, 1), float64, a row's from its prompt's seed and its place."""
+    if len(seeds) != prompts:
+        raise ValueError(f"{prompts} prompts need as many seeds, not {len(seeds)}")
+    generators = [torch.Generator().manual_seed(seed_from_content(s, place)) for s in seeds for place in range(count)]
+    return torch.stack([torch.rand(length, generator=g, dtype=torch.float64) for g in generators])
 
 
 def _can_prefill(
@@ -193,7 +241,7 @@ def _prefill_cache(
     Each row is repeated `copies` times, with capacity for `width` tokens.
     """
     extra_inputs = vision_features(model, prompts, ids)
-    with _plain_generation_config(model, encoder, Decoding(temperature=0.0, max_new_tokens=1)):
+    with _plain_generation_config(model, encoder, max_new_tokens=1):
         output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **extra_inputs)
     try:
         cache = repeat_with_capacity(output.past_key_values, copies, width - ids.shape[1])
@@ -237,22 +285,17 @@ def seeded_torch(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _plain_generation_config(
-    model: CausalLM, encoder: Encoder, decoding: Decoding
-) -> Iterator[tuple[GenerationConfig, set[int]]]:
-    """Give the model a generation configuration with `decoding` alone, and yield it with the end-of-turn tokens.
+def _plain_generation_config(model: CausalLM, encoder: Encoder, max_new_tokens: int) -> Iterator[set[int]]:
+    """Give the model a generation configuration that takes the likeliest tokens, and yield the end-of-turn tokens.
 
     `generate` fills what a configuration passed to it leaves open from the model's own, so that one is replaced.
     """
     inner = unwrap_adapters(model)
     original = inner.generation_config
     ends = end_tokens(model, encoder)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if decoding.temperature > 0:
-        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     inner.generation_config = GenerationConfig(
-        **sampling,
-        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=encoder.pad,
         suppress_tokens=encoder.placeholders or None,
@@ -260,7 +303,7 @@ def _plain_generation_config(
     was_training = model.training
     model.eval()
     try:
-        yield inner.generation_config, ends
+        yield ends
     finally:
         inner.generation_config = original
         model.train(was_training)

@@ -1,8 +1,8 @@
 """The sampler that draws with a vLLM server, which the user starts: `student.engine.kind: vllm`.
 
 Before each draw the server is given the model's adapter as a file, under a name made of its weights, and a reply counts
-only if it bears that name: no candidate comes from an older policy. Every completion has a seed of its own, made of the
-call's seed, its prompt and its number, so it does not depend on what else is drawn, nor by which process.
+only if it bears that name: no candidate comes from an older policy. Every completion has a seed of its own, made of its
+prompt's seed and its number, so it does not depend on what else is drawn, nor by which process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class VllmSampler:
         self._compared = False
 
     def __call__(
-        self, model: CausalLM, prompts: Sequence[EncodedPrompt], count: int, seed: int
+        self, model: CausalLM, prompts: Sequence[EncodedPrompt], count: int, seeds: Sequence[int]
     ) -> list[list[Completion]]:
         """Draw `count` completions for each prompt, with the log-probs that the server gave them.
 
@@ -62,7 +62,8 @@ class VllmSampler:
         """
         if any(prompt.images for prompt in prompts):
             raise UserError("student.engine: kind vllm draws for prompts of text alone; use kind generate.")
-        draws = [Draw(p.ids, _draw_seed(seed, p, number)) for p in prompts for number in range(count)]
+        pairs = zip(prompts, seeds, strict=True)
+        draws = [Draw(p.ids, seed_from_content("draw", seed, number)) for p, seed in pairs for number in range(count)]
         settings = DrawSettings(
             self._decoding.temperature,
             self._decoding.top_p,
@@ -134,10 +135,6 @@ def other_model_error(server: VllmServer, base: str, gap: float) -> UserError:
         f"{gap:.2f} nats per token",
         "start it with student.model itself",
     )
-
-
-def _draw_seed(seed: int, prompt: EncodedPrompt, number: int) -> int:
-    return seed_from_content("draw", seed, list(prompt.ids), number)
 
 
 def _adapter_name(folder: Path) -> str:

@@ -110,7 +110,7 @@ class ChatSession:
         with self._variants.use(name) as model:
             for prompt in prompts:
                 seed = seed_from_content("chat", self._seed, prompt.id)
-                ((completion,),) = sampler(model, [self._encoder.encode_prompt(prompt)], 1, seed)
+                ((completion,),) = sampler(model, [self._encoder.encode_prompt(prompt)], 1, [seed])
                 reply = self._encoder.read_reply(completion.ids)
                 found.append(ChatAnswer(name, reply.answer, reply.thinking, not completion.finished))
         return found

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from purld import ranks
 from purld.clients.ledger import LedgerView
 from purld.clients.open import open_client
 from purld.config.clients import TeacherAnchors
@@ -36,13 +37,30 @@ SPEND_KEYS = ("calls", "input_tokens", "output_tokens", "cost")  # of the teache
 
 
 def run_evaluate(context: RunContext) -> dict[str, Any]:
-    """Answer the held-out prompts with every model of the run, check and judge the answers, write results.json."""
+    """Answer the held-out prompts with every model of the run, check and judge the answers, write results.json.
+
+    The ranks of a job share the drawing and the scoring; rank 0 does the rest.
+    """
     started = time.monotonic()
     config, run = context.config, context.run
     final = final_model(config.align.method)
     folders: dict[str, str | Path] = {"base": config.student.model, "sft": run.sft, final.name: final.folder(run)}
-    opponents = _opponent_answers(context)
+    opponents = ranks.on_first(lambda: _opponent_answers(context))
     models = {name: _model_answers(context, name, folder) for name, folder in folders.items()}
+    compared = _self_comparison(context, folders, models)
+    ranks.on_first(lambda: _write_results(context, models, opponents, compared, started))
+    return {}
+
+
+def _write_results(
+    context: RunContext,
+    models: dict[str, EvaluatedModel],
+    opponents: dict[str, str],
+    compared: dict[str, Any],
+    started: float,
+) -> None:
+    """Judge the answers, if the configuration says so, and write results.json."""
+    config, run = context.config, context.run
     if config.evaluate.judge is not None:
         models = _add_verdicts(context, models, opponents)
     finished, groups = run.finished_stages(), read_rows(run.groups)
@@ -55,7 +73,7 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
         "difference": _model_differences(models, opponents, config.seed),
         "validation": finished.get("align", {}).get("validation") or {},  # which step was kept, and why
         **_candidates_against_gold(context, groups),
-        "self_comparison": _self_comparison(context, folders, models),
+        "self_comparison": compared,
         "probe": _probe_results(finished.get("probe")),
         "label_divergence": mean_label_divergence(groups, read_rows(run.revisited)),
         "seconds": seconds | {"evaluate": round(time.monotonic() - started, 3)},  # all but writing this file
@@ -73,14 +91,13 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
         context.reporter.warn(doubt)
     results["warnings"] = [*finished.get("align", {}).get("warnings", []), *doubts]
     write_json(run.results, {key: value for key, value in results.items() if value not in ({}, [])})
-    return {}
 
 
 def _self_comparison(
     context: RunContext, folders: dict[str, str | Path], models: dict[str, EvaluatedModel]
 ) -> dict[str, Any]:
     """Compare the models by p_sft's own scores, in a run that has neither gold nor a judge."""
-    chosen = find_slice(context)
+    chosen = ranks.on_first(lambda: find_slice(context))
     if chosen is None:
         return {}
     if chosen.held_out:

@@ -6,13 +6,15 @@ refused. What a stage does is in `purld.pipeline.stages` and `purld.pipeline.eva
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
 
+from purld import ranks
 from purld.config.clients import TRANSPORT
 from purld.config.load import load_config
 from purld.config.methods import StageTwoSettings
@@ -28,7 +30,7 @@ from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.records import content_hash
 from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
-from purld.runs.open import final_model, keeps_last_step, splits_without_near_copies
+from purld.runs.open import check_shared_disk, final_model, keeps_last_step, splits_without_near_copies
 from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.trackers import check_trackers, stage_tracking
@@ -42,6 +44,7 @@ _RUNNERS: dict[str, Callable[[RunContext], dict[str, Any]]] = {
     "report": run_report,
 }
 STAGES = tuple(_RUNNERS)
+_OF_FIRST_RANK = ("anchors", "report")  # the stages whose work several processes do not share
 _REPAIRED = ("anchors", "evaluate")  # their damaged files are made again by every command that includes them
 
 _TITLES = {
@@ -100,12 +103,22 @@ class Pipeline:
         if "anchors" not in self.run.finished_stages():
             raise UserError(f"{self.run.path}: the probe needs anchors; run `purld anchors` first.")
         pools = load_prompt_pools(self.config, self.encoder, self.reporter.say)
-        with self.run.lock():
-            self._check_pools(pools)
-            self.run.check_files(self.run.anchors, self.run.sft)
+        with self._locked():
+            ranks.on_first(lambda: self._check_before_probe(pools))
             facts = run_probe(self._context(pools), every_scorer=True)
-            self.run.record_file("probe", self.run.probe)
+            ranks.on_first(lambda: self.run.record_file("probe", self.run.probe))
         return facts
+
+    def _check_before_probe(self, pools: PromptPools) -> None:
+        self._check_pools(pools)
+        self.run.check_files(self.run.anchors, self.run.sft)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Lock the run, in rank 0, for all ranks."""
+        with contextlib.ExitStack() as stack:
+            ranks.on_first(lambda: stack.enter_context(self.run.lock()))
+            yield
 
     def _context(self, pools: PromptPools) -> RunContext:
         return RunContext(self.config, self.run, self.reporter, self.encoder, self.check, pools, self.resend_unknown)
@@ -121,36 +134,54 @@ class Pipeline:
         check_judging(self.config, pools)
         if missing := missing_gold(self.config.data, pools.held_out):
             raise UserError(missing)
-        with self.run.lock():
-            remove_stale_partials(self.run.path)
-            text = self._check_config()
-            self._check_pools(pools)
-            self._write_config(text)
-            if any(stage != "report" for stage in stages):
-                check_ledger(self.config, self.run)
+        ranks.check_same("the prompts", pools.fingerprint)
+        with self._locked():
+            text = ranks.on_first(lambda: self._prepare(pools, stages))
+            check_shared_disk(self.run, text)
             context = self._context(pools)
             for stage in self._with_probe(stages):
                 self._execute(stage, context, alone=len(stages) == 1)
 
+    def _prepare(self, pools: PromptPools, stages: Sequence[str]) -> str:
+        """Check what the run holds against its configuration and its prompts, and return config.yaml as written."""
+        remove_stale_partials(self.run.path)
+        text = self._check_config()
+        self._check_pools(pools)
+        self._write_config(text)
+        if any(stage != "report" for stage in stages):
+            check_ledger(self.config, self.run)
+        return text
+
     def _execute(self, stage: str, context: RunContext, alone: bool) -> None:
-        """Run a stage if it takes part, and if it is not finished or its files are damaged and can be made again."""
-        if not self._takes_part(stage):
+        """Run a stage unless it is done; rank 0 decides, and keeps the records."""
+        if not ranks.on_first(lambda: self._begin(stage, context, alone)):
             return
+        runner = _RUNNERS[stage]
+        with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):
+            facts = ranks.on_first(lambda: runner(context)) if stage in _OF_FIRST_RANK else runner(context)
+        ranks.on_first(lambda: self.run.finish(stage, seconds[0], **facts))
+        if ranks.is_first():
+            shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)
+
+    def _begin(self, stage: str, context: RunContext, alone: bool) -> bool:
+        """Return whether a stage has to run, and record that it begins.
+
+        It has to if it takes part, and if it is not finished or its files are damaged and can be made again.
+        """
+        if not self._takes_part(stage):
+            return False
         if stage in self.run.finished_stages() and not self._runs_again(stage):
             damaged = self.run.damaged_files_of(stage) if stage in _REPAIRED or (alone and stage in TRAINED) else []
             if not damaged:
                 shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)  # left by a kill after the record
                 self.reporter.say(f"{_TITLES[stage]}: done before.")
-                return
+                return False
             if self._repaired(stage, damaged, context):
-                return
+                return False
         self._check_start(stage)
         self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out))
         self.reporter.headline(_TITLES[stage])
-        with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):
-            facts = _RUNNERS[stage](context)
-        self.run.finish(stage, seconds[0], **facts)
-        shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)
+        return True
 
     def _check_start(self, stage: str) -> None:
         """Check that earlier stages are finished and their files intact, and that Stage II has a signal.

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from purld import ranks
 from purld.config.methods import Align, GroupSettings, LdlGrpo, SamplingSettings, SelfScoringSettings, StageTwoSettings
 from purld.config.schema import Config
 from purld.errors import UserError
@@ -89,8 +90,8 @@ def draw_probe_groups(
     drawn: list[list[Completion]] = []
     for start in range(0, len(questions), _BATCH):
         batch = questions[start : start + _BATCH]
-        seed = seed_from_content("probe", context.seed, start)
-        drawn += sampler(policy, [q.encoded for q in batch], count, seed)
+        seeds = [seed_from_content("probe", context.seed, q.prompt.id) for q in batch]
+        drawn += sampler(policy, [q.encoded for q in batch], count, seeds)
         context.progress(min(start + _BATCH, len(questions)), len(questions), "candidates drawn")
     texts = [[encoder.decode_text(c.ids) for c in completions] for completions in drawn]
     groups = []
@@ -257,7 +258,9 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
     settings = config.align
     assert isinstance(settings, SelfScoringSettings) and isinstance(settings, SamplingSettings)
     examples = _probe_examples(context, settings)
-    folder: str | Path = run.sft if "sft" in run.finished_stages() else config.student.model
+    # Every rank measures all of it: the probe is short, and nothing of it depends on their number.
+    after_stage_one = ranks.on_first(lambda: "sft" in run.finished_stages())
+    folder: str | Path = run.sft if after_stage_one else config.student.model
     model = load_model(config.student, folder)
     roles = Roles(model, model)
     measured = []
@@ -284,7 +287,8 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
         "verdict": _verdict(measured, settings.score),
         "fingerprint": probe_fingerprint(config),
     }
-    write_json(run.probe, facts)
+    if ranks.is_first():
+        write_json(run.probe, facts)
     return facts
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from purld import ranks
 from purld.clients.anchors import apply_thinking_policy
 from purld.clients.base import reply_from_ledger
 from purld.clients.folder import FolderLedgers
@@ -136,11 +137,12 @@ def compare_by_own_score(
     groups = [
         GroupToScore(p, chosen.anchors[p.id], [texts[p.id] for texts in answers.values()]) for p in chosen.prompts
     ]
-    rows = []
+    mine, rows = groups[ranks.my_share(len(groups))], []
     with context.reporter.progress("prompts scored by p_sft") as progress:
-        for index, group in enumerate(groups):
+        for index, group in enumerate(mine):
             rows += [scores.candidates for scores in scorer([group])]
-            progress(index + 1, len(groups), "")
+            progress(index + 1, len(mine), "")
+    rows = ranks.gather_rows(rows)
     scored = [[float(s) for s in row if s is not None] for row in rows if None not in row]
     if not scored:
         return {}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from purld import ranks
 from purld.clients.anchors import CollectedAnchors, collect_anchors
 from purld.clients.base import Client, ReplyState
 from purld.clients.batch import BatchClient
@@ -107,7 +108,7 @@ def run_align(context: RunContext) -> dict[str, Any]:
     assert isinstance(config.align, StageTwoSettings)
     if config.set_aside:
         reporter.say(config.set_aside)
-    probe = context.run.finished_stages().get("probe")
+    probe = ranks.on_first(lambda: context.run.finished_stages().get("probe"))
     scale = probed_scale(config.align, probe)
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
@@ -141,9 +142,9 @@ def _training_context(context: RunContext, progress: Progress) -> StageContext:
 
 @contextlib.contextmanager
 def _judging_teacher(context: RunContext) -> Iterator[Client | None]:
-    """Open the teacher as scorer of candidates, for the method that pays for it; None for the others."""
+    """Open the teacher as scorer of candidates, in rank 0, for the method that pays for it; None for the others."""
     settings, teacher = context.config.align, context.config.teacher
-    if not isinstance(settings, TeacherJudgeGrpo):
+    if not isinstance(settings, TeacherJudgeGrpo) or not ranks.is_first():
         yield None
         return
     with open_ledger(context.run, context.reporter) as ledger:

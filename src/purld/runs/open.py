@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from purld import ranks
 from purld.config.load import load_config
 from purld.config.read_yaml import read_yaml
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.methods.table import METHODS
 from purld.runs.run_dir import RunDir
+
+_NETWORK_DISK_DELAY = 90.0  # seconds; a network disk shows a new file after a minute at most
 
 
 def open_run(run_path: Path) -> tuple[RunDir, Config]:
@@ -60,6 +64,22 @@ def keeps_last_step(run: RunDir) -> bool:
     values = read_yaml(run.config)
     align = values.get("align") if isinstance(values, dict) else None
     return isinstance(align, dict) and "validate_every" not in align
+
+
+def check_shared_disk(run: RunDir, text: str) -> None:
+    """Check that every process of a job sees config.yaml as rank 0 has written it.
+
+    Raises:
+        UserError: one does not, because its machine has another disk there.
+    """
+    started = time.monotonic()
+    while ranks.count() > 1 and not (run.config.exists() and run.config.read_text(encoding="utf-8") == text):
+        if time.monotonic() - started > _NETWORK_DISK_DELAY:
+            raise UserError(
+                f"{run.path}: this machine does not see what process 0 wrote there; give a --run-dir on a disk that "
+                "all machines share."
+            )
+        time.sleep(1.0)
 
 
 @dataclass(frozen=True)

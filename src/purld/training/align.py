@@ -7,21 +7,21 @@ This module runs the stage from p_sft to the saved policy and says what to look 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from purld import ranks
 from purld.clients.base import Client
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
-from purld.errors import PlainWarning, UserError
+from purld.errors import UserError
 from purld.methods.labels import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
 from purld.model.vllm_sampler import NOTABLE_GAP, describe_gap
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
 from purld.training.align_trainer import AlignTrainer
-from purld.training.checkpoints import last_checkpoint
+from purld.training.checkpoints import resume_point
 from purld.training.context import StageContext
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
@@ -116,10 +116,7 @@ def align(
     if not examples:
         raise UserError("Stage II: there are no anchors to align with.")
     run, encoder = context.run, context.encoder
-    checkpoint = last_checkpoint(run, run.checkpoints("align"))
-    if checkpoint.set_aside:
-        warnings.warn(checkpoint.set_aside, PlainWarning, stacklevel=2)
-    run.rewind_log("align", checkpoint.step, checkpoint.logs)
+    checkpoint = resume_point(run, "align")
     roles = load_roles(context.student, run.sft, context.seed)
     questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
     trainer = AlignTrainer(
@@ -135,12 +132,12 @@ def align(
     )
     trainer.train_from(checkpoint.path)
     trainer.check_policy()
-    logged = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
+    logged = ranks.on_first(lambda: [row for row in read_rows(run.metrics) if row["stage"] == "align"])
     rows = [row for row in logged if METRIC not in row]
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
     trainer.remeasure()
-    save_policy(context.student, roles, run.sft, encoder, run.align)
+    ranks.on_first(lambda: save_policy(context.student, roles, run.sft, encoder, run.align))
     facts = _facts(rows, settings, len(examples), trainer.kept_step)
     return facts if validation is None else replace(facts, validation=_validated(logged, validation, trainer.kept_step))
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler as IndexSampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 
+from purld import ranks
 from purld.clients.base import Client
 from purld.config.methods import SamplingSettings, SelfPpo, StageTwoSettings
 from purld.errors import NotFiniteError
@@ -27,13 +28,14 @@ from purld.model.critic import ValueHead, model_hidden_size
 from purld.model.load import Roles
 from purld.model.sample import Decoding, Sampler, seed_from_content
 from purld.model.samplers import make_sampler
+from purld.records import GroupRecord
 from purld.runs.files import append_rows, read_rows, write_rows
 from purld.runs.thumbnails import prompt_fields
 from purld.training.best_step import BestStep, load_state
-from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, device_arguments
+from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, make_arguments
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
-from purld.training.group_update import GroupUpdate
+from purld.training.group_update import GroupMembers, GroupUpdate
 from purld.training.metrics import StepMetrics, group_record
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
@@ -47,7 +49,7 @@ _NOT_LOGGED = frozenset({"loss", "epoch", "total_flos", "num_input_tokens_seen"}
 
 
 class AlignTrainer(ModelNamedCheckpoints, Trainer):
-    """A Trainer whose step is one update on the groups of `prompts_per_step` prompts.
+    """A Trainer whose step is one update on the groups of `prompts_per_step` prompts, which the ranks of a job share.
 
     Args:
         context: the student, the run directory and the seed.
@@ -133,6 +135,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             self.state = state
             self._load_from_checkpoint(str(checkpoint))
         else:
+            ranks.check_same_weights(self.model.parameters())
             if checkpoint is None:
                 self._measure_start()
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -146,7 +149,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
 
     def _measure_start(self) -> None:
         """Measure p_sft, which the steps are compared with."""
-        if self._best is not None and (metrics := self._best.measure()) and self.is_world_process_zero():
+        if self._best is not None and (metrics := self._best.measure()) and ranks.is_first():
             self._run.log_metrics("align", 0, metrics)
 
     def _is_over(self, state: TrainerState) -> bool:
@@ -182,29 +185,49 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         is_fresh = self.state.global_step % self._settings.updates == 0
         if is_fresh:
             seed = seed_from_content("candidates", self.args.seed, self.state.global_step)
+            mine = inputs["questions"][ranks.my_share(len(inputs["questions"]))]
             with self.accelerator.autocast():
-                self._rollouts = self._make_rollouts(model, [self._questions[i] for i in inputs["questions"]], seed)
+                self._rollouts = self._make_rollouts(model, [self._questions[i] for i in mine], seed)
             for rollout in self._rollouts:
                 self._metrics.add_rollout(rollout, scored=self._method.scorer is not None)
-        return torch.stack([self._step_group(model, rollout, is_fresh) for rollout in self._rollouts]).mean()
+        share = 1.0 / len(inputs["questions"])  # of a group, in the step of all ranks
+        objective, records = torch.zeros((), device=self.args.device), []
+        for rollout in self._rollouts:
+            if rollout.members is not None and rollout.usable:
+                loss = self._step_group(model, rollout, rollout.members, share)
+                objective += share * loss.value
+                if is_fresh and rollout.completions:
+                    early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
+                    records.append(group_record(self.state.global_step + 1, rollout, loss, keep_ids=early))
+        ranks.sum_gradients(self._trained_weights())
+        if is_fresh:
+            self._log_groups(records)
+        return ranks.sum_tensor(objective)
 
-    def _step_group(self, model: CausalLM, rollout: Rollout, is_fresh: bool) -> Tensor:
-        """Add one group's gradient and return the group's objective; zero if the group is left out."""
-        if rollout.members is None or not rollout.usable:
-            return torch.zeros((), device=self.args.device)
+    def _trained_weights(self) -> list[nn.Parameter]:
+        """Return the weights that a step changes, the critic's among them."""
+        critic = [] if self._critic is None else self._critic.parameters()
+        return [weight for weight in (*self.model.parameters(), *critic) if weight.requires_grad]
+
+    def _step_group(self, model: CausalLM, rollout: Rollout, members: GroupMembers, share: float) -> GroupLoss:
+        """Add one group's gradient and return its objective."""
 
         def objective(tokens: GroupTokens) -> GroupLoss:
             loss: GroupLoss = self._method.loss(tokens, rollout.signal, self._settings)
             return loss
 
-        loss, tokens = self._update(model, rollout.members, objective, share=1.0 / len(self._rollouts))
+        loss, tokens = self._update(model, members, objective, share)
         from_sft = not self._method.anchored_reference
         self._metrics.add_update(loss, tokens, len(rollout.member_candidates), from_sft)
-        if is_fresh and rollout.completions:
-            early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
-            record = group_record(self.state.global_step + 1, rollout, loss, keep_ids=early)
-            append_rows(self._run.groups, [asdict(record) | prompt_fields(rollout.question.prompt, self._run.groups)])
-        return loss.value
+        return loss
+
+    def _log_groups(self, records: Sequence[GroupRecord]) -> None:
+        """Write the records of a step's groups, in the order of its prompts."""
+        records = ranks.gather_rows(records)
+        if records and ranks.is_first():
+            prompts = {question.prompt.id: question.prompt for question in self._questions}
+            path = self._run.groups
+            append_rows(path, [asdict(record) | prompt_fields(prompts[record.prompt_id], path) for record in records])
 
     @torch.no_grad()
     def check_policy(self) -> None:
@@ -224,8 +247,9 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
     def remeasure(self) -> None:
         """Measure the run's first groups under the current policy, if the method has a q to measure."""
         self.model.eval()
-        rows = list(remeasure_groups(self.model, self._make_rollouts, self._questions, read_rows(self._run.groups)))
-        if rows:
+        groups = ranks.on_first(lambda: read_rows(self._run.groups))
+        rows = ranks.gather_rows(list(remeasure_groups(self.model, self._make_rollouts, self._questions, groups)))
+        if rows and ranks.is_first():
             write_rows(self._run.revisited, rows)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -316,7 +340,8 @@ def _decoding(settings: StageTwoSettings) -> Decoding:
 
 
 def _trainer_arguments(context: StageContext, settings: StageTwoSettings, prompts: int) -> TrainingArguments:
-    return TrainingArguments(
+    return make_arguments(
+        TrainingArguments,
         output_dir=str(context.run.checkpoints("align")),
         max_steps=settings.steps,
         per_device_train_batch_size=min(settings.prompts_per_step, prompts),
@@ -329,6 +354,5 @@ def _trainer_arguments(context: StageContext, settings: StageTwoSettings, prompt
         save_steps=min(settings.checkpoint_steps, settings.steps),
         save_total_limit=2,
         seed=context.seed,
-        **device_arguments(),
         **tracker_arguments(context.report_to, context.run, "align"),
     )

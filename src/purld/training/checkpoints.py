@@ -6,16 +6,19 @@ import contextlib
 import functools
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from purld.errors import reason_of
+from purld import ranks
+from purld.errors import PlainWarning, reason_of
+from purld.model.load import default_device
 from purld.records import content_hash
 from purld.runs.checksums import FileRecord, find_damage, record_file
 from purld.runs.files import sync_folder, write_json
@@ -69,6 +72,19 @@ def last_checkpoint(run: RunDir, folder: Path) -> Checkpoint:
         return chosen
     instead = f"the checkpoint of step {chosen.step} is used" if chosen.path else "the stage starts again"
     return replace(chosen, set_aside=f"{problems[0]}; {instead}.")
+
+
+def resume_point(run: RunDir, stage: str) -> Checkpoint:
+    """Return the checkpoint that a stage resumes from, after removing what the run logged after it; rank 0 decides."""
+
+    def find() -> Checkpoint:
+        checkpoint = last_checkpoint(run, run.checkpoints(stage))
+        if checkpoint.set_aside:
+            warnings.warn(checkpoint.set_aside, PlainWarning, stacklevel=4)
+        run.rewind_log(stage, checkpoint.step, checkpoint.logs)
+        return checkpoint
+
+    return ranks.on_first(find)
 
 
 def _examine(run: RunDir, path: Path) -> tuple[str | None, Mapping[str, Any] | None]:
@@ -139,11 +155,9 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Record the number of steps; find the best model's checkpoint again in a run directory that was moved."""
-        if state.is_world_process_zero:
+        if ranks.is_first():
             self._run.note_size(self._stage, steps=state.max_steps)
-        best = Path(args.output_dir or "") / f"checkpoint-{state.best_global_step}"
-        if state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)
+        _find_best(args, state)
 
     def on_log(
         self,
@@ -158,7 +172,7 @@ class RunCallback(TrainerCallback):
         # The trainer's closing summary repeats the last step without any of these.
         if (
             not values.keys() & {"loss", "eval_loss", "eval_score", "objective", "dropped_groups"}
-            or not state.is_world_process_zero
+            or not ranks.is_first()
         ):
             return
         self._run.log_metrics(self._stage, state.global_step, values)
@@ -170,12 +184,19 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint that was just written as complete."""
-        if state.is_world_process_zero:
+        if ranks.is_first():
             mark_complete(self._run, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
+        _find_best(args, state)
+
+
+def _find_best(args: TrainingArguments, state: TrainerState) -> None:
+    best = Path(args.output_dir or "") / f"checkpoint-{state.best_global_step}"
+    if state.best_global_step and best.is_dir():
+        state.best_model_checkpoint = str(best)
 
 
 class ModelNamedCheckpoints:
-    """A mixin for Trainers whose checkpoints hold weights under the model's own parameter names.
+    """A mixin for Trainers whose checkpoints hold weights under the model's own parameter names, written by rank 0.
 
     A Trainer loads a checkpoint by these names and skips what it does not find. `save_pretrained` writes the names of
     the published files, which differ in many image models: the best model would silently never be loaded, and a
@@ -183,6 +204,11 @@ class ModelNamedCheckpoints:
     """
 
     model: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if ranks.is_first():  # the trainers of all ranks are in the same state
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        ranks.barrier()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         own = self.model.save_pretrained
@@ -198,6 +224,24 @@ class ModelNamedCheckpoints:
         missing = [name for name, p in self.model.named_parameters() if id(p) not in loaded]
         if missing:
             raise RuntimeError(f"a checkpoint lacks {len(missing)} of the model's weights, such as {missing[0]}")
+
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def make_arguments(kind: type[Arguments], **values: Any) -> Arguments:
+    """Make a trainer's arguments for the device of this process.
+
+    By itself a trainer takes the first GPU, and copies the model to every GPU that it sees.
+    """
+    device = default_device()
+    arguments = kind(**values, **device_arguments())
+    if device.type == "cuda":
+        assert arguments.device.type == "cuda"
+        arguments._n_gpu = 1
+        arguments.__dict__["_setup_devices"] = device  # what `device` returns
+        torch.cuda.set_device(device)
+    return arguments
 
 
 def device_autocast() -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from purld import ranks
 from purld.methods.losses import GroupLoss, GroupTokens, sampling_gaps
 from purld.records import GroupRecord
 from purld.training.rollout import Rollout
@@ -19,7 +20,7 @@ Q_COLUMN = "policy_before"  # the member column that holds q, in a method that h
 
 
 class StepMetrics:
-    """Collects values group by group and gives their means (counts: their sums) at the end of a step."""
+    """Collects values group by group and gives their means (counts: their sums) over a step of all ranks."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
@@ -58,9 +59,12 @@ class StepMetrics:
 
     def drain(self) -> dict[str, float]:
         """Return the values of the step and start the next one."""
-        values = {name: _combine(name, values) for name, values in self._values.items() if values}
+        collected: dict[str, list[float]] = defaultdict(list)
+        for of_rank in ranks.gather_rows([dict(self._values)]):
+            for name, values in of_rank.items():
+                collected[name] += values
         self._values.clear()
-        return values
+        return {name: _combine(name, values) for name, values in collected.items() if values}
 
 
 def _combine(name: str, values: list[float]) -> float:

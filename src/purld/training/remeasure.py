@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from purld import ranks
 from purld.model.causal_lm import CausalLM
 from purld.model.sample import Completion
 from purld.model.self_evaluation import GroupScores
@@ -25,7 +26,7 @@ REMEASURED_GROUPS = 64  # groups at most: each costs two passes without a graph
 def remeasure_groups(
     policy: CausalLM, rollouts: RolloutMaker, questions: Sequence[AnchoredPrompt], groups: Sequence[Mapping[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Measure the first groups that were kept for it under the current policy.
+    """Measure this rank's share of the first groups that were kept for it under the current policy.
 
     Args:
         policy: the model at the end of Stage II.
@@ -38,7 +39,8 @@ def remeasure_groups(
         `label_divergence`, KL(D || q) in nats.
     """
     by_id = {question.prompt.id: question for question in questions}
-    for row in islice((group for group in groups if group.get("completions")), REMEASURED_GROUPS):
+    kept = list(islice((group for group in groups if group.get("completions")), REMEASURED_GROUPS))
+    for row in kept[ranks.my_share(len(kept))]:
         rollout = rollouts.add_signal(policy, _recorded_rollout(by_id[row["prompt_id"]], row))
         if rollout.members is None:
             continue

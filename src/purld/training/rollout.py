@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from purld import ranks
 from purld.config.methods import StageTwoSettings
 from purld.methods.table import GroupEvidence, StageTwoMethod
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
-from purld.model.sample import Completion, Sampler
+from purld.model.sample import Completion, Sampler, seed_from_content
 from purld.model.self_evaluation import GroupScores
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
@@ -113,10 +114,11 @@ class RolloutMaker:
         return self.method.anchor_member or self.settings.anchor_joins
 
     def __call__(self, policy: CausalLM, questions: Sequence[AnchoredPrompt], seed: int) -> list[Rollout]:
-        """Make one group per question; the same seed draws the same candidates."""
+        """Make one group per question; a question's candidates depend on the seed and on the question alone."""
         drawn: list[list[Completion]] = [[] for _ in questions]
-        if self.settings.drawn:
-            drawn = self.sampler(policy, [q.encoded for q in questions], self.settings.drawn, seed)
+        if self.settings.drawn and questions:
+            seeds = [seed_from_content(seed, q.prompt.id) for q in questions]
+            drawn = self.sampler(policy, [q.encoded for q in questions], self.settings.drawn, seeds)
         groups = [candidates_to_score(self.encoder, q, completions) for q, completions in zip(questions, drawn)]
         rollouts = [
             self.add_signal(policy, self._scored_rollout(*parts))
@@ -174,12 +176,13 @@ class RolloutMaker:
         return replace(members, sampled=sampled)
 
     def _combine_prompts(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Let the signals of a step's prompts change each other, for a method that does so."""
-        used = [index for index, rollout in enumerate(rollouts) if rollout.usable]
-        if self.method.across is None or not used:
+        """Let the signals of a step's prompts, those of all ranks, change each other, for a method that does so."""
+        if self.method.across is None:
             return rollouts
-        masks = [members.mask for index in used if (members := rollouts[index].members)]
-        signals = self.method.across([rollouts[index].signal for index in used], masks)
-        for index, signal in zip(used, signals, strict=True):
+        used = [index for index, rollout in enumerate(rollouts) if rollout.usable]
+        own = [(rollouts[i].signal, members.mask) for i in used if (members := rollouts[i].members)]
+        offset, every = ranks.gather_with_offset(own)
+        signals = self.method.across([signal for signal, _ in every], [mask for _, mask in every]) if every else []
+        for index, signal in zip(used, signals[offset : offset + len(own)], strict=True):
             rollouts[index] = replace(rollouts[index], signal=signal)
         return rollouts

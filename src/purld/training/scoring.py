@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from purld import ranks
 from purld.clients.base import Client, Reply
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
 from purld.errors import NotFiniteError, UserError
@@ -143,6 +144,22 @@ class TeacherScorer:
 
 
 @dataclass(frozen=True)
+class FirstRankScorer:
+    """Score the groups of all ranks by a scorer that rank 0 alone may use, because it pays.
+
+    Attributes:
+        scorer: the scorer; never called in the other ranks.
+    """
+
+    scorer: Scorer
+
+    def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
+        """Score groups; see `Scorer`."""
+        offset, every = ranks.gather_with_offset(groups)
+        return ranks.on_first(lambda: self.scorer(every))[offset : offset + len(groups)]
+
+
+@dataclass(frozen=True)
 class LikelihoodScorer:
     """Score by the likelihoods of the frozen p_sft, given the anchor.
 
@@ -235,9 +252,9 @@ def _make_likelihood_scorer(context: ScorerContext, score_group: Callable[..., G
 
 
 def _make_teacher_scorer(context: ScorerContext) -> Scorer:
-    if context.teacher is None:
+    if context.teacher is None and ranks.is_first():
         raise ValueError("this method asks the teacher about candidates, and there is no teacher")
-    return TeacherScorer(context.teacher)
+    return FirstRankScorer(score_nothing if context.teacher is None else TeacherScorer(context.teacher))
 
 
 def _make_agreement_scorer(context: ScorerContext) -> Scorer:

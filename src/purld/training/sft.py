@@ -6,9 +6,10 @@ checkpoint with the lowest validation loss becomes p_sft. The learning rate is n
 
 from __future__ import annotations
 
+import contextlib
 import math
-import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,19 +20,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from purld import ranks
 from purld.config.schema import Sft
-from purld.errors import PlainWarning, UserError
+from purld.errors import UserError
 from purld.model.causal_lm import model_device
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_model, make_trainable, save_model
+from purld.model.log_probs import micro_batches
+from purld.model.sample import seed_from_content, seeded_torch
 from purld.model.vision import EncodedPrompt
 from purld.records import Anchor, Prompt, content_hash
 from purld.training.checkpoints import (
     ModelNamedCheckpoints,
     RunCallback,
-    device_arguments,
     device_autocast,
-    last_checkpoint,
+    make_arguments,
+    resume_point,
 )
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
@@ -63,12 +67,8 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     train, held_out, cut = _encode_examples(examples, encoder, settings.validation_fraction)
     if not train:
         raise UserError("Stage I: there are no anchors to train on.")
-    checkpoint = last_checkpoint(run, run.checkpoints("sft"))
-    if checkpoint.set_aside:
-        warnings.warn(checkpoint.set_aside, PlainWarning, stacklevel=2)
-    run.rewind_log("sft", checkpoint.step, checkpoint.logs)
+    checkpoint = resume_point(run, "sft")
     model = make_trainable(student, load_model(student, student.model), context.seed)
-    encoded = [*train, *held_out]
     guard = FiniteGuard("Stage I", "sft.learning_rate", settings.learning_rate, run.checkpoints("sft"))
     trainer = _SftTrainer(
         model=cast(PreTrainedModel, model),  # or one under adapters
@@ -80,36 +80,83 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
             validate=bool(held_out),
             reporting=tracker_arguments(context.report_to, run, "sft"),
         ),
-        train_dataset=_indices(range(len(train))),
-        eval_dataset=_indices(range(len(train), len(encoded))) if held_out else None,
+        train_dataset=_indices(len(train)),
+        eval_dataset=_indices(len(held_out)) if held_out else None,
         processing_class=encoder.tokenizer,
-        data_collator=lambda batch: training_batch([encoded[row["index"]] for row in batch], encoder.pad),
+        data_collator=lambda rows: {"examples": [row["index"] for row in rows]},
         callbacks=[guard, RunCallback(run, "sft", _LOGGED.__contains__, context.progress)],
     )
-    trainer.guard = guard
-    trainer.remove_callback(PrinterCallback)
-    # TRL's loss divides by the token count itself. Some image models say they do not take the count, and then every
-    # micro-batch would weigh the same, whatever its number of tokens.
-    trainer.model_accepts_loss_kwargs = True
+    trainer.prepare(train, held_out, encoder.pad, settings.micro_batch_size, guard)
     trainer.train_from(checkpoint.path)
     guard.check_weights(trainer.model.named_parameters(), trainer.state)
-    guard.check_result(_final_loss(trainer.model, encoded[: settings.micro_batch_size], encoder.pad), trainer.state)
+    first = [*train, *held_out][: settings.micro_batch_size]
+    guard.check_result(_final_loss(trainer.model, first, encoder.pad), trainer.state)
     model.config.use_cache = True
-    save_model(student, trainer.model, encoder, run.sft)
+    ranks.on_first(lambda: save_model(student, trainer.model, encoder, run.sft))
     best = trainer.state.best_global_step or trainer.state.global_step
     return SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step)
 
 
 class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
-    """TRL's trainer with checkpoints that it can load again, and a guard against losses that are not finite."""
+    """TRL's trainer, whose step divides a whole batch among the ranks and, in each, into micro-batches.
 
-    guard: FiniteGuard
+    Every token weighs the same, so that neither the number of ranks nor the size of a micro-batch changes the gradient.
+    Checkpoints can be loaded again, and losses that are not finite stop it.
+    """
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Add one micro-batch's gradient and return its loss."""
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self.guard.check_loss(loss, self.state)
+    def prepare(
+        self,
+        train: Sequence[TrainingExample],
+        held_out: Sequence[TrainingExample],
+        pad: int,
+        micro_batch_size: int,
+        guard: FiniteGuard,
+    ) -> None:
+        """Take the examples whose indices the trainer shuffles, and what else a step needs."""
+        self._train, self._held_out, self._pad = train, held_out, pad
+        self._micro_batch_size = micro_batch_size
+        self._guard = guard
+        self.remove_callback(PrinterCallback)
+        # TRL's loss divides by the token count itself. Some image models say they do not take the count, and then
+        # every micro-batch would weigh the same, whatever its number of tokens.
+        self.model_accepts_loss_kwargs = True
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Add the gradient of one batch, summed over the ranks, and return its loss."""
+        examples = [self._train[index] for index in inputs["examples"]]
+        tokens = sum(len(answer) for _, answer in examples)
+        # What the loss of a mixture of experts is averaged over, apart from tokens.
+        self.current_gradient_accumulation_steps = ranks.count() * math.ceil(
+            len(examples) / ranks.count() / self._micro_batch_size
+        )
+        loss = torch.zeros((), device=self.args.device)
+        mine = examples[ranks.my_share(len(examples))]
+        with self._own_dropout():
+            for rows in micro_batches(len(mine), self._micro_batch_size):
+                batch = training_batch(mine[rows], self._pad)
+                loss += super().training_step(model, batch, num_items_in_batch=tokens)  # type: ignore[no-untyped-call]
+        ranks.sum_gradients(model.parameters())
+        self._guard.check_loss(ranks.sum_tensor(loss), self.state)
         return loss
+
+    def _own_dropout(self) -> AbstractContextManager[None]:
+        """Give a rank random numbers of its own for the step; the state that checkpoints keep is that of all ranks."""
+        if ranks.count() == 1:
+            return contextlib.nullcontext()
+        return seeded_torch(seed_from_content("dropout", self.args.seed, self.state.global_step, ranks.index()))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the validation loss: the mean of micro-batches, each as often as it has examples."""
+        self.model.eval()
+        total = torch.zeros((), device=self.args.device)
+        for rows in list(micro_batches(len(self._held_out), self._micro_batch_size))[ranks.index() :: ranks.count()]:
+            batch = training_batch(self._held_out[rows], self._pad)
+            loss, _, _ = self.prediction_step(self.model, batch, prediction_loss_only=True)
+            total += loss * len(self._held_out[rows])
+        metrics = {"eval_loss": ranks.sum_tensor(total).item() / len(self._held_out)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train from a checkpoint or from the start; from one of the last step only load the model that is kept."""
@@ -158,28 +205,25 @@ def _encode_examples(
     return train, held_out, cut
 
 
-def _indices(indices: Sequence[int]) -> Dataset:
-    """Make the dataset that the trainer shuffles: indices of examples; the collator looks the examples up."""
-    return Dataset.from_dict({"index": list(indices)})
+def _indices(count: int) -> Dataset:
+    """Make the dataset that the trainer shuffles: the examples' indices."""
+    return Dataset.from_dict({"index": list(range(count))})
 
 
 def _arguments(
     settings: Sft, folder: str, rows: int, seed: int, validate: bool, reporting: dict[str, Any]
 ) -> SFTConfig:
-    micro = min(settings.micro_batch_size, settings.batch_size)
-    accumulate = math.ceil(settings.batch_size / micro)
-    steps = math.ceil(math.ceil(rows / (micro * accumulate)) * settings.epochs)
+    steps = math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
     every = min(settings.checkpoint_steps, steps)
-    return SFTConfig(
+    return make_arguments(
+        SFTConfig,
         output_dir=folder,
         num_train_epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_ratio,
         weight_decay=0.0,
-        per_device_train_batch_size=micro,
-        per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=accumulate,
+        per_device_train_batch_size=settings.batch_size,  # a step divides it
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
@@ -193,6 +237,5 @@ def _arguments(
         save_total_limit=2,
         gradient_checkpointing=torch.cuda.is_available(),
         seed=seed,
-        **device_arguments(),
         **reporting,
     )

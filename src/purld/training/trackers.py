@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from purld import ranks
 from purld.errors import UserError
 from purld.runs.run_dir import RunDir
 
@@ -38,9 +39,12 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def tracker_arguments(names: Sequence[str], run: RunDir, stage: str) -> dict[str, Any]:
-    """Return the trainer's arguments for trackers; without "none" transformers would use all that are installed."""
+    """Return the trainer's arguments for trackers; without "none" transformers would use all that are installed.
+
+    Of several processes the first alone reports.
+    """
     name = f"{run.path.resolve().name}-{stage}"
-    return {"report_to": list(names) or "none", "run_name": name, "project": "purld"}
+    return {"report_to": (list(names) if ranks.is_first() else []) or "none", "run_name": name, "project": "purld"}
 
 
 @contextlib.contextmanager

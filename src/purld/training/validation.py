@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from purld import ranks
 from purld.config.methods import LdlGrpo, SamplingSettings, SelfScoringSettings, StageTwoSettings
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
@@ -124,15 +125,16 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, policy: CausalLM) -> float | None:
-        """Return the mean score of greedy answers; None if none of them got a score."""
+        """Return the mean score of greedy answers, which the ranks share; None if none of them got a score."""
         scores: list[float | None] = []
-        for rows in micro_batches(len(self._questions), self._batch):
+        batches = list(micro_batches(len(self._questions), self._batch))
+        for rows in batches[ranks.my_share(len(batches))]:
             batch = self._questions[rows]
             with self._autocast():
-                drawn = self._sampler(policy, [question.encoded for question in batch], 1, seed=0)
+                drawn = self._sampler(policy, [question.encoded for question in batch], 1, [0] * len(batch))
             groups = [self._to_score(question, completions) for question, completions in zip(batch, drawn)]
             scores += [scored.candidates[0] for scored in self._scorer(groups)]
-        known = [score for score in scores if score is not None]
+        known = [score for score in ranks.gather_rows(scores) if score is not None]
         return sum(known) / len(known) if known else None
 
     def _to_score(self, question: AnchoredPrompt, completions: Sequence[Completion]) -> GroupToScore:

@@ -101,11 +101,13 @@ def sample_answers(
     model: PreTrainedModel, encoder: Encoder, prompts: Sequence[Prompt], count: int = 1, *, greedy: bool = False
 ) -> list[list[str]]:
     """Return `count` answers to each prompt, sampled at temperature 1 or greedy, from torch's random state."""
+    seeds = torch.randint(2**62, (len(prompts),)).tolist()
     decoding = Decoding(temperature=0.0 if greedy else 1.0, max_new_tokens=MAX_NEW_TOKENS)
     answers: list[list[str]] = []
     for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-        encoded_prompts = [encoder.encode_prompt(prompt) for prompt in prompts[start : start + _PROMPTS_AT_A_TIME]]
-        for completions in generate_completions(model, encoder, encoded_prompts, count, decoding):
+        rows = slice(start, start + _PROMPTS_AT_A_TIME)
+        encoded_prompts = [encoder.encode_prompt(prompt) for prompt in prompts[rows]]
+        for completions in generate_completions(model, encoder, encoded_prompts, count, decoding, seeds=seeds[rows]):
             answers.append([encoder.decode_text(c.ids) for c in completions])
     return answers
 

@@ -1,0 +1,79 @@
+"""The files of configs/launch: what they start is read by the launchers' own parsers; the torchrun one is run."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parents[2] / "configs" / "launch"
+OF_PURLD = ["run", "run.yaml", "align.steps=4"]
+
+
+def torchrun_arguments(script, **variables):
+    """Return what torchrun would be given, by a script that a shell runs with a torchrun that only prints."""
+    printing = 'torchrun() { printf "%s\\0" "$@"; }; '
+    text = re.sub(r"exec torchrun|~/purld-env/bin/torchrun", "torchrun", script)
+    environment = {"PATH": os.environ["PATH"], **variables}
+    done = subprocess.run(
+        ["bash", "-c", printing + text, "script", *OF_PURLD[1:]], env=environment, capture_output=True, check=True
+    )
+    from torch.distributed.run import get_args_parser
+
+    return get_args_parser().parse_args(done.stdout.decode().split("\0")[:-1])
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({}, ("1", 0, "127.0.0.1", "auto")), ({"NODES": "2", "NODE": "1", "HEAD": "a", "GPUS": "8"}, ("2", 1, "a", "8"))],
+)
+def test_torchrun_gets_its_options_and_purld_its_own(variables, expected):
+    found = torchrun_arguments((LAUNCH / "torchrun.sh").read_text(), **variables)
+    assert (found.nnodes, found.node_rank, found.master_addr, found.nproc_per_node) == expected
+    assert found.module and [found.training_script, *found.training_script_args] == ["purld", *OF_PURLD]
+
+
+def test_skypilot_starts_torchrun_on_every_node():
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    known = {"name", "num_nodes", "resources", "workdir", "envs", "secrets", "volumes", "file_mounts", "setup", "run"}
+    assert set(task) <= known and task["num_nodes"] == 2
+    nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    found = torchrun_arguments(task["run"], SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", **nodes, **task["envs"])
+    assert (found.nnodes, found.node_rank, found.nproc_per_node, found.master_addr) == ("2", 1, "8", "10.0.0.1")
+    assert found.training_script_args == ["run", "run.yaml", "--run-dir", "/shared/runs/run"]
+
+
+def test_slurm_starts_one_task_per_gpu():
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    subprocess.run(["bash", "-n"], input=text.encode(), check=True)
+    options = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in text.splitlines() if "#SBATCH " in line)
+    assert options["ntasks-per-node"] == options["gpus-per-node"] == "8"
+    (command,) = (shlex.split(line) for line in text.splitlines() if line.startswith("srun "))
+    assert command[-3:] == ["purld", "run", "$@"] and "--kill-on-bad-exit=1" in command
+
+
+def test_accelerate_reads_its_configuration_and_shards_nothing():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(LAUNCH / "accelerate.yaml"))
+    assert (config.num_processes, config.distributed_type.value) == (8, "MULTI_GPU")
+    assert not config.fsdp_config and not config.deepspeed_config
+
+
+@pytest.mark.slow
+def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, tmp_path):
+    environment = os.environ | {"GPUS": "2", "PORT": "29517", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [LAUNCH / "torchrun.sh", tiny_config, "--run-dir", tmp_path / "run", "align.steps=2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Stage II: alignment") == 1  # rank 0 alone prints
+    assert done.stdout.count("Report:") == 1 and (tmp_path / "run" / "report.html").exists()
+    failed = subprocess.run([*command, "sft.epochs=9"], env=environment, capture_output=True, text=True)
+    ours = [line for line in failed.stderr.splitlines() if line.startswith("purld: ")]
+    assert len(ours) == 1 and "sft.epochs" in ours[0], failed.stderr
+    assert failed.stderr.count("exitcode  : 2") == 2  # both processes, in torchrun's own summary

@@ -1,0 +1,56 @@
+"""Run a function in several processes that know of each other as a launcher's do; forked, they start at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from purld import ranks
+from purld.ranks import board
+
+SECONDS = 240
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def run_ranks(work: Callable[[], Any], count: int = 2) -> list[Any]:
+    """Return what `work` returns or raises in each rank; None for a rank that ends without a word."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    pipes, processes = [], []
+    for rank in range(count):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_run_rank, args=(work, rank, count, port, sender))
+        process.start()
+        sender.close()
+        pipes.append(receiver)
+        processes.append(process)
+    outcomes = []
+    for pipe, process in zip(pipes, processes, strict=True):
+        try:
+            outcomes.append(pipe.recv() if pipe.poll(SECONDS) else TimeoutError(f"a rank took over {SECONDS} s"))
+        except EOFError:
+            outcomes.append(None)
+        process.join(10)
+        process.kill()
+    return outcomes
+
+
+def _run_rank(work: Callable[[], Any], rank: int, count: int, port: int, sender: Any) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks._PATIENCE, board._POLL = 1.0, 0.05  # on one machine the others are heard at once
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)} | address)
+    try:
+        with ranks.together():
+            outcome = work()
+    except BaseException as error:
+        outcome = error
+    sender.send(outcome)
+    sender.close()
+    os._exit(0)  # a broken group may hang when the interpreter exits
