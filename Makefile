@@ -5,7 +5,7 @@ BIN := .venv/bin
 # What `make test-lowest` and `make test-newest` run.
 TESTS ?= tests
 
-.PHONY: setup demo miniature test test-slow test-lowest test-newest lint clean
+.PHONY: setup demo miniature docs test test-slow test-lowest test-newest lint clean
 
 setup: .venv/installed
 
@@ -21,6 +21,15 @@ demo: setup
 # Hours; what is done is kept in runs/miniature and not done again. `make miniature QUICK=--quick` takes five minutes.
 miniature: setup
 	@$(BIN)/python benchmarks/miniature.py $(QUICK)
+
+# The documentation as a site, in site/; a broken link is an error.
+docs: .venv/installed-docs
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+.venv/installed-docs: .venv/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks examples
@@ -45,4 +54,4 @@ test-lowest test-newest: test-%: .venv-%/installed
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site .venv .venv-lowest .venv-newest runs .pytest_cache .mypy_cache .ruff_cache
