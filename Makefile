@@ -42,6 +42,13 @@ test: lint
 test-slow: setup
 	$(BIN)/pytest -m slow
 
+# The hashes of what a user installs, on Linux with Python 3.11; needs uv. torch is left out, because its builds differ
+# by accelerator: an override that never applies takes it out of the resolution.
+requirements.lock: pyproject.toml constraints.txt
+	echo "torch; python_version < '3'" | uv pip compile pyproject.toml --constraint constraints.txt --overrides /dev/stdin \
+	  --generate-hashes --no-annotate --no-header --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --no-emit-index-url --output-file $@
+
 # The lowest and the newest releases that pyproject.toml allows, each in an environment of its own. A newest environment
 # is as old as its folder: remove it to try what was released since.
 test-lowest test-newest: test-%: .venv-%/installed

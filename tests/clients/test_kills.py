@@ -1,9 +1,11 @@
-"""kill -9 and Ctrl-C during a collection with sixteen calls in flight."""
+"""Kills, signals, dead terminals and a clock that jumps, during collections with sixteen calls in flight."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from collect_helpers import collect_answers
+from collect_helpers import collect_answers, collect_in_terminal
 from faulty_server import Handler, Server, completion
 
 from purld.clients.ledger import Ledger
@@ -101,7 +103,7 @@ def test_ctrl_c_ends_after_the_grace_and_keeps_the_books(server: Server, tmp_pat
     prompts = [f"question {n}" for n in range(40)]
     server.script = {prompt: [lambda handler: time.sleep(90)] for prompt in prompts[20:]}
     code = (
-        "import sys; from pathlib import Path; from collect_helpers import collect_answers;"
+        "import sys; from pathlib import Path; from collect_helpers import collect_answers, collect_in_terminal;"
         "from purld.clients import endpoint; endpoint.GRACE_SECONDS = 0.5;"
         "collect_answers(sys.argv[1], Path(sys.argv[2]), 40, Path(sys.argv[3]))"
     )
@@ -122,35 +124,86 @@ def test_ctrl_c_ends_after_the_grace_and_keeps_the_books(server: Server, tmp_pat
     assert {prompt for prompt, state in call_states.items() if state == "answered"} == set(prompts[:20])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_runs_in_one_folder_that_are_killed_and_started_again_buy_no_question_twice(server, tmp_path, kills):
-    """Three runs ask the same questions at the same time; at the end, all of them know every result."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["collect_helpers"])
-    rng, count = random.Random(1), 60 + 20 * kills
+class Terminal:
+    """A pseudo-terminal that somebody looks at until it is closed."""
+
+    def __init__(self) -> None:
+        self._master, self._slave = os.openpty()
+        self.name = os.ttyname(self._slave)
+        self._closed = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while not self._closed.is_set():
+            if select.select([self._master], [], [], 0.02)[0]:
+                os.read(self._master, 65536)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._reader.join()
+        os.close(self._slave)
+        os.close(self._master)
+
+
+class RunInTerminal:
+    """A process that collects answers in a terminal of its own, beside others in the same folder."""
+
+    def __init__(self, url: str, ledger: Path, count: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["collect_helpers"])
+        ledger.parent.mkdir(parents=True, exist_ok=True)
+        self.terminal = Terminal()
+        self._ready = context.Event()
+        arguments = (url, ledger, count, ledger.with_name("log"), self.terminal.name, self._ready)
+        self._process = context.Process(target=collect_in_terminal, args=arguments)
+        self._process.start()
+
+    def end(self, how: str) -> int | None:
+        """Send the process a signal, or close its terminal, once it listens; return its exit status."""
+        assert self._ready.wait(60)
+        if how == "hang up":
+            self.terminal.close()
+        else:
+            os.kill(self._process.pid, getattr(signal, how))
+        return self.join()
+
+    def join(self) -> int | None:
+        self._process.join(120)
+        return self._process.exitcode
+
+
+STATUS = {"SIGKILL": -9, "SIGTERM": 143, "SIGHUP": 129, "hang up": 129}
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ["SIGKILL", "SIGKILL"],
+        ["hang up", "SIGTERM"],
+        pytest.param(["SIGKILL"] * 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        pytest.param(["hang up", "SIGHUP", "SIGTERM"] * 20, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
+    ids=lambda ends: f"{ends[-1]}-{len(ends)}",
+)
+def test_runs_in_one_folder_that_end_and_start_again_buy_no_question_twice(server, tmp_path, ends):
+    """Three runs with jumping clocks ask the same questions at the same time; at the end, all know every result.
+
+    Only a kill loses answers: those in flight, of which nobody knows whether they arrived.
+    """
+    rng, count = random.Random(1), 60 + 20 * len(ends)
     server.default = lambda handler: (time.sleep(random.uniform(0, 0.1)), handler.reply(completion("yes")))
     paths = {name: tmp_path / "runs" / name / "ledger.sqlite" for name in "abc"}
-
-    def start(name):
-        process = context.Process(
-            target=collect_answers, args=(server.url, paths[name], count, tmp_path / f"log-{name}", True)
-        )
-        process.start()
-        return process
-
-    running = {name: start(name) for name in paths}
-    for _ in range(kills):
+    running = {name: RunInTerminal(server.url, path, count) for name, path in paths.items()}
+    for how in ends:
         reached = len(server.arrived) + rng.randint(1, 15)
         wait_until(lambda reached=reached: len(server.arrived) >= min(reached, count))
         name = rng.choice("abc")
-        running[name].kill()
-        running[name].join()
-        running[name] = start(name)
-    for process in running.values():
-        process.join(120)
-        assert process.exitcode == 0
+        assert running[name].end(how) in (STATUS[how], 0)  # 0: it had finished
+        running[name] = RunInTerminal(server.url, paths[name], count)
+    assert [run.join() for run in running.values()] == [0, 0, 0]
     assert max(Counter(server.arrived).values()) == 1, "a question was bought twice"
     known = {name: states(path) for name, path in paths.items()}
     assert known["a"] == known["b"] == known["c"]
     assert len(known["a"]) == count and set(known["a"].values()) <= {"answered", "unknown"}
-    assert list(known["a"].values()).count("unknown") <= 16 * kills
+    assert list(known["a"].values()).count("unknown") <= 16 * ends.count("SIGKILL")

@@ -116,7 +116,10 @@ def serve(config: Path) -> None:
     student = load_config(config).student
     check_before_spending(load_config(config), RunDir(config.parent / "none"))  # fills caches, as does the next
     load_model(student, student.model)
-    assert threading.active_count() == 1, "a fork would lose the other threads"
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread():
+            thread.join(60)  # that loaded weights
+    assert threading.active_count() == 1, f"a fork would lose the other threads: {threading.enumerate()}"
     gc.collect()
     gc.freeze()
     for line in sys.stdin:

@@ -11,8 +11,6 @@
  *
  * Directory entries are taken as durable at once. Memory maps, SQLite's shared memory (-shm), which nothing reads after
  * a crash, and libraries that call the kernel without the C library are not followed.
- *
- * With CLOCK_JUMPS=SECONDS in the environment, the wall clock is off by -SECONDS, 0 or +SECONDS at every look.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -27,7 +25,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
 #define MAX_FD 4096
@@ -343,13 +340,3 @@ NAMED(linkat, (int at, const char *from, int at_to, const char *to, int flags),
 /* Of a folder that is there, mkdir fails in any case, and programs try it often. */
 NAMED(mkdir, (const char *path, mode_t bits), LIST(const char *, mode_t), (path, bits),
       inside(path) && access(path, F_OK), 'c')
-
-int clock_gettime(clockid_t clock, struct timespec *now) {
-    REAL(int, "clock_gettime", clockid_t, struct timespec *);
-    static long jump = -1;
-    static unsigned seed = 1;
-    int result = real(clock, now);
-    if (jump < 0) jump = getenv("CLOCK_JUMPS") ? atol(getenv("CLOCK_JUMPS")) : 0;
-    if (!result && jump && clock == CLOCK_REALTIME) now->tv_sec += ((long)(rand_r(&seed) % 3) - 1) * jump;
-    return result;
-}
