@@ -52,6 +52,7 @@ _IN_WORDS = {
     "Input/output error": errno.EIO,
     "disk I/O error": errno.EIO,
     "PytorchStreamWriter failed": errno.EIO,
+    "unexpected pos": errno.EIO,  # of torch's writer, where a write was cut short
     "Read-only file system": errno.EROFS,
     "readonly database": errno.EROFS,
 }

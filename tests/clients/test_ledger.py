@@ -174,7 +174,7 @@ def test_the_export_holds_every_call(ledger, tmp_path):
     assert [(call["state"], call["raw"]) for call in row["calls"]] == [("failed", "busy"), ("answered", None)]
     assert all(call["sent_at"] <= call["ended_at"] for call in row["calls"])
     with pytest.raises(UserError, match="cannot be written"):
-        ledger.export(tmp_path / "no" / "such" / "folder.jsonl")
+        ledger.export(tmp_path / "audit.jsonl" / "no-folder.jsonl")
 
 
 def test_threads_share_a_cap_without_passing_it(ledger):

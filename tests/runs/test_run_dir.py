@@ -1,12 +1,14 @@
 """Run directories: atomic files, incomplete rows, the manifest and the lock."""
 
 import json
+import os
 
 import pytest
 
 from purld.errors import UserError
 from purld.runs.files import (
     append_rows,
+    atomic_folder,
     atomic_write,
     cut_rows,
     read_intact_rows,
@@ -213,3 +215,16 @@ def test_rewinding_with_records_of_the_logs_cuts_them_where_they_were(tmp_path):
     assert run.log_records() == records
     run.rewind_log("align", 0)
     assert read_rows(run.metrics) == [] and not run.groups.exists()
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next_that_writes_it(tmp_path):
+    killed = [tmp_path / f".{name}.999999999.partial" for name in ("export", "page.html")]
+    for partial in killed:
+        partial.mkdir()
+    other = tmp_path / f".other.{os.getpid()}.partial"
+    other.touch()
+    with atomic_folder(tmp_path / "export") as folder:
+        (folder / "file").touch()
+    with atomic_write(tmp_path / "page.html") as handle:
+        handle.write("page")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "export", "page.html"]

@@ -51,6 +51,7 @@ from purld.clients.ledger_files import (
     read_mark,
 )
 from purld.errors import UserError
+from purld.runs.files import atomic_write
 
 if TYPE_CHECKING:
     from purld.clients.folder import FolderLedgers
@@ -379,19 +380,14 @@ class LedgerView:
 
     def export(self, path: str | Path) -> int:
         """Write all requests as JSONL, completely or not at all, and return their number."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         count = 0
         try:
-            with partial.open("w", encoding="utf-8") as handle:
+            with atomic_write(Path(path)) as handle:
                 for row in self.iter_requests():
                     handle.write(json.dumps(row) + "\n")
                     count += 1
-            os.replace(partial, path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}).") from None
-        finally:
-            partial.unlink(missing_ok=True)
         return count
 
 

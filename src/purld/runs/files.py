@@ -8,6 +8,7 @@ other; readers check it and leave it out.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shutil
@@ -24,8 +25,7 @@ from purld.errors import UserError
 def atomic_write(path: Path) -> Iterator[IO[str]]:
     """Open a text file that replaces `path` when the block ends without an error; until then `path` is unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Its own name, cut: a file name has at most 255 bytes.
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
+    partial = _partial_path(path)
     try:
         with partial.open("w", encoding="utf-8", newline="\n") as handle:
             yield handle
@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[IO[str]]:
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to write; it replaces `path` when the block ends without an error, with its files synced."""
-    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
+    partial = _partial_path(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -60,9 +60,20 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
+def _partial_path(path: Path) -> Path:
+    """Return where this process writes `path`, after removing what killed processes have left of theirs."""
+    start = f".{path.name[:40]}"  # cut: a file name has at most 255 bytes
+    _remove_stale(list(path.parent.glob(f"{glob.escape(start)}.*.partial")))
+    return path.with_name(f"{start}.{os.getpid()}.partial")
+
+
 def remove_stale_partials(folder: Path) -> None:
     """Remove the partial files that killed processes have left in a folder and its subfolders."""
-    for partial in list(folder.rglob(".*.partial")):
+    _remove_stale(list(folder.rglob(".*.partial*")))  # SQLite adds -journal
+
+
+def _remove_stale(partials: Iterable[Path]) -> None:
+    for partial in partials:
         owner = partial.suffixes[-2].removeprefix(".") if len(partial.suffixes) > 1 else ""
         if owner.isdigit() and not _is_running(int(owner)):
             if partial.is_dir():

@@ -12,6 +12,7 @@ from typing import Any
 
 from purld.data.image_encoding import make_thumbnail
 from purld.records import Image, Prompt
+from purld.runs.files import sync_folder
 
 SIDE = 360  # pixels of the longer side at most
 ENDINGS = {"image/png": ".png", "image/jpeg": ".jpg"}
@@ -46,6 +47,7 @@ def _save_thumbnail(image: Image, folder: Path) -> None:
     partial = folder / f".{image.digest}.{os.getpid()}.partial"
     try:
         partial.write_bytes(data)
+        sync_folder(partial)
         os.replace(partial, folder / f"{image.digest}{ENDINGS[mime_type]}")
     finally:
         partial.unlink(missing_ok=True)

@@ -126,7 +126,9 @@ def mark_complete(run: RunDir, path: Path) -> None:
         "files": {file.relative_to(path).as_posix(): record_file(file).to_json() for file in files},
         "logs": run.log_records(),
     }
-    for folder in {file.parent for file in files} | {path, path.parent, path.parent.parent}:
+    # The logs' own names too: without the files that its records name, a checkpoint would not count.
+    logs = {(run.path / name).parent for name in records["logs"]}
+    for folder in {file.parent for file in files} | {path, path.parent, path.parent.parent} | logs:
         sync_folder(folder)
     write_json(path / _COMPLETE, records | {"hash": content_hash(records)})
 
