@@ -11,6 +11,7 @@ import typer
 
 from purld.cli.common import (
     ConfigPath,
+    Live,
     Overrides,
     ResendUnknown,
     RunDirOption,
@@ -22,6 +23,7 @@ from purld.cli.common import (
     open_config,
     print_closing,
     print_table,
+    watching,
 )
 from purld.errors import UserError, printable
 
@@ -39,6 +41,7 @@ def demo(
         str | None, typer.Option(help="With scenes: qwen2_5_vl or llava.", show_default="qwen2_5_vl")
     ] = None,
     run_dir: RunDirOption = None,
+    live: Live = False,
 ) -> None:
     """Run the whole loop on the testbed.
 
@@ -49,7 +52,9 @@ def demo(
 
     reporter = make_reporter()
     with prepare_demo(task, run_dir, overrides or [], student) as (config, run):
-        make_pipeline(config, run, reporter).execute()
+        pipeline = make_pipeline(config, run, reporter)
+        with watching(pipeline, live):
+            pipeline.execute()
     print_closing(run)
 
 
@@ -59,12 +64,13 @@ def run(
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
     resend_unknown: ResendUnknown = False,
+    live: Live = False,
 ) -> None:
     """Run every stage that is not finished.
 
     Anchors, SFT, alignment, evaluation, report.
     """
-    execute(config, overrides, run_dir, None, resend_unknown)
+    execute(config, overrides, run_dir, None, resend_unknown, live)
 
 
 @app.command()

@@ -5,7 +5,8 @@ A configuration or a run is checked before anything that imports torch, so that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,9 @@ RunDirOption = Annotated[
 ResendUnknown = Annotated[
     bool,
     typer.Option("--resend-unknown", help="Ask again where an answer may have been billed but never arrived."),
+]
+Live = Annotated[
+    bool, typer.Option("--live", help="Keep the run's report.html up to date meanwhile: open it in a browser.")
 ]
 
 
@@ -99,12 +103,15 @@ def execute(
     run_dir: Path | None,
     stages: Sequence[str] | None,
     resend_unknown: bool = False,
+    live: bool = False,
 ) -> None:
     """Run the given stages, or all of them and then print the results."""
     settings, run = open_config(config, overrides, run_dir)
     from purld.pipeline.pipeline import STAGES
 
-    make_pipeline(settings, run, make_reporter(), resend_unknown).execute(stages or STAGES)
+    pipeline = make_pipeline(settings, run, make_reporter(), resend_unknown)
+    with watching(pipeline, live and ranks.is_first()):
+        pipeline.execute(stages or STAGES)
     if stages is None and ranks.is_first():
         print_closing(run)
 
@@ -114,6 +121,18 @@ def make_pipeline(config: Any, run: Any, reporter: Any, resend_unknown: bool = F
     from purld.pipeline.pipeline import Pipeline
 
     return Pipeline(config, run, reporter, resend_unknown)
+
+
+@contextlib.contextmanager
+def watching(pipeline: Any, live: bool) -> Iterator[None]:
+    """Keep the page of a pipeline's run up to date during the block, if that is wanted."""
+    if not live:
+        yield
+        return
+    from purld.pipeline.watch import live_page
+
+    with live_page(pipeline.run, pipeline.reporter):
+        yield
 
 
 def make_reporter() -> Any:

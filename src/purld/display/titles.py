@@ -16,6 +16,16 @@ MODEL_TITLES = {
     "opponent": "Opponent",
 }
 
+STAGE_TITLES = {
+    "anchors": "Anchors: one teacher answer per prompt",
+    "sft": "Stage I: SFT on the anchors",
+    "probe": "Probe: can the student evaluate itself?",
+    "align": "Stage II: alignment",
+    "evaluate": "Evaluation on held-out prompts",
+    "report": "Report",
+}
+"""The stages of a run, in their order."""
+
 METRIC_TITLES = {
     "accuracy": "accuracy",
     "greedy_accuracy": "greedy accuracy",

@@ -20,6 +20,7 @@ from purld.config.load import load_config
 from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
 from purld.display.progress import Reporter
+from purld.display.titles import STAGE_TITLES
 from purld.errors import UserError
 from purld.pipeline.chosen_score import with_chosen_score
 from purld.pipeline.context import RunContext
@@ -47,14 +48,6 @@ STAGES = tuple(_RUNNERS)
 _OF_FIRST_RANK = ("anchors", "report")  # the stages whose work several processes do not share
 _REPAIRED = ("anchors", "evaluate")  # their damaged files are made again by every command that includes them
 
-_TITLES = {
-    "anchors": "Anchors: one teacher answer per prompt",
-    "sft": "Stage I: SFT on the anchors",
-    "probe": "Probe: can the student evaluate itself?",
-    "align": "Stage II: alignment",
-    "evaluate": "Evaluation on held-out prompts",
-    "report": "Report",
-}
 # The first stage that each section of the configuration touches.
 _FIRST_STAGE = {
     "student": "anchors",
@@ -174,13 +167,13 @@ class Pipeline:
             damaged = self.run.damaged_files_of(stage) if stage in _REPAIRED or (alone and stage in TRAINED) else []
             if not damaged:
                 shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)  # left by a kill after the record
-                self.reporter.say(f"{_TITLES[stage]}: done before.")
+                self.reporter.say(f"{STAGE_TITLES[stage]}: done before.")
                 return False
             if self._repaired(stage, damaged, context):
                 return False
         self._check_start(stage)
         self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out))
-        self.reporter.headline(_TITLES[stage])
+        self.reporter.headline(STAGE_TITLES[stage])
         return True
 
     def _check_start(self, stage: str) -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from purld.config.clients import AnswerFile
 from purld.config.schema import Columns, Config, Data
 from purld.data.near_duplicates import near_copies
-from purld.data.prompts import LoadedPrompts, exclude_prompts, load_prompts, split_pool
+from purld.data.prompts import LoadedPrompts, exclude_prompts, split_pool
 from purld.errors import UserError
 from purld.model.encode import Encoder
 from purld.records import Prompt, content_hash
-from purld.tasks.registry import load_task
+from purld.tasks.registry import load_data
 
 Say = Callable[[str], None]
 
@@ -60,7 +60,7 @@ def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools
     data = config.data
     if encoder.thinking_note is not None:
         say(encoder.thinking_note)
-    loaded, published = _load(data)
+    loaded, published = load_data(data)
     sources = [(data.source, loaded)]
     if published is not None:
         sources.append((data.eval_prompts or data.source, published))
@@ -87,16 +87,6 @@ def load_prompt_pools(config: Config, encoder: Encoder, say: Say) -> PromptPools
     tokens = {prompt.id: measured[prompt.id] for prompt in train + held_out}
     formats = tuple(_describe_format(config, source, part) for source, part in sources if part.format)
     return PromptPools(train, held_out, *_split_stages(config, train), rows, duplicates, tokens, formats)
-
-
-def _load(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
-    """Load the training source, and the held-out prompts if they have a file or split of their own."""
-    if data.task is not None:
-        return load_task(data.task, data.source, data.bad_rows)
-    loaded = load_prompts(data.source, data.columns, data.bad_rows, data.format, data.image_folder)
-    if data.eval_prompts is None:
-        return loaded, None
-    return loaded, load_prompts(data.eval_prompts, data.columns, data.bad_rows, data.format, data.image_folder)
 
 
 def check_named_columns(data: Data, parts: Sequence[LoadedPrompts]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from purld.methods.table import METHODS
+from purld.report.live import short_stage_title
 from purld.report.markup import PageSection, escape_text
 from purld.report.run_data import RunData
 
@@ -15,13 +16,6 @@ _SPEND = {
     "input_tokens": "tokens in",
     "output_tokens": "tokens out",
     "cost": "cost",
-}
-_STAGES = {
-    "anchors": "Anchors",
-    "sft": "Stage I",
-    "probe": "Probe",
-    "align": "Stage II",
-    "evaluate": "Evaluation",
 }
 
 
@@ -71,7 +65,7 @@ def _stage_times(run: RunData) -> str:
         return ""
     longest = max(seconds.values())
     rows = "".join(
-        f'<div><dt>{escape_text(_STAGES.get(stage, stage))}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>'
+        f'<div><dt>{escape_text(short_stage_title(stage))}</dt><dd><i style="width:{70 * s / longest:.1f}%"></i>'
         f"{_format_duration(s)}</dd></div>"
         for stage, s in seconds.items()
     )

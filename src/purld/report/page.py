@@ -20,6 +20,7 @@ from purld.report.changes import changes_section
 from purld.report.cost import cost_section
 from purld.report.figures import draw_figures
 from purld.report.headline import Headline, Tone, write_headline
+from purld.report.live import LiveStatus, health_section, live_headline
 from purld.report.markup import PageSection, capitalised, escape_text, figure_grid
 from purld.report.probe import probe_section
 from purld.report.run_data import RunData, read_run
@@ -28,6 +29,7 @@ from purld.report.tables import results_section
 from purld.runs.files import atomic_write
 from purld.runs.run_dir import RunDir
 
+LIVE_MARK = '<meta name="purld-live" content="yes">'
 _MAX_FULL_RUNS = 4  # with more runs on a page, sentences are folded and only convergence is drawn
 
 
@@ -38,6 +40,13 @@ def write_report(runs: Sequence[RunDir], out: Path) -> None:
         UserError: a file of a run is damaged.
     """
     page = _page(_with_distinct_names([read_run(run) for run in runs]))
+    with atomic_write(out) as handle:
+        handle.write(page)
+
+
+def write_live_page(run: RunData, status: LiveStatus, out: Path) -> None:
+    """Write the page about a run that is going on: what it has so far, its health, and when to load it again."""
+    page = _page([run], status)
     with atomic_write(out) as handle:
         handle.write(page)
 
@@ -53,13 +62,17 @@ def _with_distinct_names(runs: Sequence[RunData]) -> list[RunData]:
     return named
 
 
-def _page(runs: Sequence[RunData]) -> str:
+def _page(runs: Sequence[RunData], live: LiveStatus | None = None) -> str:
     data = answer_browser(runs)
     script, style = _read_asset("browser.js"), _read_asset("page.css")
+    if live is not None:
+        script += _read_asset("live.js")
     training = _convergence_sections(runs) if len(runs) > _MAX_FULL_RUNS else _training_sections(runs)
     changes = changes_section(runs) if len(runs) <= _MAX_FULL_RUNS else PageSection("changes", "", "")
     numbers = [sensitivity_section(runs), changes, results_section(runs), probe_section(runs)]
-    candidates = [*numbers, *training, cost_section(runs), _browser_section(data), _config_section(runs)]
+    candidates = [*numbers, *training, cost_section(runs), _browser_section(data, live), _config_section(runs)]
+    if live is not None:
+        candidates.insert(0, health_section(live.lights))
     sections = [section for section in candidates if section.body]
     names = ", ".join(run.name for run in runs)
     return f"""<!doctype html>
@@ -70,12 +83,12 @@ def _page(runs: Sequence[RunData]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
-<title>{escape_text(names)} · purld report</title>
+{_reloading(live)}<title>{escape_text(names)} · purld report</title>
 <style>
 {style}</style>
 </head>
 <body>
-{_header(runs, sections)}
+{_header(runs, sections, live)}
 <main>
 {"".join(section.to_html() for section in sections)}</main>
 <script type="application/json" id="data">{data.json}</script>
@@ -83,6 +96,14 @@ def _page(runs: Sequence[RunData]) -> str:
 </body>
 </html>
 """
+
+
+def _reloading(live: LiveStatus | None) -> str:
+    """Return the mark of a live page, which without scripts loads itself again by itself."""
+    if live is None:
+        return ""
+    refresh = f'<noscript><meta http-equiv="refresh" content="{live.every:.0f}"></noscript>\n' if live.every else ""
+    return f"{LIVE_MARK}\n{refresh}"
 
 
 def _security_policy(script: str) -> str:
@@ -96,9 +117,11 @@ def _read_asset(name: str) -> str:
     return files("purld.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
+def _header(runs: Sequence[RunData], sections: Sequence[PageSection], live: LiveStatus | None) -> str:
     headlines = [(run, write_headline(run)) for run in runs]
-    if len(headlines) == 1:
+    if live is not None:
+        lines = f"{live_headline(live)}{_facts(runs[0])}"
+    elif len(headlines) == 1:
         run, sentence = headlines[0]
         lines = f"{_verdict(sentence)}{_warnings(run)}{_facts(run)}"
     else:
@@ -110,7 +133,7 @@ def _header(runs: Sequence[RunData], sections: Sequence[PageSection]) -> str:
             each = f"<details><summary>Each run in a sentence</summary>{each}</details>"
         lines = f'<h1 class="verdict">{_tally(headlines)}</h1>{each}'
     links = "\n".join(section.to_link() for section in sections)
-    brand = '<p class="brand">purld <span>report</span></p>'
+    brand = f'<p class="brand">purld <span>{"report" if live is None else "live"}</span></p>'
     return f'<header>\n{brand}\n{lines}\n<nav aria-label="Sections">\n{links}\n</nav>\n</header>'
 
 
@@ -190,7 +213,7 @@ def _convergence_sections(runs: Sequence[RunData]) -> list[PageSection]:
     return [PageSection("training", "Training", figure_grid(figures))]
 
 
-def _browser_section(data: BrowserData) -> PageSection:
+def _browser_section(data: BrowserData, live: LiveStatus | None) -> PageSection:
     left_out = (
         f'<p class="note">This page shows the first {data.shown:,} of {data.total:,} prompts, to stay small; '
         "the run directory has all of them under generations/.</p>\n"
@@ -203,7 +226,8 @@ def _browser_section(data: BrowserData) -> PageSection:
             "they are under generations/images/ in the run directory.</p>\n"
         )
     container = '<div id="browser"><noscript>The browser of prompts and answers needs JavaScript.</noscript></div>\n'
-    return PageSection("answers", "Prompts and answers", left_out + container if data.total else "")
+    heading = "Prompts and answers" if live is None or live.current != "align" else "The newest groups"
+    return PageSection("answers", heading, left_out + container if data.total else "")
 
 
 def _config_section(runs: Sequence[RunData]) -> PageSection:

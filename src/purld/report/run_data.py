@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from purld.evaluation.recorded import Row, read_recorded_answers
-from purld.runs.files import read_json, read_rows
+from purld.runs.files import read_intact_rows, read_json, read_last_rows, read_rows
 from purld.runs.run_dir import RunDir
 from purld.runs.thumbnails import thumbnail_folder
 
@@ -63,13 +63,20 @@ class RunData:
         return sorted((r for r in self.metrics if r.get("stage") == name), key=lambda r: r["step"])
 
 
-def read_run(run: RunDir) -> RunData:
+def read_run(run: RunDir, newest: int | None = None) -> RunData:
     """Read a run directory.
+
+    Args:
+        run: the run.
+        newest: to read a run that is being written, the number of groups to read, newest first, one per prompt. Its
+            files are not compared with the manifest, and damaged rows are left out. None reads everything.
 
     Raises:
         UserError: a file in it is damaged.
     """
-    run.check_files(run.config, run.results, run.metrics, run.anchors, run.groups.parent)
+    if newest is None:
+        run.check_files(run.config, run.results, run.metrics, run.anchors, run.groups.parent)
+    read = read_rows if newest is None else read_intact_rows
     config_text = run.config.read_text(encoding="utf-8") if run.config.exists() else ""
     folder = run.groups.parent
     not_answers = (run.groups, run.revisited)
@@ -80,15 +87,23 @@ def read_run(run: RunDir) -> RunData:
         config_text=config_text,
         config=yaml.safe_load(config_text) or {},
         results=read_json(run.results) if run.results.exists() else {},
-        metrics=read_rows(run.metrics),
-        anchors={row["prompt_id"]: row["text"] for row in read_rows(run.anchors)},
-        groups=_read_groups(run),
+        metrics=read(run.metrics),
+        anchors={row["prompt_id"]: row["text"] for row in read(run.anchors)},
+        groups=_read_groups(run) if newest is None else _newest_groups(run, newest),
         answers={model: rows.drawn for model, rows in recorded.items() if rows.drawn},
         greedy={model: rows.greedy for model, rows in recorded.items() if rows.greedy},
         verdicts={model: rows.verdicts for model, rows in recorded.items() if rows.verdicts},
         images={path.stem: path for path in thumbnail_folder(run.groups).glob("[!.]*")},
         kept_steps=_kept_steps(run.finished_stages()),
     )
+
+
+def _newest_groups(run: RunDir, count: int) -> list[Row]:
+    """Return the newest groups, newest first, one per prompt."""
+    by_prompt: dict[str, Row] = {}
+    for row in reversed(read_last_rows(run.groups, count)):
+        by_prompt.setdefault(row["prompt_id"], row)
+    return list(by_prompt.values())
 
 
 def _kept_steps(finished: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

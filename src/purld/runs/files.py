@@ -209,6 +209,44 @@ def read_intact_rows(path: Path) -> list[dict[str, Any]]:
     return _parse_rows(path)[0]
 
 
+def read_last_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """Return the last `count` complete rows of a JSONL file that may grow meanwhile, without reading the whole file.
+
+    A damaged row is left out, as is a last one that is still being written.
+    """
+    try:
+        data = _read_end(path, count)
+    except FileNotFoundError:
+        return []
+    lines = data.split(b"\n")[:-1]
+    rows = (_parse_row(line) for line in lines[-count:])
+    return [row for row in rows if row is not None]
+
+
+def _read_end(path: Path, lines: int) -> bytes:
+    """Return the end of a file, with at least `lines` complete lines if it has so many."""
+    with path.open("rb") as handle:
+        position = handle.seek(0, os.SEEK_END)
+        data = b""
+        while position > 0 and data.count(b"\n") <= lines:
+            start = max(0, position - 65536)
+            handle.seek(start)
+            data = handle.read(position - start) + data
+            position = start
+    return data
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    checksum = row.pop("crc32", None)
+    return row if checksum in (None, _checksum(row)) else None
+
+
 def _with_checksum(row: Mapping[str, Any]) -> str:
     """Return a row as JSON whose last key is the checksum of the others."""
     return json.dumps({**row, "crc32": _checksum(row)})

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from purld.config.schema import TaskName
-from purld.data.prompts import LoadedPrompts, RowParser, collect_prompts
+from purld.config.schema import Data, TaskName
+from purld.data.prompts import LoadedPrompts, RowParser, collect_prompts, load_prompts
 from purld.errors import UserError
 from purld.tasks import aokvqa, competition_math, writingprompts
 from purld.tasks.sources import Splits
@@ -75,3 +75,17 @@ def load_task(
         raise UserError(f"{path}: has the splits {', '.join(splits)}; train and one of test or validation are needed.")
     training = collect_prompts(splits["train"], task.parse_row, path, bad_rows)
     return training, collect_prompts(held_out_rows, task.parse_row, path, bad_rows)
+
+
+def load_data(data: Data) -> tuple[LoadedPrompts, LoadedPrompts | None]:
+    """Load the training source, and the held-out prompts if they have a file or split of their own.
+
+    Raises:
+        UserError: a file is missing, or a row cannot be used.
+    """
+    if data.task is not None:
+        return load_task(data.task, data.source, data.bad_rows)
+    loaded = load_prompts(data.source, data.columns, data.bad_rows, data.format, data.image_folder)
+    if data.eval_prompts is None:
+        return loaded, None
+    return loaded, load_prompts(data.eval_prompts, data.columns, data.bad_rows, data.format, data.image_folder)

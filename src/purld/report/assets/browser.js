@@ -307,11 +307,14 @@
     history.replaceState(null, "", `#prompt-${entry.run}-${entry.id}`);
   }
 
+  // The order of prompts that differ: first where the answers that stand on top differ, then by the size of the change.
+  const weight = (e) => 2 * (e.right.before !== e.right.after) + Math.abs(e.change ?? 0);
+
   function refresh() {
     const wanted = search.value.trim().toLowerCase();
     const passes = FILTERS[filter.value][1];
     const shown = entries.filter((e) => passes(e) && e.haystack.includes(wanted));
-    if (filter.value === "differ") shown.sort((a, b) => Math.abs(b.change ?? 0) - Math.abs(a.change ?? 0));
+    if (filter.value === "differ") shown.sort((a, b) => weight(b) - weight(a));
     list.replaceChildren(...shown.map((e) => el("li", {}, e.button)));
     count.textContent = `${shown.length} of ${entries.length}`;
     setTabStop();
@@ -354,7 +357,8 @@
   if (linked) filter.value = "all"; // the chosen prompt is always in the list
   show(linked ?? refresh()[0]);
   refresh();
-  if (linked) {
+  // A page that loads itself again stays where its reader was.
+  if (linked && performance.getEntriesByType("navigation")[0]?.type !== "reload") {
     root.scrollIntoView();
     linked.button.scrollIntoView({ block: "nearest" });
   }
