@@ -19,6 +19,7 @@ from purld.cli import main
 from purld.display.progress import Reporter
 from purld.pipeline import watch as module
 from purld.pipeline.watch import RunWatcher, live_page, watch_run
+from purld.ranks.launch import read_place
 from purld.records import Prompt
 from purld.report.page import LIVE_MARK
 from purld.runs.files import append_rows, write_rows
@@ -197,6 +198,13 @@ def test_a_watcher_that_cannot_start_does_not_stop_the_run(run: RunDir, monkeypa
     with live_page(run, Reporter(Console(file=shown))):
         grow(run, 2)
     assert "the run goes on without it" in " ".join(shown.getvalue().split())
+
+
+def test_a_watcher_is_no_part_of_the_job_that_a_launcher_started(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert read_place() is not None
+    assert read_place(module._environment_of_watcher()) is None
 
 
 @pytest.mark.slow

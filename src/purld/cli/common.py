@@ -110,7 +110,7 @@ def execute(
     from purld.pipeline.pipeline import STAGES
 
     pipeline = make_pipeline(settings, run, make_reporter(), resend_unknown)
-    with watching(pipeline, live and ranks.is_first()):
+    with watching(pipeline, live):
         pipeline.execute(stages or STAGES)
     if stages is None and ranks.is_first():
         print_closing(run)
@@ -126,7 +126,7 @@ def make_pipeline(config: Any, run: Any, reporter: Any, resend_unknown: bool = F
 @contextlib.contextmanager
 def watching(pipeline: Any, live: bool) -> Iterator[None]:
     """Keep the page of a pipeline's run up to date during the block, if that is wanted."""
-    if not live:
+    if not live or not ranks.is_first():
         yield
         return
     from purld.pipeline.watch import live_page

@@ -22,6 +22,7 @@ from purld.errors import UserError, reason_of
 from purld.evaluation.recorded import Row
 from purld.evaluation.score_quality import check_groups, score_quality
 from purld.pipeline.status import RunStatus, read_status
+from purld.ranks.launch import PLACES
 from purld.records import Prompt
 from purld.report.health import GoldAuc, Light, health_lights
 from purld.report.live import LiveStatus
@@ -173,7 +174,7 @@ def live_page(run: RunDir, reporter: Reporter) -> Iterator[None]:
     command = [sys.executable, "-m", "purld", "watch", str(run.path), "--for-parent"]
     alone = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
     try:
-        watcher = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **alone)
+        watcher = subprocess.Popen(command, env=_environment_of_watcher(), **alone)
     except OSError as error:
         reporter.warn(f"the page could not be started ({reason_of(error)}); the run goes on without it.")
         yield
@@ -186,6 +187,12 @@ def live_page(run: RunDir, reporter: Reporter) -> Iterator[None]:
         watcher.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             watcher.wait(_WAIT_FOR_WATCHER)
+
+
+def _environment_of_watcher() -> dict[str, str]:
+    """Return the environment for one thread, without a launcher's variables: a watcher is no part of the job."""
+    launchers = {name for names in PLACES for name in names}
+    return {name: value for name, value in os.environ.items() if name not in launchers} | {"OMP_NUM_THREADS": "1"}
 
 
 def lower_priority() -> None:
