@@ -214,4 +214,6 @@ def test_a_watcher_beside_a_run_ends_with_it(run: RunDir) -> None:
         while not run.report.exists() and time.monotonic() < give_up:
             time.sleep(0.5)
         assert LIVE_MARK in page(run)
+    while 'data-every="0"' not in page(run) and time.monotonic() < give_up:
+        time.sleep(0.5)
     assert 'data-every="0"' in page(run), "the run was not finished, and nobody writes its page any more"

@@ -36,7 +36,7 @@ from purld.tasks.registry import load_data
 EVERY = 15.0  # seconds from page to page
 _SHARE_OF_A_CORE = 0.05  # that writing pages may take at most
 _GROUPS = 64  # the newest, for the samples and for the AUC against gold
-_WAIT_FOR_WATCHER = 20.0  # seconds that a finished run waits for the watcher that it started
+_WAIT_FOR_WATCHER = 10.0  # seconds that a finished run waits for the watcher that it started
 
 _RUNNING = {"running": True, "stopped": False, "begun": None}  # whether a process works on a stage in this state
 
@@ -172,9 +172,14 @@ def watch_for_parent(run: RunDir, every: float, reporter: Reporter) -> None:
 def live_page(run: RunDir, reporter: Reporter) -> Iterator[None]:
     """Keep the run's page up to date during the block, by a process with the lowest priority beside this one."""
     command = [sys.executable, "-m", "purld", "watch", str(run.path), "--for-parent"]
-    alone = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
     try:
-        watcher = subprocess.Popen(command, env=_environment_of_watcher(), **alone)
+        watcher = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # the watcher ends with it, and so with this process, whatever ends that
+            stdout=subprocess.DEVNULL,
+            env=_environment_of_watcher(),
+            start_new_session=True,  # Ctrl-C is not meant for it
+        )
     except OSError as error:
         reporter.warn(f"the page could not be started ({reason_of(error)}); the run goes on without it.")
         yield
