@@ -81,6 +81,13 @@ def deferred_signals() -> Iterator[DeferredSignals]:
 
 
 @contextlib.contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Ignore the signals in this block, which ends the work anyhow."""
+    with _handled_by(lambda signum, frame: None):
+        yield
+
+
+@contextlib.contextmanager
 def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Install a handler of the signals that are not ignored, and restore those before it."""
     if threading.current_thread() is not threading.main_thread():

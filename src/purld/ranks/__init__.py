@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 from purld.errors import UserError, reason_of
 from purld.ranks.board import Board
 from purld.ranks.launch import PLACES, Place, meet_others, read_place, refuse_other_sharding
+from purld.signals import Stopped, ignored_signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -218,21 +219,32 @@ def together(describe: Describe | None = None, interrupt: bool = False) -> Itera
         yield
         return
     _broken = _silent = False
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it prints a stack for every connection that ends
     job = _Job(place, interrupt)
     try:
         with job.hidden_from_libraries():
             refuse_other_sharding()
             _job = job
             yield
-            job.leave()
+            barrier()
     except BaseException as error:
-        told = job.fail(error, describe or _describe_plainly)
+        told = _end_job(job, error, describe or _describe_plainly)
         if told is error:
             raise
         raise told from None
     finally:
         _job = None
-        job.close()
+        with ignored_signals():
+            job.close()
+
+
+def _end_job(job: _Job, error: BaseException, describe: Describe) -> BaseException:
+    try:
+        with ignored_signals():
+            return job.fail(error, describe)
+    except Stopped:  # a signal came in the moment before
+        with ignored_signals():
+            return job.fail(error, describe)
 
 
 def _describe_plainly(error: BaseException) -> tuple[str, int]:
@@ -312,15 +324,11 @@ class _Job:
 
         dist.all_reduce(values, group=self._objects if values.device.type == "cpu" else None)
 
-    def leave(self) -> None:
-        """Wait for the others at the end of the work."""
-        self.gather(())
-        self._board.leave()
-
     def fail(self, error: BaseException, describe: Describe) -> BaseException:
         """Tell the others of an error, or learn of theirs, and return the error to raise here."""
         global _broken, _silent
         _broken = True
+        self._board.stop_interrupting()
         if not isinstance(error, UserError) or isinstance(error, PeerError):
             # A lost connection is what a failure elsewhere looks like; a signal may come from our own watch.
             told = self._board.wait_for_failure(_PATIENCE if isinstance(error, Exception) else 0.0)
@@ -329,20 +337,23 @@ class _Job:
                 return PeerError(*told)
         if isinstance(error, Exception) and not isinstance(error, UserError) and _LOST_PEER.search(str(error)):
             error = UserError(
-                "another process of this job has ended without a word, perhaps killed for its memory "
-                f"({reason_of(error)[:120]}); run the same command again to continue."
+                "another process of this job has ended without a word, as one does that is killed, by hand or for its "
+                "memory; the system's log says why, and the same command continues."
             )
         sentence, status = describe(error)
         _silent = self._board.announce(sentence, status) and self.place.rank != 0
         return error
 
     def close(self) -> None:
-        """Leave the group, unless somebody else made it or it is broken."""
+        """Leave the group, unless somebody else made it; a rank that waits for this one in it hears that it is gone."""
+        import torch
         import torch.distributed as dist
 
-        intact = self._board.close()
-        if self._owned and intact:
-            dist.destroy_process_group()
+        waits = _broken and torch.cuda.is_available()  # NCCL would wait for the others before it leaves
+        if self._owned and not waits:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+        self._board.part()
 
 
 def _to_own_device(storage: Any, location: str) -> Any:

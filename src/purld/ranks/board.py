@@ -21,7 +21,7 @@ from purld.ranks.launch import Place
 
 _POLL = 0.5  # seconds between two looks at the store
 _GRACE = 20.0  # seconds until a rank that hangs in a collective is ended, after another one has failed
-_PATIENCE = 5.0  # seconds to wait for the others to hear of a failure, and to leave
+_PATIENCE = 5.0  # seconds to wait for rank 0 to hear of a failure, and for the others to leave
 
 
 class Board:
@@ -63,37 +63,33 @@ class Board:
         with contextlib.suppress(Exception):  # the store may have ended with its process
             with self._lock:
                 self._store.compare_set("failure", "", json.dumps([self._place.rank, said, status]))
-            return self._wait_until_heard()
+                if self._place.rank == 0:
+                    self._store.set("first knows", "1")
+            return self._wait(lambda: bool(self._store.check(["first knows"])))
         return False
 
-    def _wait_until_heard(self) -> bool:
-        """Wait until the others have heard of a failure, or rank 0 has; return whether rank 0 has."""
+    def part(self) -> None:
+        """Stop watching; rank 0, whose process may hold the store, is the last to go."""
+        self._closed.set()
+        with contextlib.suppress(Exception):
+            with self._lock:
+                self._store.add("left", 1)
+            if self._place.rank == 0:
+                self._wait(lambda: int(self._store.add("left", 0)) >= self._place.world)
+
+    def _wait(self, condition: Callable[[], bool]) -> bool:
+        """Wait until a condition on the store holds; return False if it does not within a few seconds."""
         started = time.monotonic()
         while time.monotonic() - started < _PATIENCE:
             with self._lock:
-                told = bool(self._store.check(["heard/0"]))
-                all_heard = int(self._store.add("heard", 0)) >= self._place.world - 1
-            if all_heard or (told and self._place.rank != 0):
-                return told
-            time.sleep(_POLL / 2)
+                if condition():
+                    return True
+            time.sleep(_POLL / 5)
         return False
 
-    def leave(self) -> None:
-        """Let rank 0, whose process may hold the store, be the last to go."""
-        self._closed.set()
-        with self._lock:
-            self._store.add("left", 1)
-            started = time.monotonic()
-            while self._place.rank == 0 and int(self._store.add("left", 0)) < self._place.world:
-                if time.monotonic() - started > _PATIENCE:
-                    return
-                time.sleep(_POLL / 10)
-
-    def close(self) -> bool:
-        """Stop watching; return whether no rank has failed."""
-        intact = self._closed.is_set() and self._failure is None
-        self._closed.set()
-        return intact
+    def stop_interrupting(self) -> None:
+        """Let the work of this process end undisturbed: it is ending already."""
+        self._interrupt = False
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL):
@@ -102,9 +98,8 @@ class Board:
                     if not self._store.check(["failure"]):
                         continue
                     rank, sentence, status = json.loads(self._store.get("failure"))
-                    self._store.set(f"heard/{self._place.rank}", "1")
-                    if rank != self._place.rank:
-                        self._store.add("heard", 1)
+                    if self._place.rank == 0:
+                        self._store.set("first knows", "1")
             except Exception:  # the store has ended with its process
                 return
             if rank != self._place.rank:
