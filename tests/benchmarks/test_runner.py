@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -108,4 +109,4 @@ def test_two_do_not_work_in_one_folder(out):
         command = [sys.executable, miniature.__file__, "--quick", "--out", out]
         found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 2 and found.stdout == ""
-    assert found.stderr == f"{out}: another purld process is working on this run.\n"
+    assert found.stderr == f"{out}: another purld process ({os.getpid()}) is working on this run.\n"

@@ -110,7 +110,7 @@ def test_an_answer_outlives_a_later_failure_of_the_same_request(ledger):
 def test_one_process_at_a_time_but_any_number_of_readers(tmp_path, ledger):
     code = "import sys; from purld.clients.ledger import Ledger; Ledger(sys.argv[1])"
     other = subprocess.run([sys.executable, "-c", code, str(ledger.path)], capture_output=True, text=True)
-    assert "ledger.sqlite: another purld process is using this ledger." in other.stderr
+    assert f"ledger.sqlite: another purld process ({os.getpid()}) is using this ledger." in other.stderr
     call = ledger.reserve(request(), "teacher", 1, 0.0, Caps())
     assert (ledger.calls_in_flight("teacher"), ledger.calls_in_flight("judge")) == (1, 0)
     with LedgerView(ledger.path) as view:
@@ -131,7 +131,7 @@ def test_a_view_makes_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be opened"):
+    with pytest.raises(UserError, match="cannot be locked"):
         Ledger(tmp_path / "file" / "l.sqlite")
 
 

@@ -13,7 +13,6 @@ within milliseconds may both buy it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import Self
 
 from purld.clients.ledger import CallResult, FoundCall, LedgerView
 from purld.errors import UserError
+from purld.locks import try_lock
 
 LOCK_SECONDS = 60.0  # how long a claim waits for the lock; another one takes milliseconds
 LOCK_POLL_SECONDS = 0.002
@@ -114,18 +114,13 @@ class FolderLedgers:
 
     def _wait_for_lock(self, descriptor: int, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise FolderLockedError(
-                        f"{self._folder}: another purld process has locked this folder for {LOCK_SECONDS:g} s; "
-                        "if it is suspended, continue or end it."
-                    ) from None
-                time.sleep(LOCK_POLL_SECONDS)
-            else:
-                return
+        while not try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                raise FolderLockedError(
+                    f"{self._folder}: another purld process has locked this folder for {LOCK_SECONDS:g} s; "
+                    "if it is suspended, continue or end it."
+                )
+            time.sleep(LOCK_POLL_SECONDS)
 
     def _look_up(self, key: str) -> FoundCall | None:
         calls = [call for view in self._open_views() if (call := self._find_in(view, key))]

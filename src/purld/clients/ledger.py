@@ -44,13 +44,13 @@ from purld.clients.batch_records import BatchRecord
 from purld.clients.ledger_files import (
     CallMark,
     allocate_reserve,
-    is_locked,
     lock_ledger,
     lock_path,
     mark_path,
     read_mark,
 )
 from purld.errors import UserError
+from purld.locks import is_locked
 from purld.runs.files import atomic_write
 
 if TYPE_CHECKING:

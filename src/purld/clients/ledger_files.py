@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import time
 from pathlib import Path
 from typing import IO
 
 from purld.errors import UserError
+from purld.locks import describe_holder, open_locked
 
 # Bytes for the answers in flight: 64 answers of 200 KB each, and the pages that SQLite writes with them.
 RESERVED_BYTES = 16 * 2**20
@@ -61,47 +60,20 @@ def lock_path(ledger: Path) -> Path:
     return ledger.with_name(ledger.name + ".lock")
 
 
-def is_locked(path: Path) -> bool:
-    """Return whether a process holds the lock; tried by taking a shared one, which is given back at once."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
 def lock_ledger(path: Path) -> IO[str]:
-    """Lock the lock file `path` for this process; the kernel releases the lock when the process ends in any way.
+    """Lock the lock file `path` for this process.
 
     Raises:
         UserError: another process holds the lock, or the file system has no locks or cannot be written.
     """
-    deadline = time.monotonic() + _LOCK_SECONDS
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("w")
+        handle = open_locked(path, _LOCK_SECONDS)
     except OSError as error:
-        raise UserError(f"{path}: cannot be opened ({error.strerror}).") from None
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                handle.close()
-                raise UserError(f"{path.with_suffix('')}: another purld process is using this ledger.") from None
-            time.sleep(0.01)
-        except OSError as error:
-            handle.close()
-            raise UserError(f"{path}: cannot be locked ({error.strerror}).") from None
+        raise UserError(f"{path}: cannot be locked ({error.strerror}).") from None
+    if handle is None:
+        raise UserError(f"{path.with_suffix('')}: {describe_holder(path)} is using this ledger.")
+    return handle
 
 
 def allocate_reserve(path: Path) -> None:

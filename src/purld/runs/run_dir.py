@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from purld.errors import UserError
+from purld.locks import describe_holder, open_locked
 from purld.records import content_hash
 from purld.runs.checksums import FileRecord, find_damage, record_file
 from purld.runs.files import (
@@ -335,12 +336,10 @@ class RunDir:
         Raises:
             UserError: another process holds the lock.
         """
-        import fcntl
-
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another purld process is working on this run.") from None
+        lock = self.path / ".lock"
+        handle = open_locked(lock)
+        if handle is None:
+            raise UserError(f"{self.path}: {describe_holder(lock)} is working on this run.")
+        with handle:
             yield
