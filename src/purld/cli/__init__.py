@@ -22,14 +22,14 @@ from typing import Any
 from purld import ranks
 from purld.cli import commands, common  # isort: split
 
-from purld.cli import chat, doctor, init, status, watch  # in the help, these come after
+from purld.cli import chat, completion, doctor, init, status, watch  # in the help, these come after
 from purld.cli.common import app, make_reporter
 from purld.display.streams import protected_streams
 from purld.errors import PlainWarning, UserError, printable
 from purld.failures import TRACEBACK_VARIABLE, describe_failure
 from purld.signals import Stopped, stopping_signals
 
-__all__ = ["app", "chat", "commands", "doctor", "init", "main", "status", "watch"]
+__all__ = ["app", "chat", "commands", "completion", "doctor", "init", "main", "status", "watch"]
 
 
 def main() -> None:

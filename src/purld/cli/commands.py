@@ -318,7 +318,7 @@ def ledger(
 
 @testbed_app.command("build")
 def testbed_build(
-    out: Annotated[Path, typer.Argument(help="The directory to write.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write.")],
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     student: Annotated[str, typer.Option(help="text, qwen2_5_vl or llava.")] = "text",
 ) -> None:
