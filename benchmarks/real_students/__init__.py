@@ -1,0 +1,1 @@
+"""The comparison of methods on real small students; see `benchmarks/real.py`."""

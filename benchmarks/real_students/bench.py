@@ -1,0 +1,162 @@
+"""Run a cell by the command line, in a folder of runs that share anchors, Stage I and the answers of base and p_sft."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from purld.config.read_yaml import read_yaml
+from purld.errors import UserError
+from purld.pipeline.sweep import share_stage_one
+from purld.runs.files import read_json, read_rows, write_rows
+from purld.runs.run_dir import RunDir
+from real_students.plan import METHODS, VALIDATION, Cell, Size
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The place of the runs, and what they are made of.
+
+    Attributes:
+        out: the folder of all runs and of `rows.jsonl`.
+        students: directories of students by name.
+        problems: word problems with gold and a teacher's answer.
+        test: test problems with gold.
+        size: how much of everything.
+    """
+
+    out: Path
+    students: Mapping[str, Path]
+    problems: Path
+    test: Path
+    size: Size
+
+    @property
+    def rows(self) -> Path:
+        """The file of finished cells."""
+        return self.out / "rows.jsonl"
+
+    def run_cell(self, cell: Cell) -> Row:
+        """Run one cell and return its row; its weights are removed, its Stage I stays for its family."""
+        leader = RunDir(self.out / cell.family / "SFT")
+        config = self._write_config(cell)
+        if cell.method == "SFT":
+            _purld("run", config, leader, ["align.method=sft"])
+            return self._row(cell, leader)
+        if "report" not in leader.finished_stages():
+            _purld("run", config, leader, ["align.method=sft"])
+        run = RunDir(self.out / cell.family / cell.name)
+        if "sft" not in run.finished_stages():
+            share_stage_one(leader, run)
+            _copy_answers(leader, run)
+        _purld("run", config, run, [f"align.{key}={json.dumps(value)}" for key, value in self._align(cell).items()])
+        row = self._row(cell, run)
+        shutil.rmtree(run.align, ignore_errors=True)
+        return row
+
+    def _align(self, cell: Cell) -> dict[str, Any]:
+        settings = {**METHODS[cell.method], **dict(cell.settings)}
+        return {"steps": self.size.steps, **settings}
+
+    def _write_config(self, cell: Cell) -> Path:
+        """Write a family's problems and configuration, and return the configuration's path."""
+        folder = self.out / cell.family
+        folder.mkdir(parents=True, exist_ok=True)
+        train, validation = self._split_problems(cell.seed)
+        measured = validation if cell.split == "validation" else read_rows(self.test)[: self.size.measured]
+        train_file, measured_file = (str((folder / f"{name}.jsonl").resolve()) for name in ("train", "measured"))
+        write_rows(Path(train_file), train)
+        write_rows(Path(measured_file), measured)
+        fraction = self.size.stage_one / len(train)
+        config = {
+            "student": {"model": str(self.students[cell.student].resolve()), "lora": {"r": 16}},
+            "data": {"prompts": train_file, "eval_prompts": measured_file, "check": "math"},
+            "teacher": {"kind": "file", "path": train_file, "columns": {"prompt": "prompt", "answer": "teacher"}},
+            "sft": {"epochs": 1, "learning_rate": 5.0e-4, "micro_batch_size": 8, "checkpoint_steps": 20},
+            "align": {"schedule": "linear", "max_new_tokens": 48, "checkpoint_steps": 10},
+            "evaluate": {"samples": self.size.samples, "max_new_tokens": 48, "batch_size": 64},
+            "seed": cell.seed,
+        }
+        config["student"] |= {"max_prompt_tokens": 512, "max_anchor_tokens": 128}
+        if cell.pool == "other":
+            config["data"]["sft_fraction"] = fraction
+        path = folder / "run.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        return path
+
+    def _split_problems(self, seed: int) -> tuple[list[Row], list[Row]]:
+        """Return a seed's training problems, Stage I's and Stage II's together, and the validation problems of all."""
+        rows = list({row["prompt"]: row for row in read_rows(self.problems)}.values())
+        random.Random(0).shuffle(rows)
+        validation, rest = rows[:VALIDATION], rows[VALIDATION:]
+        random.Random(seed).shuffle(rest)
+        count = self.size.stage_one + self.size.stage_two
+        return rest[:count], validation[: self.size.measured]
+
+    def _row(self, cell: Cell, run: RunDir) -> Row:
+        """Return what the tables are made of; right answers are means over each problem's answers."""
+        results = read_json(run.results)
+        name = "sft" if cell.method == "SFT" else next(m for m in results["models"] if m not in ("base", "sft"))
+        steps = [row for row in read_rows(run.metrics) if row["stage"] == "align" and "eval_score" not in row]
+        settings = read_yaml(run.config)["align"]
+        return {
+            "id": cell.id,
+            "student": cell.student,
+            "seed": cell.seed,
+            "split": cell.split,
+            "pool": cell.pool,
+            "method": cell.method,
+            "changed": dict(cell.settings),
+            "settings": settings,
+            "steps": steps[-1]["step"] if steps else 0,
+            "prompts_per_step": settings.get("prompts_per_step", 0),
+            "size": asdict(self.size),
+            "right": _right(run, name),
+            "greedy": _right(run, f"{name}.greedy"),
+            "seconds": results["seconds"],
+            "kl": steps[-1].get("kl") if steps else None,
+            "score_quality": results.get("score_quality"),
+            "training_accuracy": results.get("training_accuracy"),
+            "warnings": results.get("warnings", []),
+        }
+
+
+def _right(run: RunDir, name: str) -> list[float]:
+    """Return the share of right answers to each problem."""
+    answers: dict[str, list[bool]] = {}
+    for row in read_rows(run.generations(name)):
+        answers.setdefault(row["prompt_id"], []).append(bool(row["correct"]))
+    return [round(sum(right) / len(right), 4) for right in answers.values()]
+
+
+def _copy_answers(leader: RunDir, run: RunDir) -> None:
+    """Give a run the answers of the base and of p_sft, which every cell of a family would draw alike."""
+    for name in ("base", "base.greedy", "sft", "sft.greedy"):
+        source, target = leader.generations(name), run.generations(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+
+
+def _purld(command: str, config: Path, run: RunDir, overrides: Sequence[str]) -> None:
+    """Run the command line; its output is in a log beside the run directory.
+
+    Raises:
+        UserError: it failed.
+    """
+    log = Path(f"{run.path}.log")
+    arguments = [command, str(config), *overrides, "--run-dir", str(run.path)]
+    with log.open("a", encoding="utf-8") as file:
+        code = subprocess.run([sys.executable, "-m", "purld", *arguments], stdout=file, stderr=file).returncode
+    if code:
+        raise UserError(f"{log}: purld {' '.join(arguments)} ended with status {code}")

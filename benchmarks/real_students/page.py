@@ -1,0 +1,79 @@
+"""Make the tables of docs/results-real.md from the rows of finished cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from mini.stats import over_seeds
+
+from purld.evaluation.accuracy import paired_difference
+
+Row = Mapping[str, Any]
+
+HEADER = (
+    "method",
+    "settings",
+    "sampled",
+    "greedy",
+    "sampled − SFT, over problems",
+    "over seeds",
+    "by seed",
+    "KL",
+    "prompts per hour of Stage II",
+)
+
+
+def method_table(rows: Sequence[Row], student: str, split: str) -> str:
+    """Return one student's table: a method's shares of right answers, and its difference from p_sft.
+
+    Args:
+        rows: finished cells; those of other students and splits are left out.
+        student: the student's name.
+        split: `validation` or `test`.
+    """
+    chosen = [row for row in rows if row["student"] == student and row["split"] == split]
+    p_sft = {(row["seed"], row["pool"]): row for row in chosen if row["method"] == "SFT"}
+    lines = [" | ".join(HEADER), " | ".join(["---"] * len(HEADER))]
+    lines += [" | ".join(cells) for cells in _lines(chosen, p_sft)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _lines(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> Iterator[list[str]]:
+    """Yield the cells of every method with settings of its own, averaged over its seeds."""
+    names = {(row["method"], _settings(row)): None for row in rows}
+    for name in names:
+        of_name = [row for row in rows if (row["method"], _settings(row)) == name]
+        sampled, greedy = (np.mean([row[key] for row in of_name]) for key in ("right", "greedy"))
+        yield [*name, f"{sampled:.3f}", f"{greedy:.3f}", *_differences(of_name, p_sft), *_costs(of_name)]
+
+
+def _settings(row: Row) -> str:
+    """Return what tells rows of one method apart."""
+    return ", ".join(f"{key}={value}" for key, value in row["changed"].items())
+
+
+def _differences(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> list[str]:
+    """Return the paired difference from p_sft over problems, over seeds, and of every seed."""
+    pairs = [(row, p_sft[row["seed"], row["pool"]]) for row in rows if (row["seed"], row["pool"]) in p_sft]
+    if not pairs or rows[0]["method"] == "SFT":
+        return ["", "", ""]
+    ours, theirs = (np.mean([pair[side]["right"] for pair in pairs], axis=0)[:, None] for side in (0, 1))
+    paired = paired_difference(ours, theirs)
+    by_seed = [float(np.mean(row["right"]) - np.mean(base["right"])) for row, base in pairs]
+    mean = over_seeds(by_seed)
+    seeds = "" if mean.low is None else f"[{mean.low:+.3f}, {mean.high:+.3f}]"
+    low, high = paired.interval
+    return [f"{paired.value:+.3f} [{low:+.3f}, {high:+.3f}]", seeds, ", ".join(f"{value:+.3f}" for value in by_seed)]
+
+
+def _costs(rows: Sequence[Row]) -> list[str]:
+    """Return the divergence from p_sft at the end and the prompts per hour of the stage."""
+    divergences = [row["kl"] for row in rows if row["kl"] is not None]
+    hours = [row["seconds"].get("align", 0.0) / 3600 for row in rows]
+    prompts = [row["steps"] * row["prompts_per_step"] for row in rows if row["method"] != "SFT"]
+    return [
+        f"{np.mean(divergences):.3f}" if divergences else "",
+        f"{sum(prompts) / sum(hours):.0f}" if prompts and sum(hours) else "",
+    ]

@@ -1,0 +1,102 @@
+"""The cells of the comparison on real students: one per student, seed, method and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+VALIDATION = 200  # problems of the training sources that nothing trains on
+TUNING_SEED = 1000  # of the cells that settings are chosen by; no seed of the table
+SEEDS = (0, 1, 2)
+RATES = (3.0e-5, 1.0e-4, 3.0e-4)
+
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "SFT": {"method": "sft"},
+    "LDL-GRPO": {"method": "ldl_grpo"},
+    "Anchor-GRPO": {"method": "anchor_grpo"},
+    "SFT→SFT": {"method": "sft_sft"},
+    "self-distillation": {"method": "self_distillation", "candidates": 8},
+    "AnchorRank-DPO": {"method": "anchorrank_dpo"},
+    "SinglePair-DPO": {"method": "singlepair_dpo"},
+    "RLPR": {"method": "anchor_grpo", "score": "reference"},
+    "LDL-GRPO, in_context": {"method": "ldl_grpo", "score": "in_context"},
+    "LDL-GRPO, expected": {"method": "ldl_grpo", "score": "expected", "weak_signal": "continue"},
+    "LDL-GRPO, the anchor in the group": {"method": "ldl_grpo", "anchor_in_group": True},
+}
+"""The rows of the table: settings of `align` by name. The score is `auto` unless named: agreement with the anchor."""
+
+CHOSEN: Mapping[str, Mapping[str, Any]] = {method: {"learning_rate": RATES[1]} for method in METHODS if method != "SFT"}
+"""The settings that the table's cells use, by method."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything: problems of Stage I and II, updates, test problems, answers to each."""
+
+    stage_one: int = 1000
+    stage_two: int = 1400
+    steps: int = 40
+    measured: int = 500
+    samples: int = 4
+
+
+QUICK = Size(stage_one=64, stage_two=32, steps=2, measured=24, samples=2)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a student, a seed, the problems it is measured on, and the settings of Stage II.
+
+    Attributes:
+        student: the student's name.
+        seed: draws the order of problems, the candidates and the answers.
+        split: `validation` or `test`.
+        method: a row of `METHODS`.
+        settings: further settings of `align`, sorted.
+        pool: `other` problems than Stage I's, or the `same`.
+    """
+
+    student: str
+    seed: int
+    split: str
+    method: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    pool: str = "other"
+
+    @property
+    def family(self) -> str:
+        """The folder of the runs that share anchors and Stage I."""
+        return f"{self.student}-{self.split}-{self.pool}-seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder within its family."""
+        values = [self.method, *(f"{key}={value}" for key, value in self.settings)]
+        return ",".join(values).replace(" ", "_").replace("/", "_")
+
+    @property
+    def id(self) -> str:
+        """A name that no other cell has."""
+        return f"{self.family}/{self.name}"
+
+
+def chosen_cells(students: Sequence[str], chosen: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Cell]:
+    """Return the table's cells on the test problems, seed by seed, with the chosen settings by method."""
+    return [
+        Cell(student, seed, "test", method, tuple(sorted(chosen.get(method, {}).items())))
+        for seed in seeds
+        for method in METHODS
+        for student in students
+    ]
+
+
+def tuning_cells(students: Sequence[str]) -> list[Cell]:
+    """Return p_sft, and three learning rates for every method with a Stage II, on validation problems."""
+    return [Cell(student, TUNING_SEED, "validation", "SFT") for student in students] + [
+        Cell(student, TUNING_SEED, "validation", method, (("learning_rate", rate),))
+        for student in students
+        for method in METHODS
+        if method != "SFT"
+        for rate in RATES
+    ]
