@@ -5,7 +5,7 @@ BIN := .venv/bin
 # What `make test-lowest` and `make test-newest` run.
 TESTS ?= tests
 
-.PHONY: setup demo miniature docs test test-slow test-lowest test-newest lint clean
+.PHONY: setup demo miniature real docs test test-slow test-lowest test-newest lint clean
 
 setup: .venv/installed
 
@@ -22,7 +22,6 @@ demo: setup
 miniature: setup
 	@$(BIN)/python benchmarks/miniature.py $(QUICK)
 
-<<<<<<< HEAD
 # The documentation as a site, in site/; a broken link is an error.
 docs: .venv/installed-docs
 	@$(BIN)/mkdocs build --strict --quiet
@@ -31,11 +30,10 @@ docs: .venv/installed-docs
 .venv/installed-docs: .venv/installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	@touch $@
-=======
+
 # Hours on real students, resumed like the miniature: make real STUDENTS="--student smollm2=DIR" PROBLEMS=FILE TEST=FILE
 real: setup
 	@$(BIN)/python benchmarks/real.py $(STUDENTS) --problems $(PROBLEMS) --test $(TEST) $(QUICK)
->>>>>>> e3388ba (A benchmark of the methods on real students: make real)
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks examples
