@@ -19,7 +19,9 @@ MINIMAL = {
     "data": {"prompts": "p.jsonl"},
     "teacher": {"kind": "file", "path": "a.jsonl"},
 }
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = [  # configs/launch/ is for launchers
+    path for path in sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml")) if path.parent.name != "launch"
+]
 
 
 def with_values(**sections):

@@ -174,7 +174,9 @@ def test_what_is_measured_is_the_mean_over_greedy_answers(measure, after_stage_o
         from purld.model.samplers import make_sampler
 
         model, check = load_model(config.student, pipeline.run.align), find_check(config.data)
-        sampler = make_sampler(config.student.engine, encoder, Decoding(0.0, config.evaluate.max_new_tokens))
+        sampler = make_sampler(
+            config.student, encoder, pipeline.run.engine_files, Decoding(0.0, config.evaluate.max_new_tokens)
+        )
         drawn = sampler(model, [encoder.encode_prompt(p) for p, _ in found.examples], 1, [0] * len(found.examples))
         right = [check(p, encoder.read_reply(c[0].ids).answer) for (p, _), c in zip(found.examples, drawn)]
         assert facts["scores"][facts["steps"].index(facts["kept_step"])] == sum(right) / len(right)

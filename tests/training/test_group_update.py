@@ -18,7 +18,16 @@ from purld.training.group_update import GroupUpdate
 
 LENGTHS = (3, 11, 1, 7, 7)
 SETTINGS = SimpleNamespace(
-    beta=0.3, gamma=5.0, tau=1.2, clip=0.2, value_clip=0.2, discount=1.0, trace=0.95, margin=0.0, pairs="all"
+    beta=0.3,
+    gamma=5.0,
+    tau=1.2,
+    clip=0.2,
+    value_clip=0.2,
+    discount=1.0,
+    trace=0.95,
+    margin=0.0,
+    pairs="all",
+    anchor_joins=False,
 )
 FORMS = [f"ldl_grpo:{form}" for form in ("ratio", "likelihood", "mean")]
 OTHERS = [name for name, method in METHODS.items() if method.stage_two and name != "ldl_grpo"]

@@ -17,7 +17,7 @@ from purld.training.group_update import GroupUpdate
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, RolloutMaker
 
-SETTINGS = SimpleNamespace(gamma=5.0, tau=1.2, beta=0.01, q="ratio", updates=1)
+SETTINGS = SimpleNamespace(gamma=5.0, tau=1.2, beta=0.01, q="ratio", updates=1, anchor_joins=False)
 QUESTION = AnchoredPrompt(Prompt.from_text("How many?"), "Three.", EncodedPrompt(list(range(20, 43))))
 IDS = [[5, 9, 3], [7, 7, 7, 7, 7], [11], [2, 4]]
 

@@ -68,6 +68,11 @@ class BodyAndHead:
         shift: Tensor | None = getattr(self._body, _POSITION_SHIFT, None)
         return shift
 
+    def repeat_position_shift(self, copies: int) -> None:
+        """Repeat each row's position shift, for a cache whose rows are repeated alike."""
+        if (shift := self.position_shift) is not None:
+            setattr(self._body, _POSITION_SHIFT, shift.repeat_interleave(copies, dim=0))
+
     def logits(self, output: BodyOutput, hidden: Tensor) -> Tensor:
         """Return (N, V) float32 logits of (N, H) hidden states.
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from purld.errors import NotFiniteError, reason_of
+from purld.model.body_and_head import BodyAndHead
 from purld.model.cache import repeat_with_capacity
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import Encoder, pad_left
@@ -245,6 +246,7 @@ def _prefill_cache(
         output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **extra_inputs)
     try:
         cache = repeat_with_capacity(output.past_key_values, copies, width - ids.shape[1])
+        BodyAndHead(model).repeat_position_shift(copies)
     except (AttributeError, TypeError, ValueError) as error:
         raise _UnusableCacheError(reason_of(error)) from error
     return {"past_key_values": cache}
