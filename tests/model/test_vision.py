@@ -110,11 +110,12 @@ def test_a_batch_to_learn_from_gives_the_loss_of_its_rows(model, encoder):
     assert torch.allclose(loss, -sum(alone) / 9, atol=1e-5)
 
 
-def test_gradients_held_at_the_prefix_reach_the_vision_in_one_go(model, encoder):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_held_at_the_prefix_reach_the_vision_in_one_go(model, encoder, recompute):
     encoded = encoder.encode_prompt(PROMPTS["one"])
     expected = gradients(model, SharedPrefix(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0].sum(dim=1))
     model.zero_grad()
-    prefix = SharedPrefix(model, encoded, encoder.pad, cut=True)
+    prefix = SharedPrefix(model, encoded, encoder.pad, cut=True, recompute=recompute)
     weights = torch.arange(1.0, 4.0).sin()
     for row in range(3):
         (weights[row] * prefix.token_log_probs(COMPLETIONS[row : row + 1])[0].sum()).backward()

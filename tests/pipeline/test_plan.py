@@ -87,3 +87,20 @@ def test_an_adapter_trains_few_weights_and_a_wrong_one_is_told(plan):
 def test_stage_two_of_every_kind(plan, overrides, words):
     [line] = [line for line in plan(*overrides).sections["Training"] if line.startswith("Stage II")]
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("gib", "override", "words"),
+    [
+        (100, "align.steps=6", "fits this machine, which has 100.0 GiB"),
+        (0.001, "align.recompute=always", "in any micro-batch; set student.lora"),
+    ],
+)
+def test_the_memory_of_an_update_is_told_with_its_parts_and_what_would_fit(gib, override, words, plan, monkeypatch):
+    monkeypatch.setattr(machine, "device_memory", lambda: int(gib * 2**30))
+    told = plan(override).sections["Student"]
+    assert any("Stage II with prompts of" in line and "micro-batches of 3" in line for line in told)
+    assert any(words in line for line in told)
+    parts = next(line for line in told if "at its peak" in line)
+    assert all(part in parts for part in ("weights", "gradients and optimiser", "activations", "logits", "samples"))
+    assert any("layers computed again" in line for line in told) == (override == "align.recompute=always")

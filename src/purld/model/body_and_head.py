@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from purld.model.causal_lm import BodyOutput, CausalLM, unwrap_adapters
+from purld.model.recompute import PromptCache, recomputed_layers
 
 # Tokens whose logits are in memory at once: enough to keep a GPU's matrix units busy, and with a vocabulary of
 # 150,000 still only 150 MB in float32.
@@ -31,16 +33,18 @@ class BodyAndHead:
 
     Args:
         model: a causal language model, bare or under adapters.
+        recompute: compute the body's layers again in the backward pass instead of keeping what is in them.
 
     Raises:
         TypeError: the body is not a module of its own inside the model.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, recompute: bool = False) -> None:
         causal = unwrap_adapters(model)
         self._causal: CausalLM = getattr(causal, "_orig_mod", causal)  # what `torch.compile` wraps
         self._body = self._causal.base_model
         self._owner, self._name = _find_owner(self._causal, self._body)
+        self._recompute = recompute
 
     def hidden_states(
         self,
@@ -59,7 +63,11 @@ class BodyAndHead:
         """
         if hasattr(self._body, _POSITION_SHIFT):
             setattr(self._body, _POSITION_SHIFT, position_shift)
-        output: BodyOutput = self._body(input_ids=ids, past_key_values=cache, use_cache=True, **extra_inputs)
+        recompute = self._recompute and torch.is_grad_enabled()
+        if recompute and cache is None:
+            cache = PromptCache(self._causal.config)
+        with recomputed_layers(self._body) if recompute else contextlib.nullcontext():
+            output: BodyOutput = self._body(input_ids=ids, past_key_values=cache, use_cache=True, **extra_inputs)
         return output
 
     @property
@@ -96,14 +104,7 @@ class BodyAndHead:
     def log_probs(self, output: BodyOutput, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return (N,) float32 log-probs of N target tokens at (N, H) hidden states; for `output` see `logits`."""
 
-        def chunk_log_probs(states: Tensor, chosen: Tensor) -> Tensor:
-            logits = self.logits(output, states)
-            return logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
-
-        chunks = zip(torch.split(hidden, _CHUNK), torch.split(targets, _CHUNK))
-        return torch.cat(
-            [checkpoint(chunk_log_probs, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in chunks]
-        )
+        return chosen_log_probs(partial(self.logits, output), hidden, targets)
 
     @contextlib.contextmanager
     def _replaced_body(self, output: BodyOutput) -> Iterator[_StandIn]:
@@ -114,6 +115,25 @@ class BodyAndHead:
             yield stand_in
         finally:
             self._owner._modules[self._name] = self._body
+
+
+def chosen_log_probs(logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
+    """Return (N,) float32 log-probs of N targets, a few tokens at a time, computed again in the backward pass.
+
+    Args:
+        logits: makes (n, V) logits of a chunk of the states.
+        states: (N, H) hidden states, or logits themselves.
+        targets: (N,) token ids.
+    """
+
+    def chunk_log_probs(chunk: Tensor, chosen: Tensor) -> Tensor:
+        values = logits(chunk).float()
+        return values.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - values.logsumexp(dim=-1)
+
+    chunks = zip(torch.split(states, _CHUNK), torch.split(targets, _CHUNK))
+    return torch.cat(
+        [checkpoint(chunk_log_probs, s, t, use_reentrant=False, preserve_rng_state=False) for s, t in chunks]
+    )
 
 
 class _StandIn(nn.Module):

@@ -47,6 +47,12 @@ class Roles:
         self.policy = policy
         self._frozen_copy = frozen_copy
 
+    def weights(self) -> Iterator[nn.Parameter]:
+        """Yield the weights of all roles; tensors that roles share come more than once."""
+        yield from self.policy.parameters()
+        if self._frozen_copy is not None:
+            yield from self._frozen_copy.parameters()
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[CausalLM]:
         """Yield p_sft, the evaluator and reference policy, with gradients disabled."""

@@ -17,7 +17,12 @@ from purld.model.vision import EncodedPrompt
 
 
 def make_prefix(
-    model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequence[int]], pad: int, cut: bool = False
+    model: CausalLM,
+    prompt: EncodedPrompt,
+    rows: Sequence[Sequence[int]],
+    pad: int,
+    cut: bool = False,
+    recompute: bool = False,
 ) -> Prefix:
     """Return the prefix of a group, shared if the model allows it.
 
@@ -27,10 +32,11 @@ def make_prefix(
         rows: the group's continuations, to check with; all or some of them are then given to the prefix.
         pad: see `SharedPrefix`.
         cut: see `SharedPrefix`.
+        recompute: see `SharedPrefix`.
     """
     if can_share_prefix(model, prompt, rows, pad):
-        return SharedPrefix(model, prompt, pad, cut)
-    return FullSequences(model, prompt, pad)
+        return SharedPrefix(model, prompt, pad, cut, recompute)
+    return FullSequences(model, prompt, pad, recompute)
 
 
 def token_log_probs(

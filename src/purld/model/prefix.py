@@ -10,16 +10,19 @@ own `forward`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from purld.model.body_and_head import BodyAndHead
+from purld.model.body_and_head import BodyAndHead, chosen_log_probs
 from purld.model.cache import ReadOnlyCache, keys_and_values, plain_kv_layers
-from purld.model.causal_lm import CausalLM, model_device
+from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import pad_right
+from purld.model.recompute import recomputed_layers
 from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
 
 
@@ -48,13 +51,17 @@ class SharedPrefix:
         pad: a token id to pad with.
         cut: stop the continuations' gradients at the prefix and hold them there until `backward`, so that the prefix
             is run and differentiated once however many backward passes the continuations are split into.
+        recompute: compute the layers again in the backward passes, of the continuations and of the prefix, instead of
+            keeping what is in them; the prefix's keys and values stay.
 
     Raises:
         TypeError: the model's cache is not a plain one, or its body cannot be separated from its LM head.
     """
 
-    def __init__(self, model: CausalLM, prompt: EncodedPrompt, pad: int, cut: bool = False) -> None:
-        self._parts = BodyAndHead(model)
+    def __init__(
+        self, model: CausalLM, prompt: EncodedPrompt, pad: int, cut: bool = False, recompute: bool = False
+    ) -> None:
+        self._parts = BodyAndHead(model, recompute)
         self._pad = pad
         self._device = model_device(model)
         ids = torch.tensor([prompt.ids], device=self._device)
@@ -113,8 +120,11 @@ class SharedPrefix:
 class FullSequences:
     """A prefix that is computed with every continuation; see `SharedPrefix` for the arguments."""
 
-    def __init__(self, model: CausalLM, prompt: EncodedPrompt, pad: int) -> None:
+    def __init__(self, model: CausalLM, prompt: EncodedPrompt, pad: int, recompute: bool = False) -> None:
         self._model = model
+        self._layers: Callable[[], AbstractContextManager[None]] = nullcontext
+        if recompute and torch.is_grad_enabled():
+            self._layers = partial(recomputed_layers, unwrap_adapters(model).base_model)
         self._prompt = prompt
         self._pad = pad
         self._device = model_device(model)
@@ -123,13 +133,14 @@ class FullSequences:
         """See `Prefix`."""
         targets, mask = pad_right(completions, self._pad, self._device)  # (K, C)
         logits = self._logits([c[:-1] for c in completions])[:, -targets.shape[1] :]  # (K, C, V)
-        values = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+        values = chosen_log_probs(lambda chunk: chunk, logits.flatten(0, 1), targets.flatten())
+        values = values.view(targets.shape)
         return values * mask, mask
 
     def closing_logits(self, suffixes: Sequence[Sequence[int]], count: int) -> Tensor:
         """See `Prefix`."""
         rows, columns = _closing_positions(suffixes, count, self._device)
-        return self._logits(suffixes)[rows, columns + 1]
+        return self._logits(suffixes)[rows, columns + 1].float()
 
     def backward(self) -> None:
         """Do nothing: no gradient is held back."""
@@ -139,10 +150,11 @@ class FullSequences:
         ids, mask = pad_right([[*self._prompt.ids, *suffix] for suffix in suffixes], self._pad, self._device)
         kept = ids.shape[1] - len(self._prompt) + 1
         extra_inputs = pixel_inputs([self._prompt] * len(suffixes), ids)
-        logits = self._model(
-            input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept, **extra_inputs
-        ).logits
-        return logits[:, -kept:].float()
+        with self._layers():
+            logits = self._model(
+                input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept, **extra_inputs
+            ).logits
+        return logits[:, -kept:]
 
 
 def _closing_positions(suffixes: Sequence[Sequence[int]], count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     if score := describe_score(given, config):
         plan.add_lines("Training", score)
     plan_scoring(plan, config, encoder, pools, run)
-    plan_machine(plan, config, sizes, run.path)
+    plan_machine(plan, config, sizes, run.path, _longest_prompt(config, pools))
     _plan_remaining_stages(plan, run)
     return plan
 
@@ -134,6 +134,10 @@ def _describe_stage_two(align: StageTwoSettings, prompts: int) -> str:
     return (
         f"Stage II: {align.steps} steps of {per_step}{repeated} ({total}{passes:.1f} passes over the prompts), {method}"
     )
+
+
+def _longest_prompt(config: Config, pools: PromptPools) -> int:
+    return max((pools.tokens[p.id] for p in stage_two_prompts(config, pools)), default=0)
 
 
 def _plan_remaining_stages(plan: Plan, run: RunDir) -> None:

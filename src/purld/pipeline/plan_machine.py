@@ -7,21 +7,22 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
 from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
+from purld.model.memory import DecoderShape, MemoryNeed, device_memory, estimate_memory, largest_micro_batch
+from purld.model.pretrained import load_part
 from purld.model.student_check import StudentSizes
 from purld.pipeline.plan_sheet import Plan
 from purld.runs.files import nearest_folder
+from purld.training.memory import describe_need, fits, update_sizes
 
 _CHECKPOINTS = 3  # two are kept, and the next one is complete before the oldest is deleted
 
 
-def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path) -> None:
-    """Add memory and disk to the plan.
-
-    Memory is that of weights, gradients and optimiser. Activations depend on the micro-batch sizes and come on top.
-    """
+def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path, longest_prompt: int | None = None) -> None:
+    """Add memory and disk to the plan; with the tokens of Stage II's longest prompt also what an update keeps."""
     student, count, trained = config.student, sizes.weights, sizes.trained
     memory = training_bytes(config, sizes)
     mode = f"LoRA r={student.lora.r}, {trained / 1e6:,.1f} M trained" if student.lora else "all weights"
@@ -30,6 +31,8 @@ def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path) -> 
         f"{student.model}: {count / 1e6:,.1f} M parameters, {mode}",
         f"about {format_bytes(memory)} for weights, gradients and optimiser, activations on top",
     )
+    if longest_prompt is not None:
+        _plan_update(plan, config, sizes, longest_prompt)
     stages = 2 if isinstance(config.align, StageTwoSettings) else 1
     saved = trained if student.lora else count  # without an adapter, frozen weights are saved too
     disk = 4 * (saved * (stages + _CHECKPOINTS) + 2 * trained * _CHECKPOINTS)
@@ -45,10 +48,58 @@ def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path) -> 
 
 def training_bytes(config: Config, sizes: StudentSizes) -> int:
     """Return the bytes that weights, gradients and optimiser take; activations come on top."""
-    student = config.student
-    bytes_each = 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
     # The frozen p_sft (with an adapter, the base), and per trained weight its value, gradient and two moments.
-    return sizes.weights * bytes_each + 16 * sizes.trained
+    return sizes.weights * _frozen_bytes(config) + 16 * sizes.trained
+
+
+def _frozen_bytes(config: Config) -> int:
+    """Return the bytes of a weight that is not trained."""
+    student = config.student
+    return 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
+
+
+def _plan_update(plan: Plan, config: Config, sizes: StudentSizes, longest_prompt: int) -> None:
+    """Add what an update of Stage II keeps in memory, and the micro-batch that fits this machine's device."""
+    align, student = config.align, config.student
+    if not isinstance(align, StageTwoSettings):
+        return
+    update = update_sizes(align, student, longest_prompt)
+    # With all weights trained, p_sft is a second copy; an adapter comes on top of its base.
+    weights = (sizes.weights - (sizes.trained if student.lora else 0)) * _frozen_bytes(config) + 4 * sizes.trained
+    shape, width = DecoderShape.of(load_part(AutoConfig, student.model)), 2 if torch.cuda.is_available() else 4
+    device = device_memory()
+
+    def need(micro_batch: int, recompute: bool) -> MemoryNeed:
+        return estimate_memory(shape, update, weights, sizes.trained, micro_batch, recompute, width)
+
+    micro = min(align.micro_batch_size, update.members)
+    recompute = align.recompute == "always" or (align.recompute == "auto" and not fits(need(micro, False), device))
+    plan.add_lines(
+        "Student",
+        f"Stage II with prompts of {update.prompt:,} tokens, answers of {update.answer:,} and micro-batches of {micro}"
+        f"{', layers computed again in the backward pass' if recompute else ''}:",
+        f"  about {describe_need(need(micro, recompute), format_bytes)}",
+        _describe_fit(
+            need(micro, recompute),
+            micro,
+            largest_micro_batch(lambda n: need(n, recompute), device, update.members),
+            device,
+        ),
+    )
+
+
+def _describe_fit(need: MemoryNeed, micro: int, largest: int | None, device: int) -> str:
+    """Describe whether an update fits the device, and the micro-batch that does."""
+    name = "the GPU" if torch.cuda.is_available() else "this machine"
+    if fits(need, device):
+        larger = f"; align.micro_batch_size={largest} would fit as well" if largest and largest > micro else ""
+        return f"  fits {name}, which has {format_bytes(device)}{larger}"
+    if largest is not None:
+        return f"  does not fit {name}, which has {format_bytes(device)}; align.micro_batch_size={largest} would"
+    return (
+        f"  does not fit {name}, which has {format_bytes(device)}, in any micro-batch; set student.lora, or lower "
+        "align.max_new_tokens or align.prompts_per_step"
+    )
 
 
 def format_bytes(count: float) -> str:

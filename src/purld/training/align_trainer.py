@@ -7,10 +7,10 @@ between methods is in their rows of `purld.methods.table`; who samples and who s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,16 @@ from purld.training.best_step import BestStep, load_state
 from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, make_arguments
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
-from purld.training.group_update import GroupMembers, GroupUpdate
+from purld.training.group_update import GroupUpdate
+from purld.training.memory import needs_recompute, use_less_memory
 from purld.training.metrics import StepMetrics, group_record
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
 from purld.training.scoring import Scorer, ScorerContext, make_scorer
 from purld.training.trackers import tracker_arguments
 from purld.training.validation import ValidationSet, Validator
+
+Result = TypeVar("Result")
 
 _CRITIC_FILE = "critic.pt"
 # The trainer's own values: its loss is the objective under another name, and the rest are timings and totals.
@@ -104,6 +107,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             accelerator.autocast,
             self._critic,
             settings.importance_cap if isinstance(settings, SamplingSettings) else None,
+            needs_recompute(settings, context.student, roles, questions, half=self.args.bf16),
         )
         anchored = self._method.scorer == "anchored"
         parts = ScorerContext(encoder, roles, settings, anchored, accelerator.autocast, teacher, context.check)
@@ -185,17 +189,19 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         is_fresh = self.state.global_step % self._settings.updates == 0
         if is_fresh:
             seed = seed_from_content("candidates", self.args.seed, self.state.global_step)
-            mine = inputs["questions"][ranks.my_share(len(inputs["questions"]))]
-            with self.accelerator.autocast():
-                self._rollouts = self._make_rollouts(model, [self._questions[i] for i in mine], seed)
+            mine = [self._questions[i] for i in inputs["questions"][ranks.my_share(len(inputs["questions"]))]]
+            self._rollouts = self._within_memory(lambda: self._draw(model, mine, seed))
             for rollout in self._rollouts:
                 self._metrics.add_rollout(rollout, scored=self._method.scorer is not None)
         share = 1.0 / len(inputs["questions"])  # of a group, in the step of all ranks
+        updated = self._within_memory(lambda: [self._step_group(model, rollout, share) for rollout in self._rollouts])
         objective, records = torch.zeros((), device=self.args.device), []
-        for rollout in self._rollouts:
-            if rollout.members is not None and rollout.usable:
-                loss = self._step_group(model, rollout, rollout.members, share)
+        for rollout, found in zip(self._rollouts, updated, strict=True):
+            if found is not None:
+                loss, tokens = found
                 objective += share * loss.value
+                from_sft = not self._method.anchored_reference
+                self._metrics.add_update(loss, tokens, len(rollout.member_candidates), from_sft)
                 if is_fresh and rollout.completions:
                     early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
                     records.append(group_record(self.state.global_step + 1, rollout, loss, keep_ids=early))
@@ -204,22 +210,42 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             self._log_groups(records)
         return ranks.sum_tensor(objective)
 
+    def _draw(self, model: CausalLM, questions: Sequence[AnchoredPrompt], seed: int) -> list[Rollout]:
+        with self.accelerator.autocast():
+            return self._make_rollouts(model, questions, seed)
+
+    def _within_memory(self, work: Callable[[], Result]) -> Result:
+        """Return what `work` returns; where the device's memory is too small for it, do it again with less.
+
+        Raises:
+            UserError: micro-batches of one member with recomputed layers do not fit either.
+        """
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # what the failed attempt holds is freed once its traceback is
+            self.model.zero_grad()
+            if self._critic is not None:
+                self._critic.zero_grad()
+            self._update = use_less_memory(self._update, self.state.global_step + 1)
+            self._make_rollouts = replace(self._make_rollouts, update=self._update)
+
     def _trained_weights(self) -> list[nn.Parameter]:
         """Return the weights that a step changes, the critic's among them."""
         critic = [] if self._critic is None else self._critic.parameters()
         return [weight for weight in (*self.model.parameters(), *critic) if weight.requires_grad]
 
-    def _step_group(self, model: CausalLM, rollout: Rollout, members: GroupMembers, share: float) -> GroupLoss:
-        """Add one group's gradient and return its objective."""
+    def _step_group(self, model: CausalLM, rollout: Rollout, share: float) -> tuple[GroupLoss, GroupTokens] | None:
+        """Add one group's gradient and return its objective and the tokens it is computed on; None if left out."""
+        if rollout.members is None or not rollout.usable:
+            return None
 
         def objective(tokens: GroupTokens) -> GroupLoss:
             loss: GroupLoss = self._method.loss(tokens, rollout.signal, self._settings)
             return loss
 
-        loss, tokens = self._update(model, members, objective, share)
-        from_sft = not self._method.anchored_reference
-        self._metrics.add_update(loss, tokens, len(rollout.member_candidates), from_sft)
-        return loss
+        return self._update(model, rollout.members, objective, share)
 
     def _log_groups(self, records: Sequence[GroupRecord]) -> None:
         """Write the records of a step's groups, in the order of its prompts."""

@@ -67,6 +67,7 @@ class GroupUpdate:
         autocast: the precision to compute in, the same for policy and reference.
         critic: the value head, for a method that has one.
         importance_cap: the cap of importance weights, where another engine draws the members; None for no weights.
+        recompute: compute layers again in the backward pass instead of keeping what is in them.
     """
 
     roles: Roles
@@ -76,6 +77,7 @@ class GroupUpdate:
     autocast: Callable[[], AbstractContextManager[Any]]
     critic: ValueHead | None = None
     importance_cap: float | None = None
+    recompute: bool = False
 
     @torch.no_grad()
     def members(
@@ -126,7 +128,7 @@ class GroupUpdate:
         """
         values = self._values(members)
         with self.autocast():
-            prefix = make_prefix(policy, members.prompt, members.ids, self.pad, cut=True)
+            prefix = make_prefix(policy, members.prompt, members.ids, self.pad, cut=True, recompute=self.recompute)
         one_pass = len(members.ids) <= self.micro_batch_size
         if one_pass:  # gives both the coefficients and the graph
             log_probs = self._log_probs(prefix, members.ids)[0]

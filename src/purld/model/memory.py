@@ -1,0 +1,180 @@
+"""Estimate by arithmetic what an update of Stage II keeps in memory, and how large a micro-batch may be.
+
+The counts per token and layer are those of a Llama-like decoder in float32, measured on what autograd saves
+(tests/model/test_memory.py measures them again). They are estimates: kernels, fragmentation and the vision tower of a
+model that reads images come on top.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FIT = 0.9  # of a device's memory: the rest is for fragments and kernels
+_CHUNK_TOKENS = 256  # tokens whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder that memory depends on.
+
+    Attributes:
+        layers: the number of layers.
+        hidden: the width of the hidden states.
+        queries: the width of all query heads together.
+        keys: the width of all key heads together, and that of all value heads.
+        intermediate: the width of the feed-forward part that one token runs through.
+        vocabulary: the number of tokens.
+    """
+
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> DecoderShape:
+        """Return the shape of a model by its configuration (that of its text part, if it has one)."""
+        text = config.get_text_config()
+        hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+        width = getattr(text, "head_dim", None) or hidden // heads
+        experts = getattr(text, "num_experts_per_tok", None)
+        inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
+        if experts:
+            inner = (getattr(text, "moe_intermediate_size", None) or inner) * experts
+            inner += getattr(text, "shared_expert_intermediate_size", None) or 0
+        key_heads = getattr(text, "num_key_value_heads", None) or heads
+        return cls(text.num_hidden_layers, hidden, heads * width, key_heads * width, int(inner), int(text.vocab_size))
+
+    def layer_bytes(self, tokens: int, width: int) -> int:
+        """Return what one layer keeps for the backward pass of so many tokens, without the keys and values before."""
+        return tokens * width * (6 * self.hidden + 3 * self.queries + 3 * self.keys + 4 * self.intermediate)
+
+    def ends_bytes(self, tokens: int, width: int) -> int:
+        """Return what the embedding, the last norm and the head's chunks keep for the backward pass of such tokens."""
+        return 3 * tokens * width * self.hidden
+
+
+@dataclass(frozen=True)
+class UpdateSizes:
+    """What one update of Stage II works on.
+
+    Attributes:
+        prompt: tokens of the longest prompt.
+        answer: tokens of the longest answer.
+        members: members of a group.
+        drawn: sequences drawn at once, with their caches.
+    """
+
+    prompt: int
+    answer: int
+    members: int
+    drawn: int
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The bytes of Stage II at its peak: weights and optimiser, and the larger of sampling and an update.
+
+    Attributes:
+        weights: all weights, the frozen p_sft included.
+        training: gradients and the optimiser's moments.
+        cache: the prompt's keys and values and their gradients, and what the prompt's layers keep.
+        activations: what a micro-batch's layers keep.
+        logits: the logits of the tokens that are in memory at once.
+        sampling: keys and values of the sequences drawn at once.
+    """
+
+    weights: int
+    training: int
+    cache: int
+    activations: int
+    logits: int
+    sampling: int
+
+    @property
+    def total(self) -> int:
+        """Return the peak."""
+        return self.weights + self.training + max(self.cache + self.activations + self.logits, self.sampling)
+
+
+def estimate_memory(
+    shape: DecoderShape,
+    sizes: UpdateSizes,
+    weights: int,
+    trained: int,
+    micro_batch: int,
+    recompute: bool,
+    width: int,
+) -> MemoryNeed:
+    """Return the memory of Stage II on one device.
+
+    Args:
+        shape: the decoder.
+        sizes: the update.
+        weights: bytes of all weights, the frozen p_sft included.
+        trained: the number of weights that are trained.
+        micro_batch: members per backward pass.
+        recompute: whether layers are computed again in the backward pass.
+        width: bytes of a number in the layers: 4, or 2 in half precision.
+    """
+    rows = min(micro_batch, sizes.members)
+    tokens, read = rows * sizes.answer, rows * (sizes.prompt + sizes.answer)
+    # Continuations attend with a mask, for which keys and values are repeated for every query head.
+    one_layer = shape.layer_bytes(tokens, width) + 2 * read * shape.queries * width
+    prompt_layer = shape.layer_bytes(sizes.prompt, width)
+    activations, cache = shape.layers * one_layer, shape.layers * prompt_layer
+    if recompute:  # the inputs of the layers, and the contents of the one that is being computed again
+        activations = shape.layers * tokens * shape.hidden * width + one_layer
+        cache = shape.layers * sizes.prompt * shape.hidden * width + prompt_layer
+    activations += shape.ends_bytes(tokens, width)
+    cache += shape.ends_bytes(sizes.prompt, width)
+    per_token = 2 * shape.layers * shape.keys * width
+    return MemoryNeed(
+        weights=weights,
+        training=12 * trained,
+        cache=cache + 2 * sizes.prompt * per_token,
+        activations=activations,
+        logits=3 * 4 * min(_CHUNK_TOKENS, tokens) * shape.vocabulary,
+        sampling=sizes.drawn * (sizes.prompt + sizes.answer) * per_token,
+    )
+
+
+def largest_micro_batch(need: Any, device: int, members: int) -> int | None:
+    """Return the largest power of two of members that fits a device; None if not even one does.
+
+    Args:
+        need: micro-batch size -> `MemoryNeed`.
+        device: bytes of the device.
+        members: members of a group; no micro-batch is larger.
+    """
+    sizes = [2**n for n in range(members.bit_length())]
+    sizes = [*(size for size in sizes if size < members), members]
+    fitting = [size for size in sizes if need(size).total <= FIT * device]
+    return max(fitting, default=None)
+
+
+def device_memory() -> int:
+    """Return the bytes of memory of the device that models are put on: a GPU's, or this machine's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return min(_physical_memory(), _container_memory())
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_memory() -> int:
+    """Return the limit of the container that the process is in; a number beyond all memory where there is none."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as handle:
+            text = handle.read().strip()
+    except OSError:
+        text = "max"
+    return int(text) if text.isdigit() else 2**62

@@ -1,0 +1,84 @@
+"""The arithmetic of memory, against what autograd keeps for an update on the CPU."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from saved_bytes import counting_saved_bytes
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from purld.model.memory import DecoderShape, UpdateSizes, estimate_memory, largest_micro_batch
+from purld.model.prefix import SharedPrefix
+from purld.model.vision import EncodedPrompt
+
+SIZES = {
+    "vocab_size": 120,
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+P, C, K = 70, 50, 4
+
+
+def estimate(shape, recompute, micro_batch=K, **changes):
+    sizes = UpdateSizes(**({"prompt": P, "answer": C, "members": K, "drawn": 2 * K} | changes))
+    return estimate_memory(shape, sizes, 10_000, 1_000, micro_batch, recompute, width=4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("family", "lora"), [("llama", 0), ("llama", 8), ("qwen2", 0), ("qwen3", 0), ("mistral", 8)])
+def test_what_is_kept_is_what_was_calculated(family, lora, recompute):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES)).eval()
+    shape = DecoderShape.of(model.config)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=lora, target_modules="all-linear"))
+    assert (shape.queries, shape.keys, shape.layers) == (96, 32, 3)
+    with counting_saved_bytes(*model.parameters()) as kept:
+        prefix = SharedPrefix(model, EncodedPrompt([3] * P), 0, cut=True, recompute=recompute)
+        of_prompt = kept()
+    cache = [t for layer in prefix._layers for t in (layer.keys, layer.values)]
+    with counting_saved_bytes(*model.parameters(), *cache) as kept:
+        prefix.token_log_probs([[3] * C] * K)
+        of_answers = kept()
+    need, whole = estimate(shape, recompute), estimate(shape, False)
+    held = sum(tensor.nbytes for tensor in cache)  # with a cut their gradients come later, as many bytes again
+    answers, prompt = need.activations, need.cache - 2 * held
+    if recompute:  # the contents of one layer at a time are in the estimate, and not kept
+        answers -= (whole.activations - shape.ends_bytes(K * C, 4)) // shape.layers
+        prompt -= shape.layer_bytes(P, 4)
+    assert 0.8 * answers <= of_answers <= 1.1 * answers
+    assert 0.65 * prompt <= of_prompt <= 1.1 * prompt  # three layers: what is beside them counts much here
+
+
+def test_seven_billion_weights_with_an_adapter():
+    """Qwen2.5-7B in bfloat16, LoRA r=16, prompts of 512 and answers of 1,024 tokens, in GiB."""
+    shape = DecoderShape(28, 3584, 28 * 128, 4 * 128, 18944, 152064)
+    weights, trained = 7_615_616_512, 40_370_176
+
+    def need(micro_batch, recompute):
+        sizes = UpdateSizes(512, 1024, 8, 64)
+        return estimate_memory(shape, sizes, 2 * weights + 4 * trained, trained, micro_batch, recompute, width=2)
+
+    gib = {(m, r): need(m, r).total / 2**30 for m in (1, 4, 8) for r in (False, True)}
+    assert [round(gib[m, False]) for m in (1, 4, 8)] == pytest.approx([25, 46, 74], rel=0.08)  # as measured by hand
+    assert all(gib[m, True] < 24 for m in (1, 4, 8))
+    assert largest_micro_batch(lambda m: need(m, True), 24 * 2**30, 8) == 8
+    assert largest_micro_batch(lambda m: need(m, False), 48 * 2**30, 8) == 2
+    assert largest_micro_batch(lambda m: need(m, True), 16 * 2**30, 8) is None
+
+
+def test_of_several_experts_a_token_runs_through_a_few():
+    config = AutoConfig.for_model("qwen3_moe", **(SIZES | EXPERTS))
+    assert DecoderShape.of(config).intermediate == 2 * 64
+
+
+def test_sampling_may_need_more_than_the_update():
+    shape = DecoderShape(2, 32, 32, 32, 64, 100)
+    need = estimate(shape, True, drawn=1000)
+    assert need.total == need.weights + need.training + need.sampling
+    assert need.sampling == 1000 * (P + C) * 2 * 2 * 32 * 4

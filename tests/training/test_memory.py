@@ -1,0 +1,104 @@
+"""A device that runs out of memory makes a step slower, and its gradient no other one."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from purld.config.load import load_config
+from purld.config.methods import LdlGrpo
+from purld.config.schema import Student
+from purld.display.progress import Reporter
+from purld.errors import UserError
+from purld.model.load import Roles, load_model
+from purld.model.vision import EncodedPrompt
+from purld.pipeline.pipeline import Pipeline
+from purld.records import Prompt
+from purld.runs.files import read_rows
+from purld.runs.run_dir import RunDir
+from purld.training import memory
+from purld.training.group_update import GroupUpdate
+from purld.training.memory import needs_recompute
+from purld.training.rollout import AnchoredPrompt
+
+STEPS = ["align.steps=2", "sft.epochs=1", "align.candidates=4", "align.temperature=0.5"]
+
+
+class SmallDevice:
+    """A device that has no room for the backward pass of more members than `room`, or of layers that are kept."""
+
+    def __init__(self, monkeypatch, room, keeps_layers=False):
+        self.tried = []
+        log_probs = GroupUpdate._log_probs
+
+        def limited(update, prefix, ids):
+            values = log_probs(update, prefix, ids)
+            if torch.is_grad_enabled():
+                self.tried.append((update.recompute, len(ids)))
+                if len(ids) > room or not (update.recompute or keeps_layers):
+                    values[0].sum().backward()  # a failed backward pass has left a part of a gradient
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+            return values
+
+        monkeypatch.setattr(GroupUpdate, "_log_probs", limited)
+
+
+@pytest.fixture(scope="module")
+def runs(module_config, tmp_path_factory):
+    """Make runs of Stage II; all have the same anchors and p_sft."""
+    folder = tmp_path_factory.mktemp("runs")
+    base = RunDir(folder / "base")
+    Pipeline(load_config(module_config, STEPS), base, Reporter()).execute(["anchors", "sft"])
+
+    def make(name, *overrides):
+        run = RunDir(folder / name)
+        shutil.copytree(base.path, run.path)
+        Pipeline(load_config(module_config, [*STEPS, *overrides]), run, Reporter()).execute(["align"])
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def calm(runs):
+    return runs("calm")
+
+
+def assert_same_stage_two(run, calm):
+    weights, others = (load_file(r.align / "model.safetensors") for r in (run, calm))
+    assert all(torch.allclose(weights[name], others[name], rtol=1e-4, atol=1e-6) for name in weights)
+    rows, other_rows = (read_rows(r.groups) for r in (run, calm))
+    assert [row["candidates"] for row in rows] == [row["candidates"] for row in other_rows]
+    metrics, other = ([m for m in read_rows(r.metrics) if m.pop("stage") == "align"] for r in (run, calm))
+    for row, known in zip(metrics, other, strict=True):
+        assert row == pytest.approx(known, rel=1e-3, abs=1e-5)
+
+
+def test_out_of_memory_layers_are_computed_again_and_then_micro_batches_halved(runs, calm, monkeypatch):
+    device = SmallDevice(monkeypatch, room=1)
+    with pytest.warns(UserWarning) as warned:
+        run = runs("small", "align.micro_batch_size=4")
+    told = [str(w.message) for w in warned if "out of the device's memory" in str(w.message)]
+    assert len(told) == 3
+    assert "computes layers again" in told[0] and "micro_batch_size=2" in told[1] and "micro_batch_size=1" in told[2]
+    assert device.tried[:4] == [(False, 4), (True, 4), (True, 2), (True, 1)]
+    assert set(device.tried[3:]) == {(True, 1)}  # what was found stays
+    assert_same_stage_two(run, calm)
+
+
+def test_without_room_for_one_member_a_run_says_what_to_lower(runs, monkeypatch):
+    SmallDevice(monkeypatch, room=0)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match=r"Stage II, step 1: .* lower align.max_new_tokens"):
+        runs("none", "align.micro_batch_size=2")
+
+
+@pytest.mark.parametrize(
+    ("recompute", "device", "expected"), [("auto", 10**12, False), ("auto", 1000, True), ("never", 1000, False)]
+)
+def test_layers_are_computed_again_where_memory_asks_for_it(recompute, device, expected, random_student, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda: device)
+    student = Student(model=str(random_student))
+    roles = Roles(load_model(student, student.model), load_model(student, student.model))
+    questions = [AnchoredPrompt(Prompt.from_text("One?"), "One.", EncodedPrompt([1] * 30))]
+    assert needs_recompute(LdlGrpo(recompute=recompute), student, roles, questions, half=False) == expected
