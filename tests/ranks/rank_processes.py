@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
@@ -20,13 +21,16 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(work: Callable[[], Any], count: int = 2) -> list[Any]:
-    """Return what `work` returns or raises in each rank; None for a rank that ends without a word."""
-    context, port = multiprocessing.get_context("fork"), free_port()
+def run_ranks(work: Callable[[], Any], count: int = 2, joins: bool = True) -> list[Any]:
+    """Return what `work` returns or raises in each rank; None for a rank that ends without a word.
+
+    Without `joins` the ranks have not met when `work` is called, and OTHER_PORT is free for it.
+    """
+    context, ports = multiprocessing.get_context("fork"), (free_port(), free_port())
     pipes, processes = [], []
     for rank in range(count):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_run_rank, args=(work, rank, count, port, sender))
+        process = context.Process(target=_run_rank, args=(work, rank, count, ports, joins, sender))
         process.start()
         sender.close()
         pipes.append(receiver)
@@ -42,12 +46,12 @@ def run_ranks(work: Callable[[], Any], count: int = 2) -> list[Any]:
     return outcomes
 
 
-def _run_rank(work: Callable[[], Any], rank: int, count: int, port: int, sender: Any) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _run_rank(work: Callable[[], Any], rank: int, count: int, ports: tuple[int, int], joins: bool, sender: Any) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0]), "OTHER_PORT": str(ports[1])}
     ranks._PATIENCE, board._POLL = 1.0, 0.05  # on one machine the others are heard at once
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)} | address)
     try:
-        with ranks.together():
+        with ranks.together() if joins else contextlib.nullcontext():
             outcome = work()
     except BaseException as error:
         outcome = error

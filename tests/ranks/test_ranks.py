@@ -125,6 +125,20 @@ def test_a_process_that_is_killed_is_told_by_the_others():
     assert isinstance(other, UserError) and "ended without a word" in str(other)
 
 
+def test_processes_that_have_met_already_work_together_and_stay_as_they_are():
+    """As under Ray Train, or in a script of one's own that calls the Python API."""
+
+    def work():
+        group = torch.distributed
+        store = group.TCPStore("127.0.0.1", int(os.environ["OTHER_PORT"]), 2, os.environ["RANK"] == "0")
+        group.init_process_group("gloo", store=store, rank=int(os.environ["RANK"]), world_size=2)
+        with ranks.together():
+            rows = ranks.gather_rows([ranks.index()])
+        return rows, group.is_initialized(), os.environ["WORLD_SIZE"]
+
+    assert run_ranks(work, joins=False) == [([0, 1], True, "2")] * 2
+
+
 @pytest.mark.parametrize(
     ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "accelerate's FSDP")]
 )
