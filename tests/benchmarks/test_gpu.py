@@ -39,6 +39,7 @@ def test_parts_after_the_time_are_left_out():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_whole_table_of_a_toy_on_the_cpu(tmp_path, monkeypatch, capsys):
     output = tmp_path / "gpu.json"
     monkeypatch.setattr(sys, "argv", ["gpu.py", *TOY, "--processes", "1", "2", "--output", str(output)])

@@ -65,6 +65,7 @@ def test_accelerate_reads_its_configuration_and_shards_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, tmp_path):
     environment = os.environ | {"GPUS": "2", "PORT": "29517", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

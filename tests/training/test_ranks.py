@@ -175,7 +175,7 @@ def assert_equal_stage_two(overrides, after_stage_one, monkeypatch):
 
 
 def test_a_step_of_two_processes_is_that_of_one(after_stage_one, monkeypatch):
-    overrides = ["align.prompts_per_step=3", "align.steps=2"]
+    overrides = ["align.method=self_ppo", "align.prompts_per_step=3", "align.steps=1"]
     assert_equal_stage_two(overrides, after_stage_one, monkeypatch)
 
 
