@@ -16,6 +16,7 @@ from purld.runs.files import read_intact_rows
 from purld.runs.run_dir import TRAINED, RunDir
 
 _FIGURES = ("loss", "eval_loss", "objective", "score", "margin", "kl", "length")
+_CLOCK_SECONDS = 1.0  # by which the times of files and of the clock may differ
 _LEAST_SHARE = 0.02  # of a stage, before the time that is left is estimated from it
 
 
@@ -133,7 +134,7 @@ def _count_rows(path: Path) -> int:
 def _is_resumed(run: RunDir, facts: Mapping[str, Any]) -> bool:
     """Return whether the process that works on the run started after the stage did: the lock file is then newer."""
     lock = run.path / ".lock"
-    return lock.exists() and lock.stat().st_mtime > facts.get("started", 0.0)
+    return lock.exists() and lock.stat().st_mtime > facts.get("started", 0.0) + _CLOCK_SECONDS
 
 
 def _elapsed(facts: Mapping[str, Any], now: float | None, done: int = 0, total: int = 0, resumed: bool = False) -> str:
