@@ -121,6 +121,22 @@ def test_the_last_page_does_not_load_itself_again_and_a_finished_run_has_its_rep
     assert page(run) == "a report that the run has written itself"
 
 
+def test_the_time_that_a_resumed_stage_needs_comes_from_what_was_seen(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    grow(run, 60)
+    with run.lock():  # younger than the stage, so the stage was resumed
+        watching = watcher(run, [])
+        watching.write(15.0)
+        assert " left" not in page(run).partition("<header>")[2].partition("</header>")[0]
+        now[0] += 600
+        grow(run, 80)
+        watching.write(15.0)
+        assert "About 20 min left" in page(run)
+
+
 def test_a_folder_that_is_no_run_yet_stays_as_it_is(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "later")
     watcher(run, []).write(15.0)

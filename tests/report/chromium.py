@@ -49,7 +49,7 @@ class Page:
     def open(self, url: str) -> None:
         """Load a page and wait until it has loaded."""
         self._call("Page.navigate", url=url)
-        self._until("Page.loadEventFired")
+        self.wait_for("Page.loadEventFired")
 
     def resize(self, width: int, height: int) -> None:
         """Set the size of the tab."""
@@ -102,7 +102,8 @@ class Page:
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
-    def _until(self, event: str) -> None:
+    def wait_for(self, event: str) -> None:
+        """Wait until the browser reports an event."""
         while self._next().get("method") != event:
             pass
 

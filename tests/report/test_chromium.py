@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run, syntheti
 
 from purld.data.images import read_image
 from purld.records import IMAGE, Prompt
-from purld.report.page import write_report
+from purld.report.health import Light
+from purld.report.live import LiveStatus
+from purld.report.page import write_live_page, write_report
+from purld.report.run_data import read_run
 from purld.runs.files import read_rows, write_rows
 from purld.runs.run_dir import RunDir
 
@@ -331,3 +335,40 @@ def test_a_group_shows_what_its_method_has(build: Build, tmp_path: Path) -> None
         shown = page.run(DETAIL)
         assert "The student's candidate" in shown and "unscored" not in shown and "score" not in shown
         assert page.errors == []
+
+
+def live_status(every: float | None, written: float) -> LiveStatus:
+    stages = [("anchors", "done"), ("sft", "done"), ("align", "running"), ("evaluate", "to do")]
+    lights = [Light("Entropy of D", "green", "0.9 of ln K", "between 0.2 and 0.99")]
+    return LiveStatus(stages, True, "align", ("step 34 of 120", "about 12 min left"), 0.28, lights, written, every)
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_a_live_page_is_whole_and_loads_itself_again(build: Build, tmp_path: Path, width: int) -> None:
+    run = build(held_out=0)
+    run.results.unlink()
+    seen = read_run(run, newest=8)
+    write_live_page(seen, live_status(1.0, time.time()), run.report)
+    with Page(tmp_path / "profile") as page:
+        page.resize(width, 844)
+        page.open(run.report.as_uri())
+        assert page.run(CUT_OFF) == []
+        assert page.run("document.querySelector('#age').textContent").startswith("Written ")
+        assert page.run("document.querySelector('.list button').textContent").startswith("Case 39:"), "the newest"
+        page.run("document.title = 'before'")
+        type_into(page, SEARCH, "input", "case")
+        page.run("new Promise((done) => setTimeout(() => done(0), 2500))", wait=True)
+        assert page.run("document.title") == "before", "nothing is taken away from a reader who searches"
+        write_live_page(seen, live_status(None, time.time() - 3600), run.report)
+        type_into(page, SEARCH, "input", "")
+        page.wait_for("Page.loadEventFired")
+        assert page.run("document.querySelector('#age').textContent").endswith("it is not written any more.")
+        assert page.errors == []
+
+
+def test_a_live_page_without_news_says_so(build: Build, tmp_path: Path) -> None:
+    run = build(held_out=0, logged=False)
+    write_live_page(read_run(run, newest=8), live_status(60.0, time.time() - 3600), run.report)
+    with Page(tmp_path / "profile") as page:
+        page.open(run.report.as_uri())
+        assert page.run("document.querySelector('#age').textContent").startswith("Nothing new for 60 min")

@@ -145,7 +145,9 @@ def test_the_step_whose_model_was_kept_is_marked_on_each_curve(build: Build) -> 
     marks = [line for axes in figure.axes for line in axes.lines if line.get_marker() == "D"]
     assert [mark.get_xdata()[0] for mark in marks] == [50, 75 + 90]
     texts = [text.get_text() for axes in figure.axes for text in axes.texts]
-    assert "kept: step 50" in texts and "kept: step 90" in texts
+    assert "◆ step 50 kept" in texts and "◆ step 90 kept" in texts
+    alone = draw_convergence(RunData(**(vars(logged(build, "sft")) | {"kept_steps": {"sft": 50}})))
+    assert alone is not None and [text.get_text() for text in alone.axes[0].texts] == ["◆ step 50 kept"]
     assert "the steps whose models were kept" in draw_figures(run, whole=False)[0].caption
 
 

@@ -21,6 +21,7 @@ from purld.display.progress import Reporter
 from purld.errors import UserError, reason_of
 from purld.evaluation.recorded import Row
 from purld.evaluation.score_quality import check_groups, score_quality
+from purld.pipeline.stage_progress import describe_seconds
 from purld.pipeline.status import RunStatus, read_status
 from purld.ranks.launch import PLACES
 from purld.records import Prompt
@@ -57,6 +58,7 @@ class RunWatcher:
     def __init__(self, run: RunDir, out: Path, every: float, say: Callable[[str], None]) -> None:
         self._run, self._out, self._every, self._say = run, out, every, say
         self._gold = _Gold(run)
+        self._pace = _Pace()
         self._told: set[str] = set()
         self._seen: object = None
         self.cost = 0.0  # seconds of processor time of the last page
@@ -90,8 +92,32 @@ class RunWatcher:
         run = read_run(RunDir(self._run.path), newest=_GROUPS)
         status = read_status(RunDir(self._run.path), time.time())
         lights = health_lights(run, self._gold.measure(run.groups))
-        write_live_page(run, _live_status(self._run, status, run.metrics, every, lights), self._out)
+        write_live_page(run, self._live_status(status, run.metrics, every, lights), self._out)
         self._seen, self.cost = seen, time.process_time() - started
+
+    def _live_status(
+        self, status: RunStatus, metrics: Sequence[Row], every: float | None, lights: Sequence[Light]
+    ) -> LiveStatus:
+        current = next((stage for stage in status.stages if stage.state in _RUNNING), None)
+        name = None if current is None else current.name
+        total = self._run.begin_facts(name).get("steps", 0) if name else 0
+        done = max((row["step"] for row in metrics if row["stage"] == name), default=0)
+        details = []
+        if current is not None:
+            details = [current.detail, current.time]
+            remaining = self._pace.describe_rest(current.name, done, total)
+            if current.state == "running" and "left" not in current.time and remaining:  # not known of a resumed stage
+                details.append(remaining)
+        return LiveStatus(
+            stages=[(stage.name, stage.state) for stage in status.stages],
+            running=None if current is None else _RUNNING[current.state],
+            current=name,
+            details=details,
+            share=done / total if total else None,
+            lights=lights,
+            written=time.time(),
+            every=every,
+        )
 
     def _write_last(self) -> None:
         """Leave a finished run with its report, and any other with a page that no longer loads itself again."""
@@ -100,6 +126,21 @@ class RunWatcher:
                 write_report([RunDir(self._run.path)], self._out)
         else:
             self.write(None)
+
+
+class _Pace:
+    """The pace of a training stage since it was first seen."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[float, int]] = {}
+
+    def describe_rest(self, stage: str, done: int, total: int) -> str:
+        """Return the time that is left in words; empty if nothing was done since the stage was first seen."""
+        now = time.monotonic()
+        began, before = self._first.setdefault(stage, (now, done))
+        if not before < done < total:
+            return ""
+        return f"about {describe_seconds((now - began) * (total - done) / (done - before))} left"
 
 
 class _Gold:
@@ -212,27 +253,6 @@ def _files_seen(run: RunDir) -> tuple[object, ...]:
     stats = [(path.name, path.stat()) for path in files if path.exists()]
     holder = find_lock_holder(run.path / ".lock")
     return holder, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-def _live_status(
-    run: RunDir, status: RunStatus, metrics: Sequence[Row], every: float | None, lights: Sequence[Light]
-) -> LiveStatus:
-    current = next((stage for stage in status.stages if stage.state in _RUNNING), None)
-    return LiveStatus(
-        stages=[(stage.name, stage.state) for stage in status.stages],
-        running=None if current is None else _RUNNING[current.state],
-        current=None if current is None else current.name,
-        details=() if current is None else (current.detail, current.time),
-        share=None if current is None else _share_of_steps(run, current.name, metrics),
-        lights=lights,
-        written=time.time(),
-        every=every,
-    )
-
-
-def _share_of_steps(run: RunDir, stage: str, metrics: Sequence[Row]) -> float | None:
-    total = run.begin_facts(stage).get("steps")
-    return max((row["step"] for row in metrics if row["stage"] == stage), default=0) / total if total else None
 
 
 def _is_live_page(path: Path) -> bool:

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib import rc_context
@@ -238,7 +238,7 @@ def draw_convergence(run: RunData, size: tuple[float, float] = (11.5, 3.6)) -> F
             _line(left, *losses, "stage1")
             if len(validation[0]):
                 left.plot(*validation, "o", markersize=4.5, color=COLOURS["stage1"], label="validation loss")
-                left.legend(loc="lower left", bbox_to_anchor=(0, 1.01))
+                left.legend(loc="upper left", bbox_to_anchor=(0, -0.17))  # below the name of the axis
             _mark_kept(left, losses, run.kept_steps.get("sft"), "stage1")
             _colour_axis(left, "Stage I: SFT loss", "stage1")
         if len(objectives[0]):
@@ -246,12 +246,15 @@ def draw_convergence(run: RunData, size: tuple[float, float] = (11.5, 3.6)) -> F
             _mark_kept(right, objectives, run.kept_steps.get("align"), "stage2", boundary)
             _colour_axis(right, f"Stage II: {model_title(run.method or 'align')} objective", "stage2")
         if right is not left:
-            _mark_boundary(left, boundary)
+            _mark_boundary(left, boundary, run.kept_steps)
+        else:
+            stage, role = ("sft", "stage1") if len(losses[0]) else ("align", "stage2")
+            _write_above(left, 1.0, "axes fraction", "", run.kept_steps.get(stage), "right", role)
     return figure
 
 
 def _mark_kept(axes: Axes, points: tuple[Any, Any], kept: int | None, role: str, offset: int = 0) -> None:
-    """Mark the step whose model was kept with a diamond on the curve, and name it.
+    """Mark the step whose model was kept with a diamond on the curve.
 
     Args:
         axes: the axes with the curve.
@@ -262,37 +265,36 @@ def _mark_kept(axes: Axes, points: tuple[Any, Any], kept: int | None, role: str,
     """
     if kept is None:
         return
-    steps, values = points
-    height = float(np.interp(kept, steps, _smoothed(values)))
-    axes.plot(
-        [kept + offset], [height], "D", markersize=8, color=COLOURS[role], markeredgecolor=COLOURS["paper"], zorder=5
-    )
-    late = kept > 0.7 * steps[-1]
-    axes.annotate(
-        f"kept: step {kept}",
-        (kept + offset, height),
-        xytext=(-7 if late else 7, 9),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        color=COLOURS[role],
-        weight="bold",
-        bbox={"facecolor": COLOURS["paper"], "alpha": 0.8, "linewidth": 0, "pad": 1},
-    )
+    height = float(np.interp(kept, points[0], _smoothed(points[1])))
+    edge = COLOURS["paper"]
+    axes.plot([kept + offset], [height], "D", markersize=8, color=COLOURS[role], markeredgecolor=edge, zorder=5)
 
 
-def _mark_boundary(axes: Axes, boundary: float) -> None:
-    """Draw the line between the stages, with their names on either side of its upper end."""
+def _mark_boundary(axes: Axes, boundary: float, kept: Mapping[str, int]) -> None:
+    """Draw the line between the stages, with their names and kept steps on either side of its upper end."""
     axes.axvline(boundary, linestyle=(0, (4, 3)), linewidth=1.2, color=COLOURS["muted"])
-    for name, side, shift, role in (("Stage I", "right", -8, "stage1"), ("Stage II", "left", 8, "stage2")):
+    _write_above(axes, boundary, "data", "Stage I", kept.get("sft"), "right", "stage1")
+    _write_above(axes, boundary, "data", "Stage II", kept.get("align"), "left", "stage2")
+
+
+def _write_above(
+    axes: Axes, x: float, unit: str, name: str, kept: int | None, side: Literal["left", "right"], role: str
+) -> None:
+    """Write a stage's name and the step that was kept above the axes, beside `x`."""
+    lines = [(name, "bold")] if name else []
+    if kept is not None:
+        lines.append((f"◆ step {kept} kept", "normal"))
+    shift = 0 if unit == "axes fraction" else 8 if side == "left" else -8
+    for row, (text, weight) in enumerate(reversed(lines)):
         axes.annotate(
-            name,
-            (boundary, 1.02),
-            xycoords=("data", "axes fraction"),
-            xytext=(shift, 0),
+            text,
+            (x, 1.02),
+            xycoords=(unit, "axes fraction"),
+            xytext=(shift, 14 * row),
             textcoords="offset points",
             ha=side,
             va="bottom",
-            weight="bold",
+            weight=weight,
             color=COLOURS[role],
         )
 
