@@ -245,13 +245,13 @@ def test_a_batch_that_answers_nothing_ends_the_run(server, ledger, ask):
 
 
 def test_lines_are_read_like_single_replies(server, ledger, ask):
-    """Cut, refused, thinking, too long for the context, passing and lasting errors, garbage and silence."""
+    """Cut, refused, too long for the context, passing and lasting errors, garbage and silence."""
     server.answers = {
         "question 0": [(200, completion("cut off", "length"))],
         "question 1": [(200, completion(None, "content_filter"))],
         "question 2": [(400, {"error": {"message": "This model's maximum context length is 10 tokens."}})],
         "question 3": [(429, {"error": {"message": "slow down"}}), (500, {}), (200, completion("at last"))],
-        "question 4": [(200, completion("", "stop", reasoning_content="hm"))],
+        "question 4": [(400, {"error": {"message": "no such thing"}})],
     }
     replies = ask()
     assert states(replies) == ["truncated", "refused", "failed", "answered", "failed", "answered"]
@@ -259,6 +259,17 @@ def test_lines_are_read_like_single_replies(server, ledger, ask):
     assert replies[2].detail == "the prompt does not fit the model's context"
     assert server.executed["question 3"] == 3 and server.executed["question 5"] == 1
     assert server.routes.count("create") == 3
+
+
+def test_paid_replies_without_an_answer_are_asked_again_once(server, ledger, ask):
+    server.answers = {"question 0": [(200, completion("")), (200, completion("at last"))]}
+    server.answers["question 1"] = [(200, completion(""))] * 9
+    assert texts(ask()) == ["at last", None, *TEXTS[2:]]
+    assert texts(ask()) == ["at last", None, *TEXTS[2:]]
+    assert server.executed["question 0"] == server.executed["question 1"] == 2
+    assert ledger.totals("teacher")["calls"] == 8
+    ask([Prompt.from_text("question 1")], resend_unknown=True, unusable_retries=0)
+    assert server.executed["question 1"] == 3
 
 
 def test_garbage_among_the_lines(server, ledger, ask):

@@ -248,7 +248,9 @@ FAULTS = {
     "hang-up": ([hang_up], "unknown", "connection_lost", 1, WORST),
     "silence": ([silence], "unknown", "timeout", 1, WORST),
     "a byte at a time": ([drip], "unknown", "timeout", 1, WORST),
-    "invalid JSON": ([raw(b'{"choices": [{"mess')], "failed", "invalid_response", 1, WORST),
+    "a completion that breaks off": ([raw(b'{"choices": [{"mess')], "answered", None, 2, WORST + 15),
+    "completions that break off": ([raw(b'{"choices": [{"mess')] * 9, "failed", "cut_response", 2, 2 * WORST),
+    "another JSON that breaks off": ([raw(b'{"detail": [{"mess')], "failed", "invalid_response", 1, WORST),
     "a login page": ([raw(b"<html>Sign in</html>")], "failed", "invalid_response", 1, WORST),
     "no UTF-8": ([raw(b"\xff\xfe\x00")], "failed", "invalid_response", 1, WORST),
     "an error with status 200": ([raw(b'{"error": {"message": "m"}}')], "failed", "http_200: m", 1, WORST),
@@ -263,15 +265,17 @@ FAULTS = {
     "no choices": ([raw(b'{"choices": []}')], "failed", "invalid_response", 1, WORST),
     "choices of another kind": ([raw(b'{"choices": [null]}')], "failed", "invalid_response", 1, WORST),
     "JSON nested deep": ([raw(b"[" * 100_000)], "failed", "invalid_response", 1, WORST),
-    "empty answer": ([answer("")], "failed", "empty_answer", 1, 15),
-    "blank answer": ([answer(" \n")], "failed", "empty_answer", 1, 15),
-    "null answer": ([answer(None)], "failed", "empty_answer", 1, 15),
+    "an empty answer": ([answer("")], "answered", None, 2, 30),
+    "empty answers": ([answer("")] * 9, "failed", "empty_answer", 2, 30),
+    "blank answers": ([answer(" \n")] * 9, "failed", "empty_answer", 2, 30),
+    "null answers": ([answer(None)] * 9, "failed", "empty_answer", 2, 30),
+    "empty, then a passing fault": ([answer(""), error(503), answer("")], "failed", "empty_answer", 3, 30),
     "an answer of another kind": (
         [answer(42)], "failed", "unreadable_answer: a content of type int", 1, 15
     ),
     "a tool call": ([answer(None, "tool_calls", tool_calls=[{}])], "failed", "unreadable_answer: tool_calls", 1, 15),
     "thought too long": ([answer("", "length")], "truncated", None, 1, 15),
-    "nothing for another reason": ([answer(None, "network_error")], "failed", "empty_answer", 1, 15),
+    "nothing for another reason": ([answer(None, "network_error")] * 9, "failed", "empty_answer", 2, 30),
     "truncated": ([answer("Half an", "length")], "truncated", None, 1, 15),
     "refusal": ([answer(None, refusal="I can't.")], "refused", None, 1, 15),
     "filtered answer": ([answer("Par", "content_filter")], "refused", None, 1, 15),
@@ -288,6 +292,27 @@ FAULTS = {
     "a parameter it does not know": ([error(400, message="no such thing")], "failed", "http_400: no such thing", 1, 0),
     "403": ([error(403, message="blocked")], "failed", "http_403: blocked", 1, 0),
 }  # fmt: skip
+
+
+CUT = raw(b'{"object": "chat.completion", "choices": [{"message": {"content": "The ans')
+
+
+@pytest.mark.parametrize("reply", [answer(""), CUT])
+def test_a_paid_reply_without_an_answer_is_bought_again_by_no_later_start(reply, server, endpoint, tmp_path):
+    server.script = {"q": [reply] * 9}
+    paths = [tmp_path / "runs" / name / "ledger.sqlite" for name in "ab"]
+    for path, calls in ((paths[0], 2), (paths[0], 2), (paths[1], 2)):
+        with Ledger(path, FolderLedgers(path)) as ledger:
+            [given] = ask(endpoint(), ledger, ["q"])
+            assert given.state == "failed" and len(server.arrived) == calls
+    with Ledger(paths[0], FolderLedgers(paths[0])) as ledger:
+        [row] = ledger.iter_requests()
+        assert row["state"] == "answered" and row["calls"][0]["raw"], "the whole body is kept"
+        server.script = {}
+        [given] = ask(endpoint(unusable_retries=0), ledger, ["q"], resend_unknown=True)
+        assert given.state == "answered" and len(server.arrived) == 3
+    with Ledger(paths[1], FolderLedgers(paths[1])) as ledger:  # which had the useless reply before
+        assert ask(endpoint(), ledger, ["q"])[0].state == "answered" and len(server.arrived) == 3
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -19,6 +19,7 @@ FAILURE_DESCRIPTIONS = {
     "interrupted": "purld was stopped while it waited for the answer",
     "invalid_response": "the response is not a chat completion",
     "empty_answer": "the answer is empty",
+    "cut_response": "the response breaks off in the middle",
     "context_too_long": "the prompt does not fit the model's context",
     "content_filter": "the endpoint's content filter refused the prompt",
     "unreadable_answer": "the answer is kept in the ledger, but purld cannot read its form",
@@ -116,9 +117,9 @@ def reply_from_ledger(ledger: KnownResults, key: str, resend_unknown: bool = Fal
 def settled_reply(result: CallResult, resend_unknown: bool = False) -> Reply | None:
     """Return the reply of an ended call that must not be sent again, or None if it would be sent.
 
-    With `resend_unknown`, a lost answer and one that cannot be read are asked for again.
+    With `resend_unknown`, a lost answer and one that cannot be used are asked for again.
     """
-    lost = result.state == "unknown" or _is_unreadable(result)
+    lost = result.state == "unknown" or result.unusable
     return None if result.state == "failed" or (lost and resend_unknown) else reply_from_result(result)
 
 
@@ -128,13 +129,9 @@ def reply_from_result(result: CallResult) -> Reply:
         return Reply("refused", None, result.finish_reason, _describe_failure(result))
     if result.state != "answered":
         return Reply(result.state, None, result.finish_reason, _describe_failure(result))
-    if _is_unreadable(result):
+    if result.unusable:
         return Reply("failed", None, result.finish_reason, _describe_failure(result))
     return _answer(result)
-
-
-def _is_unreadable(result: CallResult) -> bool:
-    return result.state == "answered" and (result.error or "").startswith("unreadable_answer")
 
 
 def _answer(result: CallResult) -> Reply:

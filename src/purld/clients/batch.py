@@ -178,6 +178,7 @@ class _BatchWork:
         self.capped: dict[str, str] = {}  # keys that wait for room under a cap, with the cap
         self.elsewhere: dict[str, str] = {}  # keys that other runs are asking, with their ledgers
         self.repeats: Counter[str] = Counter()
+        self.unusable: Counter[str] = Counter()
         self.failed: dict[str, CallResult] = {}  # the last failure of a key that is asked again
         self.most = MAX_REQUESTS  # in one batch
         self.one_at_a_time = False
@@ -439,12 +440,16 @@ class _BatchWork:
             self._check_health(batch, status, collected)
 
     def _on_outcome(self, key: str, outcome: CallOutcome) -> None:
-        """Deliver the reply to a request, or ask again what failed without being billed."""
+        """Deliver the reply to a request, or ask again what failed without being billed or cannot be used."""
         self.waiting.discard(key)
         if key not in self.prompts:  # of another role, or of another part of this one
             return
         if (outcome.result.error or "").startswith("batch_failed"):
             self.refused.append(key)
+        elif outcome.unusable and self.unusable[key] < self.endpoint.unusable_retries:
+            self.unusable[key] += 1
+            self.failed[key] = outcome.result
+            self.pending.append(key)
         elif outcome.repeat and self.repeats[key] < self.endpoint.retries:
             self.repeats[key] += 1
             self.failed[key] = outcome.result

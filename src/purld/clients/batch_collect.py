@@ -32,7 +32,7 @@ class Collected:
 
     Attributes:
         requests: the calls that ended now.
-        answered: those with an answer.
+        answered: those with an answer that can be used.
         cause: the error of the last call that failed.
         stop: one sentence, if a response said that every further call would fail.
     """
@@ -46,7 +46,7 @@ class Collected:
         """Count the end of a call."""
         self.requests += 1
         self.stop = self.stop or outcome.stop
-        if outcome.result.state == "answered":
+        if outcome.result.state == "answered" and not outcome.suspect:
             self.answered += 1
         else:
             self.cause = outcome.result

@@ -1,7 +1,7 @@
 """Read the answer out of a chat completion, in every shape in which servers send one.
 
 An answer that was paid for is never dropped: where it has no text that can be read, the result is `answered` with the
-whole body as `raw`. Pure functions.
+whole body as `raw` and the reason as `error`. Pure functions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ MAX_RAW = 20_000  # characters kept of the body of a failed call
 # Parts of a content that hold what the model thought before it answered.
 THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought", "summary_text")
 _EVENT = re.compile(r"^data:", re.MULTILINE)
+_COMPLETION = re.compile(r'"choices"\s*:\s*\[|"object"\s*:\s*"(chat\.)?completion|"finish_reason"')
 MAX_DEPTH = 4  # of parts within parts
 
 
@@ -82,6 +83,11 @@ def _append_piece(text: str, piece: str, event: Mapping[str, Any], choice: Mappi
     return piece if piece and choice.get("message") is not None and is_whole else text + piece
 
 
+def is_cut_completion(body: str) -> bool:
+    """Return whether a body that is no JSON is the beginning of a completion, which may have been billed."""
+    return body.lstrip("\ufeff \t\r\n").startswith("{") and bool(_COMPLETION.search(body[:MAX_RAW]))
+
+
 def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallResult | None:
     """Return the result that a parsed body holds, or None if it is not a completion and reports no tokens."""
     if not isinstance(data, dict):
@@ -109,7 +115,7 @@ def _to_result(content: _Content, finish: str | None, body: str, usage: Usage | 
         return CallResult("answered", None, finish, usage=usage)
     if content.unreadable:
         return _unreadable(", ".join(dict.fromkeys(content.unreadable)), finish, body, usage)
-    return CallResult("failed", None, finish, "empty_answer", body[:MAX_RAW], usage)
+    return CallResult("answered", None, finish, "empty_answer", body, usage)
 
 
 def _unreadable(what: str, finish: str | None, body: str, usage: Usage | None) -> CallResult:

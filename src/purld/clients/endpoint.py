@@ -196,8 +196,8 @@ class _ConcurrentAsk:
         self, http: AsyncClient, request: Request, input_tokens: int, output_tokens: int
     ) -> Reply | None:
         """Request the reply to one prompt, with retries; None if the run was stopped first."""
-        outcome = None
-        for attempt in range(self.endpoint.retries + 1):
+        outcome, repeats, unusable = None, 0, 0
+        while True:
             try:
                 call = await self._reserve(request, input_tokens, output_tokens)
             except CapReachedError as cap:
@@ -209,9 +209,13 @@ class _ConcurrentAsk:
             if call is None:
                 return reply_from_ledger(self.ledger, request.key, self.resend_unknown)
             outcome = await self._call(http, request, call, input_tokens + output_tokens)
-            if outcome is None or not outcome.repeat or attempt == self.endpoint.retries:
+            if outcome and outcome.unusable and unusable < self.endpoint.unusable_retries:
+                unusable += 1
+            elif outcome and outcome.repeat and repeats < self.endpoint.retries:
+                repeats += 1
+            else:
                 break
-            await self._sleep(self._retry_wait(attempt, outcome))
+            await self._sleep(self._retry_wait(repeats + unusable - 1, outcome))
             if self.stop:
                 break
         if outcome is None:

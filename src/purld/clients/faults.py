@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-from purld.clients.completion import MAX_RAW, parse_body, read_completion
+from purld.clients.completion import MAX_RAW, is_cut_completion, parse_body, read_completion
 from purld.clients.error_bodies import EndpointError, read_error
 from purld.clients.finish_reasons import FinishKind, finish_kind
 from purld.clients.ledger import CallResult
@@ -38,6 +38,7 @@ class CallOutcome:
 
     result: CallResult
     repeat: bool = False
+    unusable: bool = False  # it may be billed and holds no answer, but another attempt may
     retry_after: float | None = None  # seconds that the endpoint asked to wait
     stop: str | None = None  # one sentence that says why every further call would fail
     suspect: bool = False  # the fault may be the endpoint's, not the prompt's
@@ -66,7 +67,9 @@ def _classify_success(
 ) -> CallOutcome:
     """Classify a response with a status of success. An answer may have been billed and is never repeated."""
     result = read_completion(data, body, endpoint)
-    if result is not None and result.state == "answered":
+    if result is None and data is None and is_cut_completion(body):
+        return CallOutcome(CallResult("answered", error="cut_response", raw=body), unusable=True, suspect=True)
+    if result is not None and result.error != "empty_answer":
         return CallOutcome(
             result, suspect=result.text is None and finish_kind(result.finish_reason) != FinishKind.REFUSED
         )
@@ -77,12 +80,13 @@ def _classify_success(
     if error is not None and error.message:
         words = f"http_200: {redactor.redact(error.message)}"
         usage = result.usage if result else None
-        failed = CallResult("failed", None, result.finish_reason if result else None, words, body[:MAX_RAW], usage)
+        finish = result.finish_reason if result else None
+        failed = CallResult("answered" if paid else "failed", None, finish, words, body[:MAX_RAW], usage)
     else:
         failed = result or CallResult("failed", error="invalid_response", raw=body[:MAX_RAW])
     hint = _version_hint(endpoint) if result is None else ""
     first = f"{endpoint.base_url}: the response is not a chat completion{hint}." if hint else None
-    return CallOutcome(failed, suspect=True, stop_if_first=first)
+    return CallOutcome(failed, unusable=failed.state == "answered", suspect=True, stop_if_first=first)
 
 
 def _error_within(data: object) -> EndpointError | None:

@@ -26,7 +26,6 @@ from purld.locks import try_lock
 
 LOCK_SECONDS = 60.0  # how long a claim waits for the lock; another one takes milliseconds
 LOCK_POLL_SECONDS = 0.002
-_STATE_RANK = {"failed": 0, "unknown": 1, "batched": 2, "under way": 3, "answered": 4}  # the highest counts
 
 
 class FolderLockedError(UserError):
@@ -124,7 +123,7 @@ class FolderLedgers:
 
     def _look_up(self, key: str) -> FoundCall | None:
         calls = [call for view in self._open_views() if (call := self._find_in(view, key))]
-        return max(calls, key=lambda call: _STATE_RANK[call.state], default=None)
+        return max(calls, key=lambda call: call.value, default=None)
 
     def _find_in(self, view: LedgerView, key: str) -> FoundCall | None:
         try:

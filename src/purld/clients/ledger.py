@@ -190,6 +190,11 @@ class CallResult:
     billable: bool = True
     left: bool = True  # False: nothing was sent
 
+    @property
+    def unusable(self) -> bool:
+        """Return whether the reply may have been billed and holds no answer that can be used."""
+        return self.state == "answered" and self.error is not None
+
 
 @dataclass(frozen=True)
 class WorstCase:
@@ -233,6 +238,12 @@ class FoundCall:
     row: sqlite3.Row
     path: Path
     interrupted: bool = False
+
+    @property
+    def value(self) -> int:
+        """Return a number that is higher for a call that says more about its request."""
+        ranks = {"failed": 0, "unknown": 1, "batched": 2, "under way": 3, "answered": 4}
+        return ranks[self.state] + (self.state == "answered" and self.row["error"] is None)
 
     def result(self) -> CallResult | None:
         """Return the result of the call; None while it is under way or in a batch."""
@@ -463,8 +474,7 @@ class Ledger(LedgerView):
     def _copy_call(self, key: str, role: Role, call: FoundCall) -> None:
         """Copy an answer or a lost call if it is better than what this ledger has."""
         own = self.find_call(key)
-        known = own.state if own else None
-        if call.state not in ("answered", "unknown") or known == "answered" or known == call.state:
+        if call.state not in ("answered", "unknown") or (own and own.value >= call.value):
             return
         values = dict(call.row)
         if call.interrupted:

@@ -73,6 +73,7 @@ class OpenAIEndpoint(Section):
     tokens_per_minute: Positive | None = None
     timeout: Seconds = 120.0  # seconds for one call, from connecting to its last byte
     retries: Retries = 5  # only of calls that cannot have been billed
+    unusable_retries: Annotated[int, Field(ge=0, le=10)] = 1  # of paid replies that are empty or break off
 
     @model_validator(mode="after")
     def _cap_needs_prices(self) -> OpenAIEndpoint:
@@ -140,6 +141,7 @@ TRANSPORT = frozenset(
         "timeout",
         "restart_timeout",
         "retries",
+        "unusable_retries",
         "requests_per_minute",
         "tokens_per_minute",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import locale
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import purld
 from purld.errors import reason_of
+from purld.locks import try_lock
 from purld.pipeline.plan_machine import format_bytes
 from purld.runs.files import nearest_folder
 from purld.setup.finding import Finding
@@ -156,7 +156,7 @@ def _durability_problem(folder: Path) -> str | None:
     try:
         with tempfile.TemporaryDirectory(prefix=".purld-doctor-", dir=folder) as name:
             with (Path(name) / "lock").open("w") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try_lock(handle.fileno())
                 handle.write("x")
                 os.fsync(handle.fileno())
             database = sqlite3.connect(Path(name) / "trial.sqlite")
