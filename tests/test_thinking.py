@@ -1,5 +1,7 @@
 """Thinking and answer of a reply, for the tags of many families of models."""
 
+import time
+
 import pytest
 
 from purld.thinking import TAGS, opened_block, split_thinking, tags_in
@@ -21,6 +23,9 @@ CHANNELS = "<|channel|>analysis<|message|>We add.<|end|><|start|>assistant<|chan
         ("<THINKING>I add.</Thinking>It is 4.", "I add.", "It is 4."),
         ("<think>I add.</think>\n<answer>It is 4.</answer>", "I add.", "It is 4."),
         ("<|START_THINKING|>I add.<|END_THINKING|><|START_RESPONSE|>It is 4.<|END_RESPONSE|>", "I add.", "It is 4."),
+        ("<|begin_of_thought|>a<|end_of_thought|>\n<|begin_of_solution|>It is 4.<|end_of_solution|>", "a", "It is 4."),
+        ("<think>I add.</thinking>It is 4.", "I add.", "It is 4."),  # closed by another family's tag
+        ("<think>I write `</thinking>` and", "I write `</thinking>` and", ""),
         (CHANNELS, "We add.", "It is 4."),
         (f"{CHANNELS}<|return|>", "We add.", "It is 4."),
         ("analysisWe add.assistantfinalIt is 4.", "We add.", "It is 4."),
@@ -60,3 +65,10 @@ def test_the_block_that_a_prompt_leaves_open_is_the_last_one():
 def test_the_tags_of_a_model_are_found_in_its_template():
     assert tags_in(["{{ '<|im_start|>' }}", "[THINK]"]).closing == "[/THINK]"
     assert tags_in(["{{ message.content }}"]) is None
+
+
+@pytest.mark.parametrize("piece", ["`", "<think>", "x <think>", "</think>", "<think>\n", "` <think> `` "])
+def test_an_answer_that_loops_takes_linear_time(piece):
+    started = time.process_time()
+    split_thinking("x " + piece * 20_000)
+    assert time.process_time() - started < 2

@@ -29,24 +29,34 @@ THINK = ThinkingTags("<think>", "</think>")
 
 TAGS: tuple[ThinkingTags, ...] = (
     THINK,
-    *(ThinkingTags(f"<{name}>", f"</{name}>") for name in ("thinking", "thought", "reasoning", "seed:think")),
+    *(
+        ThinkingTags(f"<{name}>", f"</{name}>")
+        for name in (
+            *("thinking", "thought", "thoughts", "reasoning", "scratchpad"),
+            *("seed:think", "longcat_think"),
+        )
+    ),
     ThinkingTags("[THINK]", "[/THINK]"),  # Magistral
     ThinkingTags("◁think▷", "◁/think▷"),  # Kimi
     ThinkingTags("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A, Command R7B
     ThinkingTags("<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
     ThinkingTags("<|channel>thought", "<channel|>"),  # Gemma 4
+    ThinkingTags("<unused94>thought", "<unused95>"),  # MedGemma
+    ThinkingTags("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1, OpenThinker
     _CHANNELS,  # gpt-oss
 )
 
 _CLOSING_OF = {tags.opening.lower(): re.compile(re.escape(tags.closing), re.IGNORECASE) for tags in TAGS}
-_CODE = r"(?P<code>(?P<fence>`+).+?(?<!`)(?P=fence)(?!`))"  # a tag that an answer quotes in backticks is text
+# A tag that an answer quotes in backticks is text. A fence is tried once, so that many backticks cost linear time.
+_CODE = r"(?P<code>(?<!`)(?P<fence>`++).+?(?<!`)(?P=fence)(?!`))"
 _OPENINGS = "|".join(re.escape(tags.opening) for tags in TAGS)
 _CLOSINGS = "|".join(re.escape(tags.closing) for tags in TAGS)
 _OPENING_OR_CODE = re.compile(rf"{_CODE}|(?P<tag>{_OPENINGS})", re.IGNORECASE | re.DOTALL)
 _CLOSING_OR_CODE = re.compile(rf"{_CODE}|(?P<tag>{_CLOSINGS})", re.IGNORECASE | re.DOTALL)
 # What some families put around the answer once they have thought.
 _WRAPPED = re.compile(
-    r"\A\s*(?:<(answer|response)>(?P<plain>.*)</\1>|<\|START_RESPONSE\|>(?P<marked>.*?)(?:<\|END_RESPONSE\|>)?)\s*\Z",
+    r"\A\s*(?:<(answer|response)>(?P<plain>.*)</\1>|<\|START_RESPONSE\|>(?P<marked>.*?)(?:<\|END_RESPONSE\|>)?"
+    r"|<\|begin_of_solution\|>(?P<solution>.*?)(?:<\|end_of_solution\|>)?)\s*\Z",
     re.DOTALL,
 )
 # gpt-oss thinks and answers in channels. Some servers drop the special tokens between them.
@@ -56,6 +66,7 @@ _CHANNELED = (
     ),
     re.compile(r"(?s)\Aanalysis(?P<thought>.*?)assistantfinal(?P<answer>.*)\Z"),
 )
+_NOT_BLANK = re.compile(r"\S")
 _CHANNEL_MARKS = re.compile(r"<\|channel\|>\w*(?:<\|message\|>)?|<\|start\|>assistant|<\|\w+\|>")
 
 
@@ -111,19 +122,31 @@ def _take_blocks(reply: str) -> tuple[list[str], str]:
     """Return the thoughts of all blocks that are opened in the reply, and the rest of it."""
     thoughts: list[str] = []
     kept: list[str] = []
+    never_closed: set[str] = set()  # from here on; a reply that repeats its opening tag costs linear time
     position = start = 0
     while match := _OPENING_OR_CODE.search(reply, position):
         position = match.end()
         if match["tag"] is None:
             continue
-        closing = _CLOSING_OF[match["tag"].lower()].search(reply, match.end())
-        if closing is None and reply[: match.start()].rpartition("\n")[2].strip():
-            continue  # mentioned within a line, and not closed
+        tag = match["tag"].lower()
+        closing = None if tag in never_closed else _find_closing(reply, tag, position)
+        if closing is None:
+            never_closed.add(tag)
+            if _NOT_BLANK.search(reply, reply.rfind("\n", 0, match.start()) + 1, match.start()):
+                continue  # mentioned within a line, and not closed
         kept.append(reply[start : match.start()])
-        end, position = closing.span() if closing else (len(reply), len(reply))
+        end, position = closing or (len(reply), len(reply))
         thoughts.append(reply[match.end() : end])
         start = position
     return thoughts, "".join(kept) + reply[start:]
+
+
+def _find_closing(reply: str, opening: str, position: int) -> tuple[int, int] | None:
+    """Return where the block ends that a tag opens: at its own closing tag, or else at that of another family."""
+    if own := _CLOSING_OF[opening].search(reply, position):
+        return own.span()
+    others = (match.span() for match in _CLOSING_OR_CODE.finditer(reply, position) if match["tag"] is not None)
+    return next(others, None)
 
 
 def _take_orphan(reply: str) -> tuple[list[str], str]:
@@ -136,4 +159,4 @@ def _take_orphan(reply: str) -> tuple[list[str], str]:
 
 def _unwrap(answer: str) -> str:
     wrapped = _WRAPPED.match(answer)
-    return (answer if wrapped is None else wrapped["plain"] or wrapped["marked"] or "").strip()
+    return (answer if wrapped is None else wrapped["plain"] or wrapped["marked"] or wrapped["solution"] or "").strip()

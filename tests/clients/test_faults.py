@@ -92,6 +92,9 @@ CONTEXT = {
         ),
     ),
     "plain text": (413, "prompt is too long"),
+    "as a name": (400, {"error": {"type": "prompt_too_long"}}),
+    "sum": (400, {"error": {"message": "input tokens (5000) + max_tokens (100) must be <= 4096"}}),
+    "characters": (400, openai_error("string too long", code="string_above_max_length")),
     "status 200": (200, openai_error("This endpoint's maximum context length is 8192 tokens.", code=400)),
     "SGLang": (400, openai_error("The input (5000 tokens) is longer than the model's context length (4096 tokens).")),
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 RIGHT = {
     "7": [
-        "The answer is not 5 but 7.", "The answer isn't 5, it is 7.", "The answer is 7, not 5.", "7, not 5",
+        "The answer is not 5 but 7.", "The answer isn't 5, it is 7.",
+        "The answer is not 5, it's 7.", "答案是 7。", "The answer is 7, not 5.", "7, not 5",
         r"First \boxed{5}. Wait, that is wrong. Corrected: \boxed{7}", r"$\boxed{5}$. Corrected: $\boxed{7}$",
         r"\boxed{7} or \boxed{7.0}", "7.", "= 7", "There are 7 of them.", "Step 1: 3+4. Step 2: 7.",
         "3 + 4 = 7. So the answer is 7 apples.", "Final answer: 7",

@@ -185,7 +185,7 @@ def find_remedy(words: str, endpoint: OpenAIEndpoint) -> str | None:
         return "set temperature to null, or to a value that this model accepts"
     limit = r"max_(completion_|output_|new_)?tokens.{0,80}(too large|at most|less than or equal|<=|range|maximum value)"
     if re.search(limit + r"|range of max_tokens", words) and not re.search(
-        r"maximum context length|`? \+ `?max_new_tokens|input length and", words
+        r"maximum context length|\+ `?max_(new_)?tokens|input length and", words
     ):
         return "lower max_tokens_per_answer"
     return None

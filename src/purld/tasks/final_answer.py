@@ -22,13 +22,13 @@ _VALUE = (  # a number, a formula, or the capital letter of a choice
 )
 _DENIED = re.compile(
     rf"\b(?:(?:is|was|are|were)\s+not|(?:is|was|are|were)n['’]t|not|instead\s+of|rather\s+than)\s+"
-    rf"(?:equal(?:\s+to)?\s+|be\s+|just\s+|option\s+)?{_VALUE}(?P<but>\s*,?\s*but(?:\s+rather)?\b)?",
+    rf"(?:equal(?:\s+to)?\s+|be\s+|just\s+|option\s+)?{_VALUE}(?P<but>\s*,?\s*but(?:\s+rather)?\b|\s*[,;–—-]+\s*(?:it|that)(?:['’]s|\s+is)\b(?!\s+not\b))?",
     re.IGNORECASE,
 )
 _LINK = r"(?:['’]s\b|\s+(?:is|was|are|were|should\s+be|must\s+be|would\s+be|equals)\b)"
 _STATED = re.compile(
-    r"####|^A:"
-    rf"|\b(?:answers?|option|choice|result)\b[*_\"']*(?:{_LINK}|\s*[:=])[\s*_:]*"
+    r"####|^A:|(?:答案|选项|结果)(?:应该|应当|应)?(?:是|为|选|[:：])|选择?(?=\s*[（(]?[A-Z])"
+    rf"|\b(?:answers?|option|choice|result|response|select(?:ed|ion)|(?:correct|right)\s+(?:one|letter))\b[*_\"']*(?:{_LINK}|\s*[:=])[\s*_:]*"
     r"|\banswers?\b"
     rf"|\b(?:but|no|wait|actually|instead|rather)\b[\s,.:;!–—-]+(?:it|that|this|they){_LINK}"
     r"|\b(?:no|wait|actually|correction|corrected)\b[,.:;!–—-]+",

@@ -29,10 +29,12 @@ _LETTER = r"(?:option\s+|choice\s+)?[(\[]?(?-i:([A-Z]|\d{1,3}))[)\]]?"
 _CALLED_RIGHT = re.compile(
     rf"(?<![\w'’]){_LETTER}\s+(?:is|would\s+be)\s+(?:the\s+|my\s+)?(?:only\s+)?(?:correct|right|best|answer)\b"
     rf"|\b(?:choose|chose|pick|select|go\s+with|must\s+be|therefore|thus|hence|so)[,:]?\s+(?:it(?:['’]s|\s+is)\s+)?"
-    rf"{_LETTER}(?=[.!)]*\s*(?:\n|\Z)|\s+(?:{_REASON}))",
+    rf"{_LETTER}(?=[.!)]*\s*(?:\n|\Z)|\s+(?:{_REASON}|over\b))",
     re.IGNORECASE,
 )
-_LAST_SENTENCE = re.compile(r"(?:\A|[.!?\n])\s*(?:[Oo]ption\s+)?[(\[]?([A-Z]|\d{1,3})[)\]]?[.!]?\s*\Z")
+_LAST_SENTENCE = re.compile(
+    r"(?:\A|[.!?\n])\s*(?:[Ii]t(?:['’]s|\s+is)\s+)?(?:[Oo]ption\s+)?[(\[]?([A-Z]|\d{1,3})[)\]]?[.!]?\s*\Z"
+)
 _EMPHASISED = re.compile(r"(?:\*\*|__|[\"“'‘])[(\[]?([A-Z]|\d{1,3})[)\]]?(?:[.:)][^*\n]*)?(?:\*\*|__|[\"”'’])")
 _DENIED_BEFORE = re.compile(r"(?:\bnot|\b(?:is|was|are)n t|\binstead of|\brather than)(?: the| an?)? \Z")
 
