@@ -79,11 +79,13 @@ def test_progress_tells_states_calls_in_flight_and_what_was_spent(tmp_path, pric
 def test_our_own_warnings_are_a_plain_line():
     code = (
         "import warnings; from purld import cli, errors; cli._configure_warnings();"
-        "warnings.warn('a model is slow.', errors.PlainWarning); warnings.warn('of others')"
+        "warnings.warn('a model is slow.', errors.PlainWarning); warnings.warn('of others');"
+        "warnings.warn_explicit('is deprecated', FutureWarning, 'sample.py', 1, module='purld.model.sample')"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.splitlines()
     assert said[0] == "  Warning: a model is slow."
     assert "UserWarning: of others" in said[1]
+    assert "deprecated" not in "".join(said)
 
 
 def test_a_full_disk_is_one_sentence_wherever_it_shows(tiny_config, tmp_path, monkeypatch, capsys):
