@@ -190,7 +190,10 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         if is_fresh:
             seed = seed_from_content("candidates", self.args.seed, self.state.global_step)
             mine = [self._questions[i] for i in inputs["questions"][ranks.my_share(len(inputs["questions"]))]]
-            self._rollouts = self._within_memory(lambda: self._draw(model, mine, seed))
+            # A rank that drew again alone would meet the others, where they meet while they draw, at another point.
+            meets = self._method.across is not None or self._method.scorer == "teacher"
+            draw = partial(self._draw, model, mine, seed)
+            self._rollouts = draw() if meets and ranks.count() > 1 else self._within_memory(draw)
             for rollout in self._rollouts:
                 self._metrics.add_rollout(rollout, scored=self._method.scorer is not None)
         share = 1.0 / len(inputs["questions"])  # of a group, in the step of all ranks
