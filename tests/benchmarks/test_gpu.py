@@ -5,6 +5,8 @@ import sys
 
 import gpu
 import pytest
+from network_guard import LOG_VARIABLE
+from rank_processes import assert_only_own_name
 
 TOY = ["--device", "cpu", "--shape", "toy", "--dtype", "float32", "--prompt", "48", "--completion", "8"]
 TOY += ["--candidates", "2", "--prompts-per-step", "3"]
@@ -41,7 +43,8 @@ def test_parts_after_the_time_are_left_out():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_whole_table_of_a_toy_on_the_cpu(tmp_path, monkeypatch, capsys):
-    output = tmp_path / "gpu.json"
+    output, log = tmp_path / "gpu.json", tmp_path / "network.log"
+    monkeypatch.setenv(LOG_VARIABLE, str(log))
     monkeypatch.setattr(sys, "argv", ["gpu.py", *TOY, "--processes", "1", "2", "--output", str(output)])
     gpu.main()
     rows = json.loads(output.read_text())["rows"]
@@ -55,3 +58,4 @@ def test_the_whole_table_of_a_toy_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert all("figures" in row for row in rows), rows
     assert [row["figures"]["processes"] for row in rows[3:]] == [1, 2]
     assert capsys.readouterr().out.count("\n| ") == 6
+    assert_only_own_name(log)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from network_guard import LOG_VARIABLE
+from rank_processes import assert_only_own_name, free_port
 
 LAUNCH = Path(__file__).parents[2] / "configs" / "launch"
 OF_PURLD = ["run", "run.yaml", "align.steps=4"]
@@ -67,7 +69,8 @@ def test_accelerate_reads_its_configuration_and_shards_nothing():
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, tmp_path):
-    environment = os.environ | {"GPUS": "2", "PORT": "29517", "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "network.log"
+    environment = os.environ | {"GPUS": "2", "PORT": str(free_port()), "OMP_NUM_THREADS": "1", LOG_VARIABLE: str(log)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [LAUNCH / "torchrun.sh", tiny_config, "--run-dir", tmp_path / "run", "align.steps=2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -78,3 +81,4 @@ def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, tmp_
     ours = [line for line in failed.stderr.splitlines() if line.startswith("purld: ")]
     assert len(ours) == 1 and "sft.epochs" in ours[0], failed.stderr
     assert failed.stderr.count("exitcode  : 2") == 2  # both processes, in torchrun's own summary
+    assert_only_own_name(log)

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from purld import ranks
@@ -19,6 +20,14 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def assert_only_own_name(log: Path) -> None:
+    """Check a log of the network guard: torchrun looks this machine's own name up, and nothing else may be tried."""
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    attempts = [line for line in text.splitlines() if line.startswith("socket.")]
+    others = [line for line in attempts if f" {socket.gethostname()!r} in process" not in line]
+    assert not others, text
 
 
 def run_ranks(work: Callable[[], Any], count: int = 2, joins: bool = True) -> list[Any]:
