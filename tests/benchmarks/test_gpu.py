@@ -45,7 +45,9 @@ def test_parts_after_the_time_are_left_out():
 def test_the_whole_table_of_a_toy_on_the_cpu(tmp_path, monkeypatch, capsys):
     output, log = tmp_path / "gpu.json", tmp_path / "network.log"
     monkeypatch.setenv(LOG_VARIABLE, str(log))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *TOY, "--processes", "1", "2", "--output", str(output)])
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", *TOY, "--processes", "1", "2", "--minutes", "60", "--output", str(output)]
+    )
     gpu.main()
     rows = json.loads(output.read_text())["rows"]
     assert [row["what"] for row in rows] == [

@@ -238,6 +238,7 @@ def killed_at(config, path, step, monkeypatch, count):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_killed_two_processes_end_with_the_same_bits_and_one_goes_on_alone(after_stage_one, monkeypatch):
     overrides = ["align.prompts_per_step=3"]
     (config, calm), (_, killed), (_, alone) = (after_stage_one(overrides) for _ in range(3))
