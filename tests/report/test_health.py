@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import Build
+from synthetic import synthetic_run
 
 from purld.methods.labels import UNIFORM_ENTROPY
 from purld.report.health import GOLD_WHY, RULES, GoldAuc, Light, health_lights
-from purld.report.run_data import read_run
-from purld.runs.files import write_rows
+from purld.report.run_data import RunData, read_run
 from purld.training import align
 
 LN_K = math.log(8)  # the synthetic run draws 8 candidates for each of 8 prompts, for 120 steps
 
 
+@pytest.fixture(scope="module")
+def unlogged(tmp_path_factory: pytest.TempPathFactory) -> RunData:
+    return read_run(synthetic_run(tmp_path_factory.mktemp("health") / "run", held_out=1, groups=1, logged=False))
+
+
 @pytest.fixture
-def lights(build: Build) -> Any:
+def lights(unlogged: RunData) -> Any:
     """Return a function that gives the lights, by name, of a run that logged the given columns."""
-    run = build(held_out=1, groups=1, logged=False)
 
     def judge(gold: GoldAuc | None = None, **columns: list[float | None]) -> dict[str, Light]:
-        size = max(map(len, columns.values()))
         rows = [
             {"stage": "align", "step": n + 1, "objective": 0.5}
             | {name: values[n] for name, values in columns.items() if values[n] is not None}
-            for n in range(size)
+            for n in range(max(map(len, columns.values())))
         ]
-        write_rows(run.metrics, rows)
-        return {light.name: light for light in health_lights(read_run(run), gold)}
+        return {light.name: light for light in health_lights(replace(unlogged, metrics=rows), gold)}
 
     return judge
 
@@ -84,9 +86,8 @@ def test_a_signal_that_the_method_lacks_has_no_light(lights: Any) -> None:
     assert set(lights(length=[20.0] * 3)) == {"Answer length"}
 
 
-def test_before_the_first_step_there_are_no_lights(build: Build) -> None:
-    run = read_run(build(held_out=1, groups=1, logged=False))
-    assert health_lights(run, GoldAuc(0.9, 0.8, 1.0, 4)) == []
+def test_before_the_first_step_there_are_no_lights(unlogged: RunData) -> None:
+    assert health_lights(unlogged, GoldAuc(0.9, 0.8, 1.0, 4)) == []
 
 
 @pytest.mark.parametrize(
