@@ -93,7 +93,9 @@ def test_a_stage_that_is_running_while_its_process_holds_the_lock(run):
         assert (stage.state, stage.detail) == ("running", "step 2 of 8, eval loss 2.5, loss 1.25")
         assert stage.time == "began 1 min ago, about 3 min left"
         status = read_status(run, started + 60)
-        assert "my run: running (process " in status.headline and status.commands == []
+        assert "my run: running (process " in status.headline and status.commands == [
+            f"purld watch {shlex.quote(str(run.path))}"
+        ]
     assert (stage := stage_of(run, "sft", started + 60)).state == "stopped" and stage.time == ""
 
 

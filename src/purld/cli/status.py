@@ -34,7 +34,7 @@ def show_status(
         "Spent": status.spending,
         "Results": status.figures,
         "Warnings": status.warnings,
-        "Goes on with": status.commands,
+        "Next": status.commands,
     }.items():
         if lines:
             print(title, *(printable(line) for line in lines), sep="\n  ")

@@ -194,10 +194,10 @@ def _warnings(run: RunDir, finished: Mapping[str, Mapping[str, Any]]) -> list[st
 
 
 def _commands(run: RunDir, stages: list[StageStatus], holder: int | None) -> list[str]:
-    """Return the commands that go on from here; none while the run is running."""
+    """Return the commands that go on from here; while the run is running, the one to watch it with."""
     path = shlex.quote(str(run.path))
     if holder:
-        return []
+        return [f"purld watch {path}"]
     if all(stage.state == "done" for stage in stages):
         return [f"purld chat {path}", f"purld export {path}"]
     if (run.path / "demo").is_dir():
