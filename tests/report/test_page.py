@@ -97,11 +97,20 @@ def test_what_was_not_measured_is_absent_and_never_zero(build: Build) -> None:
     del results["teacher"]["cost"]
     write_json(run.results, results)
     page = written(run)
+    assert "Bars are 95% intervals" in page
     assert "Win rate" not in page
     assert "Flips with order" not in page
     assert "<dt>cost</dt>" not in page
     assert "<b>0.0%</b>" not in page
     assert '<th scope="row">Base</th><td data-label="Accuracy" class="absent">–</td>' in page
+
+
+def test_without_a_rate_there_is_no_word_of_bars(build: Build) -> None:
+    run = build(held_out=1, logged=False)
+    models = {"base": {"n": 8, "mean_tokens": 8.0}, "ldl_grpo": {"n": 8, "mean_tokens": 9.0}}
+    write_json(run.results, {"method": "ldl_grpo", "models": models})
+    page = written(run)
+    assert "Mean tokens" in page and "Bars are 95% intervals" not in page
 
 
 def test_names_and_configuration_are_text(build: Build) -> None:

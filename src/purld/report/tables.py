@@ -50,7 +50,8 @@ def results_section(runs: Sequence[RunData]) -> PageSection:
     )
     if several:
         note += " A row that an earlier run has too, such as a shared SFT model, is not repeated."
-    body = _rates_table(entries, several) + _differences_table(runs) + f'<p class="note">{note}</p>\n'
+    rates = _rates_table(entries, several) + _differences_table(runs)
+    body = f'{rates}<p class="note">{note}</p>\n' if rates else ""
     return PageSection("results", "Results", body + "<h3>The answers</h3>\n" + _measures_table(entries, several))
 
 
