@@ -64,7 +64,8 @@ def open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncClient:
     import httpx2
 
     # A redirect would send the prompts to an address that is not configured; so would a proxy for a local server.
-    local = urlsplit(endpoint.base_url).hostname in ("127.0.0.1", "::1", "localhost")
+    address = urlsplit(endpoint.base_url)
+    local = address.hostname in ("127.0.0.1", "::1", "localhost")
     headers = {
         "Accept": "application/json",
         "Accept-Encoding": "identity",
@@ -81,6 +82,8 @@ def open_http(endpoint: OpenAIEndpoint, key: str | None) -> AsyncClient:
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
             follow_redirects=False,
             trust_env=not local,
+            # Reading the certificates takes longer than a call; a local server without TLS needs none.
+            verify=not (local and address.scheme == "http"),
         )
     except ImportError:
         raise UserError(
