@@ -49,6 +49,8 @@ class Student(Section):
 
     model: str
     lora: Lora | None = None
+    # nf4: the frozen base in four bits, by bitsandbytes; an adapter is trained on it, and never merged into it.
+    quantize: Literal["nf4"] | None = None
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: as saved with LoRA on a GPU, else float32
     chat_template: str | None = None  # a file, or the template itself; null: the model's own
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # values of the template's variables
@@ -71,6 +73,12 @@ class Student(Section):
                 "weights only over NCCL from a process that has vllm installed, and vllm does not install beside "
                 "purld's transformers"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _four_bits_are_not_trained(self) -> Student:
+        if self.quantize is not None and self.lora is None:
+            raise ValueError("quantize: weights in four bits cannot be trained themselves; set lora as well")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 from pathlib import Path
@@ -22,6 +23,8 @@ from purld.model.causal_lm import CausalLM, has_adapters, unwrap_adapters
 from purld.model.vision import vision_modules
 from purld.model.weights import WeightsError
 
+TRAINED = "default"  # peft's name of the adapter that a stage trains
+STAGE_ONE = "stage_one"  # Stage I's, where it stays beside the weights
 _WEIGHTS = "adapter_model.safetensors"
 # Where the adapter lies that was merged into a model when it was loaded.
 _merged_adapters: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
@@ -53,17 +56,57 @@ def merge_adapter(base: Any, path: Path) -> Any:
     Raises:
         WeightsError: the adapter is damaged or lacks weights, or is another base's.
     """
+    merged = _read_onto(base, path, TRAINED).merge_and_unload()
+    _merged_adapters[merged] = path
+    return merged
+
+
+def attach_adapter(base: Any, path: Path) -> PeftModel:
+    """Return quantized `base` under the frozen adapter that is saved at `path`; see `merge_adapter`."""
+    adapted = _read_onto(base, path, STAGE_ONE)
+    _merged_adapters[cast(nn.Module, unwrap_adapters(cast(CausalLM, adapted)))] = path
+    return adapted.requires_grad_(False)
+
+
+def add_second_adapter(adapted: PeftModel) -> PeftModel:
+    """Add a new adapter to a model under Stage I's frozen one; both are active, and only the new one is trained.
+
+    It has the settings and modules of the first. Its weights come from torch's global random state.
+    """
+    config = copy.deepcopy(adapted.peft_config[STAGE_ONE])
+    config.inference_mode = False
+    adapted.add_adapter(TRAINED, config)
+    use_adapters(adapted, TRAINED, STAGE_ONE)
+    return adapted
+
+
+def use_adapters(model: PeftModel, *names: str) -> None:
+    """Make the adapters of these names the active ones; `TRAINED` alone stays trainable, whichever are active.
+
+    peft switches `requires_grad` on for every adapter that it activates, and off for the others.
+    """
+    cast(Any, model.base_model).set_adapter(list(names))
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.requires_grad_(f".{TRAINED}." in name or name.endswith(f".{TRAINED}"))
+
+
+def keeps_stage_one(model: CausalLM) -> bool:
+    """Return whether Stage I's adapter lies beside the model's weights, and Stage II's beside it."""
+    return has_adapters(model) and {TRAINED, STAGE_ONE} <= cast(PeftModel, model).peft_config.keys()
+
+
+def _read_onto(base: Any, path: Path, name: str) -> PeftModel:
+    """Return `base` under the adapter that is saved at `path`, which gets a name; see `merge_adapter` for errors."""
     held = _read_adapter(path)
     try:
-        adapted = PeftModel.from_pretrained(base, str(path))
+        adapted = PeftModel.from_pretrained(base, str(path), adapter_name=name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise WeightsError(f"its adapter does not fit {base.config.name_or_path}: {reason_of(error)}") from None
     # peft leaves adapter weights that the file lacks as they were initialised, with no more than a warning.
-    if lacking := sorted(_adapter_weights(adapted).keys() - held.keys()):
+    if lacking := sorted(_adapter_weights(adapted, name).keys() - held.keys()):
         raise WeightsError(f"{_WEIGHTS} lacks {len(lacking)} of the adapter's weights, such as {lacking[0]}")
-    merged = adapted.merge_and_unload()
-    _merged_adapters[merged] = path
-    return merged
+    return adapted
 
 
 def write_current_adapter(model: CausalLM, folder: Path) -> Path | None:
@@ -77,7 +120,7 @@ def write_current_adapter(model: CausalLM, folder: Path) -> Path | None:
         WeightsError: Stage I's adapter is damaged.
     """
     merged = _merged_adapters.get(cast(nn.Module, unwrap_adapters(model)))
-    if not has_adapters(model) or merged is None:
+    if not has_adapters(model) or merged is None or TRAINED not in cast(PeftModel, model).peft_config:
         return merged
     folder.mkdir(parents=True, exist_ok=True)
     combine_adapters(cast(PeftModel, model), merged, folder)
@@ -151,9 +194,9 @@ def _read_adapter(path: Path) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if ".lora_" in name}  # peft adds adapted embeddings
 
 
-def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Return the adapter's weights by the names that they are saved under."""
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+def _adapter_weights(model: PeftModel, name: str = TRAINED) -> dict[str, Tensor]:
+    """Return the weights of the adapter of a name by the names that they are saved under."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return weights
 
 

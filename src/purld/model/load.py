@@ -2,8 +2,9 @@
 
 In Stage II one model is policy, sampler, evaluator and reference. With LoRA there is one copy of the weights: Stage
 I's adapter is merged into them when they are loaded, so that switching Stage II's adapter off gives p_sft (and not
-p_base). Without LoRA all weights are trained, and p_sft is a second, frozen copy. Vision modules may stay frozen while
-the rest is trained; then all roles share them.
+p_base). Into quantized weights it cannot be merged; there it stays beside them as a second, frozen adapter. Without
+LoRA all weights are trained, and p_sft is a second, frozen copy. Vision modules may stay frozen while the rest is
+trained; then all roles share them.
 """
 
 from __future__ import annotations
@@ -21,13 +22,24 @@ from transformers import AutoConfig, PreTrainedModel
 
 from purld.config.schema import Student
 from purld.errors import UserError, reason_of
-from purld.model.adapters import combine_adapters, make_lora_config, merge_adapter
+from purld.model.adapters import (
+    STAGE_ONE,
+    TRAINED,
+    add_second_adapter,
+    attach_adapter,
+    combine_adapters,
+    keeps_stage_one,
+    make_lora_config,
+    merge_adapter,
+    use_adapters,
+)
 from purld.model.causal_lm import AdaptedCausalLM, CausalLM, has_adapters, unwrap_adapters
 from purld.model.chat_template import ChatSettings
 from purld.model.directory import check_model_directory
 from purld.model.encode import Encoder
 from purld.model.pretrained import load_part
 from purld.model.processor import listed_ends, read_end_tokens, read_processor, reads_images, save_processor
+from purld.model.quantize import is_quantized, quantizing_options
 from purld.model.sample import seed_from_content, seeded_torch
 from purld.model.vision import vision_modules
 from purld.model.weights import WeightsError, check_finite, load_weights
@@ -46,6 +58,25 @@ class Roles:
     def __init__(self, policy: CausalLM, frozen_copy: CausalLM | None) -> None:
         self.policy = policy
         self._frozen_copy = frozen_copy
+        self._trained = self._trainable()
+
+    def _trainable(self) -> frozenset[str]:
+        return frozenset(name for name, weight in self.policy.named_parameters() if weight.requires_grad)
+
+    def check_trained(self) -> None:
+        """Check that exactly those weights of the policy are trained that were at first.
+
+        Raises:
+            RuntimeError: others are.
+        """
+        changed = sorted(self._trained ^ self._trainable())
+        if changed:
+            raise RuntimeError(f"{len(changed)} weights changed between trained and frozen, such as {changed[0]}")
+
+    def use_policy(self) -> None:
+        """Activate the adapters of the policy, after something has activated others, such as loading a checkpoint."""
+        if keeps_stage_one(self.policy):
+            use_adapters(cast(PeftModel, self.policy), TRAINED, STAGE_ONE)
 
     def weights(self) -> Iterator[nn.Parameter]:
         """Yield the weights of all roles; tensors that roles share come more than once."""
@@ -59,6 +90,12 @@ class Roles:
         with torch.no_grad():
             if self._frozen_copy is not None:
                 yield self._frozen_copy
+            elif keeps_stage_one(self.policy):
+                use_adapters(cast(PeftModel, self.policy), STAGE_ONE)
+                try:
+                    yield self.policy
+                finally:
+                    self.use_policy()
             else:
                 with cast(AdaptedCausalLM, self.policy).disable_adapter():
                     yield self.policy
@@ -84,6 +121,8 @@ def load_encoder(student: Student) -> Encoder:
 def load_model(student: Student, path: str | Path) -> CausalLM:
     """Load the model saved at `path`: full weights, or an adapter merged into the student's.
 
+    Where the student's are quantized, the adapter stays beside them, frozen.
+
     Args:
         student: says where the base weights are and which dtype they get.
         path: the student's own directory or hub id, or a stage's directory in a run.
@@ -95,13 +134,14 @@ def load_model(student: Student, path: str | Path) -> CausalLM:
     base = student.model if adapter else str(path)
     check_model_directory(base)
     try:
-        model = load_weights(base, _dtype(student))
+        model = load_weights(base, _dtype(student), **quantizing_options(student, default_device()))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _load_error(base, error) from None
     try:
         if adapter:
-            model = merge_adapter(model, Path(path))
-        model.to(default_device())
+            model = (attach_adapter if is_quantized(model) else merge_adapter)(model, Path(path))
+        if student.quantize is None:  # else it is there
+            model.to(default_device())
         check_finite(model.named_parameters())
     except WeightsError as error:
         raise _load_error(str(path), error) from None
@@ -127,6 +167,8 @@ def make_trainable(student: Student, model: CausalLM, seed: int = 0) -> CausalLM
         )
     if student.lora is not None:
         with seeded_torch(seed_from_content("adapter", seed)):
+            if has_adapters(model):
+                return cast(AdaptedCausalLM, add_second_adapter(cast(PeftModel, model)))
             adapted = get_peft_model(cast(PreTrainedModel, model), make_lora_config(student, model))
         return cast(AdaptedCausalLM, adapted)
     if not student.trains_vision:

@@ -22,6 +22,7 @@ from purld.errors import UserError, reason_of
 from purld.model.encode import Encoder
 from purld.model.load import count_parameters, make_trainable
 from purld.model.pretrained import load_part
+from purld.model.quantize import check_quantizing
 from purld.model.weights import WeightsError, build_skeleton, check_finite, load_skeleton, stored_weights
 from purld.records import Prompt
 
@@ -44,6 +45,7 @@ def check_student(student: Student, encoder: Encoder) -> StudentSizes:
     Raises:
         UserError: it cannot; the message says what to change.
     """
+    check_quantizing(student)
     try:
         config = load_part(AutoConfig, student.model)
         quantized = _check_quantized(student, config)

@@ -35,8 +35,8 @@ class WeightsError(ValueError):
     """Weight files that are missing, damaged, incomplete, or of another model; the message is a clause."""
 
 
-def load_weights(model: str, dtype: torch.dtype | str) -> Any:
-    """Load all weights of a model directory or hub id.
+def load_weights(model: str, dtype: torch.dtype | str, **options: Any) -> Any:
+    """Load all weights of a model directory or hub id; `options` are further arguments of `from_pretrained`.
 
     Raises:
         WeightsError: its files do not hold them.
@@ -45,7 +45,12 @@ def load_weights(model: str, dtype: torch.dtype | str) -> Any:
     config = load_part(AutoConfig, model)
     read_headers(model, config)  # errors name the file
     loaded, info = load_part(
-        auto_model_class(config), model, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        auto_model_class(config),
+        model,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
     )
     _check_names(info, config)
     return loaded

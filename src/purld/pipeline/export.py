@@ -17,6 +17,7 @@ from purld.clients.ledger import BUDGETS, Ledger, LedgerView, Role
 from purld.config.clients import OpenAIEndpoint
 from purld.config.schema import Config
 from purld.errors import PlainWarning, UserError
+from purld.model.causal_lm import has_adapters
 from purld.model.encode import Encoder
 from purld.model.load import context_length, load_encoder, load_model, save_model
 from purld.model.modelfile import ServedSampling, write_modelfile
@@ -101,7 +102,13 @@ def _check_options(run_path: Path, run: RunDir, config: Config, stage: str, opti
 
 
 def _write_model(config: Config, source: Path, encoder: Encoder, folder: Path, options: ExportOptions) -> None:
-    model = load_model(config.student, source)
+    # An adapter is merged into the base as it was before it was quantized.
+    model = load_model(config.student.model_copy(update={"quantize": None}), source)
+    if has_adapters(model):
+        raise UserError(
+            f"student.model: the weights of {config.student.model} are quantized, and an adapter is not merged into "
+            "such weights; export the adapter with --adapter."
+        )
     if options.dtype is not None:
         cast(nn.Module, model).to(_DTYPES[options.dtype])
     save_model(config.student, model, encoder, folder)

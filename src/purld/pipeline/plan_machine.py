@@ -13,6 +13,7 @@ from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
 from purld.model.memory import DecoderShape, MemoryNeed, device_memory, estimate_memory, largest_micro_batch
 from purld.model.pretrained import load_part
+from purld.model.quantize import NF4_BYTES
 from purld.model.student_check import StudentSizes
 from purld.pipeline.plan_sheet import Plan
 from purld.runs.files import nearest_folder
@@ -49,12 +50,14 @@ def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path, lon
 def training_bytes(config: Config, sizes: StudentSizes) -> int:
     """Return the bytes that weights, gradients and optimiser take; activations come on top."""
     # The frozen p_sft (with an adapter, the base), and per trained weight its value, gradient and two moments.
-    return sizes.weights * _frozen_bytes(config) + 16 * sizes.trained
+    return int(sizes.weights * _frozen_bytes(config)) + 16 * sizes.trained
 
 
-def _frozen_bytes(config: Config) -> int:
+def _frozen_bytes(config: Config) -> float:
     """Return the bytes of a weight that is not trained."""
     student = config.student
+    if student.quantize is not None:
+        return NF4_BYTES
     return 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
 
 
@@ -65,7 +68,8 @@ def _plan_update(plan: Plan, config: Config, sizes: StudentSizes, longest_prompt
         return
     update = update_sizes(align, student, longest_prompt)
     # With all weights trained, p_sft is a second copy; an adapter comes on top of its base.
-    weights = (sizes.weights - (sizes.trained if student.lora else 0)) * _frozen_bytes(config) + 4 * sizes.trained
+    base = sizes.weights - (sizes.trained if student.lora else 0)
+    weights = int(base * _frozen_bytes(config)) + 4 * sizes.trained
     shape, width = DecoderShape.of(load_part(AutoConfig, student.model)), 2 if torch.cuda.is_available() else 4
     device = device_memory()
 

@@ -208,6 +208,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
                 if is_fresh and rollout.completions:
                     early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
                     records.append(group_record(self.state.global_step + 1, rollout, loss, keep_ids=early))
+        self._update.roles.check_trained()
         ranks.sum_gradients(self._trained_weights())
         if is_fresh:
             self._log_groups(records)
@@ -307,6 +308,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._update.roles.use_policy()
         if self._critic is not None:
             self._critic.load_state_dict(torch.load(Path(resume_from_checkpoint) / _CRITIC_FILE, weights_only=True))
 

@@ -18,6 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from purld import ranks
 from purld.errors import PlainWarning, reason_of
+from purld.model.adapters import TRAINED
+from purld.model.causal_lm import has_adapters
 from purld.model.load import default_device
 from purld.records import content_hash
 from purld.runs.checksums import FileRecord, find_damage, record_file
@@ -214,7 +216,9 @@ class ModelNamedCheckpoints:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         own = self.model.save_pretrained
-        self.model.save_pretrained = functools.partial(own, save_original_format=False)
+        # A frozen adapter beside the trained one is not part of a checkpoint.
+        chosen = {"selected_adapters": [TRAINED]} if has_adapters(self.model) else {}
+        self.model.save_pretrained = functools.partial(own, save_original_format=False, **chosen)
         try:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
         finally:
