@@ -1,5 +1,7 @@
 """The arithmetic of memory, against what autograd keeps for an update on the CPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -82,3 +84,11 @@ def test_sampling_may_need_more_than_the_update():
     need = estimate(shape, True, drawn=1000)
     assert need.total == need.weights + need.training + need.sampling
     assert need.sampling == 1000 * (P + C) * 2 * 2 * 32 * 4
+
+
+def test_a_model_without_attention_and_one_whose_layers_differ_have_a_shape_too():
+    state_space = DecoderShape.of(AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=100))
+    assert (state_space.queries, state_space.keys, state_space.intermediate) == (64, 64, 128)
+    layers = SimpleNamespace(**SIZES | {"intermediate_size": [128, 256]})
+    layers.get_text_config = lambda: layers
+    assert DecoderShape.of(layers).intermediate == 256

@@ -41,15 +41,15 @@ class DecoderShape:
     def of(cls, config: Any) -> DecoderShape:
         """Return the shape of a model by its configuration (that of its text part, if it has one)."""
         text = config.get_text_config()
-        hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
-        width = getattr(text, "head_dim", None) or hidden // heads
-        experts = getattr(text, "num_experts_per_tok", None)
-        inner = getattr(text, "intermediate_size", None) or getattr(text, "ffn_dim", None) or 4 * hidden
-        if experts:
-            inner = (getattr(text, "moe_intermediate_size", None) or inner) * experts
-            inner += getattr(text, "shared_expert_intermediate_size", None) or 0
-        key_heads = getattr(text, "num_key_value_heads", None) or heads
-        return cls(text.num_hidden_layers, hidden, heads * width, key_heads * width, int(inner), int(text.vocab_size))
+        hidden = _size(text, "hidden_size")
+        heads = _size(text, "num_attention_heads") or 1  # a state-space model has none; its state counts as one
+        width = _size(text, "head_dim") or hidden // heads
+        inner = _size(text, "intermediate_size") or _size(text, "ffn_dim") or 4 * hidden
+        if experts := _size(text, "num_experts_per_tok"):
+            inner = (_size(text, "moe_intermediate_size") or inner) * experts
+            inner += _size(text, "shared_expert_intermediate_size")
+        key_heads = _size(text, "num_key_value_heads") or heads
+        return cls(text.num_hidden_layers, hidden, heads * width, key_heads * width, inner, int(text.vocab_size))
 
     def layer_bytes(self, tokens: int, width: int) -> int:
         """Return what one layer keeps for the backward pass of so many tokens, without the keys and values before."""
@@ -58,6 +58,12 @@ class DecoderShape:
     def ends_bytes(self, tokens: int, width: int) -> int:
         """Return what the embedding, the last norm and the head's chunks keep for the backward pass of such tokens."""
         return 3 * tokens * width * self.hidden
+
+
+def _size(config: Any, name: str) -> int:
+    """Return a size in a configuration: 0 if it has none, the largest where layers differ."""
+    value = getattr(config, name, None) or 0
+    return max((int(layer or 0) for layer in value), default=0) if isinstance(value, list | tuple) else int(value)
 
 
 @dataclass(frozen=True)
