@@ -8,12 +8,14 @@ from network_guard import LOG_VARIABLE
 
 from purld.hub_offline import is_hub_model_cached
 
-ASK = """
-import contextlib
-from huggingface_hub import HfApi, hf_hub_download
+TELL = """
 from huggingface_hub.utils import _telemetry, send_telemetry
 send_telemetry("trl/SFTTrainer", library_name="trl", user_agent={"gpu": "secret"})
 _telemetry._TELEMETRY_QUEUE.join()  # a thread of its own sends it
+"""
+ASK = f"""{TELL}
+import contextlib
+from huggingface_hub import HfApi, hf_hub_download
 for look_up in (HfApi().model_info, lambda name: hf_hub_download(name, "config.json")):
     with contextlib.suppress(Exception):
         look_up("owner/name")
@@ -33,7 +35,8 @@ def attempts(program, tmp_path, monkeypatch):
 
 
 def test_the_guard_sees_what_a_thread_sends(tmp_path, monkeypatch):
-    assert "huggingface.co" in attempts(ASK, tmp_path, monkeypatch)
+    # Not the look-ups, which the library tries again for 20 seconds.
+    assert "huggingface.co" in attempts(TELL, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

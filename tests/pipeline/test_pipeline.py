@@ -135,14 +135,14 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_config, tmp_path)
     assert results_of(killed) == results_of(calm)
 
 
-def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path):
+def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path, monkeypatch):
     run = RunDir(tmp_path / "run")
     process = start(tiny_config, run)
     assert kill_when(process, lambda: logged(run, "align") >= 1, signal.SIGINT) == 130
     error = process.stderr.read()
     assert "run the same command again to continue" in error
     assert "Traceback" not in error
-    assert start(tiny_config, run).wait(timeout=120) == 0
+    assert purld(monkeypatch, "run", tiny_config, "--run-dir", run.path) == 0
 
 
 def test_a_contradicting_configuration_is_refused_and_names_the_key(tiny_config, tmp_path, monkeypatch, capsys):

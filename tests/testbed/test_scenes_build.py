@@ -221,6 +221,12 @@ def test_the_gradient_of_a_batch_is_that_of_its_mean_loss(model, encoder) -> Non
 # --- building ----------------------------------------------------------------------------------------------------
 
 
+# Half a minute each; the second architecture differs in its configuration alone.
+BOTH_BUILT = pytest.mark.parametrize(
+    "name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
+
+
 @pytest.fixture(scope="module")
 def toys(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp(name)
@@ -230,6 +236,7 @@ def toys(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@BOTH_BUILT
 def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> None:
     assert (toys[0] / "model.safetensors").read_bytes() == (toys[1] / "model.safetensors").read_bytes()
     assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
@@ -245,6 +252,7 @@ def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> 
     assert read_processor(str(toys[0])).image_token == marks[name]
 
 
+@BOTH_BUILT
 def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path], name: str, tmp_path: Path) -> None:
     """Stopped in the second round, then once more just before it is moved to `out`."""
     out, updates = tmp_path / "stopped", []
