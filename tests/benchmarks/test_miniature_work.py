@@ -7,6 +7,7 @@ from pathlib import Path
 import mini.work
 import numpy as np
 import pytest
+import torch
 from mini import plan
 from mini.cells import Cell, stage_two_cell
 from mini.work import (
@@ -116,7 +117,7 @@ def test_what_has_no_score_stays_without_one():
 
 
 def test_a_moving_evaluator_is_the_policy():
-    policy = object()
+    policy = torch.nn.Linear(1, 1)
     with MovingEvaluator(policy).frozen() as model:
         assert model is policy
 
