@@ -20,6 +20,7 @@ from purld.pipeline.validation import make_validation_set, split_validation_part
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check
+from purld.training import checkpoints
 from purld.training.best_step import BestStep
 from purld.training.validation import METRIC, Validator
 
@@ -90,6 +91,25 @@ def test_the_best_step_is_saved_and_the_record_says_which(values, kept, steps, a
     assert facts["validation"]["scores"] == values[: steps + 1]
     assert f"Kept the policy of step {kept}: in_context {values[kept]:.3f}" in capsys.readouterr().err
     assert not pipeline.run.checkpoints("align").exists()
+
+
+def test_killed_before_a_new_best_checkpoint_counts_the_older_ones_are_still_there(
+    after_stage_one, measured_as, monkeypatch
+):
+    measured_as([0.2, 0.5, 0.4, 0.6])
+    pipeline = after_stage_one("unmarked", *VALIDATED, "align.checkpoint_steps=1", "align.steps=3")
+    mark = checkpoints.mark_complete
+
+    def kill_at_the_third(run, path):
+        if path.name == "checkpoint-3":
+            raise KilledError
+        mark(run, path)
+
+    monkeypatch.setattr(checkpoints, "mark_complete", kill_at_the_third)
+    with pytest.raises(KilledError):
+        pipeline.execute(["align"])
+    found = checkpoints.last_checkpoint(pipeline.run, pipeline.run.checkpoints("align"))
+    assert (found.step, found.set_aside) == (2, None)
 
 
 @pytest.mark.parametrize("at", [4, pytest.param("end", marks=pytest.mark.slow)])

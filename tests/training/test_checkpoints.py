@@ -8,7 +8,7 @@ import pytest
 
 from purld.runs.files import append_rows
 from purld.runs.run_dir import RunDir
-from purld.training.checkpoints import last_checkpoint, mark_complete
+from purld.training.checkpoints import last_checkpoint, mark_complete, remove_older
 
 
 @pytest.fixture
@@ -94,6 +94,15 @@ def test_every_file_is_on_disk_before_the_marker(run, monkeypatch):
     marker = next(n for n, path in enumerate(synced) if ".complete" in path)
     before = {os.path.relpath(path, folder) for path in synced[:marker]}
     assert {".", "..", "adapter", "model.safetensors", "adapter/optimizer.pt", "trainer_state.json"} <= before
+
+
+@pytest.mark.parametrize(
+    ("needed", "left"), [({6, 2}, [2, 6]), ({6, None}, [4, 6]), ({6}, [4, 6]), ({6, 4, 2}, [2, 4, 6])]
+)
+def test_two_are_kept_the_best_models_among_them(run, needed, left):
+    folder = run.checkpoints("align")
+    remove_older(folder, needed)
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{step}" for step in left]
 
 
 def test_no_checkpoint(tmp_path):

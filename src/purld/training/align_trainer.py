@@ -383,7 +383,6 @@ def _trainer_arguments(context: StageContext, settings: StageTwoSettings, prompt
         max_grad_norm=settings.max_grad_norm,
         logging_steps=1,
         save_steps=min(settings.checkpoint_steps, settings.steps),
-        save_total_limit=2,
         seed=context.seed,
         **tracker_arguments(context.report_to, context.run, "align"),
     )

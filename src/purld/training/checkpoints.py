@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from purld.training.context import Progress
 
 _TRAINER_STATE = "trainer_state.json"
 _COMPLETE = "complete"  # written last: the records of the checkpoint's files and of the run's logs
+_KEPT = 2  # checkpoints, the best model's among them
 _SHOWN = ("loss", "eval_loss", "objective", "score")
 
 
@@ -140,6 +141,19 @@ def unmark_checkpoint(folder: Path, step: int) -> None:
     (folder / f"checkpoint-{step}" / _COMPLETE).unlink(missing_ok=True)
 
 
+def remove_older(folder: Path, needed: Container[int | None]) -> None:
+    """Remove the oldest checkpoints but those of the `needed` steps, until two are left.
+
+    A Trainer would remove them before the newest one counts as complete: after a kill in between, what is left may be
+    far behind, or lack the best model that it refers to. So trainers get no `save_total_limit`.
+    """
+    steps = sorted(int(n) for path in folder.glob("checkpoint-*") if (n := path.name.rpartition("-")[2]).isdigit())
+    removable = [step for step in steps if step not in needed]
+    for step in removable[: max(0, len(steps) - _KEPT)]:
+        unmark_checkpoint(folder, step)  # first: half a checkpoint must not count
+        shutil.rmtree(folder / f"checkpoint-{step}")
+
+
 class RunCallback(TrainerCallback):
     """Logs to the run, marks checkpoints as complete, and reports progress.
 
@@ -189,7 +203,9 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint that was just written as complete."""
         if ranks.is_first():
-            mark_complete(self._run, Path(args.output_dir or "") / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir or "")
+            mark_complete(self._run, folder / f"checkpoint-{state.global_step}")
+            remove_older(folder, {state.global_step, state.best_global_step})
         _find_best(args, state)
 
 

@@ -234,7 +234,6 @@ def _arguments(
         load_best_model_at_end=validate,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        save_total_limit=2,
         gradient_checkpointing=torch.cuda.is_available(),
         seed=seed,
         **reporting,
