@@ -214,6 +214,14 @@ def test_modules_that_take_no_adapter_are_told_with_those_that_do(modules, words
         check(random_student, Lora(r=2, target_modules=modules))
 
 
+def test_quantized_weights_are_not_quantized_again(folder, monkeypatch):
+    monkeypatch.setattr("purld.model.student_check.check_quantizing", lambda student: None)  # bitsandbytes is there
+    BROKEN["quantized"][0](folder)
+    student = Student(model=str(folder), lora=Lora(r=2), quantize="nf4")
+    with pytest.raises(UserError, match=r"^student\.quantize: .* are quantized already; leave it out"):
+        check_student(student, load_encoder(student))
+
+
 def test_a_custom_generate_function_is_never_run(folder):
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text("raise SystemExit(3)\n")

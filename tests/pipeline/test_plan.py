@@ -5,7 +5,9 @@ import json
 import pytest
 
 from purld.config.load import load_config
+from purld.config.schema import Student
 from purld.errors import UserError
+from purld.model.load import Roles, load_model, make_trainable
 from purld.pipeline import plan_machine as machine
 from purld.pipeline.plan import make_plan
 from purld.pipeline.plan_sheet import print_plan
@@ -104,3 +106,17 @@ def test_the_memory_of_an_update_is_told_with_its_parts_and_what_would_fit(gib, 
     parts = next(line for line in told if "at its peak" in line)
     assert all(part in parts for part in ("weights", "gradients and optimiser", "activations", "logits", "samples"))
     assert any("layers computed again" in line for line in told) == (override == "align.recompute=always")
+
+
+@pytest.mark.parametrize("lora", [None, 2, 64])
+def test_all_weights_are_counted_an_adapter_on_top_of_its_base(lora, plan, monkeypatch, random_student):
+    seen = []
+    estimate = machine.estimate_memory
+    monkeypatch.setattr(machine, "estimate_memory", lambda *args: seen.append(args) or estimate(*args))
+    plan(*([f"student.lora={{r: {lora}}}"] if lora else []))
+    student = Student(model=str(random_student), lora=None if lora is None else {"r": lora})
+    model = load_model(student, random_student)
+    roles = Roles(make_trainable(student, model), None if lora else load_model(student, random_student))
+    _, _, weights, trained, *_ = seen[0]
+    assert weights == sum({id(p): p.nbytes for p in roles.weights()}.values())
+    assert trained == sum(p.numel() for p in roles.policy.parameters() if p.requires_grad)

@@ -4,12 +4,16 @@ Stand-ins: a random student has no signal in any score; one whose scorer is a ru
 """
 
 import json
+import math
 
 import pytest
+import torch
 
 from purld.config.load import load_config
+from purld.config.methods import LdlGrpo
 from purld.display.progress import Reporter
 from purld.errors import UserError
+from purld.methods.labels import distribution_entropy, pu_labels
 from purld.model.self_evaluation import GroupScores
 from purld.pipeline import probe as module
 from purld.pipeline.pipeline import Pipeline
@@ -157,3 +161,12 @@ def test_the_command_measures_every_scorer_of_a_random_student(tiny_config, tmp_
     assert probe["model"] == "base" and probe["prompts"] == 8
     assert {row["name"] for row in probe["scorers"]} == {"expected", "verbal", "in_context", "reference"}
     assert all(0 <= row["label_entropy"] <= 1.0001 for row in probe["scorers"])
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_labels_are_those_that_stage_two_makes_the_anchors_own_among_them(joins):
+    settings = LdlGrpo(anchor_in_group=joins, margin_scale="literal")
+    found = module._label_entropy("expected", [[0.2, 0.5]], [0.9], settings)
+    scores = torch.tensor([0.9, 0.2, 0.5] if joins else [0.2, 0.5])
+    labels = pu_labels(scores, 0.9, settings.gamma, settings.tau).log_distribution
+    assert found == pytest.approx(distribution_entropy(labels).item() / math.log(len(scores)))

@@ -86,6 +86,12 @@ def test_a_signal_that_the_method_lacks_has_no_light(lights: Any) -> None:
     assert set(lights(length=[20.0] * 3)) == {"Answer length"}
 
 
+@pytest.mark.parametrize(("joins", "members"), [(False, 8), (True, 9)])
+def test_entropy_is_told_against_that_of_uniform_labels_the_anchors_among_them(joins: bool, members: int) -> None:
+    rows = [{"entropy_labels": 0.8 * math.log(members)}]
+    assert RULES[0].measure(rows, {"candidates": 8, "anchor_in_group": joins}) == pytest.approx(0.8)
+
+
 def test_before_the_first_step_there_are_no_lights(unlogged: RunData) -> None:
     assert health_lights(unlogged, GoldAuc(0.9, 0.8, 1.0, 4)) == []
 

@@ -33,7 +33,7 @@ _ADAPTER_ERRORS = (ValueError, TypeError, AttributeError, NotImplementedError, R
 
 @dataclass(frozen=True)
 class StudentSizes:
-    """The number of the student's weights, and of those that are trained: its own or an adapter's."""
+    """The number of the student's own weights, and of those that are trained: these or an adapter's."""
 
     weights: int
     trained: int
@@ -79,6 +79,11 @@ def _check_quantized(student: Student, config: PreTrainedConfig) -> bool:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return False
+    if student.quantize is not None:
+        raise UserError(
+            f"student.quantize: the weights of {student.model} are quantized already; leave it out, or give a "
+            "directory of weights that are not quantized."
+        )
     try:
         quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)

@@ -68,8 +68,7 @@ def _plan_update(plan: Plan, config: Config, sizes: StudentSizes, longest_prompt
         return
     update = update_sizes(align, student, longest_prompt)
     # With all weights trained, p_sft is a second copy; an adapter comes on top of its base.
-    base = sizes.weights - (sizes.trained if student.lora else 0)
-    weights = int(base * _frozen_bytes(config)) + 4 * sizes.trained
+    weights = int(sizes.weights * _frozen_bytes(config)) + 4 * sizes.trained
     shape, width = DecoderShape.of(load_part(AutoConfig, student.model)), 2 if torch.cuda.is_available() else 4
     device = device_memory()
 

@@ -222,8 +222,9 @@ def _label_entropy(
     for group, anchor in zip(groups, anchors, strict=True):
         scores = torch.tensor([s for s in group if s is not None], dtype=torch.float64)
         if anchor is not None and len(scores) > 1:
-            made = pu_labels(scores, anchor, labels.gamma, labels.tau, scale)
-            ratios.append(distribution_entropy(made.log_distribution).item() / math.log(len(scores)))
+            members = torch.cat([scores.new_tensor([anchor]), scores]) if labels.anchor_joins else scores
+            made = pu_labels(members, anchor, labels.gamma, labels.tau, scale)
+            ratios.append(distribution_entropy(made.log_distribution).item() / math.log(len(members)))
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 

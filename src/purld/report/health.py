@@ -96,7 +96,8 @@ def _against_start(rows: Sequence[Row], key: str) -> float | None:
 
 
 def _label_entropy(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
-    entropy, group = _latest(rows, "entropy_labels"), align.get("candidates", 0)
+    entropy = _latest(rows, "entropy_labels")
+    group = align.get("candidates", 0) + align.get("anchor_in_group", False)  # the anchor has a label of its own
     return None if entropy is None or group < 2 else entropy / math.log(group)
 
 
