@@ -50,7 +50,7 @@ class Bench:
     def run_cell(self, cell: Cell) -> Row:
         """Run one cell and return its row; its weights are removed, its Stage I stays for its family."""
         leader = RunDir(self.out / cell.family / "SFT")
-        config = self._write_config(cell)
+        config = self.write_config(cell)
         if cell.method == "SFT":
             _purld("run", config, leader, ["align.method=sft"])
             return self._row(cell, leader)
@@ -60,20 +60,23 @@ class Bench:
         if "sft" not in run.finished_stages():
             share_stage_one(leader, run)
             _copy_answers(leader, run)
-        _purld("run", config, run, [f"align.{key}={json.dumps(value)}" for key, value in self._align(cell).items()])
+        _purld(
+            "run", config, run, [f"align.{key}={json.dumps(value)}" for key, value in self.align_settings(cell).items()]
+        )
         row = self._row(cell, run)
         shutil.rmtree(run.align, ignore_errors=True)
         return row
 
-    def _align(self, cell: Cell) -> dict[str, Any]:
+    def align_settings(self, cell: Cell) -> dict[str, Any]:
+        """Return the keys of `align` that a cell sets."""
         settings = {**METHODS[cell.method], **dict(cell.settings)}
         return {"steps": self.size.steps, **settings}
 
-    def _write_config(self, cell: Cell) -> Path:
+    def write_config(self, cell: Cell) -> Path:
         """Write a family's problems and configuration, and return the configuration's path."""
         folder = self.out / cell.family
         folder.mkdir(parents=True, exist_ok=True)
-        train, validation = self._split_problems(cell.seed)
+        train, validation = self.split_problems(cell.seed)
         measured = validation if cell.split == "validation" else read_rows(self.test)[: self.size.measured]
         train_file, measured_file = (str((folder / f"{name}.jsonl").resolve()) for name in ("train", "measured"))
         write_rows(Path(train_file), train)
@@ -95,7 +98,7 @@ class Bench:
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         return path
 
-    def _split_problems(self, seed: int) -> tuple[list[Row], list[Row]]:
+    def split_problems(self, seed: int) -> tuple[list[Row], list[Row]]:
         """Return a seed's training problems, Stage I's and Stage II's together, and the validation problems of all."""
         rows = list({row["prompt"]: row for row in read_rows(self.problems)}.values())
         random.Random(0).shuffle(rows)

@@ -65,7 +65,7 @@ def _differences(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> l
     mean = over_seeds(by_seed)
     seeds = "" if mean.low is None else f"[{mean.low:+.3f}, {mean.high:+.3f}]"
     low, high = paired.interval
-    return [f"{paired.value:+.3f} [{low:+.3f}, {high:+.3f}]", seeds, ", ".join(f"{value:+.3f}" for value in by_seed)]
+    return [f"{paired.mean:+.3f} [{low:+.3f}, {high:+.3f}]", seeds, ", ".join(f"{value:+.3f}" for value in by_seed)]
 
 
 def _costs(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,62 @@
+"""The comparison on real students: what is trained on, measured and compared, without running any of it."""
+
+from pathlib import Path
+
+import pytest
+from real_students.bench import Bench
+from real_students.page import method_table
+from real_students.plan import CHOSEN, METHODS, SEEDS, Size, chosen_cells, tuning_cells
+
+from purld.config.load import load_config
+from purld.runs.files import read_rows, write_rows
+
+SIZE = Size(stage_one=60, stage_two=40, steps=4, measured=30, samples=2)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, random_student: Path) -> Bench:
+    problems, test = tmp_path / "problems.jsonl", tmp_path / "test.jsonl"
+    write_rows(
+        problems, [{"prompt": f"What is {n} + 1?", "reference": n + 1, "teacher": f"{n + 1}."} for n in range(400)]
+    )
+    write_rows(test, [{"prompt": f"What is {n} + 2?", "reference": n + 2} for n in range(50)])
+    return Bench(tmp_path / "out", {"tiny": random_student}, problems, test, SIZE)
+
+
+def test_every_cell_has_a_folder_of_its_own_and_p_sft_comes_first():
+    cells = [*chosen_cells(["a", "b"], CHOSEN, SEEDS), *tuning_cells(["a", "b"])]
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert [cell.method for cell in cells[:2]] == ["SFT", "SFT"]
+    assert {cell.method for cell in cells} == METHODS.keys()
+    assert all(cell.seed not in SEEDS and cell.split == "validation" for cell in tuning_cells(["a"]))
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_nothing_is_measured_on_what_is_trained_on(bench: Bench, split: str):
+    for seed in (0, 1):
+        cell = next(c for c in chosen_cells(["tiny"], CHOSEN, [seed]) if c.method == "LDL-GRPO")
+        path = bench.write_config(type(cell)(cell.student, seed, split, cell.method, cell.settings))
+        config = load_config(path, [f"align.{key}={value}" for key, value in bench.align_settings(cell).items()])
+        train, measured = (read_rows(Path(name)) for name in (config.data.prompts, config.data.eval_prompts))
+        assert len(train) == 100 and len(measured) == 30 and config.data.sft_fraction == 0.6
+        assert not {row["prompt"] for row in train} & {row["prompt"] for row in measured}
+        assert (config.align.method, config.align.steps, config.seed) == ("ldl_grpo", 4, seed)
+
+
+def test_validation_problems_are_the_same_for_all_seeds(bench: Bench):
+    parts = [bench.split_problems(seed) for seed in (0, 1)]
+    assert parts[0][1] == parts[1][1] and parts[0][0] != parts[1][0]
+
+
+def test_the_table_has_paired_differences_over_problems_and_seeds():
+    def row(method: str, seed: int, right: list[float], **changed: float):
+        shared = {"student": "tiny", "split": "test", "pool": "other", "kl": None, "steps": 3, "prompts_per_step": 8}
+        own = {"method": method, "seed": seed, "right": right, "changed": changed}
+        return shared | own | {"greedy": [1.0, 0.0], "seconds": {"align": 36.0}}
+
+    rows = [row("SFT", 0, [0.5, 0.0]), row("SFT", 1, [0.5, 0.5])]
+    rows += [row("LDL-GRPO", 0, [1.0, 0.0], rate=0.1), row("LDL-GRPO", 1, [1.0, 0.5], rate=0.1)]
+    lines = method_table(rows, "tiny", "test").splitlines()
+    assert lines[2].split(" | ")[:4] == ["| SFT", "", "0.375", "0.500"]
+    assert lines[3].startswith("| LDL-GRPO | rate=0.1 | 0.625 | 0.500 | +0.250 [")
+    assert lines[3].endswith(" | +0.250, +0.250 |  | 2400 |")
