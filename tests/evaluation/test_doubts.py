@@ -38,6 +38,14 @@ def test_a_judge_that_always_says_a_is_named():
     assert "(sft 100%)" in sentence
 
 
-def test_scores_no_better_than_chance_are_named():
-    (sentence,) = doubts(score_quality={"auc_within": 0.5, "auc_within_ci": [0.4, 0.6]})
-    assert "AUC within prompts 0.50 [0.40, 0.60]" in sentence
+@pytest.mark.parametrize(
+    "auc, interval, said",
+    [
+        (0.5, [0.4, 0.6], "cannot be told apart from chance: AUC within prompts 0.50 [0.40, 0.60]"),
+        (1.0, [0.16, 1.0], "cannot be told apart from chance: AUC within prompts 1.00 [0.16, 1.00]"),  # too few groups
+        (0.3, [0.2, 0.45], "ranked worse than chance: AUC within prompts 0.30 [0.20, 0.45]"),
+    ],
+)
+def test_scores_that_are_not_shown_to_beat_chance_are_named(auc, interval, said):
+    (sentence,) = doubts(score_quality={"auc_within": auc, "auc_within_ci": interval})
+    assert said in sentence

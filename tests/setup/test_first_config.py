@@ -1,16 +1,19 @@
 """`purld init`: what it asks, finds and writes; and what it writes passes `purld check`."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from purld.cli import main
 from purld.config.load import load_config
 from purld.errors import UserError
 from purld.setup.first_config import prepare_config
 from purld.setup.questions import Interview, Wishes, clean_key_variable
+from purld.signals import Stopped
 from purld.testbed.world.world import generate_problems, teacher_answer
 
 PROBLEMS = generate_problems("counting", "train", 30, 0)
@@ -233,3 +236,72 @@ def test_what_cannot_become_a_configuration_is_told_in_a_sentence(
 def test_a_default_is_taken_where_there_is_no_terminal():
     interview = Interview(None, lambda line: None)
     assert interview.answer(None, "--x", "X", str.upper, default="a") == "A"
+
+
+def test_the_comments_give_the_figures_of_the_plan(random_student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pool.txt").write_text(texts())
+    wishes = Wishes(
+        model=str(random_student),
+        data="pool.txt",
+        **ENDPOINT,
+        overrides=["sft.batch_size=4", "align.prompts_per_step=2"],
+    )
+    first = prepare_config(wishes, Path("run.yaml"))
+    # 30 prompts, of which 24 are trained on and 21.6 of these in Stage I, or 6 batches of 4 a pass.
+    assert "# about 24 updates of 4 answers" in first.text
+    assert "# of 2 prompts: about 4.0 passes over the prompts" in first.text
+
+
+@pytest.mark.parametrize(
+    "key, said", [("data.eval_fraction=abc", "data.eval_fraction"), ("sft.batch_size=0", "sft.batch_size")]
+)
+def test_a_key_whose_value_is_wrong_is_told_in_a_sentence(key, said, random_student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pool.txt").write_text(texts())
+    with pytest.raises(UserError, match=said):
+        prepare_config(
+            Wishes(model=str(random_student), data="pool.txt", **ENDPOINT, overrides=[key]), Path("run.yaml")
+        )
+
+
+def test_prompts_held_out_in_a_file_of_their_own_leave_no_share_to_hold_out(random_student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pool.txt").write_text(texts())
+    wishes = Wishes(
+        model=str(random_student),
+        data="pool.txt",
+        **ENDPOINT,
+        overrides=["data.eval_prompts=held.txt", "align.method=sft"],
+    )
+    text = prepare_config(wishes, Path("run.yaml")).text
+    assert "eval_fraction" not in text and "candidates" not in text and "method: sft" in text
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("pool.txt").write_text(texts())
+    assert purld(monkeypatch, "init", "pool.txt/run.yaml") == 2
+    assert "pool.txt is a file; give a path in a folder" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert purld(monkeypatch, "init", "run.yaml") == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "end, said, status",
+    [
+        (typer.Abort(), "the input ended at a question; nothing was written", 2),
+        (Stopped(signal.SIGINT), "stopped; nothing was written", 130),
+    ],
+)
+def test_an_end_at_a_question_writes_nothing_and_says_so(end, said, status, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+
+    def prompt(*arguments, **options):
+        raise end
+
+    monkeypatch.setattr("typer.prompt", prompt)
+    assert purld(monkeypatch, "init") == status
+    assert f"purld: {said}." in capsys.readouterr().err and not Path("run.yaml").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import typer
 
 from purld.cli.common import app, existing_run, make_reporter
 from purld.errors import UserError, printable
+from purld.signals import Stopped
 
 
 @app.command("chat")
@@ -76,11 +78,16 @@ def _typed_lines() -> Iterator[str]:
     if terminal:
         import readline  # noqa: F401  # lets the arrow keys edit and recall lines
 
-        print("Type a prompt; Ctrl-D ends.", file=sys.stderr)
+        print("Type a prompt; Ctrl-D or Ctrl-C ends.", file=sys.stderr)
     while True:
         try:
             line = input("> " if terminal else "")
         except EOFError:
+            return
+        except Stopped as stop:  # Ctrl-C at the prompt leaves nothing to go on with
+            if not terminal or stop.signum != signal.SIGINT:
+                raise
+            print(file=sys.stderr)
             return
         if line.strip():
             yield line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 
 from purld.cli.common import app, make_reporter
 from purld.errors import UserError
+from purld.signals import Stopped
 
 
 @app.command("init")
@@ -62,20 +64,31 @@ def write_first_config(
 
 
 def _check_target(config: Path, force: bool) -> None:
+    """Check that the file can be written, before anything is asked."""
+    from purld.runs.files import nearest_folder
+
     if config.is_dir():
         raise UserError(f"{config}: is a folder; give a file to write, such as {config / 'run.yaml'}.")
     if config.exists() and not force:
         raise UserError(f"{config}: exists; --force overwrites it, or give another name.")
+    folder = nearest_folder(config.parent)
+    if not folder.is_dir():
+        raise UserError(f"{config}: {folder} is a file; give a path in a folder.")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{config}: the folder {folder} cannot be written; give a path in another one.")
 
 
 def _ask(question: str, default: str | None) -> str:
-    return str(typer.prompt(question, default=default, err=True, show_default=bool(default)))
+    try:
+        return str(typer.prompt(question, default=default, err=True, show_default=bool(default)))
+    except (typer.Abort, Stopped) as end:
+        how, status = ("stopped", end.status) if isinstance(end, Stopped) else ("the input ended at a question", 2)
+        typer.echo(f"\npurld: {how}; nothing was written.", err=True)
+        raise typer.Exit(status) from None
 
 
 def _show_plan(config: Path, key_variable: str | None) -> None:
     """Show what `purld check` shows, and the command that comes next."""
-    import os
-
     from purld.cli.common import open_config
 
     settings, run = open_config(config, [], None)

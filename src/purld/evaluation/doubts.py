@@ -28,9 +28,10 @@ def _scores_against_gold(results: Mapping[str, Any]) -> list[str]:
     if "auc_within_ci" not in quality or quality["auc_within_ci"][0] > 0.5:
         return []
     low, high = quality["auc_within_ci"]
+    verdict = "ranked worse than chance" if high < 0.5 else "cannot be told apart from chance"
     return [
-        "against gold, the scores of Stage II ranked no better than chance: AUC within prompts "
-        f"{quality['auc_within']:.2f} [{low:.2f}, {high:.2f}]."
+        f"against gold, the scores of Stage II {verdict}: AUC within prompts {quality['auc_within']:.2f} "
+        f"[{low:.2f}, {high:.2f}], and chance is 0.5."
     ]
 
 

@@ -92,7 +92,7 @@ def check_devices() -> Iterator[Finding]:
         yield Finding(
             "warning", "devices", f"torch is built for CUDA {torch.version.cuda} and finds no GPU", "see nvidia-smi"
         )
-    yield Finding("ok", "devices", f"{cores} CPU cores, {torch.get_num_threads()} threads")
+    yield Finding("ok", "devices", f"CPU cores: {cores}, threads of torch: {torch.get_num_threads()}")
 
 
 def check_memory(needed: int | None = None) -> Iterator[Finding]:

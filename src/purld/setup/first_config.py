@@ -14,6 +14,7 @@ from pathlib import Path
 from purld.clients.answer_file import AnswerFileClient
 from purld.config.base import FormatName
 from purld.config.clients import AnswerFile
+from purld.config.methods import StageTwoSettings
 from purld.config.schema import Columns, Config, Student
 from purld.errors import UserError
 from purld.records import Prompt
@@ -37,9 +38,9 @@ from purld.setup.teacher_section import TeacherContext, put_teacher
 _SMALL_MODEL = 100_000_000  # weights; all of them are trained up to here
 _MEASURED = 500  # prompts and answers whose tokens are counted
 _FEW_PROMPTS = 200
-_SFT_UPDATES, _BATCH = 60, 16  # fewer updates of Stage I teach an adapter next to nothing
+_SFT_UPDATES = 60  # fewer updates of Stage I teach an adapter next to nothing
 _MOST_EPOCHS = 4
-_LEAST_STEPS, _MOST_STEPS, _PER_STEP = 25, 200, 8
+_LEAST_STEPS, _MOST_STEPS = 25, 200
 _PASSES = 4  # of Stage II over the prompts
 _CHECK_COMMENTS = {
     "math": "an answer is right if its result equals that of the reference",
@@ -142,7 +143,8 @@ def _put_data(draft: Draft, data: str, file: FileSurvey, own_answers: bool, say:
         say(f"{data}: {loaded.skipped:,} rows cannot be used and are left out, first: {loaded.first_skipped}")
         draft.put("data.bad_rows", "skip", f"{loaded.skipped:,} rows cannot be used; without this key the run stops")
     few = len(loaded.prompts) < _FEW_PROMPTS
-    draft.put("data.eval_fraction", 0.2 if few else 0.1, "the share that is held out, and only evaluated on")
+    if draft.get("data.eval_prompts") is None:
+        draft.put("data.eval_fraction", 0.2 if few else 0.1, "the share that is held out, and only evaluated on")
     if survey.check:
         say(f"{data}: the gold in the column {columns.get('reference', 'reference')!r} fits data.check: {survey.check}")
         draft.put("data.check", survey.check, _CHECK_COMMENTS[survey.check])
@@ -202,14 +204,21 @@ def _known_answers(config: Config, data: str, prompts: Sequence[Prompt]) -> list
 
 def _put_training(draft: Draft, prompts: int) -> None:
     """Add what decides how long training takes, by the number of prompts."""
-    trained_on = max(1, round(prompts * (1 - float(draft.get("data.eval_fraction") or 0))))
-    epochs = min(_MOST_EPOCHS, max(1, math.ceil(_SFT_UPDATES * _BATCH / trained_on)))
-    draft.put("sft.epochs", epochs, f"about {math.ceil(epochs * trained_on / _BATCH):,} updates of {_BATCH} answers")
-    steps = min(_MOST_STEPS, max(_LEAST_STEPS, math.ceil(_PASSES * trained_on / _PER_STEP)))
+    config = draft.read("the configuration")
+    sft, align = config.sft, config.align
+    held_out = 0.0 if config.data.eval_prompts else config.data.eval_fraction
+    trained_on = max(1, round(min(prompts, config.data.max_prompts or prompts) * (1 - held_out)))
+    per_epoch = math.ceil(trained_on * (1 - sft.validation_fraction) / sft.batch_size)
+    epochs = min(_MOST_EPOCHS, max(1, math.ceil(_SFT_UPDATES / per_epoch)))
+    draft.put("sft.epochs", epochs, f"about {epochs * per_epoch:,} updates of {sft.batch_size} answers")
     draft.put("align.method", "ldl_grpo", "`purld methods` lists the others")
-    draft.put("align.candidates", 8, "drawn for each prompt of a step")
-    passes = steps * _PER_STEP / trained_on
-    draft.put("align.steps", steps, f"of {_PER_STEP} prompts: {passes:.1f} passes over the prompts")
+    if not isinstance(align, StageTwoSettings):
+        return
+    if hasattr(align, "candidates"):
+        draft.put("align.candidates", 8, "drawn for each prompt of a step")
+    steps = min(_MOST_STEPS, max(_LEAST_STEPS, math.ceil(_PASSES * trained_on / align.prompts_per_step)))
+    passes = steps * align.prompts_per_step / trained_on
+    draft.put("align.steps", steps, f"of {align.prompts_per_step} prompts: about {passes:.1f} passes over the prompts")
     draft.sort("align", ("method", "candidates", "steps"))
 
 
