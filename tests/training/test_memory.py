@@ -1,26 +1,31 @@
 """A device that runs out of memory makes a step slower, and its gradient no other one."""
 
+import contextlib
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from purld import ranks
 from purld.config.load import load_config
 from purld.config.methods import LdlGrpo
 from purld.config.schema import Student
 from purld.display.progress import Reporter
 from purld.errors import UserError
-from purld.model.load import Roles, load_model
+from purld.model.load import Roles, load_encoder, load_model
+from purld.model.sample import Completion
 from purld.model.vision import EncodedPrompt
 from purld.pipeline.pipeline import Pipeline
-from purld.records import Prompt
+from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training import memory
 from purld.training.group_update import GroupUpdate
-from purld.training.memory import needs_recompute
+from purld.training.memory import needs_recompute, update_sizes
 from purld.training.rollout import AnchoredPrompt
+from purld.training.scoring import ScorerContext
+from purld.training.validation import ValidationSet, Validator
 
 STEPS = ["align.steps=2", "sft.epochs=1", "align.candidates=4", "align.temperature=0.5"]
 
@@ -102,3 +107,32 @@ def test_layers_are_computed_again_where_memory_asks_for_it(recompute, device, e
     roles = Roles(load_model(student, student.model), load_model(student, student.model))
     questions = [AnchoredPrompt(Prompt.from_text("One?"), "One.", EncodedPrompt([1] * 30))]
     assert needs_recompute(LdlGrpo(recompute=recompute), student, roles, questions, half=False) == expected
+
+
+@pytest.mark.parametrize(("processes", "engine", "drawn"), [(1, {}, 40), (4, {}, 16), (1, {"kind": "vllm"}, 0)])
+def test_caches_are_those_of_the_candidates_that_this_process_draws(
+    processes, engine, drawn, random_student, monkeypatch
+):
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    student = Student(model=str(random_student), lora={"r": 2}, engine={"kind": "generate"} | engine)
+    assert update_sizes(LdlGrpo(prompts_per_step=5, candidates=8), student, longest_prompt=30).drawn == drawn
+
+
+@pytest.mark.parametrize(("processes", "batches"), [(1, [8, 8, 4]), (4, [4, 1])])
+def test_a_validation_draws_no_more_at_once_than_a_step_and_every_process_has_its_part(
+    processes, batches, random_student, monkeypatch
+):
+    encoder, drawn = load_encoder(Student(model=str(random_student))), []
+
+    def sampler(policy, prompts, count, seeds):
+        drawn.append(len(prompts))
+        return [[Completion([33], True)] for _ in prompts]
+
+    monkeypatch.setattr(ranks, "count", lambda: processes)
+    monkeypatch.setattr(ranks, "index", lambda: processes - 1)
+    prompts = [Prompt.from_text(f"How many are {n} and 1?") for n in range(20)]
+    chosen = ValidationSet([(p, Anchor(p.id, "1.")) for p in prompts], "gold", lambda prompt, text: True)
+    settings = LdlGrpo(prompts_per_step=4, candidates=2 if processes == 1 else 4)
+    context = ScorerContext(encoder, None, settings, True, contextlib.nullcontext)
+    assert Validator(chosen, settings, context, lambda decoding: sampler)(None) == 1.0
+    assert drawn == batches

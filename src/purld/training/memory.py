@@ -6,6 +6,7 @@ The gradient depends neither on the size of micro-batches nor on what is compute
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+from purld import ranks
+from purld.config.engines import VllmEngine
 from purld.config.methods import SamplingSettings, StageTwoSettings
 from purld.config.schema import Student
 from purld.errors import PlainWarning, UserError
@@ -24,12 +27,18 @@ from purld.training.rollout import AnchoredPrompt
 
 
 def update_sizes(settings: StageTwoSettings, student: Student, longest_prompt: int) -> UpdateSizes:
-    """Return the sizes of the largest update that a method's settings allow."""
+    """Return the sizes of the largest update that a method's settings allow, in one of the ranks that share it."""
     row = METHODS[getattr(settings, "method", "")].stage_two
     has_anchor = settings.anchor_joins or (row is not None and row.anchor_member)
     drawn = settings.max_new_tokens if isinstance(settings, SamplingSettings) else 0
     answer = max(drawn, student.max_anchor_tokens if has_anchor else 0)
-    return UpdateSizes(longest_prompt, answer, settings.drawn + has_anchor, settings.prompts_per_step * settings.drawn)
+    caches = 0 if isinstance(student.engine, VllmEngine) else largest_share(settings) * settings.drawn
+    return UpdateSizes(longest_prompt, answer, settings.drawn + has_anchor, caches)
+
+
+def largest_share(settings: StageTwoSettings) -> int:
+    """Return how many of a step's prompts one rank has at most."""
+    return math.ceil(settings.prompts_per_step / ranks.count())
 
 
 def needs_recompute(

@@ -23,6 +23,7 @@ from purld.model.sample import Completion, Decoding, Sampler
 from purld.model.self_evaluation import GroupScores
 from purld.records import Anchor, Prompt
 from purld.tasks.checks import Check, gold_check, result_check
+from purld.training.memory import largest_share
 from purld.training.rollout import AnchoredPrompt, candidates_to_score
 from purld.training.scoring import GroupToScore, Scorer, ScorerContext, find_scorer
 
@@ -121,15 +122,15 @@ class Validator:
         self._questions = [AnchoredPrompt(p, a.text, context.encoder.encode_prompt(p)) for p, a in chosen.examples]
         self._sampler = make_sampler(Decoding(0.0, limit))
         self._scorer = _make_scorer(chosen, settings, context)
-        self._batch = settings.prompts_per_step * max(1, settings.drawn)  # as many sequences as a step draws at once
+        self._batch = largest_share(settings) * max(1, settings.drawn)  # as many sequences as a step draws here at once
 
     @torch.no_grad()
     def __call__(self, policy: CausalLM) -> float | None:
         """Return the mean score of greedy answers, which the ranks share; None if none of them got a score."""
         scores: list[float | None] = []
-        batches = list(micro_batches(len(self._questions), self._batch))
-        for rows in batches[ranks.my_share(len(batches))]:
-            batch = self._questions[rows]
+        mine = self._questions[ranks.my_share(len(self._questions))]
+        for rows in micro_batches(len(mine), self._batch):
+            batch = mine[rows]
             with self._autocast():
                 drawn = self._sampler(policy, [question.encoded for question in batch], 1, [0] * len(batch))
             groups = [self._to_score(question, completions) for question, completions in zip(batch, drawn)]
