@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,15 @@ from rank_processes import run_ranks
 from purld import ranks
 from purld.config.load import load_config
 from purld.display.progress import Reporter
+from purld.errors import PlainWarning
 from purld.model.load import load_model
 from purld.pipeline.pipeline import Pipeline
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.finite import FiniteGuard
+from purld.training.group_update import GroupUpdate
 from purld.training.scoring import SCORERS
+from purld.training.validation import METRIC
 
 LORA = "student.lora={r: 4, dropout: 0.0}"
 
@@ -138,7 +142,15 @@ def after_stage_one(module_config, teacher, tmp_path_factory):
     def make(overrides):
         section = f"teacher={{kind: openai, base_url: '{teacher.url}', model: m, max_calls: 100}}"
         config = load_config(
-            module_config, [section, "sft.epochs=1", "align.steps=4", "align.warmup_ratio=0", *overrides]
+            module_config,
+            [
+                section,
+                "sft.epochs=1",
+                "sft.validation_fraction=0.4",
+                "align.steps=4",
+                "align.warmup_ratio=0",
+                *overrides,
+            ],
         )
         adapter = LORA in overrides
         if adapter not in done:
@@ -158,6 +170,13 @@ CASES = {
     "a critic": ["align.method=self_ppo", "align.updates_per_rollout=2", "align.prompts_per_step=3"],
     "fewer prompts than processes": ["align.prompts_per_step=1"],
     "a judging teacher": ["align.method=teacher_judge_grpo", "align.prompts_per_step=3"],
+    "the best step, and the anchor in the group": [
+        "align.prompts_per_step=3",
+        "align.updates_per_rollout=2",
+        "align.anchor_in_group=true",
+        "align.validate_every=2",
+        "align.patience=1",
+    ],
     "no candidates": ["align.method=sft_sft", "align.prompts_per_step=3"],
 }
 
@@ -184,7 +203,8 @@ def test_a_step_of_two_processes_is_that_of_one(after_stage_one, monkeypatch):
 def test_stage_two_of_two_processes_is_that_of_one(case, after_stage_one, teacher, monkeypatch):
     after_stage_one(CASES[case])  # its anchors are bought now
     before = len(teacher.arrived)
-    assert_equal_stage_two(CASES[case], after_stage_one, monkeypatch)
+    one, _ = assert_equal_stage_two(CASES[case], after_stage_one, monkeypatch)
+    assert any(METRIC in row for row in read_rows(one.metrics)) == ("validate" in str(CASES[case]))
     asked = len(teacher.arrived) - before
     # 4 steps of 3 prompts with 3 candidates, once in each of the two runs
     assert asked == (2 * 36 if case == "a judging teacher" else 0)
@@ -222,6 +242,28 @@ def test_dropped_groups_leave_nobody_waiting(left_out, after_stage_one, monkeypa
         assert [row["dropped_groups"] for row in rows] == [2.0] * 4
 
 
+@pytest.mark.slow
+def test_out_of_memory_in_one_process_alone_the_step_is_that_of_one(after_stage_one, monkeypatch, tmp_path):
+    """Process 1 fails in its first backward passes, part of a gradient is there already, and others wait for it."""
+    log_probs = GroupUpdate._log_probs
+
+    def limited(update, prefix, ids):
+        values = log_probs(update, prefix, ids)
+        if torch.is_grad_enabled() and ranks.index() == 1 and (len(ids) > 1 or not update.recompute):
+            values[0].sum().backward()
+            (tmp_path / str(len(ids))).touch()
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return values
+
+    monkeypatch.setattr(GroupUpdate, "_log_probs", limited)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlainWarning)
+        assert_equal_stage_two(
+            ["align.prompts_per_step=3", "align.updates_per_rollout=2"], after_stage_one, monkeypatch
+        )
+    assert (tmp_path / "3").exists()
+
+
 def killed_at(config, path, step, monkeypatch, count):
     """Run Stage II until `step` is logged, and no further."""
     log = RunDir.log_metrics
@@ -240,7 +282,7 @@ def killed_at(config, path, step, monkeypatch, count):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_killed_two_processes_end_with_the_same_bits_and_one_goes_on_alone(after_stage_one, monkeypatch):
-    overrides = ["align.prompts_per_step=3"]
+    overrides = ["align.prompts_per_step=3", "align.validate_every=1"]
     (config, calm), (_, killed), (_, alone) = (after_stage_one(overrides) for _ in range(3))
     run_stages(config, calm, ["align"], monkeypatch, 2)
     for path, count in ((killed, 2), (alone, 1)):
