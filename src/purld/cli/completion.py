@@ -9,7 +9,12 @@ import typer
 from purld.cli.common import app
 from purld.errors import UserError
 
-_VALUES = {"--stage": ["align", "sft"], "--dtype": ["float32", "bfloat16"]}  # of flags that take any text
+# Of flags that take any text; of --dtype what every command with this flag takes.
+_VALUES = {
+    "--stage": ["align", "sft"],
+    "--dtype": ["float32", "bfloat16"],
+    "--gguf-type": ["auto", "f32", "f16", "bf16", "q8_0"],
+}
 
 
 @app.command("completion")

@@ -171,7 +171,7 @@ def _training(facts: CardFacts) -> str:
     trained = "all weights" if config.student.lora is None else f"LoRA, rank {config.student.lora.r} per stage"
     rows = {
         "Trained": trained,
-        "Stage I": f"{sft.epochs:g} epochs, batch {sft.batch_size}, learning rate {sft.learning_rate:g}",
+        "Stage I": f"epochs {sft.epochs:g}, batch {sft.batch_size}, learning rate {sft.learning_rate:g}",
     }
     if facts.stage == "align":
         # Methods differ in their settings, and a card tells what this one had.

@@ -106,7 +106,7 @@ def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:
     steps = math.ceil(math.ceil((len(pools.sft) - validation) / sft.batch_size) * sft.epochs)
     plan.add_lines(
         "Training",
-        f"Stage I: {steps} steps of {sft.batch_size} anchors ({sft.epochs:g} epochs), {validation} for validation",
+        f"Stage I: {steps} steps of {sft.batch_size} anchors (epochs: {sft.epochs:g}), {validation} for validation",
         f"  {config.describe_rate('sft')}",
     )
     if isinstance(align, StageTwoSettings):
