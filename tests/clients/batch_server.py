@@ -6,15 +6,14 @@ import contextlib
 import json
 import os
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from faulty_server import SECRET, Handler, Server, completion
+from faulty_server import SECRET, Handler, Server, completion, serving
 
 from purld.clients import batch, batch_submit, rate_limit
 from purld.clients.batch import BatchClient
@@ -155,15 +154,8 @@ def lost_before(handler: BatchHandler) -> None:
     handler.close_connection = True
 
 
-@contextlib.contextmanager
-def running_batch_server() -> Iterator[BatchServer]:
-    server = BatchServer()
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+def running_batch_server() -> contextlib.AbstractContextManager[BatchServer]:
+    return serving(BatchServer())
 
 
 def hurry() -> None:

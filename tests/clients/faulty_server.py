@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
 
 SECRET = "sk-test/9f8e+7d6c=5b4a"
 
@@ -133,13 +133,26 @@ def hang_up(handler: Handler) -> None:
     handler.close_connection = True
 
 
+def rate_by_length(handler: Handler) -> None:
+    """Answer prompts, and rate candidates as a teacher that likes long ones."""
+    _, _, candidate = handler.prompt.partition("Candidate Answer:\n")
+    handler.reply(completion(f"{min(1.0, len(candidate) / 100):.2f}" if candidate else "An answer."))
+
+
 def date_in(seconds: float) -> str:
     return formatdate(time.time() + seconds, usegmt=True)
 
 
+ServerKind = TypeVar("ServerKind", bound=Server)
+
+
+def running_server() -> contextlib.AbstractContextManager[Server]:
+    return serving(Server())
+
+
 @contextlib.contextmanager
-def running_server() -> Iterator[Server]:
-    server = Server()
+def serving(server: ServerKind) -> Iterator[ServerKind]:
+    """Serve in a thread for the block."""
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield server

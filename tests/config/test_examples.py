@@ -1,12 +1,11 @@
 """The example configurations, through the real command line: with stand-ins for what they name, and on real answers."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from command_line import purld
 
-from purld.cli import main
 from purld.runs.files import read_json, read_rows, write_rows
 from purld.runs.run_dir import RunDir
 from purld.testbed.world.world import generate_problems, teacher_answer, write_prompts
@@ -15,15 +14,6 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 REAL = Path(__file__).parents[3] / "shared" / "data" / "instructions_gpt4o.jsonl"
 
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-
-
-def purld(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["purld", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-    return 0
 
 
 @pytest.fixture

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
+from command_line import purld
 from fake_vllm import FakeVllm
 
-from purld.cli import main
 from purld.config.load import load_config
 from purld.config.schema import Lora, Student
 from purld.errors import UserError
@@ -38,15 +37,6 @@ def quick(fake, monkeypatch):
     yield
     vars(fake).update(before)
     fake.away_until = 0.0
-
-
-def purld(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["purld", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stopped:
-        return stopped.code or 0
-    return 0
 
 
 SHORT = [

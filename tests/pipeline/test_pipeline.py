@@ -9,21 +9,11 @@ import time
 
 import pytest
 import yaml
+from command_line import purld
 
-from purld.cli import main
 from purld.runs.files import read_json, read_rows
 from purld.runs.open import open_run
 from purld.runs.run_dir import RunDir
-
-
-def purld(monkeypatch, *arguments):
-    """Run the command in this process; returns its exit status."""
-    monkeypatch.setattr(sys, "argv", ["purld", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as stopped:
-        return stopped.code or 0
-    return 0
 
 
 def sentence(capsys):

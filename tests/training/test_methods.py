@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from faulty_server import completion, running_server
+from faulty_server import completion, rate_by_length, running_server
 from log_prob_sums import sequence_log_probs
 
 from purld.config.load import load_config
@@ -39,16 +39,10 @@ class KilledError(BaseException):
     """In the place of a SIGKILL: nothing catches it."""
 
 
-def rate(handler):
-    """A teacher that likes long candidates."""
-    _, _, candidate = handler.prompt.partition("Candidate Answer:\n")
-    handler.reply(completion(f"{min(1.0, len(candidate) / 100):.2f}" if candidate else "An answer."))
-
-
 @pytest.fixture(scope="module")
 def teacher():
     with running_server() as server:
-        server.default = rate
+        server.default = rate_by_length
         yield server
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from faulty_server import completion, running_server
+from faulty_server import rate_by_length, running_server
 from rank_processes import run_ranks
 
 from purld import ranks
@@ -121,16 +121,10 @@ def test_stage_one_and_the_answers_of_two_processes_are_those_of_one(extra, modu
         assert read_rows(two[0].generations(name)) == read_rows(one[0].generations(name))
 
 
-def rate(handler):
-    """A teacher that likes long candidates."""
-    _, _, candidate = handler.prompt.partition("Candidate Answer:\n")
-    handler.reply(completion(f"{min(1.0, len(candidate) / 100):.2f}" if candidate else "An answer."))
-
-
 @pytest.fixture(scope="module")
 def teacher():
     with running_server() as server:
-        server.default = rate
+        server.default = rate_by_length
         yield server
 
 
