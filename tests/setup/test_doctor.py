@@ -15,6 +15,12 @@ import pytest
 
 from purld.cli import main
 from purld.config.clients import OpenAIEndpoint
+from purld.config.load import load_config
+from purld.model.memory import FIT
+from purld.pipeline.plan import make_plan
+from purld.pipeline.plan_machine import plan_update
+from purld.pipeline.preflight import check_before_spending
+from purld.runs.run_dir import RunDir
 from purld.setup import check_machine
 from purld.setup.check_endpoint import check_endpoint
 
@@ -138,8 +144,7 @@ def test_versions_outside_the_tested_ranges(monkeypatch):
 
 
 def test_memory_disk_clock_and_locale(monkeypatch, tmp_path):
-    (enough,) = check_machine.check_memory(2**20)
-    (little,) = check_machine.check_memory(2**60)
+    enough, little = check_machine.check_memory(2**20), check_machine.check_memory(2**60)
     assert (enough.verdict, little.verdict) == ("ok", "wrong") and "student.lora" in little.remedy
     assert [f.verdict for f in check_machine.check_disk(tmp_path / "runs" / "new")][1] == "ok"
     assert list(tmp_path.iterdir()) == []
@@ -175,8 +180,73 @@ def test_the_command_ends_with_2_if_something_is_wrong(tiny_config, tmp_path, mo
     status, shown = doctor(
         monkeypatch, capsys, tiny_config, "student.max_prompt_tokens=9000", "data.prompts=none.jsonl", *there
     )
-    assert status == 2 and "lower one of them" in shown and "data.prompts: none.jsonl does not exist" in shown
+    assert status == 2 and "lower one of them" in shown and "none.jsonl: no such file" in shown
     assert shown.splitlines()[-1].startswith("2 wrong, ")
     status, shown = doctor(monkeypatch, capsys, tiny_config, "align.tua=1")
     assert status == 2 and "did you mean tau" in shown
     assert not Path(tmp_path / "run").exists()
+
+
+def data_lines(shown):
+    """Return the verdict and the words of each line about files, by subject."""
+    lines = [line.split(maxsplit=2) for line in shown.splitlines() if not line.startswith(" ")]
+    return {line[1]: (line[0], line[2]) for line in lines if line[1] in ("data", "teacher", "evaluate.opponent")}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "there are no prompts"), ("\n\n", "there are no prompts"), ('{"words": 1}\n', "words"), ("{", "line 1")],
+)
+def test_a_file_of_prompts_is_read_as_a_run_reads_it(tiny_config, tmp_path, monkeypatch, capsys, content, words):
+    monkeypatch.setattr("purld.setup.doctor.examine_machine", lambda run: iter(()))
+    empty = tmp_path / "prompts.jsonl"
+    empty.write_text(content)
+    status, shown = doctor(monkeypatch, capsys, tiny_config, f"data.prompts={empty}", "--run-dir", tmp_path / "run")
+    verdict, said = data_lines(shown)["data"]
+    assert (status, verdict) == (2, "wrong") and str(empty) in said and words in said
+
+
+def test_a_file_of_answers_is_read_too(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("purld.setup.doctor.examine_machine", lambda run: iter(()))
+    others, empty = tmp_path / "others.jsonl", tmp_path / "empty.jsonl"
+    others.write_text('{"prompt": "an unknown prompt", "answer": "a"}\n')
+    empty.write_text("")
+    judge = "evaluate.judge={kind: local, model: " + str(load_config(tiny_config).student.model) + "}"
+    given = [f"teacher.path={others}", judge, "evaluate.opponent.kind=file", f"evaluate.opponent.path={empty}"]
+    status, shown = doctor(monkeypatch, capsys, tiny_config, *given, "--run-dir", tmp_path / "run")
+    lines = data_lines(shown)
+    assert status == 2 and lines["data"][0] == "ok"
+    assert lines["teacher"][0] == "wrong" and "others.jsonl answers 0 of " in lines["teacher"][1]
+    assert lines["evaluate.opponent"][0] == "wrong" and "empty.jsonl" in lines["evaluate.opponent"][1]
+
+
+def test_memory_is_that_of_the_plan(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("purld.setup.doctor.examine_machine", lambda run: iter(()))
+    run = RunDir(tmp_path / "run")
+    _, shown = doctor(monkeypatch, capsys, tiny_config, "--run-dir", run.path)
+    planned = next(line for line in make_plan(load_config(tiny_config), run).sections["Student"] if "peak" in line)
+    assert planned.strip().removeprefix("about ") in shown
+    needed = plan_for_memory(tiny_config, run)
+    cases = {
+        10 * needed.need.total: ("ok", ""),
+        int(needed.needed(8).total / FIT) + 1: ("warning", "align.micro_batch_size=8,"),
+        int(needed.needed(1).total / FIT) - 1: ("wrong", "align.max_new_tokens"),
+    }
+    for free, (verdict, remedy) in cases.items():
+        monkeypatch.setattr(check_machine, "_free_memory", lambda free=free: ("memory", free))
+        found = check_machine.check_memory(needed.need.weights, needed)
+        assert (found.verdict, remedy in found.remedy) == (verdict, True), found
+
+
+def plan_for_memory(path, run):
+    """Return what an update needs whose activations are most of it."""
+    config = load_config(path, ["align.max_new_tokens=600", "align.candidates=64", "align.micro_batch_size=64"])
+    _, sizes = check_before_spending(config, run)
+    return plan_update(config, sizes, 100)
+
+
+def test_an_installation_without_torch_is_told_and_no_error(tiny_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("purld.setup.doctor.examine_machine", lambda run: iter(()))
+    monkeypatch.setitem(sys.modules, "purld.setup.check_config", None)
+    status, shown = doctor(monkeypatch, capsys, tiny_config, "--run-dir", tmp_path / "run")
+    assert status == 2 and "nothing in it can be looked at: " in shown

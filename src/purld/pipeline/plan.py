@@ -17,7 +17,7 @@ from purld.pipeline.plan_scoring import plan_scoring
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
-from purld.pipeline.self_comparison import describe_comparison, stage_two_prompts, validation_prompts
+from purld.pipeline.self_comparison import describe_comparison, longest_prompt, stage_two_prompts, validation_prompts
 from purld.pipeline.validation import describe_validation
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
@@ -48,7 +48,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     if score := describe_score(given, config):
         plan.add_lines("Training", score)
     plan_scoring(plan, config, encoder, pools, run)
-    plan_machine(plan, config, sizes, run.path, _longest_prompt(config, pools))
+    plan_machine(plan, config, sizes, run.path, longest_prompt(config, pools))
     _plan_remaining_stages(plan, run)
     return plan
 
@@ -134,10 +134,6 @@ def _describe_stage_two(align: StageTwoSettings, prompts: int) -> str:
     return (
         f"Stage II: {align.steps} steps of {per_step}{repeated} ({total}{passes:.1f} passes over the prompts), {method}"
     )
-
-
-def _longest_prompt(config: Config, pools: PromptPools) -> int:
-    return max((pools.tokens[p.id] for p in stage_two_prompts(config, pools)), default=0)
 
 
 def _plan_remaining_stages(plan: Plan, run: RunDir) -> None:

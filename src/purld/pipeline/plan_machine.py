@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,15 +12,48 @@ from transformers import AutoConfig
 
 from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
-from purld.model.memory import DecoderShape, MemoryNeed, device_memory, estimate_memory, largest_micro_batch
+from purld.model.memory import (
+    DecoderShape,
+    MemoryNeed,
+    UpdateSizes,
+    device_memory,
+    estimate_memory,
+    largest_micro_batch,
+)
 from purld.model.pretrained import load_part
 from purld.model.quantize import NF4_BYTES
 from purld.model.student_check import StudentSizes
-from purld.pipeline.plan_sheet import Plan
+from purld.pipeline.plan_sheet import Plan, format_bytes
 from purld.runs.files import nearest_folder
 from purld.training.memory import describe_need, fits, update_sizes
 
 _CHECKPOINTS = 3  # two are kept, and the next one is complete before the oldest is deleted
+
+
+@dataclass(frozen=True)
+class UpdatePlan:
+    """What the largest update of a run's Stage II needs in memory on this machine.
+
+    Attributes:
+        sizes: the update.
+        micro_batch: members per backward pass, as configured.
+        recompute: whether layers are computed again in the backward pass.
+        needed: micro-batch size -> what is needed then.
+    """
+
+    sizes: UpdateSizes
+    micro_batch: int
+    recompute: bool
+    needed: Callable[[int], MemoryNeed]
+
+    @property
+    def need(self) -> MemoryNeed:
+        """Return what is needed as configured."""
+        return self.needed(self.micro_batch)
+
+    def largest_fitting(self, device: int) -> int | None:
+        """Return the largest micro-batch that fits so many bytes; None if none does."""
+        return largest_micro_batch(self.needed, device, self.sizes.members)
 
 
 def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path, longest_prompt: int | None = None) -> None:
@@ -32,8 +66,8 @@ def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path, lon
         f"{student.model}: {count / 1e6:,.1f} M parameters, {mode}",
         f"about {format_bytes(memory)} for weights, gradients and optimiser, activations on top",
     )
-    if longest_prompt is not None:
-        _plan_update(plan, config, sizes, longest_prompt)
+    if longest_prompt is not None and (planned := plan_update(config, sizes, longest_prompt)) is not None:
+        plan.add_lines("Student", *_describe_update(planned))
     stages = 2 if isinstance(config.align, StageTwoSettings) else 1
     saved = trained if student.lora else count  # without an adapter, frozen weights are saved too
     disk = 4 * (saved * (stages + _CHECKPOINTS) + 2 * trained * _CHECKPOINTS)
@@ -61,34 +95,39 @@ def _frozen_bytes(config: Config) -> float:
     return 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
 
 
-def _plan_update(plan: Plan, config: Config, sizes: StudentSizes, longest_prompt: int) -> None:
-    """Add what an update of Stage II keeps in memory, and the micro-batch that fits this machine's device."""
+def plan_update(config: Config, sizes: StudentSizes, longest_prompt: int) -> UpdatePlan | None:
+    """Return what the largest update of Stage II needs; None for a run without Stage II.
+
+    Args:
+        config: the configuration.
+        sizes: the student's numbers of weights.
+        longest_prompt: the tokens of Stage II's longest prompt.
+    """
     align, student = config.align, config.student
     if not isinstance(align, StageTwoSettings):
-        return
+        return None
     update = update_sizes(align, student, longest_prompt)
     # With all weights trained, p_sft is a second copy; an adapter comes on top of its base.
     weights = int(sizes.weights * _frozen_bytes(config)) + 4 * sizes.trained
     shape, width = DecoderShape.of(load_part(AutoConfig, student.model)), 2 if torch.cuda.is_available() else 4
-    device = device_memory()
 
     def need(micro_batch: int, recompute: bool) -> MemoryNeed:
         return estimate_memory(shape, update, weights, sizes.trained, micro_batch, recompute, width)
 
     micro = min(align.micro_batch_size, update.members)
-    recompute = align.recompute == "always" or (align.recompute == "auto" and not fits(need(micro, False), device))
-    plan.add_lines(
-        "Student",
-        f"Stage II with prompts of {update.prompt:,} tokens, answers of {update.answer:,} and micro-batches of {micro}"
-        f"{', layers computed again in the backward pass' if recompute else ''}:",
-        f"  about {describe_need(need(micro, recompute), format_bytes)}",
-        _describe_fit(
-            need(micro, recompute),
-            micro,
-            largest_micro_batch(lambda n: need(n, recompute), device, update.members),
-            device,
-        ),
-    )
+    recompute = align.recompute == "always" or (align.recompute == "auto" and not fits(need(micro, False)))
+    return UpdatePlan(update, micro, recompute, lambda size: need(size, recompute))
+
+
+def _describe_update(planned: UpdatePlan) -> list[str]:
+    """Describe what an update keeps in memory, and the micro-batch that fits this machine's device."""
+    update, device = planned.sizes, device_memory()
+    return [
+        f"Stage II with prompts of {update.prompt:,} tokens, answers of {update.answer:,} and micro-batches of "
+        f"{planned.micro_batch}{', layers computed again in the backward pass' if planned.recompute else ''}:",
+        f"  about {describe_need(planned.need, format_bytes)}",
+        _describe_fit(planned.need, planned.micro_batch, planned.largest_fitting(device), device),
+    ]
 
 
 def _describe_fit(need: MemoryNeed, micro: int, largest: int | None, device: int) -> str:
@@ -103,8 +142,3 @@ def _describe_fit(need: MemoryNeed, micro: int, largest: int | None, device: int
         f"  does not fit {name}, which has {format_bytes(device)}, in any micro-batch; set student.lora, or lower "
         "align.max_new_tokens or align.prompts_per_step"
     )
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes in GiB, or in MiB if it is less than one."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{math.ceil(count / 2**20)} MiB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -34,3 +35,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             console.print(f"  {line}", markup=False, soft_wrap=True)
     if plan.problems:
         raise UserError(" ".join(plan.problems))
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes in GiB, or in MiB if it is less than one."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{math.ceil(count / 2**20)} MiB"

@@ -70,6 +70,11 @@ def stage_two_prompts(config: Config, pools: PromptPools) -> list[Prompt]:
     return [prompt for prompt in pools.align if prompt.id not in ids]
 
 
+def longest_prompt(config: Config, pools: PromptPools) -> int:
+    """Return the tokens of Stage II's longest prompt; 0 if it has none."""
+    return max((pools.tokens[p.id] for p in stage_two_prompts(config, pools)), default=0)
+
+
 def validation_prompts(config: Config, pools: PromptPools) -> list[Prompt]:
     """Return the prompts that Stage II's steps are compared on; none if the last step is kept."""
     return _kept_out(config, pools)[0]

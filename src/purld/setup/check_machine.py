@@ -13,13 +13,17 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import purld
 from purld.errors import reason_of
 from purld.locks import try_lock
-from purld.pipeline.plan_machine import format_bytes
+from purld.pipeline.plan_sheet import format_bytes
 from purld.runs.files import nearest_folder
 from purld.setup.finding import Finding
+
+if TYPE_CHECKING:
+    from purld.pipeline.plan_machine import UpdatePlan
 
 _DAY = 86_400
 _LITTLE_DISK, _NO_DISK = 20 * 2**30, 2**30  # bytes; an adapter of an 8B model takes gigabytes with its checkpoints
@@ -95,27 +99,32 @@ def check_devices() -> Iterator[Finding]:
     yield Finding("ok", "devices", f"CPU cores: {cores}, threads of torch: {torch.get_num_threads()}")
 
 
-def check_memory(needed: int | None = None) -> Iterator[Finding]:
+def check_memory(training: int | None = None, update: UpdatePlan | None = None) -> Finding:
     """Compare the memory where the student will be with what its training takes.
 
     Args:
-        needed: bytes of weights, gradients and optimiser; None if they are not known.
+        training: bytes of weights, gradients and optimiser; None if they are not known.
+        update: what an update of Stage II needs; None if it is not known, or for a run without Stage II.
     """
     place, free = _free_memory()
     text = f"{format_bytes(free)} of {place} are free"
-    if needed is None:
+    if training is None:
         little = free < _LITTLE_MEMORY
-        remedy = "end other programs" if little else ""
-        yield Finding("warning" if little else "ok", "memory", text, remedy)
-    elif needed > free:
-        yield Finding(
-            "wrong",
-            "memory",
-            f"{text}, and the student needs {format_bytes(needed)} for weights, gradients and optimiser alone",
-            "set student.lora, lower student.lora.r, or take a smaller student",
-        )
-    else:
-        yield Finding("ok", "memory", f"{text}; the student needs {format_bytes(needed)}, and activations on top")
+        return Finding("warning" if little else "ok", "memory", text, "end other programs" if little else "")
+    if training > free:
+        text += f", and the student needs {format_bytes(training)} for weights, gradients and optimiser alone"
+        return Finding("wrong", "memory", text, "set student.lora, lower student.lora.r, or take a smaller student")
+    if update is None:
+        return Finding("ok", "memory", f"{text}; the student needs {format_bytes(training)}, and activations on top")
+    from purld.training.memory import describe_need, fits
+
+    text += f"; Stage II needs about {describe_need(update.need, format_bytes)}"
+    if fits(update.need, free):
+        return Finding("ok", "memory", text)
+    if (micro_batch := update.largest_fitting(free)) is not None:
+        return Finding("warning", "memory", text, f"set align.micro_batch_size={micro_batch}, or end other programs")
+    remedy = "set student.lora, or lower align.max_new_tokens or align.prompts_per_step"
+    return Finding("wrong", "memory", f"{text}, too much in any micro-batch", remedy)
 
 
 def _free_memory() -> tuple[str, int]:

@@ -1,21 +1,21 @@
-"""Look at the machine, and with a configuration at everything that it names, line by line."""
+"""Look at the machine, and with a configuration at everything that it names, line by line.
+
+Nothing here imports torch before it was looked at, since an installation that is damaged is what this is for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from purld.config.clients import OpenAIEndpoint
 from purld.config.schema import Config
-from purld.errors import UserError
+from purld.errors import reason_of
 from purld.runs.run_dir import RunDir
-from purld.setup.check_endpoint import check_endpoint
 from purld.setup.check_machine import (
     check_clock,
     check_devices,
     check_disk,
     check_locale,
-    check_memory,
     check_versions,
 )
 from purld.setup.finding import Finding
@@ -31,41 +31,11 @@ def examine_machine(run: Path) -> Iterator[Finding]:
 
 
 def examine_config(config: Config, run: RunDir) -> Iterator[Finding]:
-    """Yield what is found about the student, the memory that it needs, the data, and the endpoints."""
-    yield from _check_student(config, run)
-    yield from _check_data(config)
-    for role, client in (("teacher", config.teacher), ("evaluate.judge", config.evaluate.judge)):
-        if isinstance(client, OpenAIEndpoint):
-            yield from check_endpoint(role, client)
-
-
-def _check_student(config: Config, run: RunDir) -> Iterator[Finding]:
-    """Check the student's directory as a run would, and the memory and disk that its training takes."""
-    from purld.pipeline.chosen_score import with_chosen_score
-    from purld.pipeline.plan_machine import plan_machine, training_bytes
-    from purld.pipeline.plan_sheet import Plan
-    from purld.pipeline.preflight import check_before_spending
-
+    """Yield what is found about the student, the data, the memory and disk that training takes, and the endpoints."""
     try:
-        run.check_place()
-        _, sizes = check_before_spending(with_chosen_score(config), run)
-    except UserError as problem:
-        yield Finding("wrong", "student", str(problem).rstrip("."), "mend what this sentence names")
-        yield from check_memory()
+        from purld.setup.check_config import check_config
+    except Exception as error:  # a damaged installation raises what it likes
+        text = f"nothing in it can be looked at: {reason_of(error)}"
+        yield Finding("wrong", "config", text, "mend what is wrong above")
         return
-    trained = f"{sizes.weights / 1e6:,.1f} M weights, {sizes.trained / 1e6:,.1f} M trained"
-    yield Finding("ok", "student", f"{config.student.model} is whole: {trained}")
-    yield from check_memory(training_bytes(config, sizes))
-    plan_machine(plan := Plan(), config, sizes, run.path)
-    yield from (Finding("wrong", "disk", problem.rstrip("."), "free some space") for problem in plan.problems)
-
-
-def _check_data(config: Config) -> Iterator[Finding]:
-    data = config.data
-    named = {"data.prompts": data.prompts, "data.eval_prompts": data.eval_prompts}
-    named |= {"teacher.path": getattr(config.teacher, "path", None)}
-    missing = {key: name for key, name in named.items() if name is not None and not Path(name).exists()}
-    for key, name in missing.items():
-        yield Finding("wrong", "data", f"{key}: {name} does not exist", f"correct {key}; paths begin at this folder")
-    if not missing:
-        yield Finding("ok", "data", f"{data.source} is there; `purld check` reads it" if data.prompts else data.source)
+    yield from check_config(config, run)
