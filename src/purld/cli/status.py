@@ -17,8 +17,8 @@ def show_status(
 ) -> None:
     """Show where a run stands.
 
-    What is done, how far the running stage is, what was spent, the last figures, warnings, and the command that goes
-    on. Works while the run is in progress, and does not disturb it.
+    What is done, how far the running stage is, what was spent, batches under way, the last figures, warnings, and the
+    command that goes on. Works while the run is in progress, and does not disturb it.
     """
     existing_run(run_path)
     from purld.errors import printable
@@ -32,6 +32,7 @@ def show_status(
         print(f"  {stage.name:<9} {stage.state:<8} {rest}".rstrip())
     for title, lines in {
         "Spent": status.spending,
+        "Batches under way": status.batches,
         "Results": status.figures,
         "Warnings": status.warnings,
         "Next": status.commands,

@@ -107,7 +107,6 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
     match config.teacher:
         case OpenAIEndpoint() as endpoint:
             _plan_teacher(plan, endpoint, pools, pending_requests(endpoint, config, pools, run))
-            plan.add_lines(_HEADING, *_describe_open_batches(run))
         case LocalModel(model=model):
             plan.add_lines(_HEADING, f"teacher: nothing; answers come from {model}")
         case AnswerFile(path=path) as file:
@@ -121,6 +120,7 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
         )
     if isinstance(config.evaluate.judge, OpenAIEndpoint):
         _plan_judge(plan, config.evaluate.judge, config, encoder, pools)
+    plan.add_lines(_HEADING, *_describe_open_batches(run))
     _plan_training_requests(plan, config, encoder, pools, run)
     if config.report_to:
         plan.add_lines(_HEADING, f"trackers: metrics to where {', '.join(config.report_to)} is set up to (report_to)")

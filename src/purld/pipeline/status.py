@@ -7,12 +7,14 @@ that imports torch is needed. What a stage is doing is in `purld.pipeline.stage_
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from purld.clients.ledger import BUDGETS, LedgerView
+from purld.clients.batch_records import BatchRecord
+from purld.clients.ledger import BUDGETS, LedgerView, is_blank
 from purld.config.clients import OpenAIEndpoint
 from purld.config.load import load_config
 from purld.config.methods import SelfPpo, SelfScoringSettings, StageTwoSettings
@@ -45,6 +47,7 @@ class RunStatus:
         headline: one line about the whole run.
         stages: the stages that take part, in order.
         spending: a line for each budget from which something was spent.
+        batches: a line for each batch at an endpoint whose results are not here yet.
         figures: the last figures of a finished evaluation, a line each.
         warnings: a sentence each.
         commands: what goes on from here.
@@ -53,6 +56,7 @@ class RunStatus:
     headline: str
     stages: list[StageStatus]
     spending: list[str] = field(default_factory=list)
+    batches: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
@@ -77,6 +81,7 @@ def read_status(run: RunDir, now: float) -> RunStatus:
         headline=_headline(run, stages, holder, now),
         stages=stages,
         spending=_spending(run, config),
+        batches=_batches(run, now),
         figures=_figures(run) if "evaluate" in finished else [],
         warnings=warnings + _warnings(run, finished),
         commands=_commands(run, stages, holder),
@@ -145,6 +150,25 @@ def _spending(run: RunDir, config: Config | None) -> list[str]:
             if total["prompts"]:
                 lines.append(_describe_spending(budget, total, clients.get(budget)))
     return lines
+
+
+def _batches(run: RunDir, now: float) -> list[str]:
+    """Describe each batch that an endpoint may be working on: who is asked, how much, since when, its last state."""
+    if is_blank(run.ledger):
+        return []
+    with LedgerView(run.ledger) as ledger:
+        return [_describe_batch(batch, now) for batch in ledger.open_batches() if batch.calls and batch.submitted_at]
+
+
+def _describe_batch(batch: BatchRecord, now: float) -> str:
+    noun = "verdict" if batch.role == "judge" else "prompt"
+    submitted = batch.submitted_at or now
+    since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(submitted))
+    state = batch.status if batch.batch_id and batch.status else "not known yet whether it was created"
+    return (
+        f"{batch.role}: {batch.name}, {batch.calls:,} {noun}{'s' * (batch.calls != 1)}, submitted {since} "
+        f"({describe_seconds(now - submitted)} ago): {state}"
+    )
 
 
 def _describe_spending(budget: str, total: Mapping[str, float], client: object) -> str:
