@@ -92,6 +92,13 @@ def test_out_of_memory_layers_are_computed_again_and_then_micro_batches_halved(r
     assert_same_stage_two(run, calm)
 
 
+def test_without_a_graph_micro_batches_are_halved_at_once():
+    update = GroupUpdate(None, 4, 0, None, contextlib.nullcontext)
+    with pytest.warns(UserWarning, match=r"align.micro_batch_size=2"):
+        smaller = memory.use_less_memory(update, 1, with_graph=False)
+    assert (smaller.micro_batch_size, smaller.recompute) == (2, False)
+
+
 def test_without_room_for_one_member_a_run_says_what_to_lower(runs, monkeypatch):
     SmallDevice(monkeypatch, room=0)
     with pytest.warns(UserWarning), pytest.raises(UserError, match=r"Stage II, step 1: .* lower align.max_new_tokens"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from purld.errors import NotFiniteError, reason_of
+from purld.model.at_once import AtOnce
 from purld.model.body_and_head import BodyAndHead
 from purld.model.cache import repeat_with_capacity
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
@@ -66,17 +67,38 @@ class Sampler(Protocol):
 
 
 class GenerateSampler:
-    """The sampler that uses transformers' `generate`."""
+    """The sampler that uses transformers' `generate`, for fewer prompts at once where a device runs out of memory."""
 
     def __init__(self, encoder: Encoder, decoding: Decoding) -> None:
         self._encoder = encoder
         self._decoding = decoding
+        self._at_once = AtOnce(
+            None,
+            "answers are drawn for fewer prompts at once",
+            "to draw the answers to one prompt at once; lower align.candidates or align.max_new_tokens (in the "
+            "evaluation evaluate.samples or evaluate.max_new_tokens)",
+        )
 
     def __call__(
         self, model: CausalLM, prompts: Sequence[EncodedPrompt], count: int, seeds: Sequence[int]
     ) -> list[list[Completion]]:
-        """Draw `count` completions for each prompt; see `Sampler`."""
-        return generate_completions(model, self._encoder, prompts, count, self._decoding, seeds=seeds)
+        """Draw `count` completions for each prompt; see `Sampler`.
+
+        Raises:
+            UserError: the device's memory is too small for one prompt.
+        """
+
+        def draw(size: int) -> list[list[Completion]]:
+            parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+            return [
+                completions
+                for part in parts
+                for completions in generate_completions(
+                    model, self._encoder, prompts[part], count, self._decoding, seeds=seeds[part]
+                )
+            ]
+
+        return self._at_once(draw, len(prompts))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from purld.errors import UserError
+from purld.model.at_once import AtOnce
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
 from purld.model.log_probs import make_prefix, micro_batches
@@ -61,7 +62,7 @@ class SelfEvaluator:
     def __init__(self, encoder: Encoder, kind: Literal["expected", "verbal"], batch_size: int) -> None:
         self._encoder = encoder
         self._kind = kind
-        self._batch_size = batch_size
+        self._at_once = score_rows_at_once(batch_size)
         self._reader = _ScoreReader(encoder) if kind == "expected" else None
 
     @torch.no_grad()
@@ -75,30 +76,43 @@ class SelfEvaluator:
         if anchor is not None:
             rows.insert(0, self._encoder.encode_quoted_anchor(anchor))
         suffixes = [row + frame.suffix for row in rows]
-        if self._reader is not None:
-            scores = self._expected(model, frame.prefix, suffixes, self._reader)
+        reader = self._reader
+        if reader is not None:
+            scores = self._at_once(lambda size: self._expected(model, frame.prefix, suffixes, reader, size), len(rows))
         else:
-            scores = self._verbal(model, frame.prefix, suffixes)
+            scores = self._at_once(lambda size: self._verbal(model, frame.prefix, suffixes, size), len(rows))
         return GroupScores(None, scores) if anchor is None else GroupScores(scores[0], scores[1:])
 
     def _expected(
-        self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]], reader: _ScoreReader
+        self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]], reader: _ScoreReader, size: int
     ) -> list[float | None]:
         scores: list[float | None] = []
         suffixes = [suffix + reader.opening for suffix in suffixes]
         prefix = make_prefix(model, shared, suffixes, self._encoder.pad)
-        for rows in micro_batches(len(suffixes), self._batch_size):
+        for rows in micro_batches(len(suffixes), size):
             scores += reader.expected_scores(prefix.closing_logits(suffixes[rows], 3)).tolist()
         return scores
 
-    def _verbal(self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]]) -> list[float | None]:
+    def _verbal(
+        self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]], size: int
+    ) -> list[float | None]:
         scores: list[float | None] = []
         greedy = Decoding(temperature=0.0, max_new_tokens=VERBAL_TOKENS)
-        for rows in micro_batches(len(suffixes), self._batch_size):
+        for rows in micro_batches(len(suffixes), size):
             prompts = [EncodedPrompt(suffix) for suffix in suffixes[rows]]
             replies = generate_completions(model, self._encoder, prompts, 1, greedy, shared)
             scores += [parse_score(self._encoder.decode_text(reply.ids)) for (reply,) in replies]
         return scores
+
+
+def score_rows_at_once(batch_size: int) -> AtOnce:
+    """Return how many rows of a group a scorer reads at once, `batch_size` of them at first."""
+    return AtOnce(
+        batch_size,
+        "fewer candidates are scored at once",
+        "to score one candidate at a time; lower student.max_prompt_tokens, student.max_anchor_tokens or "
+        "align.max_new_tokens",
+    )
 
 
 def parse_score(reply: str) -> float | None:

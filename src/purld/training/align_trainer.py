@@ -193,11 +193,13 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             # A rank that drew again alone would meet the others, where they meet while they draw, at another point.
             meets = self._method.across is not None or self._method.scorer == "teacher"
             draw = partial(self._draw, model, mine, seed)
-            self._rollouts = draw() if meets and ranks.count() > 1 else self._within_memory(draw)
+            self._rollouts = draw() if meets and ranks.count() > 1 else self._within_memory(draw, with_graph=False)
             for rollout in self._rollouts:
                 self._metrics.add_rollout(rollout, scored=self._method.scorer is not None)
         share = 1.0 / len(inputs["questions"])  # of a group, in the step of all ranks
-        updated = self._within_memory(lambda: [self._step_group(model, rollout, share) for rollout in self._rollouts])
+        updated = self._within_memory(
+            lambda: [self._step_group(model, rollout, share) for rollout in self._rollouts], with_graph=True
+        )
         objective, records = torch.zeros((), device=self.args.device), []
         for rollout, found in zip(self._rollouts, updated, strict=True):
             if found is not None:
@@ -218,8 +220,10 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         with self.accelerator.autocast():
             return self._make_rollouts(model, questions, seed)
 
-    def _within_memory(self, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns; where the device's memory is too small for it, do it again with less.
+    def _within_memory(self, work: Callable[[], Result], with_graph: bool) -> Result:
+        """Return what `work` returns; where memory is too small to measure or update, do it again with less.
+
+        Sampler and scorers themselves work on less at once where they run out of it.
 
         Raises:
             UserError: micro-batches of one member with recomputed layers do not fit either.
@@ -232,7 +236,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             self.model.zero_grad()
             if self._critic is not None:
                 self._critic.zero_grad()
-            self._update = use_less_memory(self._update, self.state.global_step + 1)
+            self._update = use_less_memory(self._update, self.state.global_step + 1, with_graph)
             self._make_rollouts = replace(self._make_rollouts, update=self._update)
 
     def _trained_weights(self) -> list[nn.Parameter]:

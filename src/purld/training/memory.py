@@ -5,14 +5,11 @@ The gradient depends neither on the size of micro-batches nor on what is compute
 
 from __future__ import annotations
 
-import gc
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from purld import ranks
 from purld.config.engines import VllmEngine
@@ -20,6 +17,7 @@ from purld.config.methods import SamplingSettings, StageTwoSettings
 from purld.config.schema import Student
 from purld.errors import PlainWarning, UserError
 from purld.methods.table import METHODS
+from purld.model.at_once import release_memory
 from purld.model.load import Roles
 from purld.model.memory import FIT, DecoderShape, MemoryNeed, UpdateSizes, device_memory, estimate_memory
 from purld.training.group_update import GroupUpdate
@@ -74,16 +72,19 @@ def fits(need: MemoryNeed, device: int | None = None) -> bool:
     return need.total <= FIT * (device_memory() if device is None else device)
 
 
-def use_less_memory(update: GroupUpdate, step: int) -> GroupUpdate:
+def use_less_memory(update: GroupUpdate, step: int, with_graph: bool) -> GroupUpdate:
     """Return an update that needs less memory: layers computed again first, then half the micro-batch.
+
+    Args:
+        update: what did not fit.
+        step: the step that is under way.
+        with_graph: whether a backward pass was under way; without one, nothing is kept that could be computed again.
 
     Raises:
         UserError: it needs as little as it can already.
     """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if not update.recompute:
+    release_memory()
+    if with_graph and not update.recompute:
         smaller, how = replace(update, recompute=True), "computes layers again in the backward pass (align.recompute)"
     elif update.micro_batch_size > 1:
         size = update.micro_batch_size // 2
@@ -91,8 +92,8 @@ def use_less_memory(update: GroupUpdate, step: int) -> GroupUpdate:
     else:
         raise UserError(
             f"Stage II, step {step}: the device's memory is too small, even for micro-batches of one answer; lower "
-            "align.max_new_tokens, align.prompts_per_step, align.candidates or align.score_batch_size, or train less "
-            "(student.lora). A run that is started again goes on from its last checkpoint."
+            "align.max_new_tokens or student.max_prompt_tokens, or train less (student.lora). A run that is started "
+            "again goes on from its last checkpoint."
         )
     warnings.warn(
         f"Stage II, step {step}: out of the device's memory; the stage {how}, which does not change its result.",

@@ -18,11 +18,12 @@ from purld.clients.base import Client, Reply
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
 from purld.errors import NotFiniteError, UserError
 from purld.methods.table import StageTwoMethod
+from purld.model.at_once import AtOnce
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
 from purld.model.likelihood import in_context_scores, reference_scores
 from purld.model.load import Roles
-from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score
+from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score, score_rows_at_once
 from purld.records import Prompt
 from purld.tasks.checks import Check, result_check
 from purld.templates import rating_turn
@@ -167,14 +168,14 @@ class LikelihoodScorer:
         roles: which weights are p_sft.
         encoder: the run's encoder.
         score_group: scores token ids; see `purld.model.likelihood`.
-        batch_size: rows per forward pass.
+        at_once: how many rows go through a forward pass.
         autocast: the precision to compute in.
     """
 
     roles: Roles
     encoder: Encoder
     score_group: Callable[[CausalLM, Encoder, Prompt, str, Sequence[Sequence[int]], int], GroupScores]
-    batch_size: int
+    at_once: AtOnce
     autocast: Callable[[], AbstractContextManager[Any]]
 
     def __call__(self, groups: Sequence[GroupToScore]) -> list[GroupScores]:
@@ -188,7 +189,10 @@ class LikelihoodScorer:
 
     def _score_group(self, model: CausalLM, group: GroupToScore) -> GroupScores:
         candidates = group.ids or [self.encoder.encode_answer(text).ids for text in group.candidates]
-        scores = self.score_group(model, self.encoder, group.prompt, group.anchor, candidates, self.batch_size)
+        scores = self.at_once(
+            lambda size: self.score_group(model, self.encoder, group.prompt, group.anchor, candidates, size),
+            len(candidates) + 1,  # the anchor's row
+        )
         _check_finite(group, [scores.anchor, *scores.candidates])
         # Ids made of the texts need not be the ones that were drawn, nor their log-probs those of the members.
         return scores if group.ids else replace(scores, log_probs=None)
@@ -248,7 +252,8 @@ def _make_self_scorer(context: ScorerContext) -> Scorer:
 def _make_likelihood_scorer(context: ScorerContext, score_group: Callable[..., GroupScores]) -> Scorer:
     settings = context.settings
     assert isinstance(settings, SelfScoringSettings) and context.anchored
-    return LikelihoodScorer(context.roles, context.encoder, score_group, settings.score_batch_size, context.autocast)
+    at_once = score_rows_at_once(settings.score_batch_size)
+    return LikelihoodScorer(context.roles, context.encoder, score_group, at_once, context.autocast)
 
 
 def _make_teacher_scorer(context: ScorerContext) -> Scorer:
