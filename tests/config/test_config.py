@@ -99,6 +99,11 @@ def test_updates_count_their_candidates_once():
             {"align": {"method": "anchor_grpo", "updates_per_rollout": 4}},
             "align: checkpoint_steps (50) must be a multiple of updates_per_rollout (4)",
         ),
+        (
+            {"align": {"importance_cap": 2, "temperature": 0.7}},
+            "align: importance_cap weighs by log-probs at temperature 1",
+        ),
+        ({"align": {"importance_cap": 2, "top_p": 0.9}}, "set temperature and top_p to 1, or leave importance_cap out"),
         ({"align": {"method": "teacher_judge_grpo"}}, "teacher.kind file holds answers only"),
         ({"data": {"prompts": "p", "eval_fraction": 1.0}}, "data.eval_fraction"),
         ({"data": {}}, "data: give either prompts, or task and path"),

@@ -334,3 +334,30 @@ def test_engine_weights_give_the_policys_own_gradient_in_expectation(objective, 
     exact = expected_gradient(p.sum(dim=1).exp(), mu, None)
     assert torch.allclose(weighted, exact, atol=1e-12) == (cap == 100.0)
     assert not torch.allclose(expected_gradient(mu.sum(dim=1).exp(), mu, None), exact, atol=1e-3)
+
+
+@pytest.mark.parametrize("cap", [100.0, 1.1])
+def test_engine_weights_are_right_in_both_halves_of_a_pair(cap):
+    """The anchor against one draw, exactly over all answers of one token out of four: the anchor's half as well.
+
+    Below the cap the weighted gradient is sum_y p(y) grad loss(anchor, y), where y comes from another mu(y).
+    """
+    generator = torch.Generator().manual_seed(1)
+    policy, reference, noise = (torch.randn(4, dtype=torch.float64, generator=generator) for _ in range(3))
+    anchor, p, mu = 2, policy.log_softmax(0), (policy + 0.4 * noise).log_softmax(0)
+
+    def expected_gradient(shares, importance_cap):
+        total = torch.zeros(4, dtype=torch.float64)
+        for y in range(4):
+            rows = torch.tensor([anchor, y])
+            drawn = torch.tensor([[math.nan], [mu[y]]], dtype=torch.float64)
+            group = members(p[rows].unsqueeze(1), reference.log_softmax(0)[rows].unsqueeze(1), sampled=drawn)
+            pair = functools.partial(dpo_loss, pairs=torch.tensor([[0, 1]]), beta=2.0)
+            total.index_add_(0, rows, shares[y] * loss_coefficients(pair, group, importance_cap)[1][:, 0])
+        return torch.func.vjp(lambda logits: logits.log_softmax(0), policy)[1](total)[0]
+
+    shares = torch.minimum(p.exp(), cap * mu.exp())
+    assert torch.allclose(expected_gradient(mu.exp(), cap), expected_gradient(shares, None), atol=1e-12)
+    exact = expected_gradient(p.exp(), None)
+    assert torch.allclose(expected_gradient(mu.exp(), cap), exact, atol=1e-12) == (cap == 100.0)
+    assert not torch.allclose(expected_gradient(mu.exp(), None), exact, atol=1e-3)

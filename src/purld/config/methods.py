@@ -81,6 +81,15 @@ class SamplingSettings(StageTwoSettings):
     # draws from other numbers than the trainer's.
     importance_cap: Annotated[float, Field(ge=1, le=100)] | None = None
 
+    @model_validator(mode="after")
+    def _weights_are_of_the_policy_itself(self) -> Self:
+        if self.importance_cap is not None and (self.temperature != 1 or self.top_p != 1):
+            raise ValueError(
+                "importance_cap weighs by log-probs at temperature 1, which are not those that candidates are drawn by "
+                "at another temperature or top_p; set temperature and top_p to 1, or leave importance_cap out"
+            )
+        return self
+
     @property
     def drawn(self) -> int:
         """Return the number of candidates drawn per prompt."""

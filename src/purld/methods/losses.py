@@ -104,11 +104,16 @@ def engine_weights(tokens: GroupTokens, cap: float) -> Tensor | None:
 
     An engine that computes in other numbers draws from a slightly other distribution. With these weights, a mean over
     its draws of what depends on one draw alone has the policy's own expectation, as long as the cap is not met
-    (truncated importance sampling: Ionides, 2008, here of whole answers). A member that was not drawn has weight 1.
+    (truncated importance sampling: Ionides, 2008, here of whole answers). A member that was not drawn has weight 1,
+    unless only one was: what the objective makes of the group then depends on that draw, and all members have its
+    weight.
     """
     if tokens.sampled is None:
         return None
+    drawn = tokens.sampled[:, 0].isfinite()
     log_ratios = tokens.sequences((tokens.old - tokens.sampled).nan_to_num(nan=0.0)).detach()
+    if drawn.sum() == 1:
+        log_ratios = log_ratios[drawn].expand(len(drawn))
     return log_ratios.exp().clamp(max=cap)
 
 
