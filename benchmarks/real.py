@@ -1,33 +1,37 @@
 """Compare the methods on real small students: word problems that people wrote, and SVAMP as the test.
 
     python benchmarks/real.py --student smollm2=DIR --problems PROBLEMS.jsonl --test SVAMP.jsonl
-    python benchmarks/real.py ... --tune           # the learning rates, on validation problems
+    python benchmarks/real.py ... --tune           # the learning rates, on validation problems; writes chosen.json
     python benchmarks/real.py ... --quick          # a small slice of everything, within 15 minutes on two cores
     python benchmarks/real.py ... --list           # what is done and what is left
+    python benchmarks/real.py ... --jobs 16 --dtype bfloat16 --answered 250 --micro-batch 64   # one GPU, 16 cores
     python benchmarks/real.py --table ROWS.jsonl   # the tables of finished rows
 
 Every cell is an ordinary `purld run`; those of one student and seed share its anchors, its Stage I and its base's and
 p_sft's answers. A finished cell is a row of `rows.jsonl` in the folder of `--out` and is not run again; a cell that was
 stopped continues. Rows of the problem files have prompt, reference (a number) and, for training, teacher (the anchor).
-Gold is read by evaluation alone: settings are chosen on validation problems by people who read the table, and the test
-problems are answered once by what was chosen.
+Gold is read by evaluation alone: settings are chosen by the right answers to validation problems, and the test problems
+are answered once by what was chosen. Several cells at a time are for a GPU, which one small student leaves idle.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 
-from real_students.bench import Bench, Row
+from real_students.bench import Bench, Machine, Row
 from real_students.page import method_table
-from real_students.plan import CHOSEN, METHODS, QUICK, SEEDS, Cell, Size, chosen_cells, tuning_cells
+from real_students.plan import METHODS, QUICK, RATES, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.errors import UserError
-from purld.runs.files import append_rows, read_rows
+from purld.runs.files import append_rows, read_json, read_rows, write_json
 
 
 def main() -> None:
@@ -37,13 +41,17 @@ def main() -> None:
         print_tables(read_rows(options.table))
         return
     bench = make_bench(options)
-    cells = planned_cells(options, list(bench.students))
+    cells = planned_cells(options, bench)
     if options.list:
         print("\n".join(describe_cells(cells, finished_cells(bench.rows))))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    failed = run_cells(bench, cells)
-    print_tables(list(finished_cells(bench.rows).values()))
+    deadline = time.monotonic() + 60 * options.minutes
+    failed = sum(run_cells(bench, part, options.jobs, deadline) for part in by_stage(cells))
+    rows = list(finished_cells(bench.rows).values())
+    if options.tune:
+        write_json(bench.chosen, choose_settings(rows))
+    print_tables(rows)
     sys.exit(1 if failed else 0)
 
 
@@ -56,6 +64,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates that --tune tries")
+    parser.add_argument("--steps", type=int, help="updates of Stage II")
+    parser.add_argument("--prompts-per-step", type=int, help="prompts of an update")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after that many")
+    parser.add_argument("--dtype", default=Machine.dtype, help="the precision of frozen weights")
+    parser.add_argument("--answered", type=int, default=Machine.answered, help="test problems answered at a time")
+    parser.add_argument("--micro-batch", type=int, default=Machine.micro_batch, help="candidates of a pass")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--tune", action="store_true", help="the learning rates, on validation problems")
     action.add_argument("--quick", action="store_true", help="a small slice")
@@ -73,31 +89,66 @@ def make_bench(options: argparse.Namespace) -> Bench:
     """Return the place of the runs that the command line names."""
     students = {name: Path(folder) for name, _, folder in (entry.partition("=") for entry in options.student)}
     out = options.out / "quick" if options.quick else options.out
-    return Bench(out, students, options.problems, options.test, QUICK if options.quick else Size())
+    named = {"steps": options.steps, "prompts_per_step": options.prompts_per_step}
+    size = replace(QUICK if options.quick else Size(), **{key: value for key, value in named.items() if value})
+    machine = Machine(options.dtype, options.answered, options.micro_batch)
+    return Bench(out, students, options.problems, options.test, size, machine)
 
 
-def planned_cells(options: argparse.Namespace, students: Sequence[str]) -> list[Cell]:
-    """Return the cells that the command line asks for; Stage I comes first."""
-    cells = tuning_cells(students) if options.tune else chosen_cells(students, CHOSEN, options.seeds)
+def planned_cells(options: argparse.Namespace, bench: Bench) -> list[Cell]:
+    """Return the cells that the command line asks for."""
+    students = list(bench.students)
+    if options.tune:
+        cells = tuning_cells(students, options.rates)
+    else:
+        chosen = read_json(bench.chosen) if bench.chosen.exists() else {}
+        cells = chosen_cells(students, chosen, options.seeds)
     return [cell for cell in cells if cell.method in {"SFT", *options.methods}]
 
 
-def run_cells(bench: Bench, cells: Sequence[Cell]) -> int:
-    """Run the cells without a row and return how many failed."""
-    failed = 0
-    for cell in cells:
-        if cell.id in finished_cells(bench.rows):
-            continue
-        print(f"{time.strftime('%H:%M:%S')} {cell.id} ...", flush=True)
-        try:
-            row = bench.run_cell(cell)
-        except UserError as error:
-            print(f"failed: {error}", file=sys.stderr, flush=True)
-            failed += 1
-            continue
-        append_rows(bench.rows, [row])
-        print(f"{time.strftime('%H:%M:%S')} {cell.id}: {_figures(row)}", flush=True)
-    return failed
+def by_stage(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """Return the cells of Stage I, and those that start from them."""
+    return [c for c in cells if c.method == "SFT"], [c for c in cells if c.method != "SFT"]
+
+
+def run_cells(bench: Bench, cells: Sequence[Cell], jobs: int, deadline: float) -> int:
+    """Run the cells without a row, some at a time, and return how many have no row afterwards.
+
+    Args:
+        bench: the place of the runs.
+        cells: what to run, most important first.
+        jobs: cells at a time.
+        deadline: no cell starts after it, in seconds of the monotonic clock.
+    """
+    done = finished_cells(bench.rows)
+    left = [cell for cell in cells if cell.id not in done]
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run_cell, bench, cell, deadline): cell for cell in left}
+        for ended in as_completed(running):
+            row = ended.result()
+            if row is not None:
+                append_rows(bench.rows, [row])
+    return len([cell for cell in cells if cell.id not in finished_cells(bench.rows)])
+
+
+def run_cell(bench: Bench, cell: Cell, deadline: float) -> Row | None:
+    """Run a cell and return its row; None, after one sentence, if it failed or the time is over."""
+    if time.monotonic() > deadline:
+        say(cell, "not started: the time is over")
+        return None
+    say(cell, "...")
+    try:
+        row = bench.run_cell(cell)
+    except UserError as error:
+        say(cell, f"failed: {error}")
+        return None
+    say(cell, _figures(row))
+    return row
+
+
+def say(cell: Cell, words: str) -> None:
+    """Print a line about a cell."""
+    print(f"{time.strftime('%H:%M:%S')} {cell.id}: {words}", flush=True)
 
 
 def finished_cells(rows: Path) -> dict[str, Row]:

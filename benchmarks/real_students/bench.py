@@ -25,6 +25,21 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What the machine has room for; it changes the speed of a cell, and its figures by rounding alone.
+
+    Attributes:
+        dtype: the precision of frozen weights.
+        answered: test problems that are answered at a time.
+        micro_batch: candidates of a forward and backward pass.
+    """
+
+    dtype: str = "auto"
+    answered: int = 64
+    micro_batch: int = 8
+
+
+@dataclass(frozen=True)
 class Bench:
     """The place of the runs, and what they are made of.
 
@@ -34,6 +49,7 @@ class Bench:
         problems: word problems with gold and a teacher's answer.
         test: test problems with gold.
         size: how much of everything.
+        machine: what the machine has room for.
     """
 
     out: Path
@@ -41,11 +57,17 @@ class Bench:
     problems: Path
     test: Path
     size: Size
+    machine: Machine = Machine()
 
     @property
     def rows(self) -> Path:
         """The file of finished cells."""
         return self.out / "rows.jsonl"
+
+    @property
+    def chosen(self) -> Path:
+        """The file of the settings that tuning chose, by student and method."""
+        return self.out / "chosen.json"
 
     def run_cell(self, cell: Cell) -> Row:
         """Run one cell and return its row; its weights are removed, its Stage I stays for its family."""
@@ -70,32 +92,52 @@ class Bench:
     def align_settings(self, cell: Cell) -> dict[str, Any]:
         """Return the keys of `align` that a cell sets."""
         settings = {**METHODS[cell.method], **dict(cell.settings)}
-        return {"steps": self.size.steps, **settings}
+        return {"steps": self.size.steps, "prompts_per_step": self.size.prompts_per_step, **settings}
 
     def write_config(self, cell: Cell) -> Path:
-        """Write a family's problems and configuration, and return the configuration's path."""
+        """Write a family's problems and configuration, unless they are there, and return the configuration's path.
+
+        Cells of a family may run side by side, so nothing is written that another one reads.
+        """
         folder = self.out / cell.family
         folder.mkdir(parents=True, exist_ok=True)
         train, validation = self.split_problems(cell.seed)
         measured = validation if cell.split == "validation" else read_rows(self.test)[: self.size.measured]
         train_file, measured_file = (str((folder / f"{name}.jsonl").resolve()) for name in ("train", "measured"))
-        write_rows(Path(train_file), train)
-        write_rows(Path(measured_file), measured)
-        fraction = self.size.stage_one / len(train)
+        fraction, micro_batch = self.size.stage_one / len(train), self.machine.micro_batch
         config = {
-            "student": {"model": str(self.students[cell.student].resolve()), "lora": {"r": 16}},
+            "student": {
+                "model": str(self.students[cell.student].resolve()),
+                "lora": {"r": 16},
+                "dtype": self.machine.dtype,
+                "max_prompt_tokens": 512,
+                "max_anchor_tokens": 128,
+            },
             "data": {"prompts": train_file, "eval_prompts": measured_file, "check": "math"},
             "teacher": {"kind": "file", "path": train_file, "columns": {"prompt": "prompt", "answer": "teacher"}},
-            "sft": {"epochs": 1, "learning_rate": 5.0e-4, "micro_batch_size": 8, "checkpoint_steps": 20},
-            "align": {"schedule": "linear", "max_new_tokens": 48, "checkpoint_steps": 10},
-            "evaluate": {"samples": self.size.samples, "max_new_tokens": 48, "batch_size": 64},
+            "sft": {
+                "epochs": 3,
+                "learning_rate": 5.0e-4,
+                "micro_batch_size": min(16, micro_batch),
+                "checkpoint_steps": 20,
+            },
+            "align": {
+                "schedule": "linear",
+                "max_new_tokens": 48,
+                "micro_batch_size": micro_batch,
+                "checkpoint_steps": 20,
+            },
+            "evaluate": {"samples": self.size.samples, "max_new_tokens": 48, "batch_size": self.machine.answered},
             "seed": cell.seed,
         }
-        config["student"] |= {"max_prompt_tokens": 512, "max_anchor_tokens": 128}
         if cell.pool == "other":
             config["data"]["sft_fraction"] = fraction
         path = folder / "run.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(config, sort_keys=False)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_rows(Path(train_file), train)
+            write_rows(Path(measured_file), measured)
+            path.write_text(text, encoding="utf-8")
         return path
 
     def split_problems(self, seed: int) -> tuple[list[Row], list[Row]]:

@@ -27,21 +27,22 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 """The rows of the table: settings of `align` by name. The score is `auto` unless named: agreement with the anchor."""
 
 CHOSEN: Mapping[str, Mapping[str, Any]] = {method: {"learning_rate": RATES[1]} for method in METHODS if method != "SFT"}
-"""The settings that the table's cells use, by method."""
+"""The settings that the table's cells use, by method, unless a file of chosen settings names others."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: problems of Stage I and II, updates, test problems, answers to each."""
+    """How much of everything: problems of Stage I and II, updates, prompts of an update, test problems, answers."""
 
     stage_one: int = 1000
     stage_two: int = 1400
     steps: int = 40
+    prompts_per_step: int = 8
     measured: int = 500
     samples: int = 4
 
 
-QUICK = Size(stage_one=64, stage_two=32, steps=2, measured=24, samples=2)
+QUICK = Size(stage_one=64, stage_two=32, steps=2, prompts_per_step=8, measured=24, samples=2)
 
 
 @dataclass(frozen=True)
@@ -81,22 +82,33 @@ class Cell:
         return f"{self.family}/{self.name}"
 
 
-def chosen_cells(students: Sequence[str], chosen: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]) -> list[Cell]:
-    """Return the table's cells on the test problems, seed by seed, with the chosen settings by method."""
+def chosen_cells(
+    students: Sequence[str], chosen: Mapping[str, Mapping[str, Mapping[str, Any]]], seeds: Sequence[int]
+) -> list[Cell]:
+    """Return the table's cells on the test problems, seed by seed, with the chosen settings by student and method."""
     return [
-        Cell(student, seed, "test", method, tuple(sorted(chosen.get(method, {}).items())))
+        Cell(student, seed, "test", method, tuple(sorted(chosen.get(student, CHOSEN).get(method, {}).items())))
         for seed in seeds
         for method in METHODS
         for student in students
     ]
 
 
-def tuning_cells(students: Sequence[str]) -> list[Cell]:
-    """Return p_sft, and three learning rates for every method with a Stage II, on validation problems."""
+def tuning_cells(students: Sequence[str], rates: Sequence[float] = RATES) -> list[Cell]:
+    """Return p_sft, and the learning rates for every method with a Stage II, on validation problems."""
     return [Cell(student, TUNING_SEED, "validation", "SFT") for student in students] + [
         Cell(student, TUNING_SEED, "validation", method, (("learning_rate", rate),))
         for student in students
         for method in METHODS
         if method != "SFT"
-        for rate in RATES
+        for rate in rates
     ]
+
+
+def choose_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the settings with the most right sampled answers on validation problems, by student and method."""
+    tuned = [row for row in rows if row["split"] == "validation" and row["method"] != "SFT"]
+    chosen: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in sorted(tuned, key=lambda row: sum(row["right"])):  # the last is the best
+        chosen.setdefault(row["student"], {})[row["method"]] = dict(row["changed"])
+    return chosen
