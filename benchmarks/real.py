@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock
 from real_students.bench import Bench, Machine, Row
 from real_students.page import method_table
 from real_students.plan import METHODS, QUICK, RATES, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
@@ -127,7 +128,8 @@ def run_cells(bench: Bench, cells: Sequence[Cell], jobs: int, deadline: float) -
         for ended in as_completed(running):
             row = ended.result()
             if row is not None:
-                append_rows(bench.rows, [row])
+                with FileLock(f"{bench.rows}.lock"):  # another process may run other cells of the same folder
+                    append_rows(bench.rows, [row])
     return len([cell for cell in cells if cell.id not in finished_cells(bench.rows)])
 
 

@@ -16,15 +16,18 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "LDL-GRPO": {"method": "ldl_grpo"},
     "Anchor-GRPO": {"method": "anchor_grpo"},
     "SFT→SFT": {"method": "sft_sft"},
+    "LDL-GRPO, the anchor in the group": {"method": "ldl_grpo", "anchor_in_group": True},
     "self-distillation": {"method": "self_distillation", "candidates": 8},
     "AnchorRank-DPO": {"method": "anchorrank_dpo"},
     "SinglePair-DPO": {"method": "singlepair_dpo"},
-    "RLPR": {"method": "anchor_grpo", "score": "reference"},
-    "LDL-GRPO, in_context": {"method": "ldl_grpo", "score": "in_context"},
+    "RLPR": {"method": "anchor_grpo", "score": "reference", "weak_signal": "continue"},
+    "LDL-GRPO, in_context": {"method": "ldl_grpo", "score": "in_context", "weak_signal": "continue"},
     "LDL-GRPO, expected": {"method": "ldl_grpo", "score": "expected", "weak_signal": "continue"},
-    "LDL-GRPO, the anchor in the group": {"method": "ldl_grpo", "anchor_in_group": True},
 }
-"""The rows of the table: settings of `align` by name. The score is `auto` unless named: agreement with the anchor."""
+"""The rows of the table, most important first: settings of `align` by name.
+
+The score is `auto` unless named: agreement with the anchor. A weak signal of the others is part of what is measured.
+"""
 
 CHOSEN: Mapping[str, Mapping[str, Any]] = {method: {"learning_rate": RATES[1]} for method in METHODS if method != "SFT"}
 """The settings that the table's cells use, by method, unless a file of chosen settings names others."""
@@ -85,13 +88,18 @@ class Cell:
 def chosen_cells(
     students: Sequence[str], chosen: Mapping[str, Mapping[str, Mapping[str, Any]]], seeds: Sequence[int]
 ) -> list[Cell]:
-    """Return the table's cells on the test problems, seed by seed, with the chosen settings by student and method."""
+    """Return the table's cells on the test problems, with the chosen settings by student and method."""
     return [
-        Cell(student, seed, "test", method, tuple(sorted(chosen.get(student, CHOSEN).get(method, {}).items())))
-        for seed in seeds
+        Cell(student, seed, "test", method, tuple(sorted(_settings(chosen.get(student, {}), method).items())))
         for method in METHODS
+        for seed in seeds
         for student in students
     ]
+
+
+def _settings(chosen: Mapping[str, Mapping[str, Any]], method: str) -> Mapping[str, Any]:
+    """Return the chosen settings of a method; where none were, those of `CHOSEN`."""
+    return chosen.get(method, CHOSEN.get(method, {}))
 
 
 def tuning_cells(students: Sequence[str], rates: Sequence[float] = RATES) -> list[Cell]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from real_students.bench import Bench
 from real_students.page import method_table
-from real_students.plan import CHOSEN, METHODS, SEEDS, Size, chosen_cells, tuning_cells
+from real_students.plan import CHOSEN, METHODS, SEEDS, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.config.load import load_config
 from purld.runs.files import read_rows, write_rows
@@ -24,7 +24,7 @@ def bench(tmp_path: Path, random_student: Path) -> Bench:
 
 
 def test_every_cell_has_a_folder_of_its_own_and_p_sft_comes_first():
-    cells = [*chosen_cells(["a", "b"], CHOSEN, SEEDS), *tuning_cells(["a", "b"])]
+    cells = [*chosen_cells(["a", "b"], {}, SEEDS), *tuning_cells(["a", "b"])]
     assert len({cell.id for cell in cells}) == len(cells)
     assert [cell.method for cell in cells[:2]] == ["SFT", "SFT"]
     assert {cell.method for cell in cells} == METHODS.keys()
@@ -34,7 +34,7 @@ def test_every_cell_has_a_folder_of_its_own_and_p_sft_comes_first():
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_nothing_is_measured_on_what_is_trained_on(bench: Bench, split: str):
     for seed in (0, 1):
-        cell = next(c for c in chosen_cells(["tiny"], CHOSEN, [seed]) if c.method == "LDL-GRPO")
+        cell = next(c for c in chosen_cells(["tiny"], {}, [seed]) if c.method == "LDL-GRPO")
         path = bench.write_config(type(cell)(cell.student, seed, split, cell.method, cell.settings))
         config = load_config(path, [f"align.{key}={value}" for key, value in bench.align_settings(cell).items()])
         train, measured = (read_rows(Path(name)) for name in (config.data.prompts, config.data.eval_prompts))
@@ -60,3 +60,21 @@ def test_the_table_has_paired_differences_over_problems_and_seeds():
     assert lines[2].split(" | ")[:4] == ["| SFT", "", "0.375", "0.500"]
     assert lines[3].startswith("| LDL-GRPO | rate=0.1 | 0.625 | 0.500 | +0.250 [")
     assert lines[3].endswith(" | +0.250, +0.250 |  | 2400 |")
+
+
+def test_the_settings_with_most_right_answers_to_validation_problems_are_chosen():
+    def row(method: str, rate: float, right: list[float], split: str = "validation", student: str = "a"):
+        return {
+            "student": student,
+            "split": split,
+            "method": method,
+            "right": right,
+            "changed": {"learning_rate": rate},
+        }
+
+    rows = [row("SFT", 0.0, [1.0]), row("LDL-GRPO", 0.1, [0.5]), row("LDL-GRPO", 0.2, [0.75]), row("RLPR", 0.1, [0.0])]
+    rows += [row("LDL-GRPO", 0.3, [1.0], split="test"), row("LDL-GRPO", 0.1, [1.0], student="b")]
+    chosen = choose_settings(rows)
+    assert chosen["a"] == {"LDL-GRPO": {"learning_rate": 0.2}, "RLPR": {"learning_rate": 0.1}}
+    cells = {cell.method: dict(cell.settings) for cell in chosen_cells(["b"], chosen, [0])}
+    assert cells["LDL-GRPO"] == {"learning_rate": 0.1} and cells["RLPR"] == CHOSEN["RLPR"] and cells["SFT"] == {}
