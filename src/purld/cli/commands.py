@@ -281,7 +281,7 @@ def import_gguf(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
 ) -> None:
     """Turn a GGUF file into a model directory for a student."""
-    from purld.model.import_gguf import import_gguf as convert
+    from purld.pipeline.import_gguf import import_gguf as convert
 
     print(convert(file, out, dtype))
 

@@ -47,6 +47,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             sync_folder(file)
+        sync_folder(partial)  # the names in it
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)

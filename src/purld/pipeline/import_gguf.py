@@ -5,7 +5,6 @@ transformers reads the file, and `gguf_corrections` repairs what it loses. A mod
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from purld.model.gguf_corrections import (
     warn_of_other_tokens,
 )
 from purld.model.pretrained import load_part
+from purld.runs.files import atomic_folder
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,16 +96,12 @@ def _load(reader: Any, folder: str, name: str, dtype: torch.dtype) -> tuple[Any,
 
 
 def _write(model: Any, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        warn_of_other_tokens(tokenizer, partial)
-        for file in partial.iterdir():
-            shutil.copymode(partial / "config.json", file)  # safetensors files are readable only by their owner
-        os.replace(partial, out)
+        with atomic_folder(out) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            warn_of_other_tokens(tokenizer, partial)
+            for file in partial.iterdir():
+                shutil.copymode(partial / "config.json", file)  # safetensors files are readable only by their owner
     except (OSError, SafetensorError) as error:
         raise UserError(f"{out}: cannot be written: {reason_of(error)}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -1,8 +1,10 @@
 """A GGUF file becomes a directory with the same weights, tokens and end of turn; errors are one sentence."""
 
 import json
+import os
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from purld.cli import main
 from purld.config.schema import Student
 from purld.errors import PlainWarning, UserError
-from purld.model.import_gguf import import_gguf
 from purld.model.load import load_encoder, load_model
 from purld.model.sample import Decoding, GenerateSampler
+from purld.pipeline.import_gguf import import_gguf
 from purld.records import Prompt
 
 gguf = pytest.importorskip("gguf")
@@ -181,6 +183,27 @@ def test_directory_loads_as_a_student_and_generates(write, tmp_path):
     prompt = encoder.encode_prompt(Prompt.from_text("question 12"))
     completions = GenerateSampler(encoder, Decoding(temperature=1.0, max_new_tokens=4))(model, [prompt], 3, seeds=[0])
     assert [len(group) for group in completions] == [3]
+
+
+def test_every_file_is_synced_before_the_directory_has_its_name(write, tmp_path, monkeypatch):
+    file, steps = write(), []
+    sync, rename = os.fsync, os.replace
+
+    def noted_sync(descriptor):
+        steps.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def noted_rename(source, target):
+        steps.append((Path(source).name, Path(target).name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    out = import_gguf(file, tmp_path / "model")
+    renamed = next(n for n, step in enumerate(steps) if step[1] == "model")
+    partial = tmp_path / steps[renamed][0]
+    assert {*steps[:renamed]} == {str(partial), *(str(partial / path.name) for path in out.iterdir())}
+    assert steps[renamed + 1 :] == [str(tmp_path)]
 
 
 def test_files_are_readable_and_nothing_else_is_left(write, tmp_path):
