@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from purld.display.progress import Reporter
 from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.stages import _collection_status
 from purld.runs.run_dir import RunDir
+from purld.signals import Stopped
 from purld.tasks.registry import TASKS
 
 
@@ -101,6 +103,41 @@ def test_a_full_disk_is_one_sentence_wherever_it_shows(tiny_config, tmp_path, mo
         "purld: the disk is full (No space left on device); free some space and run the same command again, "
         "it continues from here."
     )
+
+
+GOES_ON = "run the same command again to continue."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "inner", "code", "ending"),
+    [
+        (["run", "CONFIG"], "purld.cli.commands.execute", None, f"purld: interrupted; {GOES_ON}"),
+        (["doctor"], "purld.setup.doctor.examine_machine", None, "purld: interrupted."),
+        (["watch", "RUN"], "purld.pipeline.watch.watch_run", None, "purld: interrupted."),
+        (["check", "CONFIG"], "purld.pipeline.plan.make_plan", None, "purld: interrupted."),
+        (
+            ["export", "RUN"],
+            "purld.pipeline.export.export_model",
+            errno.ENOSPC,
+            "space and run the same command again.",
+        ),
+    ],
+)
+def test_only_a_command_that_goes_on_says_so(
+    arguments, inner, code, ending, tiny_config, tmp_path, monkeypatch, capsys
+):
+    def stop(*_, **__):
+        raise Stopped(signal.SIGINT) if code is None else OSError(code, os.strerror(code))
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    monkeypatch.setattr(inner, stop)
+    places = {"CONFIG": str(tiny_config), "RUN": str(tmp_path / "run")}
+    monkeypatch.setattr(sys, "argv", ["purld", *(places.get(word, word) for word in arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == (130 if code is None else 2)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(ending)
 
 
 def test_version_and_short_help():

@@ -21,11 +21,11 @@ from purld.errors import UserError, reason_of
 TRACEBACK_VARIABLE = "PURLD_TRACEBACK"
 """If this environment variable is set, an error that nobody foresaw is raised, with its traceback on stderr."""
 
-_CONTINUES = "run the same command again, it continues from here"
+_AGAIN = {True: "run the same command again, it continues from here", False: "run the same command again"}
 _MENDED_BY_USER = {
-    errno.ENOSPC: f"the disk is full ({{reason}}); free some space and {_CONTINUES}",
-    errno.EDQUOT: f"the disk is full ({{reason}}); free some space and {_CONTINUES}",
-    errno.EIO: f"the disk failed ({{reason}}); check it and its free space, and {_CONTINUES}",
+    errno.ENOSPC: "the disk is full ({reason}); free some space and {again}",
+    errno.EDQUOT: "the disk is full ({reason}); free some space and {again}",
+    errno.EIO: "the disk failed ({reason}); check it and its free space, and {again}",
     errno.EROFS: "the disk can only be read ({reason}); give a path on another one",
     errno.EACCES: "access is not allowed ({reason}); change the permissions or give another path",
     errno.EPERM: "access is not allowed ({reason}); change the permissions or give another path",
@@ -36,7 +36,7 @@ _MENDED_BY_USER = {
     errno.ENOENT: "is missing ({reason}); restore it or give another path",
     errno.EMFILE: "too many files are open ({reason}); raise the limit (ulimit -n)",
     errno.EFBIG: "the file would be too large for its disk ({reason})",
-    errno.ESTALE: f"the network disk was interrupted ({{reason}}); {_CONTINUES}",
+    errno.ESTALE: "the network disk was interrupted ({reason}); {again}",
     errno.ELOOP: "its links lead in a circle ({reason}); give another path",
 }
 # Code meets these errors all the time and goes on, so they explain a later one only if they are its stated cause.
@@ -69,7 +69,7 @@ def hide_secret(text: str) -> None:
     _secrets.add(text)
 
 
-def describe_failure(error: Exception, run: Path | None) -> tuple[str, int]:
+def describe_failure(error: Exception, run: Path | None, continues: bool = True) -> tuple[str, int]:
     """Return the sentence about an error that ended a command, and the exit status.
 
     An error that nobody foresaw is written to a log file first.
@@ -77,15 +77,17 @@ def describe_failure(error: Exception, run: Path | None) -> tuple[str, int]:
     Args:
         error: the error.
         run: the run directory that the command worked on; None if it had none.
+        continues: whether the same command goes on where this one ended.
     """
+    again = _AGAIN[continues]
     if isinstance(error, UserError):
         return str(error), 2
-    if problem := _disk_problem(error):
+    if problem := _disk_problem(error, again):
         return problem, 2
     if found := _memory_problem(error):
         return (
             f"the memory is not enough ({_one_line(found)}); lower micro_batch_size, batch_size or candidates, or use "
-            f"student.lora, and {_CONTINUES}.",
+            f"student.lora, and {again}.",
             2,
         )
     log = _write_log(error, run)
@@ -93,30 +95,30 @@ def describe_failure(error: Exception, run: Path | None) -> tuple[str, int]:
     return f"an unexpected error ended this command ({_one_line(error)}); {where}; please report it.", 1
 
 
-def _disk_problem(error: Exception) -> str | None:
+def _disk_problem(error: Exception, again: str) -> str | None:
     """Return the sentence about an error of a file or a disk, wherever in the chain of causes it is."""
     stated = list(_chain(error, with_contexts=False))
     for part in _chain(error):
         if isinstance(part, OSError) and part.errno in _MENDED_BY_USER:
             if part.errno in _OFTEN_HANDLED and part not in stated:
                 continue
-            return _describe_os_error(part, _MENDED_BY_USER[part.errno])
+            return _describe_os_error(part, _MENDED_BY_USER[part.errno], again)
     for part in _chain(error):
         numbers = re.findall(r"\(os error (\d+)\)", str(part))
         numbers += [number for words, number in _IN_WORDS.items() if words in str(part)]
         for number in map(int, numbers):
             if number in _MENDED_BY_USER:
-                return _MENDED_BY_USER[number].format(reason=_one_line(part)) + "."
+                return _MENDED_BY_USER[number].format(reason=_one_line(part), again=again) + "."
     return None
 
 
-def _describe_os_error(error: OSError, template: str) -> str:
+def _describe_os_error(error: OSError, template: str, again: str) -> str:
     path = error.filename2 or error.filename  # of two, the second is where a file was to go
     if isinstance(path, str | bytes):
         subject = f"{_shortened(os.fsdecode(path))}: "
     else:
         subject = "a file or folder " if template.startswith("is ") else ""
-    return subject + template.format(reason=error.strerror) + "."
+    return subject + template.format(reason=error.strerror, again=again) + "."
 
 
 def _memory_problem(error: Exception) -> BaseException | None:

@@ -62,11 +62,12 @@ def _describe_end(error: BaseException) -> tuple[str, int]:
     """Return the sentence about what ended the command, and the exit status."""
     if isinstance(error, Stopped):
         how = "interrupted" if error.signum == signal.SIGINT else f"stopped by {error}"
-        return f"{how}; run the same command again to continue.", error.status
+        again = "; run the same command again to continue" if common.continues() else ""
+        return f"{how}{again}.", error.status
     if isinstance(error, ranks.PeerError):
         return str(error), error.status
     if isinstance(error, Exception):
-        return describe_failure(error, common.run_directory())
+        return describe_failure(error, common.run_directory(), common.continues())
     return f"{type(error).__name__} ended this command.", 1
 
 

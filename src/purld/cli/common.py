@@ -17,6 +17,8 @@ from purld.errors import UserError
 
 # The commands whose work the processes of a job share.
 _SHARED_COMMANDS = frozenset({"run", "anchors", "sft", "probe", "align", "evaluate", "report"})
+# The commands that go on where an earlier call was stopped; the others begin anew, or only look.
+_CONTINUED_COMMANDS = _SHARED_COMMANDS | {"demo", "sweep", "compare", "testbed"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,6 +61,8 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
     ] = False,
 ) -> None:
+    global _continues
+    _continues = context.invoked_subcommand in _CONTINUED_COMMANDS
     if context.invoked_subcommand not in _SHARED_COMMANDS:  # in a job of several processes, the first works alone
         if not ranks.is_first():
             raise typer.Exit
@@ -66,11 +70,17 @@ def options(
 
 
 _run_directory: Path | None = None  # of this command, once it is known
+_continues = False  # whether the same command goes on where this one is stopped
 
 
 def run_directory() -> Path | None:
     """Return the run directory of this command, where the log of an error goes; None while it is not known."""
     return _run_directory
+
+
+def continues() -> bool:
+    """Return whether the same command goes on where this one is stopped."""
+    return _continues
 
 
 def open_config(config: Path, overrides: Sequence[str] | None, run_dir: Path | None) -> tuple[Any, Any]:
