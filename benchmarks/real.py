@@ -5,7 +5,7 @@
     python benchmarks/real.py ... --quick          # a small slice of everything, within 15 minutes on two cores
     python benchmarks/real.py ... --list           # what is done and what is left
     python benchmarks/real.py ... --jobs 16 --dtype bfloat16 --answered 250 --micro-batch 64   # one GPU, 16 cores
-    python benchmarks/real.py --table ROWS.jsonl   # the tables of finished rows
+    python benchmarks/real.py --table ROWS.jsonl --draw DIR   # the tables of finished rows, and the figures
 
 Every cell is an ordinary `purld run`; those of one student and seed share its anchors, its Stage I and its base's and
 p_sft's answers. A finished cell is a row of `rows.jsonl` in the folder of `--out` and is not run again; a cell that was
@@ -39,7 +39,7 @@ def main() -> None:
     """Run, list or show tables, as the command line says."""
     options = parse_arguments()
     if options.table:
-        print_tables(read_rows(options.table))
+        show_rows(read_rows(options.table), options.draw)
         return
     bench = make_bench(options)
     cells = planned_cells(options, bench)
@@ -78,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     action.add_argument("--quick", action="store_true", help="a small slice")
     parser.add_argument("--list", action="store_true", help="run nothing, show what is done and what is left")
     parser.add_argument("--table", type=Path, help="run nothing, show the tables of a file of rows")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="with --table: write the figures there")
     options = parser.parse_args()
     if not options.table and not (options.student and options.problems and options.test):
         parser.error("--student, --problems and --test are needed")
@@ -162,6 +163,16 @@ def describe_cells(cells: Sequence[Cell], done: Mapping[str, Row]) -> Iterator[s
     """Yield one line per cell: its figures, or that it is left."""
     for cell in cells:
         yield f"{cell.id}: {_figures(done[cell.id]) if cell.id in done else 'left'}"
+
+
+def show_rows(rows: Sequence[Row], folder: Path | None) -> None:
+    """Print the tables, and write the figures where a folder is given."""
+    print_tables(rows)
+    if folder is not None:
+        from real_students.figures import draw_figures
+
+        for student in dict.fromkeys(row["student"] for row in rows):
+            print(*draw_figures(rows, student, folder), sep="\n")
 
 
 def print_tables(rows: Sequence[Row]) -> None:

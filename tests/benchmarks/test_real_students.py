@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from real_students.bench import Bench
+from real_students.figures import draw_figures
 from real_students.page import method_table
 from real_students.plan import CHOSEN, METHODS, SEEDS, Size, choose_settings, chosen_cells, tuning_cells
 
@@ -78,3 +79,18 @@ def test_the_settings_with_most_right_answers_to_validation_problems_are_chosen(
     assert chosen["a"] == {"LDL-GRPO": {"learning_rate": 0.2}, "RLPR": {"learning_rate": 0.1}}
     cells = {cell.method: dict(cell.settings) for cell in chosen_cells(["b"], chosen, [0])}
     assert cells["LDL-GRPO"] == {"learning_rate": 0.1} and cells["RLPR"] == CHOSEN["RLPR"] and cells["SFT"] == {}
+
+
+def test_the_figures_hold_what_was_measured_and_are_left_out_without_points(tmp_path: Path):
+    def row(method: str, seed: int, right: list[float], **more: object):
+        shared = {"student": "a", "split": "test", "pool": "other", "score_quality": None, "training_accuracy": None}
+        return shared | {"method": method, "seed": seed, "right": right} | more
+
+    rows = [row("SFT", 0, [0.5, 0.0])]
+    assert draw_figures(rows, "a", tmp_path) == [] and not list(tmp_path.iterdir())
+    steps = [{"step": n, "n": 8, "right": n / 10} for n in range(1, 4)]
+    rows += [row("LDL-GRPO", 0, [1.0, 0.0], score_quality={"auc_within": 0.9}, training_accuracy=steps)]
+    assert [path.name for path in draw_figures(rows, "a", tmp_path)] == [
+        "results-real-a-updates.png",
+        "results-real-a-auc.png",
+    ]

@@ -1,0 +1,77 @@
+"""Draw the two figures of docs/results-real.md from the rows of finished cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from real_students.plan import METHODS
+
+Row = Mapping[str, Any]
+
+_SMOOTHED = 5  # steps of a moving mean
+_COLOURS = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False))
+
+
+def draw_figures(rows: Sequence[Row], student: str, folder: Path) -> list[Path]:
+    """Write a student's figures of the test cells as PNG files and return their paths; one without points is left out.
+
+    Args:
+        rows: finished cells; those of other students and of validation problems are left out.
+        student: the student's name.
+        folder: where the files go.
+    """
+    chosen = [row for row in rows if row["student"] == student and row["split"] == "test"]
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    written = []
+    for name, draw in (("updates", _draw_updates), ("auc", _draw_auc)):
+        figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+        if draw(axes, chosen):
+            written.append(folder / f"results-real-{student}-{name}.png")
+            figure.savefig(written[-1], dpi=120, metadata={"Software": None})
+        plt.close(figure)
+    return written
+
+
+def _draw_updates(axes: Any, rows: Sequence[Row]) -> bool:
+    """Draw the share of right candidates over updates: every prompt is new when its candidates are drawn."""
+    curves: dict[str, list[list[float]]] = {}
+    for row in rows:
+        if row["training_accuracy"]:
+            curves.setdefault(row["method"], []).append([step["right"] for step in row["training_accuracy"]])
+    for method, of_seeds in curves.items():
+        length = min(map(len, of_seeds))
+        mean = np.mean([curve[:length] for curve in of_seeds], axis=0)
+        window = min(_SMOOTHED, length)
+        smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
+        axes.plot(np.arange(window, length + 1), smooth, label=method, color=_COLOURS[method])
+    axes.set_xlabel(f"update (mean of the last {_SMOOTHED})")
+    axes.set_ylabel("right candidates, on problems\nseen for the first time")
+    if curves:
+        axes.legend(frameon=False, fontsize=7)
+    return bool(curves)
+
+
+def _draw_auc(axes: Any, rows: Sequence[Row]) -> bool:
+    """Draw each cell's gain over p_sft of its seed against its score's AUC within a prompt."""
+    p_sft = {(row["seed"], row["pool"]): np.mean(row["right"]) for row in rows if row["method"] == "SFT"}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        auc, base = (row["score_quality"] or {}).get("auc_within"), p_sft.get((row["seed"], row["pool"]))
+        if auc is not None and base is not None:
+            points.setdefault(row["method"], []).append((auc, float(np.mean(row["right"]) - base)))
+    for method, pairs in points.items():
+        axes.scatter(*zip(*pairs, strict=True), label=method, color=_COLOURS[method], s=18)
+    axes.axhline(0, color="0.7", linewidth=0.8)
+    axes.set_xlabel("AUC of the score within a prompt")
+    axes.set_ylabel("gain over SFT in sampled accuracy")
+    if points:
+        axes.legend(frameon=False, fontsize=7)
+    return bool(points)
