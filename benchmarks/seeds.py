@@ -64,7 +64,7 @@ def main() -> None:
 def run_demo(demo: str, student: str, seed: int, out: Path, overrides: list[str]) -> list[dict[str, Any]]:
     """Run one demo; return the results of each of its tasks, with the names of task and student."""
     folder = out / "-".join([demo, *([student] if len(students_of(demo)) > 1 else []), str(seed)])
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     settings = [f"seed={seed}", f"evaluate.samples={SAMPLES}", *overrides]
     command: list[str | Path] = [
         Path(sys.executable).with_name("purld"),
@@ -75,7 +75,8 @@ def run_demo(demo: str, student: str, seed: int, out: Path, overrides: list[str]
         student,
         *settings,
     ]
-    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+    # Beside the run: a new run directory must be empty.
+    with (out / f"{folder.name}.log").open("a", encoding="utf-8") as log:
         subprocess.run(
             [*command, "--run-dir", folder],
             check=True,

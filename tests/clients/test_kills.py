@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
 import select
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 from collect_helpers import collect_answers, collect_in_terminal
 from faulty_server import Handler, Server, completion
+from forked import fork_context
 
 from purld.clients.ledger import Ledger
 from purld.records import Prompt
@@ -36,7 +36,7 @@ class Round:
 
     def now_and_then(self, handler: Handler) -> None:
         if len(handler.server.arrived) > self.last:
-            self.over.wait(60)
+            self.over.wait(240)
             raise ConnectionAbortedError
         time.sleep(random.uniform(0, 0.05))
         handler.reply(completion(f"To {handler.prompt}."))
@@ -45,8 +45,7 @@ class Round:
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_kill_at_any_moment(server: Server, tmp_path: Path, kills: int):
     """Every round asks more prompts than are answered and is killed at a random time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["collect_helpers"])
+    context = fork_context()
     ledger_path, log_path, rng = tmp_path / "l.sqlite", tmp_path / "log_path", random.Random(0)
     for kill in range(1, kills + 1):
         answered_before = states(ledger_path)
@@ -151,8 +150,7 @@ class RunInTerminal:
     """A process that collects answers in a terminal of its own, beside others in the same folder."""
 
     def __init__(self, url: str, ledger: Path, count: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["collect_helpers"])
+        context = fork_context()
         ledger.parent.mkdir(parents=True, exist_ok=True)
         self.terminal = Terminal()
         self._ready = context.Event()

@@ -1,14 +1,12 @@
 """docs/extending.md: every example is applied to a copy of the package and run."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import ForkedPython
 
 import purld
 from purld.runs.files import read_json, read_rows
@@ -54,12 +52,25 @@ def extended(tmp_path_factory):
     return package
 
 
-def command(extended, *arguments):
-    """Run the copy's command line; fail with what it wrote to stderr."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(extended.parent), os.environ["PYTHONPATH"]])}
-    run = subprocess.run([sys.executable, "-m", "purld", *map(str, arguments)], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+COMMAND = """
+import sys
+from pathlib import Path
+folder = sys.argv.pop(1)
+for name in [name for name in sys.modules if name.partition(".")[0] == "purld"]:
+    del sys.modules[name]
+sys.path.insert(0, folder)
+import purld.cli
+assert Path(purld.cli.__file__).is_relative_to(folder)
+purld.cli.main()
+"""
+
+
+def command(extended, said, *arguments):
+    """Run the copy's command line; return what it printed."""
+    said.unlink(missing_ok=True)
+    process = ForkedPython(COMMAND, extended.parent, *arguments, said=said)
+    assert process.wait() == 0, said.read_text()
+    return said.read_text()
 
 
 def test_each_extension_touches_two_files_besides_the_configuration_at_most():
@@ -74,7 +85,7 @@ def test_each_extension_touches_two_files_besides_the_configuration_at_most():
 
 def test_the_method_the_scorer_and_the_sampler_run(extended, tiny_config, tmp_path):
     settings = ["align.method=best_of_k", "align.score=length", "student.engine={kind: longer}", "data.check=none"]
-    command(extended, "run", tiny_config, *settings, "--run-dir", tmp_path / "run")
+    command(extended, tmp_path / "said", "run", tiny_config, *settings, "--run-dir", tmp_path / "run")
     run = RunDir(tmp_path / "run")
     assert list(read_json(run.results)["models"]) == ["base", "sft", "best_of_k"]
     assert all("best_length" in row for row in read_rows(run.metrics) if row["stage"] == "align")
@@ -91,7 +102,7 @@ def test_the_task_is_listed_and_read(extended, tiny_config, tmp_path):
     for split, count in (("train", 6), ("test", 2)):
         rows = [{"question": f"What is {n} + {n} in the {split}ing room?", "answer": str(2 * n)} for n in range(count)]
         (problems / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "word_problems" in command(extended, "tasks")
+    assert "word_problems" in command(extended, tmp_path / "said", "tasks")
     data = f"data={{task: word_problems, path: {problems}}}"
     answers = tmp_path / "answers.jsonl"
     answers.write_text(
@@ -99,7 +110,6 @@ def test_the_task_is_listed_and_read(extended, tiny_config, tmp_path):
             json.dumps({"prompt": f"What is {n} + {n} in the training room?", "answer": "x"}) + "\n" for n in range(6)
         )
     )
-    plan = command(
-        extended, "check", tiny_config, data, f"teacher={{kind: file, path: {answers}}}", "--run-dir", tmp_path / "r"
-    )
+    settings = [data, f"teacher={{kind: file, path: {answers}}}", "--run-dir", tmp_path / "r"]
+    plan = command(extended, tmp_path / "said", "check", tiny_config, *settings)
     assert "6 for training, 2 held out" in plan

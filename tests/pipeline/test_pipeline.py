@@ -1,15 +1,13 @@
 """A run from prompts to report through the real command line, killed and not."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import yaml
 from command_line import purld
+from forked import PURLD, ForkedPython
 
 from purld.runs.files import read_json, read_rows
 from purld.runs.open import open_run
@@ -87,20 +85,13 @@ def results_of(run):
 
 
 def start(config, run):
-    command = [sys.executable, "-c", "from purld.cli import main; main()", "run", config, "--run-dir", run.path]
-    return subprocess.Popen(
-        list(map(str, command)),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
-    )
+    return ForkedPython(PURLD, "run", config, "--run-dir", run.path, said=run.path.with_name("said"))
 
 
 def kill_when(process, condition, number=signal.SIGKILL):
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.said.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(number)
@@ -113,7 +104,7 @@ def logged(run, stage):
 
 def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_config, tmp_path):
     calm, killed = RunDir(tmp_path / "calm"), RunDir(tmp_path / "killed")
-    assert start(tiny_config, calm).wait(timeout=120) == 0
+    assert start(tiny_config, calm).wait() == 0
     assert kill_when(start(tiny_config, killed), lambda: logged(killed, "sft") >= 5, signal.SIGHUP) == 129
     assert "sft" not in killed.finished_stages()
     assert kill_when(start(tiny_config, killed), lambda: logged(killed, "align") >= 3, signal.SIGTERM) == 143
@@ -121,7 +112,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_config, tmp_path)
     answers = killed.generations("ldl_grpo")
     assert kill_when(start(tiny_config, killed), lambda: answers.exists()) == -signal.SIGKILL
     assert "evaluate" not in killed.finished_stages()
-    assert start(tiny_config, killed).wait(timeout=120) == 0
+    assert start(tiny_config, killed).wait() == 0
     assert results_of(killed) == results_of(calm)
 
 
@@ -129,9 +120,9 @@ def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path, monke
     run = RunDir(tmp_path / "run")
     process = start(tiny_config, run)
     assert kill_when(process, lambda: logged(run, "align") >= 1, signal.SIGINT) == 130
-    error = process.stderr.read()
-    assert "run the same command again to continue" in error
-    assert "Traceback" not in error
+    said = process.said.read_text()
+    assert "run the same command again to continue" in said
+    assert "Traceback" not in said
     assert purld(monkeypatch, "run", tiny_config, "--run-dir", run.path) == 0
 
 

@@ -2,12 +2,11 @@
 
 import base64
 import os
-import subprocess
-import sys
 from urllib.parse import quote
 
 import yaml
 from faulty_server import SECRET, answer, error, running_server
+from forked import ForkedPython
 
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
@@ -43,16 +42,13 @@ def test_no_file_and_no_line_of_a_whole_run_holds_the_key(tiny_config, tmp_path)
         values["teacher"] = endpoint
         values["evaluate"] |= {"judge": endpoint, "opponent": {"kind": "teacher"}}
         tiny_config.write_text(yaml.safe_dump(values))
-        done = subprocess.run(
-            [sys.executable, "-c", COMMANDS, str(tiny_config), str(run.path)],
-            env=os.environ | {"TEST_KEY": SECRET, "OPENAI_LOG": "debug", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            timeout=240,
+        process = ForkedPython(
+            COMMANDS, tiny_config, run.path, said=tmp_path / "said", env=os.environ | {"TEST_KEY": SECRET}
         )
-        assert done.returncode == 0, done.stderr.decode()
+        assert process.wait() == 0, process.said.read_text()
         assert all(headers["authorization"] == f"Bearer {SECRET}" for headers in server.headers)
     files = {path.name: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     assert {"ledger.sqlite", "config.yaml", "anchors.jsonl", "results.json", "report.html", "audit.jsonl"} <= set(files)
     assert b"Your key is [key]." in files["audit.jsonl"], "the server did say it"
-    for name, content in (files | {"stdout": done.stdout, "stderr": done.stderr}).items():
+    for name, content in (files | {"what it printed": process.said.read_bytes()}).items():
         assert not any(form in content for form in FORMS), name

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from command_line import purld
+from forked import ForkedPopen
 
-from purld.cli import main
 from purld.clients.ledger import CallResult, Caps, Ledger, Request
 from purld.config.load import load_config
 from purld.display.progress import Reporter
@@ -20,13 +23,6 @@ from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.sweep import plan_sweep, share_stage_one
 from purld.runs.files import read_json, read_rows, write_rows
 from purld.runs.run_dir import RunDir
-
-
-def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["purld", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    return stopped.value.code or 0
 
 
 def test_a_grid_is_every_combination_in_order(tiny_config, tmp_path):
@@ -135,9 +131,11 @@ def calls(run: RunDir) -> int:
 
 def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed_config, tmp_path, monkeypatch, capsys):
     """A sweep over two values of tau; the same command again changes nothing."""
+    forks = SimpleNamespace(Popen=ForkedPopen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(sweep, "subprocess", forks)
     folder = tmp_path / "sweep"
     arguments = ["sweep", testbed_config, "align.tau=0.6,1.2", "--jobs", 2, "--run-dir", folder]
-    assert run_command(monkeypatch, *arguments) == 0
+    assert purld(monkeypatch, *arguments) == 0
     shown = capsys.readouterr().out
     assert "align.tau" in shown and "1.2" in shown and "report.html" in shown
     first, second = (RunDir(folder / f"tau={tau}") for tau in (0.6, 1.2))
@@ -151,7 +149,7 @@ def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed
     assert "Accuracy against align.tau" in (folder / "report.html").read_text()
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
-    assert run_command(monkeypatch, *arguments) == 0
+    assert purld(monkeypatch, *arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
 
 
@@ -168,7 +166,7 @@ def test_what_failed_is_one_sentence_about_the_first_of_the_grid(tiny_config, tm
     )
     monkeypatch.setattr(sweep, "_PURLD", (sys.executable, "-c", fails))
     arguments = ["sweep", tiny_config, "align.tau=0.6,1.2", "--jobs", 2, "--run-dir", folder]
-    assert run_command(monkeypatch, *arguments) == 2
+    assert purld(monkeypatch, *arguments) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("purld: ")]
     assert said == ["purld: 2 of 2 runs failed; tau=0.6: slow True."]
     assert read_json(folder / "sweep.json")["failed"] == {"tau=0.6": "slow True", "tau=1.2": "slow False"}
@@ -178,7 +176,7 @@ def test_what_failed_is_one_sentence_about_the_first_of_the_grid(tiny_config, tm
 def test_other_seeds_ask_for_no_anchor_that_is_there(testbed_config, tmp_path, monkeypatch):
     folder = tmp_path / "sweep"
     testbed_config.write_text(yaml.safe_dump(yaml.safe_load(testbed_config.read_text()) | {"align": {"method": "sft"}}))
-    assert run_command(monkeypatch, "sweep", testbed_config, "seed=0,1", "--run-dir", folder) == 0
+    assert purld(monkeypatch, "sweep", testbed_config, "seed=0,1", "--run-dir", folder) == 0
     runs = [RunDir(path) for path in sorted(Path(folder).glob("seed=*"))]
     assert len(runs) == 2
     assert "shared_from" not in runs[1].finished_stages()["sft"]  # another seed is another Stage I

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -221,14 +222,21 @@ def test_the_gradient_of_a_batch_is_that_of_its_mean_loss(model, encoder) -> Non
 # --- building ----------------------------------------------------------------------------------------------------
 
 
-# Half a minute each; the second architecture differs in its configuration alone.
+# A quarter of a minute each; the second architecture differs in its configuration alone.
 BOTH_BUILT = pytest.mark.parametrize(
     "name", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)], indirect=True, scope="module"
 )
 
 
 @pytest.fixture(scope="module")
-def toys(name: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def few_lessons() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene_corpus, "LESSONS_PER_STEP", 12)
+        yield
+
+
+@pytest.fixture(scope="module")
+def toys(name: str, few_lessons: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp(name)
     paths = [folder / "a", folder / "b"]
     for path in paths:
