@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from rank_processes import run_ranks
 
 from purld import ranks
 from purld.errors import UserError
+from purld.ranks import launch
 from purld.ranks.launch import Place, first_host, read_place
 
 
@@ -124,6 +126,43 @@ def test_a_process_that_is_killed_is_told_by_the_others():
     killed, other = run_ranks(failing_work(0, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     assert killed is None
     assert isinstance(other, UserError) and "ended without a word" in str(other)
+
+
+@pytest.mark.parametrize(("gone", "connected"), [(2, "init_process_group"), (0, "new_group")])
+def test_a_process_that_is_killed_while_they_connect_is_not_waited_for(gone, connected):
+    """Of three, one ends when all have arrived, or in the middle of connecting; one of the others says so."""
+
+    def work():
+        launch._CONNECTING = timedelta(seconds=1)
+        if int(os.environ["RANK"]) == gone:
+            setattr(torch.distributed, connected, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        with ranks.together():
+            return "connected"
+
+    def tell():
+        try:
+            return work()
+        except UserError as error:
+            return str(error), ranks._silent
+
+    started = time.monotonic()
+    outcomes = run_ranks(tell, count=3, joins=False)
+    assert time.monotonic() - started < 60 and outcomes.pop(gone) is None
+    assert all("gone before all were connected" in sentence for sentence, _ in outcomes)
+    # The one that is gone may have held the store, and then nobody can know what the others do.
+    assert sorted(silent for _, silent in outcomes) in ([[False, True]] if gone else [[False, True], [False, False]])
+
+
+def test_once_connected_they_wait_for_as_long_as_it_takes():
+    def work():
+        launch._CONNECTING = timedelta(seconds=1)
+        with ranks.together():
+            if ranks.is_first():
+                time.sleep(2)
+            ranks.sum_tensor(torch.ones(1))
+            return ranks.gather_rows([ranks.index()])
+
+    assert run_ranks(work, joins=False) == [[0, 1], [0, 1]]
 
 
 def test_processes_that_have_met_already_work_together_and_stay_as_they_are():

@@ -16,12 +16,19 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from purld.errors import UserError, reason_of
 from purld.ranks.board import Board
-from purld.ranks.launch import PLACES, Place, meet_others, read_place, refuse_other_sharding
+from purld.ranks.launch import (
+    PLACES,
+    Place,
+    UnconnectedError,
+    connect_group,
+    meet_others,
+    read_place,
+    refuse_other_sharding,
+)
 from purld.signals import Stopped, ignored_signals
 
 if TYPE_CHECKING:
@@ -30,7 +37,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_FOREVER = timedelta(days=30)  # rank 0 may ask a teacher for days, while the others wait
 _PATIENCE = 5.0  # seconds to wait for what another rank says of its failure, where a connection is lost
 _BUCKET = 2**26  # numbers that are summed in one message, 256 MiB in float32
 _LOST_PEER = re.compile(r"(?i)gloo|nccl|connection (closed|reset|refused)|broken pipe|socket|TCPStore")
@@ -251,6 +257,12 @@ def _describe_plainly(error: BaseException) -> tuple[str, int]:
     return (str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {reason_of(error)}"), 2
 
 
+def _give_up(error: UnconnectedError) -> None:
+    """Note that the job failed before it began, and whether another process says so."""
+    global _broken, _silent
+    _broken, _silent = True, not error.is_first
+
+
 class _Job:
     """The processes of a job, from when they have met until they part."""
 
@@ -263,20 +275,15 @@ class _Job:
         self._owned = not dist.is_initialized()
         if self._owned:
             base = meet_others(place)
-            cuda = torch.cuda.is_available()
-            if cuda:
+            if torch.cuda.is_available():
                 torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if cuda else "gloo",
-                store=dist.PrefixStore("purld/group", base),
-                rank=place.rank,
-                world_size=place.world,
-                timeout=_FOREVER,
-            )
         else:  # Ray Train and scripts of one's own have met before
             base = dist.distributed_c10d._get_default_store()
-        # Objects travel between CPUs, and this group waits as long as rank 0 needs.
-        self._objects = dist.new_group(backend="gloo", timeout=_FOREVER)
+        try:
+            self._objects = connect_group(place, base, self._owned)
+        except UnconnectedError as error:
+            _give_up(error)
+            raise
         self._board = Board(base, place, interrupt, lambda: _alone > 0)
 
     @contextlib.contextmanager

@@ -18,6 +18,9 @@ from purld.errors import UserError, reason_of
 
 _ARRIVAL = 600.0  # seconds for all processes of a job to start
 _POLL = 0.1  # seconds between two looks at who has arrived
+_CONNECTING = timedelta(seconds=120)  # for processes that have arrived to connect to each other
+_LAST_TO_GO = 5.0  # seconds that rank 0 waits for the others where they are not connected
+_FOREVER = timedelta(days=30)  # rank 0 may ask a teacher for days, while the others wait
 # Where a process finds its rank, the number of processes and its rank on its machine.
 PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch, Ray Train, SkyPilot, Kubeflow
@@ -82,6 +85,70 @@ def meet_others(place: Place) -> Any:
             "start all of them."
         )
     return store
+
+
+class UnconnectedError(UserError):
+    """A process that had arrived, and ended before all were connected; `is_first` says who is to print it."""
+
+    def __init__(self, place: Place, is_first: bool) -> None:
+        super().__init__(
+            f"one of the {place.world} processes of this job was gone before all were connected, as one is that was "
+            "killed (or a port is closed between machines); start the job again, and the same command continues."
+        )
+        self.is_first = is_first
+
+
+def connect_group(place: Place, store: Any, with_default: bool) -> Any:
+    """Connect the processes that have met, and return their group for objects, which travel between CPUs.
+
+    Connecting is waited for as long as it may take; once connected, the groups wait for as long as rank 0 needs.
+
+    Args:
+        place: this process's place.
+        store: the job's key-value store.
+        with_default: whether torch's default group is to be made as well.
+
+    Raises:
+        UnconnectedError: a process did not connect.
+    """
+    import torch.distributed
+
+    dist: Any = torch.distributed  # its stubs leave out what it exports
+    try:
+        if with_default:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                store=dist.PrefixStore("purld/group", store),
+                rank=place.rank,
+                world_size=place.world,
+                timeout=_CONNECTING,
+            )
+        objects = dist.new_group(backend="gloo", timeout=_CONNECTING)
+    except RuntimeError:
+        raise UnconnectedError(place, _is_first_to_tell(store, place)) from None
+    for group in (None, objects) if with_default else (objects,):
+        dist.distributed_c10d._set_pg_timeout(_FOREVER, group)
+    return objects
+
+
+def _is_first_to_tell(store: Any, place: Place) -> bool:
+    """Return whether no other process has told yet that the job is not connected; rank 0 waits for the others to ask.
+
+    Its process may hold the store.
+    """
+    import torch.distributed
+
+    dist: Any = torch.distributed  # its stubs leave out what it exports
+    asked = dist.PrefixStore("purld/unconnected", store)
+    try:
+        is_first, started = int(asked.add("asked", 1)) == 1, time.monotonic()
+        while place.rank == 0 and int(asked.add("asked", 0)) < place.world - 1:
+            if time.monotonic() - started > _LAST_TO_GO:
+                break
+            time.sleep(_POLL)
+    except RuntimeError:  # it has ended with its process
+        return True
+    return is_first
 
 
 def _set_address(place: Place) -> None:
