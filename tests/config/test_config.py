@@ -72,7 +72,24 @@ def test_what_only_other_methods_have_is_named():
 def test_updates_count_their_candidates_once():
     settings = {"method": "anchor_grpo", "steps": 10, "updates_per_rollout": 4, "checkpoint_steps": 4}
     section = parse_config(with_values(align=settings | {"candidates": 3, "prompts_per_step": 2}), "x").align
-    assert section.candidates_in_all == 3 * 2 * 3  # three rollouts of two prompts and three candidates
+    assert section.most_groups == 3 * 2  # three rollouts of two prompts
+
+
+@pytest.mark.parametrize(
+    ("values", "prompts", "steps", "groups"),
+    [
+        ({"prompts_per_step": 8, "steps": 10}, 100, None, 80),
+        ({"prompts_per_step": 8, "steps": 10}, 3, None, 30),  # no step has more prompts than there are
+        ({"prompts_per_step": 4, "steps": 6}, 10, None, 2 * (4 + 4 + 2)),  # a pass ends with what is left
+        ({"prompts_per_step": 4, "steps": 8}, 10, None, 2 * 10 + 4 + 4),
+        ({"prompts_per_step": 4, "steps": 50}, 10, 4, 10 + 4),  # that ended early
+        ({"prompts_per_step": 4, "steps": 6, "updates_per_rollout": 2, "checkpoint_steps": 2}, 10, None, 8 + 4),
+        ({"prompts_per_step": 4, "steps": 6}, 0, None, 0),
+    ],
+)
+def test_groups_of_a_pool_are_counted_as_the_trainer_draws_them(values, prompts, steps, groups):
+    section = parse_config(with_values(align={"method": "anchor_grpo"} | values), "x").align
+    assert section.groups_drawn(prompts, steps) == groups
 
 
 @pytest.mark.parametrize(

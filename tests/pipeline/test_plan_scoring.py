@@ -8,14 +8,14 @@ import pytest
 from counted_tokens import counted_tokens
 
 from purld.config.load import load_config
-from purld.config.methods import AnchorGrpo
+from purld.config.methods import AnchorGrpo, LdlGrpo
 from purld.display.progress import Reporter
 from purld.model.load import Roles, load_encoder, load_model
 from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.plan import make_plan
 from purld.pipeline.plan_scoring import tokens_of_stage
 from purld.pipeline.prompt_pools import load_prompt_pools
-from purld.pipeline.self_comparison import stage_two_prompts
+from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.group_update import GroupUpdate
@@ -37,7 +37,7 @@ METHODS = [
 def planned(config, run):
     """The figures of the plan: all tokens, and those of a step."""
     [line] = [line for line in make_plan(config, run).sections["Training"] if "tokens through the student" in line]
-    whole, step = re.search(r"at most ([\d,]+) tokens through the student in all, ([\d,]+) a step", line).groups()
+    whole, step = re.search(r"at most ([\d,]+) tokens through the student in all,.* ([\d,]+) a step", line).groups()
     return int(whole.replace(",", "")), int(step.replace(",", "")), line
 
 
@@ -91,6 +91,48 @@ def test_the_plan_has_the_tokens_that_go_through_the_student(name, overrides, ba
     whole, step, line = planned(config, RunDir(tmp_path / "run"))
     assert whole == actual and step == -(-whole // 2)
     assert "student.max_anchor_tokens" not in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "title", "scored"),
+    [
+        (["align.score=in_context"], "scoring by in_context", 3),
+        (["align.score=agreement", "align.validate_by=score", "data.check=exact"], "", 0),
+        (["align.method=anchorrank_dpo", "align.score=reference"], "scoring by reference", 3),
+        (["align.method=singlepair_dpo"], "comparing steps by in_context", 0),
+    ],
+)
+def test_scores_that_compare_steps_are_counted(overrides, title, scored, tiny_config, tmp_path):
+    """Before Stage II, after its first step and after its last, of one greedy answer to each prompt of the part."""
+    compared = ["sft.validation_fraction=0.5", "align.validate_every=1", "align.steps=2", "align.prompts_per_step=99"]
+    config = load_config(tiny_config, [*compared, *overrides, "align.max_new_tokens=8"])
+    run = RunDir(tmp_path / "run")
+    if not title:
+        assert not any("through the student" in line for line in make_plan(config, run).sections["Training"])
+        return
+    work = Work(config)
+    rows = map(json.loads, (tiny_config.parent / "answers.jsonl").read_text().splitlines())
+    answers = {row["prompt"]: row["answer"] for row in rows}
+    groups, kept_out = stage_two_prompts(config, work.pools), validation_prompts(config, work.pools)
+    settings = LdlGrpo(score=title.split()[-1], score_batch_size=getattr(config.align, "score_batch_size", 8))
+    context = ScorerContext(work.encoder, Roles(work.model, work.model), settings, True, contextlib.nullcontext)
+    scorer = SCORERS[settings.score].make(context)
+
+    def score(prompts, candidates):
+        for prompt in prompts:
+            drawn = work.texts[:1] * candidates, work.ids[:1] * candidates
+            scorer([GroupToScore(prompt, answers[prompt.question], *drawn)])
+
+    score(kept_out[:1], 2)  # with the self-check of sharing
+    with counted_tokens(work.model) as counts:
+        for _ in range(3):
+            score(kept_out, 1)
+        compares = sum(counts)
+        for _ in range(2 if scored else 0):
+            score(groups, scored)
+    whole, step, line = planned(config, run)
+    assert (whole, step) == (sum(counts), -(-sum(counts) // 2)) and line.startswith(title)
+    assert (f" {compares:,} of them to compare steps" in line) == bool(scored)
 
 
 def test_anchors_count_at_their_limit_until_they_are_there(tiny_config, tmp_path):

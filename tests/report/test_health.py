@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from synthetic import synthetic_run
 
-from purld.methods.labels import UNIFORM_ENTROPY
 from purld.report.health import GOLD_WHY, RULES, GoldAuc, Light, health_lights
 from purld.report.run_data import RunData, read_run
-from purld.training import align
+from purld.training.align import AlignFacts
 
 LN_K = math.log(8)  # the synthetic run draws 8 candidates for each of 8 prompts, for 120 steps
 
@@ -104,12 +103,32 @@ def test_the_light_of_gold_follows_its_interval(lights: Any, interval: tuple[flo
     assert light.colour == colour
 
 
-def test_the_limits_are_those_of_the_warnings_at_the_end() -> None:
-    rules = {rule.name: rule for rule in RULES}
-    entropy, spread, movement = (rules[name] for name in ("Entropy of D", "Score spread", "Movement"))
-    assert entropy.high is not None and entropy.high.red == UNIFORM_ENTROPY
-    assert spread.low is not None and spread.low.red == align._COLLAPSED
-    assert movement.low is not None and movement.low.amber == align._UNMOVED
+@pytest.mark.parametrize("beyond", [0.99, 1.01])
+def test_the_limits_are_those_of_the_warnings_at_the_end(beyond: float) -> None:
+    """A stage that ends at a light's limit warns on the side where the light is not green."""
+    bounds = {rule.name: (rule.low, rule.high) for rule in RULES}
+    (_, entropy), (spread, _), (movement, _) = (bounds[name] for name in ("Entropy of D", "Score spread", "Movement"))
+    (_, cut) = bounds["Cut off"]
+    assert entropy is not None and spread is not None and movement is not None and cut is not None
+    assert entropy.red is not None and spread.red is not None and cut.red is not None
+    facts = AlignFacts(
+        prompts=4,
+        steps=8,
+        candidates=10_000,
+        truncated=int(10_000 * cut.red * beyond),
+        unscored=0,
+        thinking=0,
+        dropped_groups=0,
+        sharper_than_labels=0.0,
+        against_flattening="",
+        label_entropy=1 - (1 - entropy.red) * beyond,
+        spread_kept=spread.red * beyond,
+        kl=movement.amber * beyond,
+    )
+    told = " ".join(facts.warnings)
+    low, high = ("collapsed", "hardly moved", "stayed uniform"), ("met the limit",)
+    assert all((words in told) == (beyond < 1) for words in low)
+    assert all((words in told) == (beyond > 1) for words in high)
 
 
 def test_the_docs_have_the_table() -> None:

@@ -92,6 +92,12 @@ def test_out_of_memory_layers_are_computed_again_and_then_micro_batches_halved(r
     assert_same_stage_two(run, calm)
 
 
+def test_a_model_without_layers_that_can_be_computed_again_gets_smaller_micro_batches():
+    update = GroupUpdate(Roles(torch.nn.Linear(2, 2), None), 4, 0, None, contextlib.nullcontext)
+    with pytest.warns(UserWarning, match=r"goes on with align.micro_batch_size=2"):
+        assert not memory.use_less_memory(update, 1, with_graph=True).recompute
+
+
 def test_without_a_graph_micro_batches_are_halved_at_once():
     update = GroupUpdate(None, 4, 0, None, contextlib.nullcontext)
     with pytest.warns(UserWarning, match=r"align.micro_batch_size=2"):

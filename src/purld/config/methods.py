@@ -66,9 +66,32 @@ class StageTwoSettings(Section):
         return False
 
     @property
-    def candidates_in_all(self) -> int:
-        """Return the number of candidates that the whole stage draws."""
-        return -(-self.steps // self.updates) * self.prompts_per_step * self.drawn
+    def most_groups(self) -> int:
+        """Return the number of groups that the stage makes of a large pool; of a small one it makes no more."""
+        return -(-self.steps // self.updates) * self.prompts_per_step
+
+    def passes_over(self, prompts: int, steps: int | None = None) -> tuple[int, int, int]:
+        """Return the whole passes over a pool, the groups of each, and those of the pass that the steps break off.
+
+        A step has at most the pool's prompts, and the last one of a pass has what is left; with several updates on the
+        same candidates it is left out.
+
+        Args:
+            prompts: the size of the pool.
+            steps: how many steps were taken; all of the stage's unless given.
+        """
+        if not prompts:
+            return 0, 0, 0
+        batch = min(self.prompts_per_step, prompts)
+        whole = prompts // batch
+        batches = whole if self.updates > 1 else -(-prompts // batch)
+        passes, rest = divmod(-(-(self.steps if steps is None else steps) // self.updates), batches)
+        return passes, min(batches * batch, prompts), rest * batch
+
+    def groups_drawn(self, prompts: int, steps: int | None = None) -> int:
+        """Return how many groups are made of a pool, see `passes_over`."""
+        passes, groups, rest = self.passes_over(prompts, steps)
+        return passes * groups + rest
 
 
 class SamplingSettings(StageTwoSettings):

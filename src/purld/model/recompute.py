@@ -42,7 +42,7 @@ def recomputed_layers(body: nn.Module) -> Iterator[None]:
 
 
 def can_recompute(body: nn.Module) -> bool:
-    """Return whether a body has layers that can be computed again."""
+    """Return whether a model has layers that can be computed again; else `recomputed_layers` changes nothing."""
     return next(_outermost_layers(body), None) is not None
 
 

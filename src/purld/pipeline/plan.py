@@ -127,8 +127,8 @@ def _describe_stage_two(align: StageTwoSettings, prompts: int) -> str:
     per_step, total = f"{align.prompts_per_step} prompts", ""
     if align.drawn:
         per_step += f" × {align.drawn} candidates" if align.drawn > 1 else ", one candidate each"
-        total = f"{align.candidates_in_all:,} in all, "
-    passes = align.steps / align.updates * align.prompts_per_step / prompts
+        total = f"{align.groups_drawn(prompts) * align.drawn:,} in all, "
+    passes = align.groups_drawn(prompts) / max(1, prompts)
     repeated = f", {align.updates} on the same candidates" if align.updates > 1 else ""
     method = getattr(align, "method", "") + (f" with q={align.q}" if isinstance(align, LdlGrpo) else "")
     return (

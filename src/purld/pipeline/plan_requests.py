@@ -29,6 +29,7 @@ from purld.model.encode import Encoder
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_ledger
 from purld.pipeline.prompt_pools import PromptPools
+from purld.pipeline.self_comparison import stage_two_prompts
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
 from purld.templates import judge_turn, rating_turn
@@ -185,7 +186,7 @@ def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools:
         others = " else" if isinstance(config.student.engine, VllmEngine) else ""
         plan.add_lines(_HEADING, f"Stage I and Stage II: nothing{others}")
         return
-    calls = settings.candidates_in_all
+    calls = settings.groups_drawn(len(stage_two_prompts(config, pools))) * settings.drawn
     question_tokens = sum(
         len(encoder.encode_literal(rating_turn(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align
     ) / len(pools.align)

@@ -13,6 +13,7 @@ from purld.model.engine_check import check_engine
 from purld.model.load import context_length, load_encoder
 from purld.model.student_check import StudentSizes, check_stored_weights, check_student
 from purld.pipeline.prompt_pools import PromptPools
+from purld.pipeline.self_comparison import stage_two_prompts
 from purld.pipeline.validation import check_validation
 from purld.runs.files import nearest_folder, read_rows
 from purld.runs.run_dir import RunDir
@@ -117,7 +118,8 @@ def check_judging(config: Config, pools: PromptPools) -> None:
     anchors = len(pools.train)
     if isinstance(config.evaluate.opponent, TeacherAnchors):
         anchors += len(pools.held_out)
-    calls, cap = config.align.candidates_in_all, config.teacher.max_calls
+    calls = config.align.groups_drawn(len(stage_two_prompts(config, pools))) * config.align.drawn
+    cap = config.teacher.max_calls
     if cap is not None and calls + anchors > cap:
         raise UserError(
             f"align.method {config.align.method} asks the teacher {anchors:,} prompts and about {calls:,} candidates, "

@@ -327,7 +327,7 @@ def check_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) ->
         raise UserError(
             f"Stage II was not started: {probe['verdict']} Use another scorer (purld probe measures all; "
             "align.score=in_context asks for no number), a larger student or more "
-            f"of Stage I; or let the teacher score, with about {settings.candidates_in_all:,} more calls "
+            f"of Stage I; or let the teacher score, with up to {settings.most_groups * settings.drawn:,} more calls "
             "(align.method=teacher_judge_grpo). align.weak_signal=continue starts Stage II all the same."
         )
 
@@ -348,8 +348,7 @@ def _probe_examples(context: RunContext, settings: SamplingSettings) -> list[tup
     examples = examples_of_pool(context.run, context.pools.align)
     if len(examples) < 2:
         raise UserError("The probe needs at least two prompts with anchors.")
-    stage_two_prompts = settings.candidates_in_all // max(1, settings.drawn)
-    count = min(MAX_PROMPTS, max(MIN_PROMPTS, stage_two_prompts // 20))
+    count = min(MAX_PROMPTS, max(MIN_PROMPTS, settings.most_groups // 20))
     return sorted(examples, key=lambda example: content_hash(["probe", context.config.seed, example[0].id]))[:count]
 
 

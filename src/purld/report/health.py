@@ -13,6 +13,7 @@ from typing import Any, Literal
 from purld.evaluation.recorded import Row
 from purld.methods.labels import UNIFORM_ENTROPY
 from purld.report.run_data import RunData
+from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL
 
 Colour = Literal["green", "amber", "red", "grey"]
 
@@ -145,7 +146,7 @@ RULES = (
         "kl",
         "nats per answer",
         _movement,
-        low=Bound(1e-3, None, "the policy has hardly moved from SFT; raise align.learning_rate"),
+        low=Bound(UNMOVED_KL, None, "the policy has hardly moved from SFT; raise align.learning_rate"),
         high=None,
         why="The limit of the warning at the end of the stage. Judged from a quarter of the steps on, because it "
         "begins at zero.",
@@ -165,7 +166,7 @@ RULES = (
         "score_spread",
         "of the spread at the start",
         lambda rows, _: _against_start(rows, "score_spread"),
-        low=Bound(0.3, 0.1, "the candidates' scores grow alike, so there is less to learn from"),
+        low=Bound(0.3, COLLAPSED_SPREAD, "the candidates' scores grow alike, so there is less to learn from"),
         high=None,
         why="Red is the limit of the warning at the end of the stage. Demo runs keep 0.76 to 1: as more answers "
         "are right, their scores grow alike.",
@@ -176,7 +177,9 @@ RULES = (
         "of the candidates",
         _truncated_share,
         low=None,
-        high=Bound(0.02, 0.1, "candidates meet the limit of align.max_new_tokens, and are scored without their end"),
+        high=Bound(
+            0.02, MOST_TRUNCATED, "candidates meet the limit of align.max_new_tokens, and are scored without their end"
+        ),
         why="Red is the limit of the warning at the end of the stage.",
     ),
 )

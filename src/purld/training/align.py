@@ -23,12 +23,10 @@ from purld.runs.files import read_rows
 from purld.training.align_trainer import AlignTrainer
 from purld.training.checkpoints import resume_point
 from purld.training.context import StageContext
+from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
 from purld.training.validation import METRIC, ValidationFacts, ValidationSet
-
-_COLLAPSED = 0.1  # of the spread that the scores had at the start
-_UNMOVED = 1e-3  # nats per answer; a policy nearer to p_sft answers like it
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class AlignFacts:
         warnings = []
         if self.validation is not None and self.validation.warning is not None:
             warnings.append(self.validation.warning)
-        if self.truncated > self.candidates // 10:
+        if self.truncated > MOST_TRUNCATED * self.candidates:
             warnings.append(f"{self.truncated} of {self.candidates} candidates met the limit align.max_new_tokens.")
         if self.unscored:
             warnings.append(f"{self.unscored} of {self.candidates} candidates got no score.")
@@ -67,13 +65,13 @@ class AlignFacts:
                 f"the labels stayed uniform (entropy {self.label_entropy:.4f} of ln K), so Stage II had nothing to "
                 "learn from; purld probe measures every scorer."
             )
-        if self.spread_kept is not None and self.spread_kept < _COLLAPSED:
+        if self.spread_kept is not None and self.spread_kept < COLLAPSED_SPREAD:
             warnings.append(
                 f"the candidates' scores collapsed: at the end they differ by {self.spread_kept:.0%} of what they did "
                 "at the start."
             )
         # An estimate of a larger divergence may be below zero by chance.
-        if self.kl is not None and abs(self.kl) < _UNMOVED:
+        if self.kl is not None and abs(self.kl) < UNMOVED_KL:
             warnings.append(
                 f"the policy hardly moved from p_sft: their divergence at the end is {abs(self.kl):.1e} nats per "
                 "answer; raise align.learning_rate or align.steps."
@@ -161,7 +159,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
     return AlignFacts(
         prompts=prompts,
         steps=steps,
-        candidates=-(-steps // settings.updates) * settings.prompts_per_step * settings.drawn,
+        candidates=settings.groups_drawn(prompts, steps) * settings.drawn,
         truncated=int(_total(rows, "truncated")),
         unscored=int(_total(rows, "unscored")),
         thinking=int(_total(rows, "thinking")),

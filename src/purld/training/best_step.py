@@ -12,9 +12,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from purld.config.methods import StageTwoSettings
 from purld.training.validation import METRIC
 
 _STATE = "trainer_state.json"
+
+
+def validated_steps(settings: StageTwoSettings) -> list[int]:
+    """Return the steps after which a stage validates, unless it ends early; 0 is before the first."""
+    every = settings.validation_steps
+    return [] if every is None else [*range(0, settings.steps, every), settings.steps]
 
 
 class BestStep(TrainerCallback):

@@ -9,7 +9,9 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from purld import ranks
 from purld.config.engines import VllmEngine
@@ -20,6 +22,7 @@ from purld.methods.table import METHODS
 from purld.model.at_once import release_memory
 from purld.model.load import Roles
 from purld.model.memory import FIT, DecoderShape, MemoryNeed, UpdateSizes, device_memory, estimate_memory
+from purld.model.recompute import can_recompute
 from purld.training.group_update import GroupUpdate
 from purld.training.rollout import AnchoredPrompt
 
@@ -53,6 +56,8 @@ def needs_recompute(
     """
     if settings.recompute != "auto":
         return settings.recompute == "always"
+    if not can_recompute(cast(nn.Module, roles.policy)):
+        return False
     sizes = update_sizes(settings, student, max(len(question.encoded) for question in questions))
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in roles.weights()}
     need = estimate_memory(
@@ -84,7 +89,7 @@ def use_less_memory(update: GroupUpdate, step: int, with_graph: bool) -> GroupUp
         UserError: it needs as little as it can already.
     """
     release_memory()
-    if with_graph and not update.recompute:
+    if with_graph and not update.recompute and can_recompute(cast(nn.Module, update.roles.policy)):
         smaller, how = replace(update, recompute=True), "computes layers again in the backward pass (align.recompute)"
     elif update.micro_batch_size > 1:
         size = update.micro_batch_size // 2

@@ -142,12 +142,16 @@ class Validator:
         return candidates_to_score(self._encoder, question, completions)
 
 
+def validation_rows(settings: StageTwoSettings) -> int:
+    """Return how many rows of a group a validation scores at once."""
+    return settings.score_batch_size if isinstance(settings, SelfScoringSettings) else settings.micro_batch_size
+
+
 def _make_scorer(chosen: ValidationSet, settings: StageTwoSettings, context: ScorerContext) -> Scorer:
     if chosen.measure == GOLD:
         assert chosen.check is not None
         return _GoldScorer(chosen.check)
-    rows = settings.score_batch_size if isinstance(settings, SelfScoringSettings) else settings.micro_batch_size
-    own = LdlGrpo.model_validate({"score": chosen.measure, "score_batch_size": rows})
+    own = LdlGrpo.model_validate({"score": chosen.measure, "score_batch_size": validation_rows(settings)})
     found = ScorerContext(context.encoder, context.roles, own, True, context.autocast, None, chosen.check)
     return find_scorer(chosen.measure).make(found)
 
