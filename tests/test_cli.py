@@ -36,6 +36,14 @@ def asked(text):
     return Request("http://a/v1", "m", json.dumps({"model": "m", "messages": text}), prompt_id=text)
 
 
+def test_the_help_lists_a_new_users_commands_first_and_no_summary_is_cut():
+    listed = [line.split(maxsplit=1) for line in purld("--help").partition("Commands:\n")[2].splitlines() if line]
+    names = [name for name, _ in listed]
+    assert names[:5] == ["demo", "init", "doctor", "check", "run"]
+    assert len(names) == len(set(names)) and {"align", "ledger", "testbed"} <= set(names)
+    assert all(summary.endswith(".") and not summary.endswith("...") for _, summary in listed)
+
+
 def test_tasks_lists_every_task():
     shown = purld("tasks").split()
     assert {*TASKS, "counting", "writing"} <= set(shown)

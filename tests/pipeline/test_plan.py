@@ -60,6 +60,19 @@ def test_a_check_without_gold_is_told(plan, tmp_path):
     assert any("no accuracy will be reported" in line for line in plan("data.check=none").sections["Prompts"])
 
 
+def test_what_will_be_measured_is_told(plan):
+    assert plan().sections["Evaluation"] == [
+        "accuracy on 8 held-out prompts, of answers sampled (2 for each prompt) and greedy, by data.check: testbed",
+        "no win rates: there is no judge (evaluate.judge and evaluate.opponent)",
+    ]
+    judge = "evaluate.judge={kind: openai, base_url: 'http://127.0.0.1:1/v1', model: m}"
+    assert plan("data.check=none", judge, "evaluate.opponent={kind: teacher}").sections["Evaluation"] == [
+        "no accuracy: answers are not checked against gold (data.check)",
+        "win rates on 8 held-out prompts against evaluate.opponent, by evaluate.judge",
+    ]
+    assert "neither checked against gold nor judged" in plan("data.check=none").sections["Evaluation"][0]
+
+
 def test_disk_is_counted_and_a_full_one_stands_in_the_way(plan, tmp_path, monkeypatch):
     assert any("of disk at most" in line for line in plan().sections["Student"])
     usage = machine.shutil.disk_usage(tmp_path)._replace(free=1000)

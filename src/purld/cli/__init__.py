@@ -20,9 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from purld import ranks
-from purld.cli import commands, common  # isort: split
-
-from purld.cli import chat, completion, doctor, init, status, watch  # in the help, these come after
+from purld.cli import chat, commands, common, completion, doctor, init, status, watch
 from purld.cli.common import app, make_reporter
 from purld.display.streams import protected_streams
 from purld.errors import PlainWarning, UserError, printable

@@ -32,7 +32,7 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the answers; the run's own by default.")] = None,
 ) -> None:
-    """Ask the base, the SFT and the aligned model of a run the same thing.
+    """Ask base, SFT and aligned model the same thing.
 
     Prompts are typed in, or given by --prompt or --file; each stands alone. Works as soon as Stage I is finished, and
     uses no network.

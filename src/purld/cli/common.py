@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from purld import ranks
 from purld.errors import UserError
@@ -20,7 +21,20 @@ _SHARED_COMMANDS = frozenset({"run", "anchors", "sft", "probe", "align", "evalua
 # The commands that go on where an earlier call was stopped; the others begin anew, or only look.
 _CONTINUED_COMMANDS = _SHARED_COMMANDS | {"demo", "sweep", "compare", "testbed"}
 
+# A new user's first commands, in the order of use; the help shows them before the others.
+_FIRST_IN_HELP = ("demo", "init", "doctor", "check", "run", "status", "watch", "chat", "report", "export")
+
+
+class _CommandsInOrder(TyperGroup):
+    """Lists the commands in the order in which a new user needs them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        first = [name for name in _FIRST_IN_HELP if name in self.commands]
+        return [*first, *(name for name in self.commands if name not in first)]
+
+
 app = typer.Typer(
+    cls=_CommandsInOrder,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -20,7 +20,7 @@ def examine(
     overrides: Overrides = None,
     run_dir: RunDirOption = None,
 ) -> None:
-    """Say whether this machine can run purld, and with CONFIG whether it can run that.
+    """Say what keeps this machine, or CONFIG, from working.
 
     Versions, devices, memory, disk, clock and locale; the student, the data, keys and endpoints. An endpoint is asked
     for its list of models, which bills nothing. Exit status 2 if something is wrong.

@@ -43,6 +43,7 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     _plan_prompts(plan, pools)
     _plan_rendered_prompts(plan, pools, encoder)
     _plan_check(plan, config, pools)
+    _plan_measures(plan, config, pools)
     plan_requests(plan, config, encoder, pools, run)
     _plan_training(plan, config, pools)
     if score := describe_score(given, config):
@@ -93,11 +94,29 @@ def _plan_check(plan: Plan, config: Config, pools: PromptPools) -> None:
     """Add whether accuracy can be reported: it needs a check, and gold for the held-out prompts."""
     if find_check(config.data) is None:
         plan.add_lines("Prompts", "no check of answers against gold: no accuracy will be reported")
-        if measures := describe_comparison(config, pools):
-            plan.add_lines("Evaluation", *measures)
     elif missing := missing_gold(config.data, pools.held_out):
         plan.add_lines("Prompts", missing)
         plan.problems.append(missing)
+
+
+def _plan_measures(plan: Plan, config: Config, pools: PromptPools) -> None:
+    """Add what will be measured on the held-out prompts, and what will not."""
+    if measures := describe_comparison(config, pools):
+        plan.add_lines("Evaluation", *measures)
+        return
+    evaluate, prompts = config.evaluate, f"{len(pools.held_out):,} held-out prompts"
+    checked, drawn = find_check(config.data) is not None, "greedy"
+    if evaluate.temperature:
+        drawn = f"sampled ({evaluate.samples} for each prompt) and greedy"
+    plan.add_lines(
+        "Evaluation",
+        f"accuracy on {prompts}, of answers {drawn}, by data.check: {config.data.check}"
+        if checked
+        else "no accuracy: answers are not checked against gold (data.check)",
+        f"win rates on {prompts} against evaluate.opponent, by evaluate.judge"
+        if evaluate.judge
+        else "no win rates: there is no judge (evaluate.judge and evaluate.opponent)",
+    )
 
 
 def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:

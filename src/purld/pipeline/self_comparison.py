@@ -98,7 +98,7 @@ def describe_comparison(config: Config, pools: PromptPools) -> list[str]:
     else:
         return ["no gold, no judge and no anchor to spare: only diversity and length of the answers will be measured"]
     return [
-        "no gold and no judge: no accuracy and no win rate will be measured",
+        "answers are neither checked against gold nor judged: no accuracy and no win rate will be measured",
         f"  models are compared by p_sft's own score on {anchors}",
         "  set evaluate.judge and evaluate.opponent, or data.check and references, for a verdict from outside",
     ]
