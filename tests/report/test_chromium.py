@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ from synthetic import HOSTILE, REVERSED, REVISITED, Build, picture_run, syntheti
 
 from purld.data.images import read_image
 from purld.records import IMAGE, Prompt
+from purld.report import tables
 from purld.report.health import Light
 from purld.report.live import LiveStatus
 from purld.report.page import write_live_page, write_report
 from purld.report.run_data import read_run
-from purld.runs.files import read_rows, write_rows
+from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.run_dir import RunDir
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(EXECUTABLE is None, reason="Chromium is not installed")]
@@ -178,6 +180,28 @@ def test_nothing_is_cut_off_on_a_desk_or_a_phone(build: Build, tmp_path: Path, w
         ground = page.run("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(20, 22, 26)") == (scheme == "dark")
         assert page.errors == []
+
+
+def test_tables_of_several_runs_with_every_measure_fit_a_desk(tmp_path: Path) -> None:
+    runs = []
+    for name, method in (
+        ("counting-anchorrank-dpo-seed-0", "anchorrank_dpo"),
+        ("judged-teacher-judge", "teacher_judge_grpo"),
+    ):
+        run = synthetic_run(tmp_path / name, held_out=3, groups=3, logged=False)
+        results = json.loads(run.results.read_text().replace("ldl_grpo", method))
+        for metrics in results["models"].values():
+            metrics.update({key: metrics.get(key, 0.5123) for key in (*tables._RATES, *tables._MEASURES)})
+            metrics.update({f"{key}_ci": [0.4123, 0.6123] for key in tables._RATES})
+        write_json(run.results, results)
+        runs.append(run)
+    write_report(runs, tmp_path / "page.html")
+    with Page(tmp_path / "profile") as page:
+        page.resize(1400, 844)
+        page.open((tmp_path / "page.html").as_uri())
+        headings = page.run("[...document.querySelectorAll('.scroll thead')].map((e) => e.textContent).join()")
+        assert all(title in headings for title in (*tables._RATES.values(), *tables._MEASURES.values()))
+        assert page.run(CUT_OFF) == []
 
 
 def test_the_page_opens_where_sft_and_the_aligned_model_differ(build: Build, tmp_path: Path) -> None:
