@@ -33,7 +33,7 @@ import torch
 from purld.config.schema import Lora, Student
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
-from purld.model.likelihood import reference_scores
+from purld.model.likelihood import AnchoredRows, reference_scores
 from purld.model.load import load_encoder, load_model
 from purld.model.log_probs import token_log_probs
 from purld.model.sample import Decoding, GenerateSampler, seed_from_content
@@ -82,7 +82,7 @@ def measure_answers(
     ratings = {
         kind: SelfEvaluator(encoder, kind, 16).score(model, prompt, anchor, texts).candidates for kind in RATINGS
     }
-    reference = reference_scores(model, encoder, prompt, anchor, rows[1:], 16)
+    (reference,) = reference_scores(model, encoder, [AnchoredRows(prompt, anchor, rows[1:])], 16)
     return {
         "log_probs": log_probs,
         **ratings,

@@ -201,7 +201,7 @@ class Bench:
 
     def update_plain(self) -> None:
         """Update on full sequences."""
-        plain = FullSequences(self.policy, self.encoded_prompt, self.encoder.pad)
+        plain = FullSequences(self.policy, [self.encoded_prompt], self.encoder.pad)
         self.update(plain, self.completions, self.advantages())
 
     def step(self) -> None:

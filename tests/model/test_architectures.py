@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from purld.model.log_probs import make_prefix, token_log_probs
-from purld.model.prefix import SharedPrefix
+from purld.model.log_probs import GroupPass, RowGroup, make_prefixes, plan_passes, token_log_probs
+from purld.model.prefix import SharedPrefixes
 from purld.model.vision import EncodedPrompt
 
 SIZES = {
@@ -115,8 +115,53 @@ def test_the_prompt_is_shared_and_gives_the_plain_log_probs(name, group):
     model = build(name, SHARED[name])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
-        assert isinstance(make_prefix(model, *group, pad=0), SharedPrefix)
+        assert isinstance(make_prefixes(model, [RowGroup(*group)], pad=0), SharedPrefixes)
     assert_plain_numbers(model, *group)
+
+
+def draw_groups(lengths):
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda n: torch.randint(3, 120, (n,), generator=generator).tolist()  # noqa: E731
+    return [RowGroup(EncodedPrompt(draw(of_prompt)), [draw(n) for n in rows]) for of_prompt, rows in lengths]
+
+
+def log_probs_and_gradient(model, groups, size):
+    """Those of a weighted sum over all tokens, in passes of at most `size` rows; and how many passes prompts took."""
+    model.zero_grad()
+    found, passes = [], 0
+    for together in plan_passes(model, groups, 0, size):
+        whole, passes = GroupPass(model, together, 0, size, cut=True), passes + 1
+        for part in whole.parts:
+            rows = whole.row_log_probs(part)
+            sum((row * torch.linspace(-1, 1.5, len(row))).sum() for row in rows).backward()
+            found += [row.detach() for row in rows]
+        whole.backward()
+    return torch.cat(found), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), passes
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.filterwarnings("ignore:MptForCausalLM")
+def test_groups_in_one_pass_get_the_numbers_of_each_alone(name):
+    """Prompts of other lengths, within a window and beyond it."""
+    model = build(name, SHARED[name])
+    for lengths in ([(3, (1, 4)), (2, (2, 3, 1)), (1, (2,))], [(17, (1, 5)), (11, (4,))]):
+        groups = draw_groups(lengths)
+        log_probs, gradient, passes = log_probs_and_gradient(model, groups, 100)
+        expected, of_each, _ = log_probs_and_gradient(model, groups, 1)
+        assert torch.allclose(log_probs, expected, atol=1e-4)
+        assert (gradient - of_each).norm() / of_each.norm() < 1e-5
+        beyond = "sliding_window" in SHARED[name] and lengths[0][0] > 8
+        assert passes == (len(groups) if name == "mpt" or beyond else 1)
+
+
+def test_a_model_that_mixes_groups_up_runs_each_in_a_pass_of_its_own_and_says_so_once():
+    """MPT's positions are the columns of its cache, where padding counts."""
+    model = build("mpt", SHARED["mpt"])
+    with pytest.warns(UserWarning, match="every group takes a pass of its own, because several in one do") as warned:
+        assert log_probs_and_gradient(model, draw_groups([(5, (2,)), (3, (2,))]), 9)[-1] == 2
+        assert log_probs_and_gradient(model, draw_groups([(5, (2,)), (4, (2,))]), 9)[-1] == 2
+    assert len(warned) == 1
+    assert log_probs_and_gradient(model, draw_groups([(5, (2,)), (5, (2,))]), 9)[-1] == 1  # without padding
 
 
 @pytest.mark.parametrize("name", FULL)
@@ -125,4 +170,9 @@ def test_what_cannot_be_shared_warns_once_and_gives_the_plain_log_probs(name, gr
     model = build(name, settings)
     with pytest.warns(UserWarning, match=f"sharing it does not work with this model: .*{reason}") as warned:
         assert_plain_numbers(model, *group)
+        together, expected = (
+            log_probs_and_gradient(model, draw_groups([(9, (1, 5)), (5, (4,))]), size) for size in (9, 1)
+        )
     assert len(warned) == 1
+    assert torch.allclose(together[0], expected[0], atol=1e-4) and together[-1] == 1
+    assert (together[1] - expected[1]).norm() / expected[1].norm() < 1e-5

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from purld.model.body_and_head import BodyAndHead
-from purld.model.prefix import FullSequences, SharedPrefix
+from purld.model.prefix import FullSequences, SharedPrefixes
 from purld.model.self_check import can_share_prefix
 from purld.model.vision import EncodedPrompt
 
@@ -35,11 +35,11 @@ def model():
 
 
 def shared_log_probs(model):
-    return SharedPrefix(model, PROMPT, 0).token_log_probs(COMPLETIONS)[0]
+    return SharedPrefixes(model, [PROMPT], 0).token_log_probs(COMPLETIONS)[0]
 
 
 def plain_log_probs(model):
-    return FullSequences(model, PROMPT, 0).token_log_probs(COMPLETIONS)[0]
+    return FullSequences(model, [PROMPT], 0).token_log_probs(COMPLETIONS)[0]
 
 
 def gradient(model, log_probs):

@@ -5,7 +5,7 @@ import torch
 from log_prob_sums import sequence_log_probs
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from purld.model.log_probs import make_prefix, micro_batches, token_log_probs
+from purld.model.log_probs import RowGroup, make_prefixes, micro_batches, token_log_probs
 from purld.model.vision import EncodedPrompt
 
 LENGTHS = (1, 5, 9, 9, 3)
@@ -77,7 +77,7 @@ def test_closing_logits_equal_the_plain_ones(model, group):
     prompt, completions = group
     tails = [c for c in completions if len(c) >= 3]
     with torch.no_grad():
-        actual = make_prefix(model, prompt, tails, pad=0).closing_logits(tails, count=3)
+        actual = make_prefixes(model, [RowGroup(prompt, tails)], pad=0).closing_logits(tails, count=3)
         for tail, logits in zip(tails, actual):
             plain = model(input_ids=torch.tensor([prompt.ids + tail])).logits[0, -3:]
             assert torch.allclose(logits, plain, atol=1e-4)

@@ -9,7 +9,7 @@ from saved_bytes import counting_saved_bytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from purld.model.memory import DecoderShape, UpdateSizes, estimate_memory, largest_micro_batch
-from purld.model.prefix import SharedPrefix
+from purld.model.prefix import SharedPrefixes
 from purld.model.vision import EncodedPrompt
 
 SIZES = {
@@ -41,7 +41,7 @@ def test_what_is_kept_is_what_was_calculated(family, lora, recompute):
         model = get_peft_model(model, LoraConfig(r=lora, target_modules="all-linear"))
     assert (shape.queries, shape.keys, shape.layers) == (96, 32, 3)
     with counting_saved_bytes(*model.parameters()) as kept:
-        prefix = SharedPrefix(model, EncodedPrompt([3] * P), 0, cut=True, recompute=recompute)
+        prefix = SharedPrefixes(model, [EncodedPrompt([3] * P)], 0, cut=True, recompute=recompute)
         of_prompt = kept()
     cache = [t for layer in prefix._layers for t in (layer.keys, layer.values)]
     with counting_saved_bytes(*model.parameters(), *cache) as kept:

@@ -31,7 +31,7 @@ from purld.errors import UserError
 from purld.model import sample
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_encoder, load_model, save_model
-from purld.model.prefix import FullSequences, SharedPrefix
+from purld.model.prefix import FullSequences, SharedPrefixes
 from purld.model.sample import Decoding, GenerateSampler
 from purld.model.self_check import can_share_prefix
 from purld.records import IMAGE, Message, Prompt
@@ -191,7 +191,7 @@ def test_encoded_prompts_are_what_the_models_own_processor_makes_of_the_chat(mod
     assert given["input_ids"].tolist() == [encoded.ids]
     with torch.no_grad():
         expected = model(**given).logits[0, -1].log_softmax(-1)[[5, 6, 7]]
-        actual = FullSequences(model, encoded, encoder.pad).token_log_probs([[5], [6], [7]])[0][:, 0]
+        actual = FullSequences(model, [encoded], encoder.pad).token_log_probs([[5], [6], [7]])[0][:, 0]
     assert torch.allclose(actual, expected, atol=1e-5)
 
 
@@ -199,7 +199,7 @@ def test_encoded_prompts_are_what_the_models_own_processor_makes_of_the_chat(mod
 def test_a_shared_prefix_gives_the_numbers_and_gradients_of_full_sequences(model, encoder, prompt, recwarn):
     encoded = encoder.encode_prompt(prompt)
     plain, shared = (
-        way(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0] for way in (FullSequences, SharedPrefix)
+        way(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0] for way in (FullSequences, SharedPrefixes)
     )
     assert torch.allclose(shared, plain, atol=1e-5)
     expected, actual = gradient(model, plain), gradient(model, shared)
@@ -212,7 +212,7 @@ def test_the_model_sees_its_pictures(model, encoder):
     other = Prompt.from_text(f"{IMAGE}How many?", images=(picture(40, 24, 7),))
     with torch.no_grad():
         one, two = (
-            FullSequences(model, encoder.encode_prompt(p), encoder.pad).token_log_probs([[5]])[0]
+            FullSequences(model, [encoder.encode_prompt(p)], encoder.pad).token_log_probs([[5]])[0]
             for p in (PROMPTS[0], other)
         )
     assert abs(one - two) > 1e-3
@@ -228,7 +228,7 @@ def test_pictures_of_many_shapes_make_a_batch(model, encoder):
     with torch.no_grad():
         loss = model(**batch).loss
         alone = [
-            FullSequences(model, encoded, encoder.pad).token_log_probs([answer])[0].sum() for encoded, answer in rows
+            FullSequences(model, [encoded], encoder.pad).token_log_probs([answer])[0].sum() for encoded, answer in rows
         ]
     assert torch.allclose(loss, -sum(alone) / 10, atol=1e-5)
 

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from purld.model import body_and_head
-from purld.model.prefix import FullSequences, SharedPrefix
+from purld.model.prefix import FullSequences, SharedPrefixes
 from purld.model.vision import EncodedPrompt
 
 LENGTHS = (1, 5, 9, 9, 3)
@@ -53,8 +53,8 @@ def weighted(log_probs):
 
 
 def assert_alike(model, prompt, completions):
-    plain = FullSequences(model, prompt, 0).token_log_probs(completions)[0]
-    shared = SharedPrefix(model, prompt, 0).token_log_probs(completions)[0]
+    plain = FullSequences(model, [prompt], 0).token_log_probs(completions)[0]
+    shared = SharedPrefixes(model, [prompt], 0).token_log_probs(completions)[0]
     assert torch.allclose(shared, plain, atol=1e-4)
     expected, actual = (gradient(model, weighted(x).backward) for x in (plain, shared))
     assert (actual - expected).norm() / expected.norm() < 1e-5
@@ -71,10 +71,10 @@ def test_adapters_on_and_off():
     prompt, completions = group()
     assert_alike(model, prompt, completions)
     with torch.no_grad():
-        on = SharedPrefix(model, prompt, 0).token_log_probs(completions)[0]
+        on = SharedPrefixes(model, [prompt], 0).token_log_probs(completions)[0]
         with model.disable_adapter():
-            off = SharedPrefix(model, prompt, 0).token_log_probs(completions)[0]
-            plain = FullSequences(model, prompt, 0).token_log_probs(completions)[0]
+            off = SharedPrefixes(model, [prompt], 0).token_log_probs(completions)[0]
+            plain = FullSequences(model, [prompt], 0).token_log_probs(completions)[0]
     assert torch.allclose(off, plain, atol=1e-4)
     assert not torch.allclose(on, off, atol=1e-2)
 
@@ -85,8 +85,8 @@ def test_closing_logits_equal_full_sequences(name):
     prompt, completions = group()
     tails = [c for c in completions if len(c) >= 3]
     with torch.no_grad():
-        plain = FullSequences(model, prompt, 0).closing_logits(tails, 3)
-        shared = SharedPrefix(model, prompt, 0).closing_logits(tails, 3)
+        plain = FullSequences(model, [prompt], 0).closing_logits(tails, 3)
+        shared = SharedPrefixes(model, [prompt], 0).closing_logits(tails, 3)
     assert shared.shape == (len(tails), 3, 120)
     assert torch.allclose(shared, plain, atol=1e-4)
 
@@ -95,12 +95,12 @@ def test_a_cut_prefix_is_run_once_and_differentiated_once():
     """Three micro-batches leave their gradients at the prefix, which propagates them in one backward pass."""
     model = build("llama")
     prompt, completions = group()
-    expected = gradient(model, weighted(FullSequences(model, prompt, 0).token_log_probs(completions)[0]).backward)
+    expected = gradient(model, weighted(FullSequences(model, [prompt], 0).token_log_probs(completions)[0]).backward)
     runs = []
     handle = model.model.register_forward_hook(lambda _, __, output: runs.append(output.last_hidden_state.shape))
 
     def in_parts():
-        prefix = SharedPrefix(model, prompt, 0, cut=True)
+        prefix = SharedPrefixes(model, [prompt], 0, cut=True)
         weights = torch.linspace(-1, 1, len(LENGTHS) * max(LENGTHS)).view(len(LENGTHS), -1)
         for rows in (slice(0, 2), slice(2, 4), slice(4, 5)):
             log_probs, _ = prefix.token_log_probs(completions[rows])
@@ -119,7 +119,7 @@ def test_few_tokens_logits_at_a_time_and_only_the_completions(monkeypatch):
     prompt, completions = group()
     widths = []
     model.lm_head.register_forward_hook(lambda _, __, logits: widths.append(logits.shape[-2]))
-    weighted(SharedPrefix(model, prompt, 0).token_log_probs(completions)[0]).backward()
+    weighted(SharedPrefixes(model, [prompt], 0).token_log_probs(completions)[0]).backward()
     assert max(widths) == 4
     assert sum(widths) == 2 * sum(LENGTHS)  # once in the forward and once in the backward pass
 
@@ -128,7 +128,7 @@ def test_a_half_precision_models_log_probs_are_float32():
     model = build("llama").to(torch.bfloat16)
     prompt, completions = group()
     with torch.no_grad():
-        actual = SharedPrefix(model, prompt, 0).token_log_probs(completions)[0]
-        plain = FullSequences(model, prompt, 0).token_log_probs(completions)[0]
+        actual = SharedPrefixes(model, [prompt], 0).token_log_probs(completions)[0]
+        plain = FullSequences(model, [prompt], 0).token_log_probs(completions)[0]
     assert actual.dtype == torch.float32
     assert (actual - plain).norm() / plain.norm() < 0.02

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from saved_bytes import counting_saved_bytes
 from test_architectures import FULL, SHARED, build
 
-from purld.model.prefix import FullSequences, SharedPrefix
+from purld.model.prefix import FullSequences, SharedPrefixes
 from purld.model.recompute import can_recompute
 from purld.model.vision import EncodedPrompt
 
@@ -45,28 +45,28 @@ def assert_same_with_less(model, make, parts=(slice(0, 2), slice(2, 5))):
 def test_behind_a_shared_prompt(name):
     """In two parts; the prompt's layers are computed again as well, and its keys and values stay."""
     model = build(name, SHARED[name])
-    assert_same_with_less(model, lambda recompute: SharedPrefix(model, PROMPT, 0, cut=True, recompute=recompute))
+    assert_same_with_less(model, lambda recompute: SharedPrefixes(model, [PROMPT], 0, cut=True, recompute=recompute))
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_on_full_sequences(name):
     model = build(name, FULL[name][0])
-    assert_same_with_less(model, lambda recompute: FullSequences(model, PROMPT, 0, recompute))
+    assert_same_with_less(model, lambda recompute: FullSequences(model, [PROMPT], 0, recompute))
 
 
 def test_under_an_adapter_and_without_a_cut():
     model = get_peft_model(build("qwen2", {}), LoraConfig(target_modules="all-linear", init_lora_weights=False))
-    assert_same_with_less(model, lambda recompute: SharedPrefix(model, PROMPT, 0, True, recompute))
-    assert_same_with_less(model, lambda recompute: SharedPrefix(model, PROMPT, 0, False, recompute), [slice(0, 5)])
+    assert_same_with_less(model, lambda recompute: SharedPrefixes(model, [PROMPT], 0, True, recompute))
+    assert_same_with_less(model, lambda recompute: SharedPrefixes(model, [PROMPT], 0, False, recompute), [slice(0, 5)])
 
 
 def test_layers_are_themselves_again_afterwards_and_without_a_graph_nothing_is_replaced():
     model = build("llama", {})
     layer = model.model.layers[0]
     layer.forward = marked = layer.forward  # as a library that wraps layers leaves it
-    SharedPrefix(model, PROMPT, 0, recompute=True).token_log_probs(COMPLETIONS)
+    SharedPrefixes(model, [PROMPT], 0, recompute=True).token_log_probs(COMPLETIONS)
     assert layer.__dict__["forward"] is marked
     assert "forward" not in model.model.layers[1].__dict__
     with torch.no_grad():
-        values = SharedPrefix(model, PROMPT, 0, recompute=True).token_log_probs(COMPLETIONS)[0]
-        assert torch.equal(values, SharedPrefix(model, PROMPT, 0).token_log_probs(COMPLETIONS)[0])
+        values = SharedPrefixes(model, [PROMPT], 0, recompute=True).token_log_probs(COMPLETIONS)[0]
+        assert torch.equal(values, SharedPrefixes(model, [PROMPT], 0).token_log_probs(COMPLETIONS)[0])

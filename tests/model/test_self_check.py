@@ -86,7 +86,7 @@ def test_a_model_that_disagrees_warns_once_and_gets_plain_numbers(break_it):
     with pytest.warns(UserWarning, match=r"^LlamaForCausalLM: .* does not work with this model: its .*\.$") as warned:
         actual, _ = token_log_probs(model, PROMPT, ROWS, pad=0)
     assert len(warned) == 1
-    assert torch.equal(actual, FullSequences(model, PROMPT, 0).token_log_probs(ROWS)[0])
+    assert torch.equal(actual, FullSequences(model, [PROMPT], 0).token_log_probs(ROWS)[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         token_log_probs(model, PROMPT, ROWS, pad=0)

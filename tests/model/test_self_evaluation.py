@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from purld.model.encode import Encoder
-from purld.model.self_evaluation import SelfEvaluator, parse_score
+from purld.model.self_evaluation import GroupTexts, SelfEvaluator, parse_score
 from purld.records import Prompt
 
 PROMPT = Prompt.from_text("How many?")
@@ -42,6 +42,21 @@ def test_expected_score_is_its_definition(model, encoder, tokenizer, batch_size)
     by_hand = [expected_by_hand(model, encoder, tokenizer, c) for c in ["It is 4.", *CANDIDATES]]
     assert actual == pytest.approx(by_hand, abs=1e-5)
     assert all(0 <= score <= 1 for score in actual)
+
+
+@pytest.mark.parametrize("kind", ["expected", "verbal"])
+def test_several_groups_have_the_scores_of_each_alone(model, encoder, kind):
+    groups = [
+        GroupTexts(PROMPT, "It is 4.", CANDIDATES),
+        GroupTexts(Prompt.from_text("Is it?"), "Yes, it is.", ["No."]),
+        GroupTexts(Prompt.from_text("How many are there?"), None, ["One.", "None at all, as it seems."]),
+    ]
+    together = SelfEvaluator(encoder, kind, 100).score_groups(model, groups)
+    for scores, g in zip(together, groups, strict=True):
+        alone = SelfEvaluator(encoder, kind, 1).score(model, g.prompt, g.anchor, g.candidates)
+        assert (scores.anchor is None) == (g.anchor is None or kind == "verbal")
+        assert scores.candidates == pytest.approx(alone.candidates, abs=1e-5)
+        assert scores.anchor == pytest.approx(alone.anchor, abs=1e-5)
 
 
 def test_a_token_that_opens_every_text_comes_before_the_score(model, encoder, tokenizer, monkeypatch):

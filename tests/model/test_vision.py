@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_vlm import ARCHITECTURES, picture, write_model
+from torch.nn.utils.rnn import pad_sequence
 
 from purld.config.schema import Lora, Sft, Student
 from purld.data.images import open_image
@@ -12,7 +13,7 @@ from purld.errors import UserError
 from purld.model.critic import states_before_tokens
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_encoder, load_model, load_roles, make_trainable, save_model
-from purld.model.prefix import FullSequences, SharedPrefix
+from purld.model.prefix import FullSequences, SharedPrefixes
 from purld.model.processor import read_processor
 from purld.model.sample import Decoding, GenerateSampler, generate_completions
 from purld.model.self_check import can_share_prefix
@@ -60,9 +61,9 @@ def gradients(model, values):
 @pytest.mark.parametrize("name", PROMPTS)
 def test_a_shared_prefix_gives_the_numbers_and_gradients_of_full_sequences(model, encoder, name):
     encoded = encoder.encode_prompt(PROMPTS[name])
-    plain = FullSequences(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0]
+    plain = FullSequences(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0]
     expected = gradients(model, plain)
-    shared = SharedPrefix(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0]
+    shared = SharedPrefixes(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0]
     actual = gradients(model, shared)
     assert torch.allclose(shared, plain, atol=1e-5)
     assert expected.keys() == actual.keys()
@@ -96,7 +97,7 @@ def test_full_sequences_are_what_the_models_own_processor_makes_of_the_chat(mode
     assert all(torch.equal(given[key], batch[key]) for key in given if key.startswith(("pixel", "image")))
     with torch.no_grad():
         expected = model(**given).logits[0, -1].log_softmax(-1)[[5, 6, 7]]
-        actual = FullSequences(model, encoded, encoder.pad).token_log_probs([[5], [6], [7]])[0][:, 0]
+        actual = FullSequences(model, [encoded], encoder.pad).token_log_probs([[5], [6], [7]])[0][:, 0]
     assert torch.allclose(actual, expected, atol=1e-5)
 
 
@@ -105,7 +106,7 @@ def test_a_batch_to_learn_from_gives_the_loss_of_its_rows(model, encoder):
     with torch.no_grad():
         loss = model(**training_batch(rows, encoder.pad)).loss
         alone = [
-            FullSequences(model, encoded, encoder.pad).token_log_probs([answer])[0].sum() for encoded, answer in rows
+            FullSequences(model, [encoded], encoder.pad).token_log_probs([answer])[0].sum() for encoded, answer in rows
         ]
     assert torch.allclose(loss, -sum(alone) / 9, atol=1e-5)
 
@@ -113,9 +114,11 @@ def test_a_batch_to_learn_from_gives_the_loss_of_its_rows(model, encoder):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_held_at_the_prefix_reach_the_vision_in_one_go(model, encoder, recompute):
     encoded = encoder.encode_prompt(PROMPTS["one"])
-    expected = gradients(model, SharedPrefix(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0].sum(dim=1))
+    expected = gradients(
+        model, SharedPrefixes(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0].sum(dim=1)
+    )
     model.zero_grad()
-    prefix = SharedPrefix(model, encoded, encoder.pad, cut=True, recompute=recompute)
+    prefix = SharedPrefixes(model, [encoded], encoder.pad, cut=True, recompute=recompute)
     weights = torch.arange(1.0, 4.0).sin()
     for row in range(3):
         (weights[row] * prefix.token_log_probs(COMPLETIONS[row : row + 1])[0].sum()).backward()
@@ -129,11 +132,11 @@ def test_a_prompt_does_not_get_the_position_shift_of_the_last_one(model, encoder
     """Some models keep the position shift of their last images."""
     encoded_prompts = [encoder.encode_prompt(prompt) for prompt in PROMPTS.values()]
     with torch.no_grad():
-        prefixes = [SharedPrefix(model, encoded, encoder.pad) for encoded in encoded_prompts]
+        prefixes = [SharedPrefixes(model, [encoded], encoder.pad) for encoded in encoded_prompts]
         actual = [prefix.token_log_probs(COMPLETIONS)[0] for prefix in prefixes]
         for encoded, values in zip(encoded_prompts, actual):
             assert torch.allclose(
-                values, FullSequences(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0], atol=1e-5
+                values, FullSequences(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0], atol=1e-5
             )
 
 
@@ -151,7 +154,7 @@ def test_scores_read_the_question_with_its_pictures(model, encoder):
     assert frame.prefix.images == prompt.images
     tail = encoder.encode_literal("Five.") + frame.suffix + encoder.encode_literal("0.")
     with torch.no_grad():
-        logits = FullSequences(model, frame.prefix, encoder.pad).closing_logits([tail], 3)
+        logits = FullSequences(model, [frame.prefix], encoder.pad).closing_logits([tail], 3)
     assert actual.candidates[1] == pytest.approx(evaluator._reader.expected_scores(logits).item(), abs=1e-5)
     assert actual != evaluator.score(model, other, "Four.", ["Four.", "Five."])
     verbal = SelfEvaluator(encoder, "verbal", 8).score(model, prompt, "Four.", ["Four.", "Five."])
@@ -175,7 +178,7 @@ def test_a_greedy_answer_is_the_likeliest_under_the_shared_prefix(model, encoder
     for index, token in enumerate(greedy.ids):
         rows = [[*greedy.ids[:index], other] for other in range(len(encoder.tokenizer))]
         with torch.no_grad():
-            values = FullSequences(model, encoded, encoder.pad).token_log_probs(rows)[0][:, index]
+            values = FullSequences(model, [encoded], encoder.pad).token_log_probs(rows)[0][:, index]
         values[encoder.placeholders] = -torch.inf
         assert values.argmax().item() == token
 
@@ -239,14 +242,14 @@ def test_frozen_vision_looks_at_a_picture_once_for_all_roles(student, encoder, t
     )
     with roles.frozen() as frozen:
         SelfEvaluator(encoder, "expected", 8).score(frozen, PROMPTS["one"], "Four.", ["Four.", "Five."])
-        reference = SharedPrefix(frozen, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0]
-        states_before_tokens(frozen, encoded, COMPLETIONS, encoder.pad)
-    policy = SharedPrefix(roles.policy, encoded, encoder.pad, cut=True).token_log_probs(COMPLETIONS)[0]
+        reference = SharedPrefixes(frozen, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0]
+        states_before_tokens(frozen, [encoded] * len(COMPLETIONS), COMPLETIONS, encoder.pad)
+    policy = SharedPrefixes(roles.policy, [encoded], encoder.pad, cut=True).token_log_probs(COMPLETIONS)[0]
     # The full sequences of the checks (prompts with and without images, two roles) compute features themselves.
     trials = len(looks) - 1
     assert torch.allclose(reference, policy, atol=1e-6)
     looks.clear()
-    SharedPrefix(roles.policy, encoded, encoder.pad).token_log_probs(COMPLETIONS)
+    SharedPrefixes(roles.policy, [encoded], encoder.pad).token_log_probs(COMPLETIONS)
     assert not looks
     assert trials <= 4
     policy.sum().backward()
@@ -259,7 +262,7 @@ def test_trained_vision_looks_anew(student, encoder, model):
     looks = count_looks(model)
     encoded = encoder.encode_prompt(PROMPTS["one"])
     for _ in range(2):
-        SharedPrefix(model, encoded, encoder.pad)
+        SharedPrefixes(model, [encoded], encoder.pad)
     assert len(looks) == 2
 
 
@@ -284,10 +287,10 @@ def test_an_adapter_leaves_the_vision_alone_unless_told(student, train_vision, a
 
 def test_the_critic_reads_states_of_full_sequences(model, encoder):
     encoded = encoder.encode_prompt(PROMPTS["two, apart"])
-    states = states_before_tokens(model, encoded, COMPLETIONS, encoder.pad)
+    states = pad_sequence(states_before_tokens(model, [encoded] * len(COMPLETIONS), COMPLETIONS, encoder.pad), True)
     with torch.no_grad():
         predicted = model.lm_head(states).log_softmax(-1)
-        expected, _ = FullSequences(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)
+        expected, _ = FullSequences(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)
     for row, completion in enumerate(COMPLETIONS):
         chosen = predicted[row, range(len(completion)), completion]
         assert torch.allclose(chosen, expected[row, : len(completion)], atol=1e-5)
@@ -398,8 +401,8 @@ def test_another_preparation_of_a_picture_is_looked_at_anew(student, encoder, mo
     actual = []
     for one in (encoder, small):
         encoded = one.encode_prompt(PROMPTS["one"])
-        actual.append(SharedPrefix(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0])
+        actual.append(SharedPrefixes(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0])
         assert torch.allclose(
-            actual[-1], FullSequences(model, encoded, encoder.pad).token_log_probs(COMPLETIONS)[0], atol=1e-5
+            actual[-1], FullSequences(model, [encoded], encoder.pad).token_log_probs(COMPLETIONS)[0], atol=1e-5
         )
     assert not torch.allclose(*actual, atol=1e-4)

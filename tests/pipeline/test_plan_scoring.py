@@ -18,7 +18,7 @@ from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
-from purld.training.group_update import GroupUpdate
+from purld.training.group_update import GroupUpdate, UnmeasuredGroup
 from purld.training.scoring import SCORERS, GroupToScore, ScorerContext
 
 WHOLE_PASS = ["data.max_prompts=4", "align.steps=2", "align.prompts_per_step=2"]
@@ -61,7 +61,8 @@ class Work:
         if self.align.method == "self_distillation":
             update = GroupUpdate(roles, self.align.micro_batch_size, self.encoder.pad, None, contextlib.nullcontext)
             anchored = self.encoder.encode_anchored_prompt(prompt, anchor, direct=False)
-            update.members(self.model, self.encoder.encode_prompt(prompt), self.ids, False, anchored)
+            group = UnmeasuredGroup(self.encoder.encode_prompt(prompt), self.ids, anchored)
+            update.members(self.model, [group], keep_old=False)
             return
         anchored = self.align.method != "self_ppo"
         context = ScorerContext(self.encoder, roles, self.align, anchored, contextlib.nullcontext)

@@ -21,7 +21,7 @@ from purld.model.load import Roles, load_encoder
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 from purld.templates import IN_CONTEXT_TAIL
-from purld.training.group_update import GroupUpdate
+from purld.training.group_update import GroupUpdate, UnmeasuredGroup
 
 HEAD_LENGTH, LENGTHS = 19, (5, 12, 9, 12)
 TOLERANCE = 1e-5
@@ -53,7 +53,7 @@ def ours(policy, reference, members, objective, micro_batch_size=3):
     """Loss and gradient by the update that Stage II runs, in micro-batches."""
     update = GroupUpdate(Roles(policy, reference), micro_batch_size, 0, torch.Tensor.backward, contextlib.nullcontext)
     policy.zero_grad()
-    loss, _ = update(policy, members(update), objective, share=1.0)
+    [(loss, _)] = update(policy, members(update), [objective], share=1.0)
     return loss.value.item(), gradient(policy)
 
 
@@ -95,7 +95,7 @@ def test_dpo(random_student, tokenizer, tmp_path, group, beta):
     our = ours(
         policy,
         reference,
-        lambda update: update.members(policy, head, ids, keep_old=False),
+        lambda update: update.members(policy, [UnmeasuredGroup(head, ids)], keep_old=False),
         lambda tokens: dpo_loss(tokens, torch.tensor(pairs), beta=beta),
     )
     agree(our, their)
@@ -147,7 +147,7 @@ def test_grpo(random_student, tokenizer, tmp_path, beta, moved):
     advantages = group_advantages(torch.tensor(rewards_of(ids)))
     assert torch.allclose(advantages, batch["advantages"], rtol=TOLERANCE, atol=1e-6)
     drawn = GroupUpdate(Roles(policy, reference), 8, 0, torch.Tensor.backward, contextlib.nullcontext)
-    members = drawn.members(policy, head, ids, keep_old=True)
+    members = drawn.members(policy, [UnmeasuredGroup(head, ids)], keep_old=True)
     if moved:
         with torch.no_grad():
             for parameter, other in zip(policy.parameters(), load(random_student, 7).parameters()):
@@ -200,7 +200,9 @@ def test_self_distillation(random_student, tokenizer, tmp_path, adapter):
     our = ours(
         policy,
         None if adapter else load(random_student),
-        lambda update: update.members(policy, encoder.encode_prompt(prompt), ids, False, anchored),
+        lambda update: update.members(
+            policy, [UnmeasuredGroup(encoder.encode_prompt(prompt), ids, anchored)], keep_old=False
+        ),
         reverse_kl_loss,
     )
     agree(our, their)

@@ -22,7 +22,7 @@ from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training import memory
 from purld.training.group_update import GroupUpdate
-from purld.training.memory import needs_recompute, update_sizes
+from purld.training.memory import form_of_update, update_sizes
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import ScorerContext
 from purld.training.validation import ValidationSet, Validator
@@ -37,12 +37,12 @@ class SmallDevice:
         self.tried = []
         log_probs = GroupUpdate._log_probs
 
-        def limited(update, prefix, ids):
-            values = log_probs(update, prefix, ids)
+        def limited(update, whole, rows):
+            values = log_probs(update, whole, rows)
             if torch.is_grad_enabled():
-                self.tried.append((update.recompute, len(ids)))
-                if len(ids) > room or not (update.recompute or keeps_layers):
-                    values[0].sum().backward()  # a failed backward pass has left a part of a gradient
+                self.tried.append((update.recompute, len(rows)))
+                if len(rows) > room or not (update.recompute or keeps_layers):
+                    values.sum().backward()  # a failed backward pass has left a part of a gradient
                     raise torch.OutOfMemoryError("CUDA out of memory.")
             return values
 
@@ -119,7 +119,8 @@ def test_layers_are_computed_again_where_memory_asks_for_it(recompute, device, e
     student = Student(model=str(random_student))
     roles = Roles(load_model(student, student.model), load_model(student, student.model))
     questions = [AnchoredPrompt(Prompt.from_text("One?"), "One.", EncodedPrompt([1] * 30))]
-    assert needs_recompute(LdlGrpo(recompute=recompute), student, roles, questions, half=False) == expected
+    form = form_of_update(LdlGrpo(recompute=recompute), student, roles, questions, half=False)
+    assert (form.micro_batch, form.recompute) == (8, expected)
 
 
 @pytest.mark.parametrize(("processes", "engine", "drawn"), [(1, {}, 40), (4, {}, 16), (1, {"kind": "vllm"}, 0)])

@@ -29,7 +29,9 @@ class StageTwoSettings(Section):
     warmup_ratio: Fraction = 0.05
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     max_grad_norm: Positive = 1.0
-    micro_batch_size: Count = 8  # members of a group per backward pass; changes memory, not the gradient
+    # Members per backward pass, of one group or of several whole ones; changes memory and time, not the gradient.
+    # auto: 8 on a CPU; on a GPU the groups that fill a pass, as far as memory allows.
+    micro_batch_size: Count | Literal["auto"] = "auto"
     # Compute layers again in the backward pass instead of keeping what is in them: less memory, the same gradient, and
     # about a fifth more time for it. auto: where an update would not fit the device's memory otherwise.
     recompute: Literal["auto", "always", "never"] = "auto"
@@ -138,7 +140,7 @@ class SelfScoringSettings(Section):
 
     # auto: `agreement` where `data.check` can compare a candidate's result with the anchor's, else `in_context`.
     score: ScoreName = "auto"
-    score_batch_size: Count = 16
+    score_batch_size: Count | Literal["auto"] = "auto"  # auto: 16 on a CPU; on a GPU the groups that fill a pass
     weak_signal: Literal["stop", "continue"] = "stop"  # what to do where the probe finds scores without a signal
 
 

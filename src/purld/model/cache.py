@@ -1,4 +1,4 @@
-"""Key-value caches for several continuations of one prefix: one that is only read, and one to decode into.
+"""Key-value caches for several continuations of prefixes: one that is only read, and one to decode into.
 
 Keys and values are those of transformers' own cache; only their memory is managed differently.
 """
@@ -6,8 +6,11 @@ Keys and values are those of transformers' own cache; only their memory is manag
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -15,7 +18,16 @@ _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class ReadOnlyCache(Cache):
-    """A cache of batch size 1 as B continuations see it; their own keys and values are not kept."""
+    """A cache of G prefixes as B continuations see it; their own keys and values are not kept.
+
+    Args:
+        layers: the prefixes' layers.
+        owners: the B continuations' prefixes, in ascending order.
+    """
+
+    def __init__(self, layers: list[DynamicLayer], owners: Sequence[int]) -> None:
+        super().__init__(layers=[*layers])
+        self._owners = owners
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -23,9 +35,23 @@ class ReadOnlyCache(Cache):
         """Return keys and values (B, heads, P + L, width) of the P cached tokens and the L of a continuation."""
         layer = cast(DynamicLayer, copy.copy(self.layers[layer_idx]))
         keys, values = keys_and_values(layer)
-        layer.keys = keys.expand(key_states.shape[0], -1, -1, -1)
-        layer.values = values.expand(key_states.shape[0], -1, -1, -1)
+        layer.keys = repeat_rows(keys, self._owners)
+        layer.values = repeat_rows(values, self._owners)
         return layer.update(key_states, value_states, *args, **kwargs)
+
+
+def repeat_rows(rows: Tensor, owners: Sequence[int]) -> Tensor:
+    """Return the rows (B, ...) of (G, ...) with these indices, which ascend; without a copy if all are the same.
+
+    Their gradient is summed in a fixed order, which that of an indexed tensor is not on a GPU.
+    """
+    counts = [(owner, len(list(same))) for owner, same in groupby(owners)]
+    first, count = counts[0]
+    if len(counts) == 1:
+        return rows[first : first + 1].expand(count, *rows.shape[1:])
+    if counts == [(index, count) for index in range(len(rows))]:
+        return rows.repeat_interleave(count, dim=0)
+    return torch.cat([rows[owner : owner + 1].expand(many, *rows.shape[1:]) for owner, many in counts])
 
 
 class _PreallocatedLayer(DynamicLayer):

@@ -37,23 +37,25 @@ class ValueHead(nn.Module):
 
 @torch.no_grad()
 def states_before_tokens(
-    model: CausalLM, prompt: EncodedPrompt, completions: Sequence[Sequence[int]], pad: int
-) -> Tensor:
-    """Return the last hidden state before each token of K completions: (K, C, H), float32, without gradients.
+    model: CausalLM, prompts: Sequence[EncodedPrompt], completions: Sequence[Sequence[int]], pad: int
+) -> list[Tensor]:
+    """Return the last hidden states before each token of B completions, (C, H) each, float32, without gradients.
 
     Args:
         model: a causal language model.
-        prompt: the prompt.
-        completions: K completions as token ids.
-        pad: a token id to pad with; states after the end of a completion are meaningless.
+        prompts: the completions' B prompts.
+        completions: B completions as token ids.
+        pad: a token id to pad with.
     """
-    ids, mask = pad_right([[*prompt.ids, *completion] for completion in completions], pad, model_device(model))
+    rows = [[*prompt.ids, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    ids, mask = pad_right(rows, pad, model_device(model))
     # A token's value is that of the prefix before it, and nothing follows the last token.
     ids, mask = ids[:, :-1], mask[:, :-1]
-    extra_inputs = vision_features(model, [prompt] * len(ids), ids)
+    extra_inputs = vision_features(model, prompts, ids)
     output = unwrap_adapters(model).base_model(input_ids=ids, attention_mask=mask, **extra_inputs)
-    states: Tensor = output.last_hidden_state
-    return states[:, len(prompt) - 1 :].float()
+    states: Tensor = output.last_hidden_state.float()
+    starts = [len(prompt) - 1 for prompt in prompts]
+    return [line[start : start + len(c)] for line, start, c in zip(states, starts, completions, strict=True)]
 
 
 def model_hidden_size(model: CausalLM) -> int:

@@ -9,28 +9,41 @@ g alone).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
-from purld.model.log_probs import make_prefix, micro_batches
+from purld.model.log_probs import RowGroup, group_log_probs
+from purld.model.prefix import Rows
 from purld.model.self_evaluation import GroupScores
-from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
-
-Rows = Sequence[Sequence[int]]
-"""Token ids of K sequences, each with its end-of-turn token where it has one."""
 
 MAX_GAIN = 2.0  # nats per token
 SEPARATOR = "\n\n"  # between a candidate and the anchor that is read after it
 
 
+@dataclass(frozen=True)
+class AnchoredRows:
+    """A group to score.
+
+    Attributes:
+        prompt: the prompt x, images included.
+        anchor: the anchor a, which is scored too; cut like a training target.
+        candidates: token ids of the K candidates y.
+    """
+
+    prompt: Prompt
+    anchor: str
+    candidates: Rows
+
+
 @torch.no_grad()
 def in_context_scores(
-    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, candidates: Rows, batch_size: int
-) -> GroupScores:
+    model: CausalLM, encoder: Encoder, groups: Sequence[AnchoredRows], batch_size: int
+) -> list[GroupScores]:
     """Score by what the anchor adds: the mean over tokens of log p(y_t | x, a, y_<t) - log p(y_t | x, y_<t), in nats.
 
     Each token's gain is clipped to `MAX_GAIN` nats, so that no single surprising token decides, such as a rare word
@@ -40,48 +53,44 @@ def in_context_scores(
     Args:
         model: the frozen p_sft.
         encoder: the run's encoder.
-        prompt: the prompt x, images included.
-        anchor: the anchor a, which is scored too; cut like a training target.
-        candidates: token ids of the K candidates y.
-        batch_size: candidates per forward pass.
+        groups: the groups.
+        batch_size: rows per forward pass, of one group or of several.
     """
-    rows = [encoder.encode_answer(anchor).ids, *candidates]
-    with_anchor = _token_log_probs(model, encoder.encode_anchored_prompt(prompt, anchor), rows, encoder.pad, batch_size)
-    # The anchor's row alone: candidates then run in the update's shapes and get its log-probs to the bit.
-    bare_prompt = encoder.encode_prompt(prompt, direct=True)
-    bare = _token_log_probs(model, bare_prompt, rows, encoder.pad, batch_size, first_alone=True)
-    scores = [
-        float((given - alone).clamp(-MAX_GAIN, MAX_GAIN).mean()) for given, alone in zip(with_anchor, bare, strict=True)
+    rows = [[encoder.encode_answer(group.anchor).ids, *group.candidates] for group in groups]
+    anchored = [
+        RowGroup(encoder.encode_anchored_prompt(group.prompt, group.anchor), own) for group, own in zip(groups, rows)
     ]
-    return GroupScores(scores[0], [*scores[1:]], bare[1:])
+    bare = [RowGroup(encoder.encode_prompt(group.prompt, direct=True), own) for group, own in zip(groups, rows)]
+    with_anchor = group_log_probs(model, anchored, encoder.pad, batch_size)
+    # The anchors in a pass of their own: candidates then run in the update's shapes and get its log-probs to the bit.
+    without = group_log_probs(model, bare, encoder.pad, batch_size, first_apart=True)
+    return [_gain_scores(*pair) for pair in zip(with_anchor, without, strict=True)]
+
+
+def _gain_scores(with_anchor: Sequence[Tensor], bare: Sequence[Tensor]) -> GroupScores:
+    gains = [(given - alone).clamp(-MAX_GAIN, MAX_GAIN).mean() for given, alone in zip(with_anchor, bare, strict=True)]
+    anchor, *candidates = torch.stack(gains).tolist()
+    return GroupScores(anchor, candidates, bare[1:])
 
 
 @torch.no_grad()
 def reference_scores(
-    model: CausalLM, encoder: Encoder, prompt: Prompt, anchor: str, candidates: Rows, batch_size: int
-) -> GroupScores:
+    model: CausalLM, encoder: Encoder, groups: Sequence[AnchoredRows], batch_size: int
+) -> list[GroupScores]:
     """Score by the anchor's mean token probability after an answer (RLPR's reward, Yu et al., 2025), in [0, 1].
 
     An answer's end-of-turn token is left out, so that the anchor continues the same turn. See `in_context_scores` for
     the arguments.
     """
-    separator, target = encoder.encode_literal(SEPARATOR), encoder.encode_answer(anchor).ids
-    bodies = [[token for token in row if token not in encoder.ends] for row in (target, *candidates)]
-    sequences = [[*body, *separator, *target] for body in bodies]
-    prompt_ids = encoder.encode_prompt(prompt, direct=True)
-    log_probs = _token_log_probs(model, prompt_ids, sequences, encoder.pad, batch_size)
-    scores = [float(values[-len(target) :].exp().mean()) for values in log_probs]
-    return GroupScores(scores[0], [*scores[1:]])
-
-
-def _token_log_probs(
-    model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int, batch_size: int, first_alone: bool = False
-) -> list[Tensor]:
-    """Return the log-probs of each row's tokens, float32, without padding; the first row in a pass alone if asked."""
-    prefix = make_prefix(model, prompt, rows, pad)
-    values: list[Tensor] = []
-    for part in (rows[:1], rows[1:]) if first_alone else (rows,):
-        for batch in micro_batches(len(part), batch_size):
-            log_probs, _ = prefix.token_log_probs(part[batch])
-            values += [line[: len(row)] for line, row in zip(log_probs, part[batch], strict=True)]
-    return values
+    separator = encoder.encode_literal(SEPARATOR)
+    targets = [encoder.encode_answer(group.anchor).ids for group in groups]
+    rows = []
+    for group, target in zip(groups, targets, strict=True):
+        bodies = [[token for token in row if token not in encoder.ends] for row in (target, *group.candidates)]
+        sequences = [[*body, *separator, *target] for body in bodies]
+        rows.append(RowGroup(encoder.encode_prompt(group.prompt, direct=True), sequences))
+    scores = []
+    for target, log_probs in zip(targets, group_log_probs(model, rows, encoder.pad, batch_size), strict=True):
+        anchor, *candidates = torch.stack([line[-len(target) :] for line in log_probs]).exp().mean(dim=1).tolist()
+        scores.append(GroupScores(anchor, candidates))
+    return scores

@@ -8,6 +8,7 @@ model that reads images come on top.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +76,18 @@ class UpdateSizes:
         answer: tokens of the longest answer.
         members: members of a group.
         drawn: sequences drawn at once, with their caches.
+        groups: groups that may share a pass.
     """
 
     prompt: int
     answer: int
     members: int
     drawn: int
+    groups: int = 1
+
+    def together(self, micro_batch: int) -> int:
+        """Return how many whole groups share a pass of `micro_batch` members; 1 if one alone takes several."""
+        return min(max(micro_batch // self.members, 1), self.groups)
 
 
 @dataclass(frozen=True)
@@ -125,42 +132,44 @@ def estimate_memory(
         sizes: the update.
         weights: bytes of all weights, the frozen p_sft included.
         trained: the number of weights that are trained.
-        micro_batch: members per backward pass.
+        micro_batch: members per backward pass, of one group or of several whole ones.
         recompute: whether layers are computed again in the backward pass.
         width: bytes of a number in the layers: 4, or 2 in half precision.
     """
-    rows = min(micro_batch, sizes.members)
+    together = sizes.together(micro_batch)
+    rows, prompts = min(micro_batch, together * sizes.members), together * sizes.prompt
     tokens, read = rows * sizes.answer, rows * (sizes.prompt + sizes.answer)
     # Continuations attend with a mask, for which keys and values are repeated for every query head.
     one_layer = shape.layer_bytes(tokens, width) + 2 * read * shape.queries * width
-    prompt_layer = shape.layer_bytes(sizes.prompt, width)
+    prompt_layer = shape.layer_bytes(prompts, width)
     activations, cache = shape.layers * one_layer, shape.layers * prompt_layer
     if recompute:  # the inputs of the layers, and the contents of the one that is being computed again
         activations = shape.layers * tokens * shape.hidden * width + one_layer
-        cache = shape.layers * sizes.prompt * shape.hidden * width + prompt_layer
+        cache = shape.layers * prompts * shape.hidden * width + prompt_layer
     activations += shape.ends_bytes(tokens, width)
-    cache += shape.ends_bytes(sizes.prompt, width)
+    cache += shape.ends_bytes(prompts, width)
     per_token = 2 * shape.layers * shape.keys * width
     return MemoryNeed(
         weights=weights,
         training=12 * trained,
-        cache=cache + 2 * sizes.prompt * per_token,
+        cache=cache + 2 * prompts * per_token,
         activations=activations,
         logits=3 * 4 * min(_CHUNK_TOKENS, tokens) * shape.vocabulary,
         sampling=sizes.drawn * (sizes.prompt + sizes.answer) * per_token,
     )
 
 
-def largest_micro_batch(need: Any, device: int, members: int) -> int | None:
-    """Return the largest power of two of members that fits a device; None if not even one does.
+def largest_micro_batch(need: Callable[[int], MemoryNeed], device: int, members: int, groups: int = 1) -> int | None:
+    """Return the largest micro-batch that fits a device: whole groups, or a power of two; None if not even 1 fits.
 
     Args:
         need: micro-batch size -> `MemoryNeed`.
         device: bytes of the device.
-        members: members of a group; no micro-batch is larger.
+        members: members of a group.
+        groups: groups at most.
     """
-    sizes = [2**n for n in range(members.bit_length())]
-    sizes = [*(size for size in sizes if size < members), members]
+    powers = [2**n for n in range(members.bit_length())]
+    sizes = [*(size for size in powers if size < members), *(members * n for n in range(1, groups + 1))]
     fitting = [size for size in sizes if need(size).total <= FIT * device]
     return max(fitting, default=None)
 

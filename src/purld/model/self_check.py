@@ -1,17 +1,19 @@
-"""The check whether a model may share a prefix: on the first group it meets, against full sequences.
+"""The checks whether a model may share a prefix, and run several in one pass: on the first groups that it meets.
 
-It compares the log-probs of two of the group's rows and their gradient at the prompt's embeddings, which passes
-through every key and value of the cache; and, if vision modules are trained, the gradient at their first weights. A
-model that disagrees, or fails, works on full sequences from then on, after one warning. A sliding window that a group
-exceeds and a prompt with images are checked separately. The verdict depends on the model and not on which group came
-first, except for bugs that only some groups show.
+The first compares, with full sequences, the log-probs of two of the group's rows and their gradient at the prompt's
+embeddings, which passes through every key and value of the cache; and, if vision modules are trained, the gradient at
+their first weights. A model that disagrees, or fails, works on full sequences from then on, after one warning. A sliding
+window that a group exceeds and a prompt with images are checked separately. The verdict depends on the model and not on
+which group came first, except for bugs that only some groups show. The second compares two groups in one pass with each
+of them alone.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import cast
+from functools import partial
+from typing import TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -19,16 +21,20 @@ from torch import Tensor, nn
 
 from purld.errors import PlainWarning, reason_of
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
-from purld.model.prefix import FullSequences, Prefix, SharedPrefix
+from purld.model.prefix import FullSequences, Prefixes, Rows, SharedPrefixes
 from purld.model.vision import EncodedPrompt, vision_modules
+
+Item = TypeVar("Item")
 
 # By model, then by the number of exceeded windows and whether there are images.
 _verdicts: WeakKeyDictionary[CausalLM, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
+# By model, then by whether the prefixes differ in length.
+_joint_verdicts: WeakKeyDictionary[CausalLM, dict[bool, bool]] = WeakKeyDictionary()
 _refused: WeakSet[CausalLM] = WeakSet()  # models whose cache could not be used after all
 
 
-def can_share_prefix(model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequence[int]], pad: int) -> bool:
-    """Return whether `SharedPrefix` gives this model's numbers and gradients.
+def can_share_prefix(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int) -> bool:
+    """Return whether `SharedPrefixes` gives this model's numbers and gradients.
 
     Args:
         model: a causal language model, in evaluation mode.
@@ -42,11 +48,38 @@ def can_share_prefix(model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequ
     verdicts = _verdicts.setdefault(causal, {})
     case = count_exceeded_windows(model, len(prompt) + max(map(len, rows))), bool(prompt.images)
     if case not in verdicts:
-        problem = _disagreement(model, prompt, sorted(rows, key=len)[:: max(1, len(rows) - 1)], pad)
+        problem = _sharing_problem(model, prompt, _shortest_and_longest(rows, len), pad)
         verdicts[case] = problem is None
         if problem is not None:
-            _warn(causal, problem)
+            _warn_of_sharing(causal, problem)
     return verdicts[case]
+
+
+def can_join(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad: int) -> bool:
+    """Return whether groups give the numbers and gradients in one pass that each gives alone.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        groups: prefixes without images, each with its continuations.
+        pad: a token id to pad with.
+    """
+    sharing = {can_share_prefix(model, prompt, rows, pad) for prompt, rows in groups}
+    if sharing != {True}:
+        return len(sharing) == 1  # full sequences are padded at their end alone
+    lengths = {len(prompt) for prompt, _ in groups}
+    is_padded = len(lengths) > 1
+    # Padding is put between a shorter prefix and its continuations. No position counts it, but a window would.
+    if is_padded and count_exceeded_windows(model, max(lengths) + max(len(row) for _, rows in groups for row in rows)):
+        return False
+    causal = unwrap_adapters(model)
+    verdicts = _joint_verdicts.setdefault(causal, {})
+    if is_padded not in verdicts:
+        some = [(p, _shortest_and_longest(rows, len)) for p, rows in _shortest_and_longest(groups, lambda g: len(g[0]))]
+        problem = _joining_problem(model, some, pad)
+        verdicts[is_padded] = problem is None
+        if problem is not None:
+            _warn(causal, f"every group takes a pass of its own, because several in one do not work: {problem}")
+    return verdicts[is_padded]
 
 
 def refuse_sharing(model: CausalLM, problem: str) -> None:
@@ -54,30 +87,55 @@ def refuse_sharing(model: CausalLM, problem: str) -> None:
     causal = unwrap_adapters(model)
     if causal not in _refused:
         _refused.add(causal)
-        _warn(causal, problem)
+        _warn_of_sharing(causal, problem)
 
 
-def _warn(causal: CausalLM, problem: str) -> None:
-    warnings.warn(
-        f"{type(causal).__name__}: a group's prompt is computed anew for every candidate, because sharing "
-        f"it does not work with this model: {problem}.",
-        PlainWarning,
-        stacklevel=3,
+def _warn_of_sharing(causal: CausalLM, problem: str) -> None:
+    _warn(
+        causal,
+        "a group's prompt is computed anew for every candidate, because sharing it does not work with this model: "
+        f"{problem}",
     )
+
+
+def _warn(causal: CausalLM, consequence: str) -> None:
+    warnings.warn(f"{type(causal).__name__}: {consequence}.", PlainWarning, stacklevel=4)
+
+
+def _shortest_and_longest(items: Sequence[Item], length: Callable[[Item], int]) -> list[Item]:
+    return sorted(items, key=length)[:: max(1, len(items) - 1)]
 
 
 def count_exceeded_windows(model: CausalLM, length: int) -> int:
     """Return how many of the sizes that may limit a model's attention are exceeded by `length` tokens."""
     config = unwrap_adapters(model).config.get_text_config()
     sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return sum(length > size for size in sizes if isinstance(size, int))
+    return sum(length > size for size in sizes if isinstance(size, int) and size > 0)  # 0: there is none
 
 
-def _disagreement(model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequence[int]], pad: int) -> str | None:
-    """Return what is wrong with sharing, as a clause; None if nothing is."""
-    plain = _numbers(model, lambda: FullSequences(model, prompt, pad), rows, prompt)
+def _sharing_problem(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int) -> str | None:
+    """Return what is wrong with sharing a prefix, as a clause; None if nothing is."""
+    group = [(prompt, rows)]
+    plain = _numbers(model, lambda: FullSequences(model, [prompt], pad), group)
+    return _disagreement(model, lambda: _numbers(model, lambda: SharedPrefixes(model, [prompt], pad), group), plain)
+
+
+def _joining_problem(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad: int) -> str | None:
+    """Return what is wrong with one pass for several groups, as a clause; None if nothing is."""
+    alone = [
+        _numbers(model, partial(SharedPrefixes, model, [prompt], pad), [(prompt, rows)]) for prompt, rows in groups
+    ]
+    expected = tuple(torch.cat(parts) for parts in zip(*alone))
+    prompts = [prompt for prompt, _ in groups]
+    return _disagreement(model, lambda: _numbers(model, lambda: SharedPrefixes(model, prompts, pad), groups), expected)
+
+
+def _disagreement(
+    model: CausalLM, numbers: Callable[[], tuple[Tensor, ...]], expected: tuple[Tensor, ...]
+) -> str | None:
+    """Return in what numbers differ from those that are expected, as a clause; None if in nothing."""
     try:
-        shared = _numbers(model, lambda: SharedPrefix(model, prompt, pad), rows, prompt)
+        found = numbers()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # an unknown architecture may raise anything
@@ -86,8 +144,8 @@ def _disagreement(model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequenc
     # gradient, is off by about 1. The precision is that of the weights or of autocast.
     tolerance = max(torch.finfo(_precision(model)).eps ** 0.5, 1e-3)
     names = ("log-probabilities", "gradients", "gradients of its vision weights")
-    for name, actual, expected, allowed in zip(names, shared, plain, (tolerance, 4 * tolerance, 4 * tolerance)):
-        off_by = ((actual - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+    for name, actual, right, allowed in zip(names, found, expected, (tolerance, 4 * tolerance, 4 * tolerance)):
+        off_by = ((actual - right).norm() / right.norm().clamp(min=1e-12)).item()
         if not off_by <= allowed:
             return f"its {name} are off by {off_by:.1e} of their size"
     return None
@@ -95,12 +153,12 @@ def _disagreement(model: CausalLM, prompt: EncodedPrompt, rows: Sequence[Sequenc
 
 @torch.enable_grad()
 def _numbers(
-    model: CausalLM, make_prefix: Callable[[], Prefix], rows: Sequence[Sequence[int]], prompt: EncodedPrompt
+    model: CausalLM, make_prefixes: Callable[[], Prefixes], groups: Sequence[tuple[EncodedPrompt, Rows]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the (R, C) log-probs of rows, and gradients of their mean.
+    """Return the log-probs of the groups' rows, flat, and gradients of their sum.
 
-    The gradients are (P, H) at the prompt's embeddings, and those at the first weights of vision modules that are
-    trained, flat; the latter are empty for a prompt without images.
+    The gradients are those at the prompts' embeddings, flat, and those at the first weights of vision modules that are
+    trained, flat; the latter are empty for prompts without images.
     """
     embedded: list[Tensor] = []
 
@@ -108,18 +166,22 @@ def _numbers(
         embedded.append(output.detach().requires_grad_())  # the graph begins here, whatever is frozen below
         return embedded[-1]
 
+    rows = [row for _, own in groups for row in own]
+    owners = [index for index, (_, own) in enumerate(groups) for _ in own]
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
-        log_probs, mask = make_prefix().token_log_probs(rows)
+        log_probs, mask = make_prefixes().token_log_probs(rows, owners)
     finally:
         handle.remove()
-    # The first embeddings contain the prompt: alone (1, P, H), or with every continuation (R, P + C, H).
-    vision_weights = _trained_vision_weights(model)[:1] if prompt.images else []
+    # The first embeddings contain the prompts: (G, P, H), or with every continuation of one of them (R, P + C, H).
+    vision_weights = _trained_vision_weights(model)[:1] if any(prompt.images for prompt, _ in groups) else []
     inputs = [embedded[0], *vision_weights]
-    gradient, *others = torch.autograd.grad(log_probs.sum() / mask.sum(), inputs, allow_unused=True)
+    gradient, *others = torch.autograd.grad(log_probs.sum(), inputs, allow_unused=True)
     vision_gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(vision_weights, others)]
     flat = torch.cat([g.float().flatten() for g in vision_gradients]) if vision_gradients else torch.zeros(0)
-    return log_probs.detach(), gradient[:, : len(prompt)].float().sum(dim=0), flat
+    of_groups = gradient.float() if len(groups) == len(gradient) else gradient.float().sum(dim=0, keepdim=True)
+    of_prompts = [found[: len(prompt)].flatten() for found, (prompt, _) in zip(of_groups, groups, strict=True)]
+    return log_probs.detach()[mask.bool()], torch.cat(of_prompts), flat
 
 
 def _trained_vision_weights(model: CausalLM) -> list[Tensor]:

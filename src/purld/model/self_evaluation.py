@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ from purld.errors import UserError
 from purld.model.at_once import AtOnce
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
-from purld.model.log_probs import make_prefix, micro_batches
+from purld.model.log_probs import CPU_ROWS, BatchSize, GroupPass, RowGroup, micro_batches, plan_passes
 from purld.model.sample import Decoding, generate_completions
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
@@ -47,68 +48,93 @@ class GroupScores:
     log_probs: Sequence[Tensor] | None = field(default=None, compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class GroupTexts:
+    """A prompt, its anchor if the evaluator is shown one, and the texts of its candidates."""
+
+    prompt: Prompt
+    anchor: str | None
+    candidates: Sequence[str]
+
+
 class SelfEvaluator:
     """A scorer of groups by the model that each call is given: p_sft at the time of the call.
 
     Args:
         encoder: the run's encoder.
         kind: `expected` or `verbal`.
-        batch_size: evaluations per forward pass.
+        batch_size: evaluations per forward pass, of one group or of several; see `score_rows_at_once`.
 
     Raises:
         UserError: the tokenizer does not spell "0." as a zero and a point, which `expected` needs.
     """
 
-    def __init__(self, encoder: Encoder, kind: Literal["expected", "verbal"], batch_size: int) -> None:
+    def __init__(self, encoder: Encoder, kind: Literal["expected", "verbal"], batch_size: BatchSize) -> None:
         self._encoder = encoder
         self._kind = kind
         self._at_once = score_rows_at_once(batch_size)
         self._reader = _ScoreReader(encoder) if kind == "expected" else None
 
-    @torch.no_grad()
     def score(self, model: CausalLM, prompt: Prompt, anchor: str | None, candidates: Sequence[str]) -> GroupScores:
-        """Score the anchor against itself, then every candidate, in [0, 1] (appendix C.4).
+        """Score one group; see `score_groups`."""
+        return self.score_groups(model, [GroupTexts(prompt, anchor, candidates)])[0]
+
+    @torch.no_grad()
+    def score_groups(self, model: CausalLM, groups: Sequence[GroupTexts]) -> list[GroupScores]:
+        """Score each group's anchor against itself, then every candidate, in [0, 1] (appendix C.4).
 
         The anchor is cut like a training target, in both places. Without one, candidates are rated on their own.
         """
-        frame = self._encoder.evaluation_frame(prompt, anchor)
-        rows = [self._encoder.encode_literal(text) for text in candidates]
-        if anchor is not None:
-            rows.insert(0, self._encoder.encode_quoted_anchor(anchor))
-        suffixes = [row + frame.suffix for row in rows]
-        reader = self._reader
-        if reader is not None:
-            scores = self._at_once(lambda size: self._expected(model, frame.prefix, suffixes, reader, size), len(rows))
-        else:
-            scores = self._at_once(lambda size: self._verbal(model, frame.prefix, suffixes, size), len(rows))
-        return GroupScores(None, scores) if anchor is None else GroupScores(scores[0], scores[1:])
+        rows = [self._evaluations(group) for group in groups]
+        scored = self._verbal(model, rows) if self._reader is None else self._expected(model, rows, self._reader)
+        return [
+            GroupScores(None, scores) if group.anchor is None else GroupScores(scores[0], scores[1:])
+            for group, scores in zip(groups, scored, strict=True)
+        ]
 
-    def _expected(
-        self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]], reader: _ScoreReader, size: int
-    ) -> list[float | None]:
-        scores: list[float | None] = []
-        suffixes = [suffix + reader.opening for suffix in suffixes]
-        prefix = make_prefix(model, shared, suffixes, self._encoder.pad)
-        for rows in micro_batches(len(suffixes), size):
-            scores += reader.expected_scores(prefix.closing_logits(suffixes[rows], 3)).tolist()
-        return scores
+    def _evaluations(self, group: GroupTexts) -> RowGroup:
+        """Return a group's evaluations: their shared prefix, and the rest of each, up to the score."""
+        frame = self._encoder.evaluation_frame(group.prompt, group.anchor)
+        rows = [self._encoder.encode_literal(text) for text in group.candidates]
+        if group.anchor is not None:
+            rows.insert(0, self._encoder.encode_quoted_anchor(group.anchor))
+        opening = [] if self._reader is None else self._reader.opening
+        return RowGroup(frame.prefix, [[*row, *frame.suffix, *opening] for row in rows])
 
-    def _verbal(
-        self, model: CausalLM, shared: EncodedPrompt, suffixes: list[list[int]], size: int
-    ) -> list[float | None]:
+    def _expected(self, model: CausalLM, groups: Sequence[RowGroup], reader: _ScoreReader) -> list[list[float | None]]:
+        def read(size: int) -> list[list[float | None]]:
+            found: list[list[float | None]] = []
+            for together in plan_passes(model, groups, self._encoder.pad, size):
+                whole = GroupPass(model, together, self._encoder.pad, size)
+                scores: list[float | None] = []
+                for part in whole.parts:
+                    scores += reader.expected_scores(whole.closing_logits(part, 3)).tolist()
+                found += [scores[own] for own in whole.slices]
+            return found
+
+        return self._at_once(read, sum(len(group.rows) for group in groups))
+
+    def _verbal(self, model: CausalLM, groups: Sequence[RowGroup]) -> list[list[float | None]]:
+        return [self._at_once(partial(self._verbal_scores, model, group), len(group.rows)) for group in groups]
+
+    def _verbal_scores(self, model: CausalLM, group: RowGroup, size: int) -> list[float | None]:
         scores: list[float | None] = []
         greedy = Decoding(temperature=0.0, max_new_tokens=VERBAL_TOKENS)
-        for rows in micro_batches(len(suffixes), size):
-            prompts = [EncodedPrompt(suffix) for suffix in suffixes[rows]]
-            replies = generate_completions(model, self._encoder, prompts, 1, greedy, shared)
+        for part in micro_batches(len(group.rows), size):
+            prompts = [EncodedPrompt([*row]) for row in group.rows[part]]
+            replies = generate_completions(model, self._encoder, prompts, 1, greedy, group.prompt)
             scores += [parse_score(self._encoder.decode_text(reply.ids)) for (reply,) in replies]
         return scores
 
 
-def score_rows_at_once(batch_size: int) -> AtOnce:
-    """Return how many rows of a group a scorer reads at once, `batch_size` of them at first."""
+def score_rows_at_once(batch_size: BatchSize) -> AtOnce:
+    """Return how many rows, of one group or of several, a scorer reads at once: `batch_size` of them at first.
+
+    auto: `CPU_ROWS` on a CPU; on a GPU all, where several groups share a pass of at most `PASS_TOKENS` tokens.
+    """
+    of_device = None if torch.cuda.is_available() else CPU_ROWS
     return AtOnce(
-        batch_size,
+        of_device if batch_size == "auto" else batch_size,
         "fewer candidates are scored at once",
         "to score one candidate at a time; lower student.max_prompt_tokens, student.max_anchor_tokens or "
         "align.max_new_tokens",

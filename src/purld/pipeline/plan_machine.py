@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from purld.model.quantize import NF4_BYTES
 from purld.model.student_check import StudentSizes
 from purld.pipeline.plan_sheet import Plan, format_bytes
 from purld.runs.files import nearest_folder
-from purld.training.memory import describe_need, fits, update_sizes
+from purld.training.memory import UpdateForm, choose_form, describe_need, fits, update_sizes
 
 _CHECKPOINTS = 3  # two are kept, and the next one is complete before the oldest is deleted
 
@@ -53,7 +53,7 @@ class UpdatePlan:
 
     def largest_fitting(self, device: int) -> int | None:
         """Return the largest micro-batch that fits so many bytes; None if none does."""
-        return largest_micro_batch(self.needed, device, self.sizes.members)
+        return largest_micro_batch(self.needed, device, self.sizes.members, self.sizes.groups)
 
 
 def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path, longest_prompt: int | None = None) -> None:
@@ -111,12 +111,12 @@ def plan_update(config: Config, sizes: StudentSizes, longest_prompt: int) -> Upd
     weights = int(sizes.weights * _frozen_bytes(config)) + 4 * sizes.trained
     shape, width = DecoderShape.of(load_part(AutoConfig, student.model)), 2 if torch.cuda.is_available() else 4
 
-    def need(micro_batch: int, recompute: bool) -> MemoryNeed:
-        return estimate_memory(shape, update, weights, sizes.trained, micro_batch, recompute, width)
+    def need(form: UpdateForm) -> MemoryNeed:
+        return estimate_memory(shape, update, weights, sizes.trained, form.micro_batch, form.recompute, width)
 
-    micro = min(align.micro_batch_size, update.members)
-    recompute = align.recompute == "always" or (align.recompute == "auto" and not fits(need(micro, False)))
-    return UpdatePlan(update, micro, recompute, lambda size: need(size, recompute))
+    form = choose_form(align, update, need)
+    micro = min(form.micro_batch, update.members * update.together(form.micro_batch))
+    return UpdatePlan(update, micro, form.recompute, lambda size: need(replace(form, micro_batch=size)))
 
 
 def _describe_update(planned: UpdatePlan) -> list[str]:

@@ -11,6 +11,7 @@ from purld.config.methods import SamplingSettings, SelfScoringSettings, StageTwo
 from purld.config.schema import Config
 from purld.methods.table import METHODS
 from purld.model.encode import Encoder
+from purld.model.log_probs import CPU_ROWS, BatchSize
 from purld.pipeline.context import anchors_in_file, examples_of_pool
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.prompt_pools import PromptPools
@@ -77,7 +78,7 @@ class _Work:
 
     title: str
     count: CountTokens
-    batch_size: int
+    batch_size: BatchSize
     candidates: int
     length: int
     anchored: bool
@@ -94,7 +95,7 @@ def _count(
         work.count(
             encoder,
             GroupSize(p, None if known is None else known[p.id], work.candidates, work.length, work.anchored),
-            work.batch_size,
+            CPU_ROWS if work.batch_size == "auto" else work.batch_size,
         )
         for p in prompts
         if known is None or p.id in known

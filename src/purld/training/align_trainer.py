@@ -35,8 +35,8 @@ from purld.training.best_step import BestStep, load_state
 from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, make_arguments
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
-from purld.training.group_update import GroupUpdate
-from purld.training.memory import needs_recompute, use_less_memory
+from purld.training.group_update import GroupUpdate, UnmeasuredGroup
+from purld.training.memory import form_of_update, use_less_memory
 from purld.training.metrics import StepMetrics, group_record
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
@@ -99,15 +99,16 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         self._method = stage_two_method(settings)
         self._critic = _make_critic(roles.policy) if self._method.critic else None
         accelerator, encoder = self.accelerator, context.encoder
+        form = form_of_update(settings, context.student, roles, questions, half=self.args.bf16)
         self._update = GroupUpdate(
             roles,
-            settings.micro_batch_size,
+            form.micro_batch,
             encoder.pad,
             accelerator.backward,
             accelerator.autocast,
             self._critic,
             settings.importance_cap if isinstance(settings, SamplingSettings) else None,
-            needs_recompute(settings, context.student, roles, questions, half=self.args.bf16),
+            form.recompute,
         )
         anchored = self._method.scorer == "anchored"
         parts = ScorerContext(encoder, roles, settings, anchored, accelerator.autocast, teacher, context.check)
@@ -197,9 +198,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
             for rollout in self._rollouts:
                 self._metrics.add_rollout(rollout, scored=self._method.scorer is not None)
         share = 1.0 / len(inputs["questions"])  # of a group, in the step of all ranks
-        updated = self._within_memory(
-            lambda: [self._step_group(model, rollout, share) for rollout in self._rollouts], with_graph=True
-        )
+        updated = self._within_memory(lambda: self._step_groups(model, self._rollouts, share), with_graph=True)
         objective, records = torch.zeros((), device=self.args.device), []
         for rollout, found in zip(self._rollouts, updated, strict=True):
             if found is not None:
@@ -244,16 +243,18 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         critic = [] if self._critic is None else self._critic.parameters()
         return [weight for weight in (*self.model.parameters(), *critic) if weight.requires_grad]
 
-    def _step_group(self, model: CausalLM, rollout: Rollout, share: float) -> tuple[GroupLoss, GroupTokens] | None:
-        """Add one group's gradient and return its objective and the tokens it is computed on; None if left out."""
-        if rollout.members is None or not rollout.usable:
-            return None
+    def _step_groups(
+        self, model: CausalLM, rollouts: Sequence[Rollout], share: float
+    ) -> list[tuple[GroupLoss, GroupTokens] | None]:
+        """Add groups' gradients and return their objectives and the tokens they are computed on; None if left out."""
 
-        def objective(tokens: GroupTokens) -> GroupLoss:
+        def objective(rollout: Rollout, tokens: GroupTokens) -> GroupLoss:
             loss: GroupLoss = self._method.loss(tokens, rollout.signal, self._settings)
             return loss
 
-        return self._update(model, rollout.members, objective, share)
+        used = [(r.members, partial(objective, r)) for r in rollouts if r.members is not None and r.usable]
+        found = iter(self._update(model, [m for m, _ in used], [o for _, o in used], share))
+        return [next(found) if rollout.usable else None for rollout in rollouts]
 
     def _log_groups(self, records: Sequence[GroupRecord]) -> None:
         """Write the records of a step's groups, in the order of its prompts."""
@@ -274,7 +275,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         question = self._questions[0]
         anchor = self._make_rollouts.encoder.encode_answer(question.anchor).ids
         with self.accelerator.autocast():
-            members = self._update.members(self.model, question.encoded, [anchor], keep_old=True)
+            (members,) = self._update.members(self.model, [UnmeasuredGroup(question.encoded, [anchor])], keep_old=True)
         assert members.old is not None
         self._guard.check_result(members.old, self.state)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from purld import ranks
@@ -21,10 +22,21 @@ from purld.errors import PlainWarning, UserError
 from purld.methods.table import METHODS
 from purld.model.at_once import release_memory
 from purld.model.load import Roles
-from purld.model.memory import FIT, DecoderShape, MemoryNeed, UpdateSizes, device_memory, estimate_memory
+from purld.model.log_probs import PASS_TOKENS
+from purld.model.memory import (
+    FIT,
+    DecoderShape,
+    MemoryNeed,
+    UpdateSizes,
+    device_memory,
+    estimate_memory,
+    largest_micro_batch,
+)
 from purld.model.recompute import can_recompute
 from purld.training.group_update import GroupUpdate
 from purld.training.rollout import AnchoredPrompt
+
+_CPU_MEMBERS = 8
 
 
 def update_sizes(settings: StageTwoSettings, student: Student, longest_prompt: int) -> UpdateSizes:
@@ -34,7 +46,7 @@ def update_sizes(settings: StageTwoSettings, student: Student, longest_prompt: i
     drawn = settings.max_new_tokens if isinstance(settings, SamplingSettings) else 0
     answer = max(drawn, student.max_anchor_tokens if has_anchor else 0)
     caches = 0 if isinstance(student.engine, VllmEngine) else largest_share(settings) * settings.drawn
-    return UpdateSizes(longest_prompt, answer, settings.drawn + has_anchor, caches)
+    return UpdateSizes(longest_prompt, answer, settings.drawn + has_anchor, caches, largest_share(settings))
 
 
 def largest_share(settings: StageTwoSettings) -> int:
@@ -42,10 +54,40 @@ def largest_share(settings: StageTwoSettings) -> int:
     return math.ceil(settings.prompts_per_step / ranks.count())
 
 
-def needs_recompute(
+@dataclass(frozen=True)
+class UpdateForm:
+    """Members per backward pass, and whether layers are computed again in it."""
+
+    micro_batch: int
+    recompute: bool
+
+
+def choose_form(
+    settings: StageTwoSettings, sizes: UpdateSizes, need: Callable[[UpdateForm], MemoryNeed], device: int | None = None
+) -> UpdateForm:
+    """Return the form of an update: as configured, or by the device and its memory.
+
+    Args:
+        settings: the method's section of the configuration.
+        sizes: the largest update.
+        need: what an update of that form keeps in memory.
+        device: bytes of the device; this machine's if none is given.
+    """
+    always, never = settings.recompute == "always", settings.recompute == "never"
+    size = _CPU_MEMBERS if settings.micro_batch_size == "auto" else settings.micro_batch_size
+    if settings.micro_batch_size == "auto" and torch.cuda.is_available():
+        most = min(sizes.groups, max(1, PASS_TOKENS // (sizes.prompt + sizes.members * sizes.answer)))
+        largest = largest_micro_batch(
+            lambda n: need(UpdateForm(n, always)), device or device_memory(), sizes.members, most
+        )
+        size = max(size, largest or 0)
+    return UpdateForm(size, always or (not never and not fits(need(UpdateForm(size, False)), device)))
+
+
+def form_of_update(
     settings: StageTwoSettings, student: Student, roles: Roles, questions: Sequence[AnchoredPrompt], half: bool
-) -> bool:
-    """Return whether layers are computed again in the backward pass: as configured, or where memory asks for it.
+) -> UpdateForm:
+    """Return the form of a stage's updates; see `choose_form`.
 
     Args:
         settings: the method's section of the configuration.
@@ -54,22 +96,18 @@ def needs_recompute(
         questions: the prompts of the stage.
         half: whether layers compute in half precision.
     """
-    if settings.recompute != "auto":
-        return settings.recompute == "always"
-    if not can_recompute(cast(nn.Module, roles.policy)):
-        return False
     sizes = update_sizes(settings, student, max(len(question.encoded) for question in questions))
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in roles.weights()}
-    need = estimate_memory(
-        DecoderShape.of(roles.policy.config),
-        sizes,
-        sum(weights.values()),
-        sum(p.numel() for p in roles.policy.parameters() if p.requires_grad),
-        settings.micro_batch_size,
-        recompute=False,
-        width=2 if half else 4,
-    )
-    return not fits(need)
+    shape, in_all = DecoderShape.of(roles.policy.config), sum(weights.values())
+    trained = sum(p.numel() for p in roles.policy.parameters() if p.requires_grad)
+
+    def need(form: UpdateForm) -> MemoryNeed:
+        width = 2 if half else 4
+        return estimate_memory(shape, sizes, in_all, trained, form.micro_batch, form.recompute, width)
+
+    form = choose_form(settings, sizes, need)
+    can = settings.recompute != "auto" or can_recompute(cast(nn.Module, roles.policy))
+    return form if can else replace(form, recompute=False)
 
 
 def fits(need: MemoryNeed, device: int | None = None) -> bool:

@@ -40,11 +40,11 @@ def remeasure_groups(
     """
     by_id = {question.prompt.id: question for question in questions}
     kept = list(islice((group for group in groups if group.get("completions")), REMEASURED_GROUPS))
-    for row in kept[ranks.my_share(len(kept))]:
-        rollout = rollouts.add_signal(policy, _recorded_rollout(by_id[row["prompt_id"]], row))
-        if rollout.members is None:
-            continue
-        tokens = rollouts.update.tokens(policy, rollout.members)
+    mine = kept[ranks.my_share(len(kept))]
+    again = rollouts.add_signals(policy, [_recorded_rollout(by_id[row["prompt_id"]], row) for row in mine])
+    used = [(row, rollout, rollout.members) for row, rollout in zip(mine, again) if rollout.members is not None]
+    measured = rollouts.update.tokens(policy, [members for _, _, members in used])
+    for (row, rollout, _), tokens in zip(used, measured, strict=True):
         loss = rollouts.method.loss(tokens, rollout.signal, rollouts.settings)
         yield {
             "step": row["step"],

@@ -17,7 +17,7 @@ from purld.model.sample import Completion, Sampler, seed_from_content
 from purld.model.self_evaluation import GroupScores
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
-from purld.training.group_update import GroupMembers, GroupUpdate
+from purld.training.group_update import GroupMembers, GroupUpdate, UnmeasuredGroup
 from purld.training.scoring import GroupToScore, Scorer
 
 
@@ -58,6 +58,14 @@ class Rollout:
     def usable(self) -> bool:
         """Return whether the group takes part in the update."""
         return self.members is not None and self.signal is not None
+
+
+@dataclass(frozen=True)
+class _ChosenMembers:
+    """The indices of the candidates that are members, and the token ids of all members, the anchor's first if any."""
+
+    candidates: tuple[int, ...]
+    ids: list[list[int]]
 
 
 def candidates_to_score(encoder: Encoder, question: AnchoredPrompt, completions: Sequence[Completion]) -> GroupToScore:
@@ -120,11 +128,8 @@ class RolloutMaker:
             seeds = [seed_from_content(seed, q.prompt.id) for q in questions]
             drawn = self.sampler(policy, [q.encoded for q in questions], self.settings.drawn, seeds)
         groups = [candidates_to_score(self.encoder, q, completions) for q, completions in zip(questions, drawn)]
-        rollouts = [
-            self.add_signal(policy, self._scored_rollout(*parts))
-            for parts in zip(questions, drawn, groups, self.scorer(groups), strict=True)
-        ]
-        return self._combine_prompts(rollouts)
+        scored = [self._scored_rollout(*p) for p in zip(questions, drawn, groups, self.scorer(groups), strict=True)]
+        return self._combine_prompts(self.add_signals(policy, scored))
 
     def _scored_rollout(
         self, question: AnchoredPrompt, completions: Sequence[Completion], group: GroupToScore, scores: GroupScores
@@ -135,45 +140,67 @@ class RolloutMaker:
             scores = replace(scores, log_probs=None)
         return Rollout(question, completions, group.candidates, scores, thinking=group.thinking)
 
-    def add_signal(self, policy: CausalLM, rollout: Rollout) -> Rollout:
-        """Add members and signal to a scored group; it comes back unchanged if its scores give no signal."""
+    def add_signals(self, policy: CausalLM, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Add members and signals to scored groups; one comes back unchanged if its scores give no signal."""
+        chosen = [self._choose_members(rollout) for rollout in rollouts]
+        measured: dict[int, GroupMembers] = {}
+        if self.method.critic:  # its signal is made of log-probs and values
+            measured = self._measure(policy, rollouts, chosen, [i for i, members in enumerate(chosen) if members.ids])
+        device = next(policy.parameters()).device
+        signals = []
+        for index, rollout in enumerate(rollouts):
+            scores = [s for s in rollout.scores.candidates if s is not None]
+            tokens = None
+            if index in measured and (old := measured[index].old) is not None:
+                tokens = measured[index].tokens(old)
+            evidence = GroupEvidence(
+                torch.tensor(scores, device=device), rollout.scores.anchor, tokens, margin_scale=self.margin_scale
+            )
+            signals.append(self.method.signal(evidence, self.settings))
+        used = [index for index, signal in enumerate(signals) if signal is not None]
+        measured |= self._measure(policy, rollouts, chosen, [index for index in used if index not in measured])
+        return [
+            rollout
+            if signal is None
+            else replace(rollout, members=measured[i], member_candidates=chosen[i].candidates, signal=signal)
+            for i, (rollout, signal) in enumerate(zip(rollouts, signals, strict=True))
+        ]
+
+    def _choose_members(self, rollout: Rollout) -> _ChosenMembers:
+        """Return the members of a group: the anchor if it is one, and the candidates that have the score they need."""
         indices = list(range(len(rollout.completions)))
         if self.method.scorer is not None:
             indices = [index for index in indices if rollout.scores.candidates[index] is not None]
-        scores = [s for s in rollout.scores.candidates if s is not None]
         ids = [list(rollout.completions[index].ids) for index in indices]
         if self.anchor_first:
             ids.insert(0, self.encoder.encode_target(rollout.question.anchor).ids)
-        device = next(policy.parameters()).device
-        evidence = GroupEvidence(
-            torch.tensor(scores, device=device), rollout.scores.anchor, margin_scale=self.margin_scale
-        )
-        members = None
-        if self.method.critic and ids:
-            members = self._measure_members(policy, rollout, indices, ids)
-            assert members.old is not None
-            evidence = replace(evidence, tokens=members.tokens(members.old))
-        signal = self.method.signal(evidence, self.settings)
-        if signal is None:
-            return rollout
-        members = members or self._measure_members(policy, rollout, indices, ids)
-        return replace(rollout, members=members, member_candidates=tuple(indices), signal=signal)
+        return _ChosenMembers(tuple(indices), ids)
 
-    def _measure_members(
-        self, policy: CausalLM, rollout: Rollout, indices: Sequence[int], ids: Sequence[Sequence[int]]
-    ) -> GroupMembers:
-        """Measure the members with these ids, which are the candidates with these indices, after the anchor if any."""
-        question, known = rollout.question, rollout.scores.log_probs
+    def _measure(
+        self,
+        policy: CausalLM,
+        rollouts: Sequence[Rollout],
+        chosen: Sequence[_ChosenMembers],
+        indices: Sequence[int],
+    ) -> dict[int, GroupMembers]:
+        """Measure the members of the groups with these indices."""
         keep_old = self.method.critic or self.settings.updates > 1
+        groups = [self._unmeasured(rollouts[index], chosen[index]) for index in indices]
+        found = {}
+        for index, members in zip(indices, self.update.members(policy, groups, keep_old), strict=True):
+            drawn = [rollouts[index].completions[candidate] for candidate in chosen[index].candidates]
+            found[index] = replace(members, sampled=engine_log_probs(drawn, members.mask))
+        return found
+
+    def _unmeasured(self, rollout: Rollout, chosen: _ChosenMembers) -> UnmeasuredGroup:
+        question, known = rollout.question, rollout.scores.log_probs
         anchored = measured = None
         if self.method.anchored_reference:
             # Where the policy thinks before it answers, p_sft reads what it thought as well.
             anchored = self.encoder.encode_anchored_prompt(question.prompt, question.anchor, direct=False)
         elif known is not None and not self.anchor_first:
-            measured = [known[index] for index in indices]
-        members = self.update.members(policy, question.encoded, ids, keep_old, anchored, measured)
-        sampled = engine_log_probs([rollout.completions[index] for index in indices], members.mask)
-        return replace(members, sampled=sampled)
+            measured = [known[index] for index in chosen.candidates]
+        return UnmeasuredGroup(question.encoded, chosen.ids, anchored, measured)
 
     def _combine_prompts(self, rollouts: list[Rollout]) -> list[Rollout]:
         """Let the signals of a step's prompts, those of all ranks, change each other, for a method that does so."""

@@ -21,9 +21,9 @@ from purld.methods.table import StageTwoMethod
 from purld.model.at_once import AtOnce
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
-from purld.model.likelihood import in_context_scores, reference_scores
+from purld.model.likelihood import AnchoredRows, in_context_scores, reference_scores
 from purld.model.load import Roles
-from purld.model.self_evaluation import GroupScores, SelfEvaluator, parse_score, score_rows_at_once
+from purld.model.self_evaluation import GroupScores, GroupTexts, SelfEvaluator, parse_score, score_rows_at_once
 from purld.records import Prompt
 from purld.tasks.checks import Check, result_check
 from purld.templates import rating_turn
@@ -109,9 +109,8 @@ class SelfScorer:
             NotFiniteError: a score is not finite.
         """
         with self.roles.frozen() as model, self.autocast():
-            scored = [
-                self.evaluator.score(model, g.prompt, g.anchor if self.anchored else None, g.candidates) for g in groups
-            ]
+            texts = [GroupTexts(g.prompt, g.anchor if self.anchored else None, g.candidates) for g in groups]
+            scored = self.evaluator.score_groups(model, texts)
         for group, scores in zip(groups, scored, strict=True):
             _check_finite(group, [scores.anchor, *scores.candidates])
         return scored
@@ -167,14 +166,14 @@ class LikelihoodScorer:
     Attributes:
         roles: which weights are p_sft.
         encoder: the run's encoder.
-        score_group: scores token ids; see `purld.model.likelihood`.
+        score_groups: scores token ids; see `purld.model.likelihood`.
         at_once: how many rows go through a forward pass.
         autocast: the precision to compute in.
     """
 
     roles: Roles
     encoder: Encoder
-    score_group: Callable[[CausalLM, Encoder, Prompt, str, Sequence[Sequence[int]], int], GroupScores]
+    score_groups: Callable[[CausalLM, Encoder, Sequence[AnchoredRows], int], list[GroupScores]]
     at_once: AtOnce
     autocast: Callable[[], AbstractContextManager[Any]]
 
@@ -184,18 +183,19 @@ class LikelihoodScorer:
         Raises:
             NotFiniteError: a score is not finite.
         """
+        rows = [
+            AnchoredRows(g.prompt, g.anchor, g.ids or [self.encoder.encode_answer(text).ids for text in g.candidates])
+            for g in groups
+        ]
         with self.roles.frozen() as model, self.autocast():
-            return [self._score_group(model, group) for group in groups]
-
-    def _score_group(self, model: CausalLM, group: GroupToScore) -> GroupScores:
-        candidates = group.ids or [self.encoder.encode_answer(text).ids for text in group.candidates]
-        scores = self.at_once(
-            lambda size: self.score_group(model, self.encoder, group.prompt, group.anchor, candidates, size),
-            len(candidates) + 1,  # the anchor's row
-        )
-        _check_finite(group, [scores.anchor, *scores.candidates])
+            scored = self.at_once(
+                lambda size: self.score_groups(model, self.encoder, rows, size),
+                sum(1 + len(group.candidates) for group in rows),  # the anchor's row
+            )
+        for group, scores in zip(groups, scored, strict=True):
+            _check_finite(group, [scores.anchor, *scores.candidates])
         # Ids made of the texts need not be the ones that were drawn, nor their log-probs those of the members.
-        return scores if group.ids else replace(scores, log_probs=None)
+        return [s if group.ids else replace(s, log_probs=None) for group, s in zip(groups, scored)]
 
 
 @dataclass(frozen=True)
@@ -249,11 +249,11 @@ def _make_self_scorer(context: ScorerContext) -> Scorer:
     return SelfScorer(context.roles, evaluator, context.anchored, context.autocast)
 
 
-def _make_likelihood_scorer(context: ScorerContext, score_group: Callable[..., GroupScores]) -> Scorer:
+def _make_likelihood_scorer(context: ScorerContext, score_groups: Callable[..., list[GroupScores]]) -> Scorer:
     settings = context.settings
     assert isinstance(settings, SelfScoringSettings) and context.anchored
     at_once = score_rows_at_once(settings.score_batch_size)
-    return LikelihoodScorer(context.roles, context.encoder, score_group, at_once, context.autocast)
+    return LikelihoodScorer(context.roles, context.encoder, score_groups, at_once, context.autocast)
 
 
 def _make_teacher_scorer(context: ScorerContext) -> Scorer:
@@ -303,12 +303,12 @@ SCORERS: dict[str, ScorerEntry] = {
     "expected": ScorerEntry(_make_self_scorer, _check_expected, expected_tokens),
     "verbal": ScorerEntry(_make_self_scorer, count_tokens=verbal_tokens),
     "in_context": ScorerEntry(
-        partial(_make_likelihood_scorer, score_group=in_context_scores),
+        partial(_make_likelihood_scorer, score_groups=in_context_scores),
         count_tokens=in_context_tokens,
         has_own_unit=True,
     ),
     "reference": ScorerEntry(
-        partial(_make_likelihood_scorer, score_group=reference_scores),
+        partial(_make_likelihood_scorer, score_groups=reference_scores),
         count_tokens=reference_tokens,
         has_own_unit=True,
     ),

@@ -18,7 +18,7 @@ from purld import ranks
 from purld.config.methods import LdlGrpo, SamplingSettings, SelfScoringSettings, StageTwoSettings
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
-from purld.model.log_probs import micro_batches
+from purld.model.log_probs import BatchSize, micro_batches
 from purld.model.sample import Completion, Decoding, Sampler
 from purld.model.self_evaluation import GroupScores
 from purld.records import Anchor, Prompt
@@ -142,8 +142,8 @@ class Validator:
         return candidates_to_score(self._encoder, question, completions)
 
 
-def validation_rows(settings: StageTwoSettings) -> int:
-    """Return how many rows of a group a validation scores at once."""
+def validation_rows(settings: StageTwoSettings) -> BatchSize:
+    """Return how many rows a validation scores at once."""
     return settings.score_batch_size if isinstance(settings, SelfScoringSettings) else settings.micro_batch_size
 
 
