@@ -16,6 +16,7 @@ this needs Linux).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import platform
@@ -27,24 +28,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import transformers
-import trl
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from purld.model.encode import Encoder, pad_left
 from purld.model.load import Roles
-from purld.model.log_probs import make_prefix, micro_batches
-from purld.model.prefix import FullSequences, Prefix
+from purld.model.log_probs import RowGroup, make_prefixes, micro_batches
+from purld.model.prefix import FullSequences, Prefixes
 from purld.model.sample import Decoding, GenerateSampler
 from purld.model.self_evaluation import SelfEvaluator
 from purld.model.vision import EncodedPrompt, pixel_inputs
@@ -80,6 +79,7 @@ SHAPES = {
     "toy": Shape(64, 2, 128, 1, 2_000),
     "small": Shape(512, 12, 1408, 2, 32_000),
     "quick": Shape(256, 4, 704, 1, 32_000),
+    "135m": Shape(576, 30, 1536, 3, 49_152),
     "0.5b": Shape(896, 24, 4864, 2, 151_936),
     "1.5b": Shape(1536, 28, 8960, 2, 151_936),
     "3b": Shape(2048, 36, 11008, 2, 151_936),
@@ -182,7 +182,7 @@ class Bench:
         scores: list[float] = (leading[:, 1] + leading[:, 0] * fraction).tolist()
         return scores[1:]
 
-    def update(self, prefix: Prefix, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
+    def update(self, prefix: Prefixes, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
         """Take one optimizer step of GRPO's clipped loss, per-sequence means, no KL term."""
         for rows in micro_batches(len(completions), _MICRO_BATCH):
             log_probs, mask = prefix.token_log_probs(completions[rows])
@@ -212,9 +212,9 @@ class Bench:
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
         self.update(self.shared_prefix(completions), completions, advantages)
 
-    def shared_prefix(self, completions: Sequence[Sequence[int]]) -> Prefix:
+    def shared_prefix(self, completions: Sequence[Sequence[int]]) -> Prefixes:
         """Return the prefix that all candidates of a group share."""
-        return make_prefix(self.policy, self.encoded_prompt, completions, self.encoder.pad, cut=True)
+        return make_prefixes(self.policy, [RowGroup(self.encoded_prompt, completions)], self.encoder.pad, cut=True)
 
     def advantages(self) -> Tensor:
         """Return fixed advantages of both signs."""
@@ -302,7 +302,14 @@ def time_phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]
 
 
 def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of whole steps, TRL's and ours in turn, and the mean candidate length on TRL's side."""
+    """Return the seconds of whole steps, TRL's and ours in turn, and the mean candidate length on TRL's side.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+    from datasets import Dataset
+    from trl import GRPOTrainer
+
     seconds: dict[str, list[float]] = {"trl": [], "purld": []}
     lengths: list[int] = []
 
@@ -336,14 +343,17 @@ def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
             args=trl_settings(folder, cell, repeats + 1, bench),
         )
         # Without Triton, TRL sends the prompt's positions through the LM head too, for compilers not used here.
-        with mock.patch("trl.trainer.utils._use_triton", lambda _: True):
+        on_cpu = bench.device.type == "cpu"
+        with mock.patch("trl.trainer.utils._use_triton", lambda _: True) if on_cpu else contextlib.nullcontext():
             trainer.train()
     seconds["trl_completion_tokens"] = [statistics.mean(lengths)]
     return seconds
 
 
-def trl_settings(folder: str, cell: Cell, steps: int, bench: Bench) -> GRPOConfig:
-    """Configure GRPOTrainer to do what `Bench.step` does."""
+def trl_settings(folder: str, cell: Cell, steps: int, bench: Bench) -> Any:
+    """Return the GRPOConfig with which GRPOTrainer does what `Bench.step` does."""
+    from trl import GRPOConfig
+
     micro_batch_size = min(cell.candidates, _MICRO_BATCH)
     return GRPOConfig(
         output_dir=folder,
@@ -378,7 +388,7 @@ def peak_of_update(shape: Shape, cell: Cell, form: str, options: argparse.Namesp
     prefix_prompt = EncodedPrompt(bench.encoded_prompt.ids[:16])
     with mock.patch.object(bench.optimizer, "zero_grad"):  # gradients stay in memory, so they count as held
         bench.update(
-            make_prefix(bench.policy, prefix_prompt, few_completions, bench.encoder.pad, cut=True),
+            make_prefixes(bench.policy, [RowGroup(prefix_prompt, few_completions)], bench.encoder.pad, cut=True),
             few_completions,
             bench.advantages()[:2],
         )
@@ -476,7 +486,7 @@ def write_report(
     """Print each row as it is measured; write all rows as JSON if `options` name an output."""
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
+        "versions": read_versions(),
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
         "shape": vars(shape),
@@ -487,6 +497,15 @@ def write_report(
         print(format_row(row), flush=True)
         if options.output:
             options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def read_versions() -> dict[str, str]:
+    """Return the versions of the libraries that are compared; those that are installed."""
+    found = {}
+    for name in ("torch", "transformers", "trl"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def grid_cells(options: argparse.Namespace) -> list[Cell]:

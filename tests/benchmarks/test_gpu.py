@@ -14,30 +14,47 @@ TOY += ["--candidates", "2", "--prompts-per-step", "3"]
 
 def test_a_part_gets_the_sizes_of_the_whole():
     options = gpu.parse_arguments([*TOY, "--all-weights", "--processes", "1", "2"])
+    commands = gpu.part_commands(options, "processes")
+    assert [command[command.index("--nproc-per-node") + 1] for command in commands] == ["1", "2"]
     _, _, *arguments = gpu.own_command(options)
-    again = gpu.parse_arguments([*arguments, "--part", "share"])
+    again = gpu.parse_arguments([*arguments, "--part", "processes"])
     kept = ("shape", "device", "dtype", "prompt", "completion", "candidates", "prompts_per_step", "lora")
     assert [getattr(again, name) for name in kept] == [getattr(options, name) for name in kept]
+
+
+ROW = {"what": "a", "result": "7 s"}
+SAY = f"print('a warning'); print('''{json.dumps(ROW)}''', flush=True);"
 
 
 @pytest.mark.parametrize(
     ("code", "said"),
     [
-        ("print(7)", None),
+        ("", None),
         ("raise SystemExit(3)", "out of memory"),
         ("raise ValueError('no such shape')", "failed: ValueError: no such shape"),
         ("raise SystemExit(1)", "failed: no message"),
+        ("import time; time.sleep(60)", "ended after 1 s, its share of --minutes"),
     ],
 )
-def test_a_part_that_fails_is_told_in_its_row(code, said):
-    printed, problem = gpu.run_part([sys.executable, "-c", code])
-    assert problem == said and (printed == "7\n") == (said is None)
+def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_is_told(code, said):
+    assert gpu.run_part([sys.executable, "-c", SAY + code], 1 if "sleep" in code else 60) == ([ROW], said)
 
 
 def test_parts_after_the_time_are_left_out():
     options = gpu.parse_arguments([*TOY, "--minutes", "0"])
     rows = list(gpu.measure_all(options, deadline=0.0))
-    assert [row["result"] for row in rows] == ["left out: 0 minutes were over"] * 3
+    assert [row["result"] for row in rows] == ["left out: 0 minutes were over"] * len(gpu.PARTS)
+
+
+def test_without_trl_the_phases_are_measured_and_the_row_says_so(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
+    rows = list(gpu.measure_step(gpu.parse_arguments(TOY)))
+    assert [row["what"] for row in rows] == [*(f"{p}, plain / shared" for p in ("sample", "score", "update")), STEP]
+    assert all("figures" in row for row in rows[:3])
+    assert rows[3]["result"].startswith("left out, TRL does not run here: ModuleNotFoundError: ")
+
+
+STEP = "step, TRL / purld"
 
 
 @pytest.mark.slow
@@ -50,14 +67,17 @@ def test_the_whole_table_of_a_toy_on_the_cpu(tmp_path, monkeypatch, capsys):
     )
     gpu.main()
     rows = json.loads(output.read_text())["rows"]
+    groups = "toy: 8 groups of 8 x 48 tokens"
     assert [row["what"] for row in rows] == [
-        "step and memory, TRL / purld",
-        "update, micro-batch 1",
-        "update, micro-batch 2",
-        "step of 3 prompts, 1 processes",
-        "step of 3 prompts, 2 processes",
+        f"{groups}, sampling",
+        *(f"{groups}, {n} in a pass" for n in (1, 2, 4, 8)),
+        *(f"update, micro-batch {n}" for n in (1, 2)),
+        *(f"{phase}, plain / shared" for phase in ("sample", "score", "update")),
+        STEP,
+        "update's peak, plain / shared",
+        *(f"step of 3 prompts, {n} processes" for n in (1, 2)),
     ]
     assert all("figures" in row for row in rows), rows
-    assert [row["figures"]["processes"] for row in rows[3:]] == [1, 2]
-    assert capsys.readouterr().out.count("\n| ") == 6
+    assert [row["figures"]["processes"] for row in rows[-2:]] == [1, 2]
+    assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
     assert_only_own_name(log)

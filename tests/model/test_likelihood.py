@@ -90,7 +90,9 @@ def test_several_groups_in_one_pass_have_the_scores_of_each_alone(model, encoder
     scores_of(model, encoder, groups, 100)  # with the self-checks
     with counted_tokens(model) as counts:
         together = scores_of(model, encoder, groups, 100)
-    assert len(counts) == (5 if scores_of is in_context_scores else 2)  # prompts, members; bare prompts, anchors, others
+    assert len(counts) == (
+        5 if scores_of is in_context_scores else 2
+    )  # prompts, members; bare prompts, anchors, others
     for found, group in zip(together, groups, strict=True):
         (alone,) = scores_of(model, encoder, [group], 1)
         assert [found.anchor, *found.candidates] == pytest.approx([alone.anchor, *alone.candidates], abs=1e-5)

@@ -14,6 +14,7 @@ from purld.config.schema import Student
 from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.model.load import Roles, load_encoder, load_model
+from purld.model.memory import DecoderShape, estimate_memory
 from purld.model.sample import Completion
 from purld.model.vision import EncodedPrompt
 from purld.pipeline.pipeline import Pipeline
@@ -22,7 +23,7 @@ from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training import memory
 from purld.training.group_update import GroupUpdate
-from purld.training.memory import form_of_update, update_sizes
+from purld.training.memory import UpdateForm, choose_form, form_of_update, update_sizes
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import ScorerContext
 from purld.training.validation import ValidationSet, Validator
@@ -121,6 +122,33 @@ def test_layers_are_computed_again_where_memory_asks_for_it(recompute, device, e
     questions = [AnchoredPrompt(Prompt.from_text("One?"), "One.", EncodedPrompt([1] * 30))]
     form = form_of_update(LdlGrpo(recompute=recompute), student, roles, questions, half=False)
     assert (form.micro_batch, form.recompute) == (8, expected)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gib", "settings", "expected"),
+    [
+        (False, 100, {}, 8),
+        (True, 100, {}, 5 * 8),  # the whole step
+        (True, 1, {}, 2 * 8),  # as many groups as half of the memory holds
+        (True, 0.4, {}, 8),
+        (True, 100, {"max_new_tokens": 1000}, 2 * 8),  # as many as fill a pass
+        (True, 100, {"micro_batch_size": 3}, 3),
+    ],
+)
+def test_on_a_gpu_groups_share_a_pass_by_default_as_far_as_half_of_its_memory_allows(
+    gpu, gib, settings, expected, monkeypatch
+):
+    """A group of this student takes 0.21 GiB: 4 layers, 8 answers of 50 tokens, 1,024 wide."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    align = LdlGrpo(**({"prompts_per_step": 5, "candidates": 8, "max_new_tokens": 50} | settings))
+    sizes = update_sizes(align, Student(model="m"), longest_prompt=30)
+    shape = DecoderShape(4, 1024, 1024, 1024, 4096, 1000)
+
+    def need(form):
+        return estimate_memory(shape, sizes, 0, 0, form.micro_batch, form.recompute, width=4)
+
+    assert settings or 0.2 < need(UpdateForm(8, False)).total / 2**30 < 0.22
+    assert choose_form(align, sizes, need, int(gib * 2**30)).micro_batch == expected
 
 
 @pytest.mark.parametrize(("processes", "engine", "drawn"), [(1, {}, 40), (4, {}, 16), (1, {"kind": "vllm"}, 0)])

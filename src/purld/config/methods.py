@@ -30,7 +30,7 @@ class StageTwoSettings(Section):
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     max_grad_norm: Positive = 1.0
     # Members per backward pass, of one group or of several whole ones; changes memory and time, not the gradient.
-    # auto: 8 on a CPU; on a GPU the groups that fill a pass, as far as memory allows.
+    # auto: 8 on a CPU; on a GPU the groups that fill a pass, as far as half of its memory allows.
     micro_batch_size: Count | Literal["auto"] = "auto"
     # Compute layers again in the backward pass instead of keeping what is in them: less memory, the same gradient, and
     # about a fifth more time for it. auto: where an update would not fit the device's memory otherwise.

@@ -2,10 +2,10 @@
 
 The first compares, with full sequences, the log-probs of two of the group's rows and their gradient at the prompt's
 embeddings, which passes through every key and value of the cache; and, if vision modules are trained, the gradient at
-their first weights. A model that disagrees, or fails, works on full sequences from then on, after one warning. A sliding
-window that a group exceeds and a prompt with images are checked separately. The verdict depends on the model and not on
-which group came first, except for bugs that only some groups show. The second compares two groups in one pass with each
-of them alone.
+their first weights. A model that disagrees, or fails, works on full sequences from then on, after one warning. A
+sliding window that a group exceeds and a prompt with images are checked separately. The verdict depends on the model
+and not on which group came first, except for bugs that only some groups show. The second compares two groups in one
+pass with each of them alone.
 """
 
 from __future__ import annotations

@@ -77,9 +77,9 @@ def choose_form(
     size = _CPU_MEMBERS if settings.micro_batch_size == "auto" else settings.micro_batch_size
     if settings.micro_batch_size == "auto" and torch.cuda.is_available():
         most = min(sizes.groups, max(1, PASS_TOKENS // (sizes.prompt + sizes.members * sizes.answer)))
-        largest = largest_micro_batch(
-            lambda n: need(UpdateForm(n, always)), device or device_memory(), sizes.members, most
-        )
+        # Half of the memory: what is left is worth more than what a wider pass gains where one group nearly fills it.
+        half = (device_memory() if device is None else device) // 2
+        largest = largest_micro_batch(lambda n: need(UpdateForm(n, always)), half, sizes.members, most)
         size = max(size, largest or 0)
     return UpdateForm(size, always or (not never and not fits(need(UpdateForm(size, False)), device)))
 

@@ -1,8 +1,8 @@
 """Count the tokens that a score of Stage II sends through the student, without running it.
 
 A count is exact for candidates of the given length whose texts encode to as many tokens, with padding and with what a
-group computes once; it holds for a model that shares prefixes. Groups that share a pass are padded to the longest, which
-is not counted. Every function here mirrors one scorer, and a test compares it with the tokens that go through a model.
+group computes once; it holds for a model that shares prefixes. The padding of groups that share a pass is not counted.
+Every function here mirrors one scorer, and a test compares it with the tokens that go through a model.
 """
 
 from __future__ import annotations
