@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from purld.runs.run_dir import RunDir
 from real_students.plan import METHODS, VALIDATION, Cell, Size
 
 Row = dict[str, Any]
+
+_SHARING = threading.Lock()  # sharing Stage I locks its run, and cells run side by side
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Bench:
             _purld("run", config, leader, ["align.method=sft"])
         run = RunDir(self.out / cell.family / cell.name)
         if "sft" not in run.finished_stages():
-            share_stage_one(leader, run)
+            with _SHARING:
+                share_stage_one(leader, run)
             _copy_answers(leader, run)
         _purld(
             "run", config, run, [f"align.{key}={json.dumps(value)}" for key, value in self.align_settings(cell).items()]
