@@ -35,6 +35,7 @@ def wrapped(cause):
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "the disk failed"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), "the disk failed"),
+        (RuntimeError("basic_ios::clear: iostream error"), "the disk failed"),
         (sqlite3.OperationalError("disk I/O error"), "the disk failed"),
         (wrapped(OSError(errno.EIO, "Input/output error", "/x/w")), "/x/w: the disk failed (Input/output error)"),
         (FileExistsError(errno.EEXIST, "File exists"), "a file or folder is in the way"),

@@ -53,6 +53,7 @@ _IN_WORDS = {
     "disk I/O error": errno.EIO,
     "PytorchStreamWriter failed": errno.EIO,
     "unexpected pos": errno.EIO,  # of torch's writer, where a write was cut short
+    "iostream error": errno.EIO,  # of the same, where the last write failed
     "Read-only file system": errno.EROFS,
     "readonly database": errno.EROFS,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from purld.clients.ledger import (
     LedgerView,
     Request,
     Usage,
+    is_blank,
 )
 from purld.errors import UserError
 
@@ -127,6 +129,25 @@ def test_a_view_makes_nothing(tmp_path):
     with pytest.raises(UserError, match="is not a ledger"):
         LedgerView(tmp_path / "empty.sqlite")
     assert (tmp_path / "empty.sqlite").stat().st_size == 0
+
+
+def test_a_kill_while_a_ledger_is_created_stops_no_later_run(tmp_path):
+    """SQLite creates a file with a rollback journal; only a connection that may write can take it back."""
+    source = tmp_path / "ledger.sqlite"
+    with contextlib.closing(sqlite3.connect(source, isolation_level=None)) as db:
+        db.execute("PRAGMA cache_size = 1")  # so that the file is written before the commit
+        db.execute("BEGIN")
+        db.execute("CREATE TABLE pages AS SELECT zeroblob(100000) AS data")
+        killed = tmp_path / "killed"
+        killed.mkdir()
+        for file in (source, source.with_name("ledger.sqlite-journal")):
+            shutil.copy(file, killed)
+    path = killed / source.name
+    assert path.stat().st_size
+    assert is_blank(path)
+    assert not path.with_name("ledger.sqlite-journal").exists()
+    with Ledger(path) as ledger:
+        assert ledger.totals("teacher")["calls"] == 0
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

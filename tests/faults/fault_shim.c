@@ -6,8 +6,9 @@
  *   3  it returns EIO                  4  the process is killed before it
  *   5  the process is killed after it  6  half of a write is done, then the process is killed
  *   7  power cut: all writes and truncations that were not synced are undone, then the process is killed
- * Mode 0 only counts. fault_calls() then holds one letter for each call: w a write, c another call that needs space,
- * s a sync, n any other; a capital letter where writes before it were not synced.
+ * Mode 0 only counts. fault_calls() then holds one line for each call, "letter name path": the letter is w for a write,
+ * c for another call that needs space, s for a sync, n for any other, and a capital where writes before it were not
+ * synced; the path is the one that the call was given or that its descriptor was opened with, relative to `root`.
  *
  * Directory entries are taken as durable at once. Memory maps, SQLite's shared memory (-shm), which nothing reads after
  * a crash, and libraries that call the kernel without the C library are not followed.
@@ -28,7 +29,7 @@
 #include <unistd.h>
 
 #define MAX_FD 4096
-#define MAX_CALLS 100000
+#define MAX_CALLS (1 << 20) /* bytes */
 #define REAL(type, name, ...) \
     static type (*real)(__VA_ARGS__); \
     if (!real) real = (type (*)(__VA_ARGS__))dlsym(RTLD_NEXT, name)
@@ -40,7 +41,8 @@ static size_t root_length;
 static long count, nth;
 static int mode = -1;
 static __thread int busy;
-static char calls[MAX_CALLS + 1];
+static char calls[MAX_CALLS];
+static size_t calls_length;
 static char tracked[MAX_FD];
 static struct undo *undos;
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -49,7 +51,7 @@ void fault_arm(const char *folder, long number, int how) {
     strncpy(root, folder, sizeof root - 1);
     root_length = strlen(root);
     count = 0, nth = number, mode = how;
-    memset(calls, 0, sizeof calls);
+    calls_length = 0, calls[0] = 0;
 }
 
 void fault_disarm(void) { mode = -1; }
@@ -70,11 +72,22 @@ static void die(void) {
     for (;;) pause();
 }
 
+static void record(char kind, const char *name, const char *path) {
+    size_t skipped = strncmp(path, root, root_length) ? 0 : root_length;
+    while (skipped && path[skipped] == '/') skipped++;
+    pthread_mutex_lock(&mutex);
+    int length = snprintf(calls + calls_length, sizeof calls - calls_length, "%c %s %s\n",
+                          undos ? toupper(kind) : kind, name, path + skipped);
+    if (calls_length + length < sizeof calls) calls_length += length;
+    else calls[calls_length] = 0;
+    pthread_mutex_unlock(&mutex);
+}
+
 /* Count a call of a kind; return 1 if it must fail with errno set. */
-static int step(char kind) {
+static int step(char kind, const char *name, const char *path) {
     if (mode < 0 || busy) return 0;
     long now = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
-    if (now <= MAX_CALLS) calls[now - 1] = undos ? toupper(kind) : kind;
+    if (!mode) record(kind, name, path);
     if (mode == 2 && now >= nth && (kind == 'w' || kind == 'c')) return errno = ENOSPC, 1;
     if (now != nth) return 0;
     switch (mode) {
@@ -83,6 +96,14 @@ static int step(char kind) {
     case 4: case 7: die();
     }
     return 0;
+}
+
+static int step_open(char kind, const char *name, int fd) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = mode ? 0 : readlink(link, path, sizeof path - 1);
+    path[length < 0 ? 0 : length] = 0;
+    return step(kind, name, path);
 }
 
 static void after(void) {
@@ -151,7 +172,7 @@ static int for_writing(int flags) { return (flags & O_ACCMODE) != O_RDONLY || fl
         REAL(int, #name, types); \
         va_list list; va_start(list, flags); mode_t bits = va_arg(list, mode_t); va_end(list); \
         int track = inside_at(folder, path), counted = track && for_writing(flags); \
-        if (counted && step('c')) return -1; \
+        if (counted && step('c', #name, path)) return -1; \
         int fd = opened(real arguments, track); \
         if (counted) after(); \
         return fd; \
@@ -166,7 +187,7 @@ OPEN(openat64, (int at, const char *path, int flags, ...), LIST(int, const char 
     FILE *name(const char *path, const char *how) { \
         REAL(FILE *, #name, const char *, const char *); \
         int track = inside(path), counted = track && (how[0] != 'r' || strchr(how, '+')); \
-        if (counted && step('c')) return NULL; \
+        if (counted && step('c', #name, path)) return NULL; \
         FILE *file = real(path, how); \
         if (file) opened(fileno(file), track); \
         if (counted) after(); \
@@ -195,7 +216,7 @@ static off_t write_offset(int fd) {
 ssize_t write(int fd, const void *data, size_t size) {
     REAL(ssize_t, "write", int, const void *, size_t);
     if (!is_tracked(fd)) return real(fd, data, size);
-    if (step('w')) return -1;
+    if (step_open('w', "write", fd)) return -1;
     remember(fd, size, write_offset(fd));
     if (mode == 6 && count == nth) { (void)!real(fd, data, size / 2); die(); }
     ssize_t written = real(fd, data, size);
@@ -206,7 +227,7 @@ ssize_t write(int fd, const void *data, size_t size) {
 ssize_t writev(int fd, const struct iovec *pieces, int number) {
     REAL(ssize_t, "writev", int, const struct iovec *, int);
     if (!is_tracked(fd)) return real(fd, pieces, number);
-    if (step('w')) return -1;
+    if (step_open('w', "writev", fd)) return -1;
     size_t size = 0;
     for (int i = 0; i < number; i++) size += pieces[i].iov_len;
     remember(fd, size, write_offset(fd));
@@ -229,7 +250,7 @@ ssize_t writev(int fd, const struct iovec *pieces, int number) {
     ssize_t name(int fd, const void *data, size_t size, off_t offset) { \
         REAL(ssize_t, #name, int, const void *, size_t, off_t); \
         if (!is_tracked(fd)) return real(fd, data, size, offset); \
-        if (step('w')) return -1; \
+        if (step_open('w', #name, fd)) return -1; \
         remember(fd, size, offset); \
         if (mode == 6 && count == nth) { (void)!real(fd, data, size / 2, offset); die(); } \
         ssize_t written = real(fd, data, size, offset); \
@@ -244,7 +265,7 @@ PWRITE(pwrite64)
     ssize_t name declaration { \
         REAL(ssize_t, #name, types); \
         if (!is_tracked(out)) return real arguments; \
-        if (step('w')) return -1; \
+        if (step_open('w', #name, out)) return -1; \
         remember(out, size, write_offset(out)); \
         if (mode == 6 && count == nth) { (void)!real halved; die(); } \
         ssize_t written = real arguments; \
@@ -263,7 +284,7 @@ COPY(copy_file_range, (int in, off_t *from, int out, off_t *to, size_t size, uns
     int name(int fd) { \
         REAL(int, #name, int); \
         if (!is_tracked(fd)) return real(fd); \
-        if (step('s')) return -1; \
+        if (step_open('s', #name, fd)) return -1; \
         int result = real(fd); \
         forget(fd); \
         after(); \
@@ -281,7 +302,7 @@ static void remember_tail(int fd, off_t size) {
     int name(int fd, off_t size) { \
         REAL(int, #name, int, off_t); \
         if (!is_tracked(fd)) return real(fd, size); \
-        if (step('n')) return -1; \
+        if (step_open('n', #name, fd)) return -1; \
         remember_tail(fd, size); \
         int result = real(fd, size); \
         after(); \
@@ -294,7 +315,7 @@ TRUNCATE(ftruncate64)
     int name(const char *path, off_t size) { \
         REAL(int, #name, const char *, off_t); \
         if (!inside(path)) return real(path, size); \
-        if (step('n')) return -1; \
+        if (step('n', #name, path)) return -1; \
         busy = 1; \
         int fd = open(path, O_RDWR | O_CLOEXEC); \
         busy = 0; \
@@ -310,7 +331,7 @@ TRUNCATE_PATH(truncate64)
     int name(int fd, off_t offset, off_t size) { \
         REAL(int, #name, int, off_t, off_t); \
         if (!is_tracked(fd)) return real(fd, offset, size); \
-        if (step('c')) return errno; \
+        if (step_open('c', #name, fd)) return errno; \
         int result = real(fd, offset, size); \
         after(); \
         return result; \
@@ -318,25 +339,26 @@ TRUNCATE_PATH(truncate64)
 ALLOCATE(posix_fallocate)
 ALLOCATE(posix_fallocate64)
 
-#define NAMED(name, declaration, types, arguments, is_inside, kind) \
+#define NAMED(name, declaration, types, arguments, path_of, is_inside, kind) \
     int name declaration { \
         REAL(int, #name, types); \
         if (!(is_inside)) return real arguments; \
-        if (step(kind)) return -1; \
+        if (step(kind, #name, path_of)) return -1; \
         int result = real arguments; \
         after(); \
         return result; \
     }
-NAMED(rename, (const char *from, const char *to), LIST(const char *, const char *), (from, to), inside(to), 'n')
+NAMED(rename, (const char *from, const char *to), LIST(const char *, const char *), (from, to), to, inside(to), 'n')
 NAMED(renameat, (int at, const char *from, int at_to, const char *to), LIST(int, const char *, int, const char *),
-      (at, from, at_to, to), inside_at(at_to, to), 'n')
-NAMED(unlink, (const char *path), LIST(const char *), (path), inside(path), 'n')
+      (at, from, at_to, to), to, inside_at(at_to, to), 'n')
+NAMED(unlink, (const char *path), LIST(const char *), (path), path, inside(path), 'n')
 NAMED(unlinkat, (int at, const char *path, int flags), LIST(int, const char *, int), (at, path, flags),
-      inside_at(at, path), 'n')
-NAMED(rmdir, (const char *path), LIST(const char *), (path), inside(path), 'n')
-NAMED(link, (const char *from, const char *to), LIST(const char *, const char *), (from, to), inside(to), 'c')
+      path, inside_at(at, path), 'n')
+NAMED(rmdir, (const char *path), LIST(const char *), (path), path, inside(path), 'n')
+NAMED(link, (const char *from, const char *to), LIST(const char *, const char *), (from, to), to, inside(to), 'c')
 NAMED(linkat, (int at, const char *from, int at_to, const char *to, int flags),
-      LIST(int, const char *, int, const char *, int), (at, from, at_to, to, flags), inside_at(at_to, to), 'c')
+      LIST(int, const char *, int, const char *, int), (at, from, at_to, to, flags), to,
+      inside_at(at_to, to), 'c')
 /* Of a folder that is there, mkdir fails in any case, and programs try it often. */
 NAMED(mkdir, (const char *path, mode_t bits), LIST(const char *, mode_t), (path, bits),
-      inside(path) && access(path, F_OK), 'c')
+      path, inside(path) && access(path, F_OK), 'c')

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +42,29 @@ def build_shim(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A durable system call: its letter (see fault_shim.c), its name, and its file relative to the folder of work."""
+
+    letter: str
+    name: str
+    path: str
+
+    @property
+    def shape(self) -> tuple[str, str, str]:
+        """The call without what differs between repetitions: numbers, temporary names, names in a model's folder."""
+        folder, _, name = self.path.rpartition("/")
+        if (folder.count("/") and not name.startswith(".")) or not folder:
+            name = "*"
+        name = re.sub(r"^\.tmp\w+", ".tmp", name)
+        return self.letter, self.name.removesuffix("64"), re.sub(r"\d+", "#", f"{folder}/{name}")
+
+
+@dataclass(frozen=True)
 class Ended:
-    """How a command ended: its status (negative: the signal), the letters of its calls, and what it printed."""
+    """How a command ended: its status (negative: the signal), the calls that it made undisturbed, what it printed."""
 
     status: int
-    calls: str
+    calls: tuple[Call, ...]
     said: str
 
     @property
@@ -58,7 +79,7 @@ class CommandRunner:
     """A process that runs commands about a configuration in forks of itself, each with or without a fault."""
 
     def __init__(self, shim: Path, folder: Path, config: Path) -> None:
-        self._said = folder / "said"
+        self._said, self._calls = folder / "said", folder / "calls"
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "fault_runner.py"), str(config)],
             stdin=subprocess.PIPE,
@@ -75,10 +96,13 @@ class CommandRunner:
             "nth": nth,
             "mode": mode,
             "said": str(self._said),
+            "calls": str(self._calls),
         }
         assert self._process.stdin and self._process.stdout
+        self._calls.write_text("")
         print(json.dumps(order), file=self._process.stdin, flush=True)
-        status, calls = json.loads(self._process.stdout.readline())
+        status = int(self._process.stdout.readline())
+        calls = tuple(Call(*line.split(" ", 2)) for line in self._calls.read_text().splitlines())
         return Ended(status, calls, self._said.read_text(errors="replace"))
 
     def close(self) -> None:
@@ -95,16 +119,16 @@ def command_runner(folder: Path, config: Path) -> Iterator[CommandRunner]:
         runner.close()
 
 
-def worthwhile_faults(calls: str, talks: bool) -> list[tuple[int, int]]:
+def worthwhile_faults(calls: Sequence[Call], talks: bool) -> list[tuple[int, int]]:
     """Return the faults (number of the call, mode) that can differ from each other.
 
     Args:
-        calls: the letters of an undisturbed command's calls.
+        calls: an undisturbed command's calls.
         talks: the command sends requests between its calls; else a kill after one call is a kill before the next.
     """
     faults = []
-    for nth, letter in enumerate(calls, start=1):
-        kind, last = letter.lower(), nth == len(calls)
+    for nth, call in enumerate(calls, start=1):
+        kind, last = call.letter.lower(), nth == len(calls)
         faults += [(nth, mode) for mode in (NO_SPACE, IO_ERROR, KILL_BEFORE)]
         if kind in "wc":
             faults.append((nth, DISK_FULL))  # the disk is full from here on
@@ -112,6 +136,31 @@ def worthwhile_faults(calls: str, talks: bool) -> list[tuple[int, int]]:
             faults.append((nth, KILL_AFTER))
         if kind == "w":
             faults.append((nth, TORN_WRITE))
-        if letter.isupper():
+        if call.letter.isupper():
             faults.append((nth, POWER_CUT))  # with nothing to undo, it is a kill
     return faults
+
+
+def some_of_each_class(
+    calls: Sequence[Call], faults: Sequence[tuple[int, int]], repeated: str
+) -> list[tuple[int, int]]:
+    """Return the first, last, second and middle fault of each class, the first of all classes first.
+
+    A class is a mode, the shape of a call and the shape of the call before it, which together tell what step of what
+    protocol it is: the sync of a temporary file before its rename, or the third write of a transaction.
+
+    Args:
+        calls: an undisturbed command's calls.
+        faults: the faults (number of the call, mode) to choose from.
+        repeated: "some" for these four, "one" for only the first, "all" for all faults.
+    """
+    if repeated == "all":
+        return list(faults)
+    classes: dict[object, list[tuple[int, int]]] = defaultdict(list)
+    for nth, mode in faults:
+        before = calls[nth - 2].shape if nth > 1 else None
+        classes[mode, calls[nth - 1].shape, before].append((nth, mode))
+    if repeated == "one":
+        return [members[0] for members in classes.values()]
+    orders = [(members[0], members[-1], members[:2][-1], members[len(members) // 2]) for members in classes.values()]
+    return list(dict.fromkeys(itertools.chain.from_iterable(zip(*orders, strict=True))))

@@ -10,7 +10,6 @@ import json
 import random
 import shutil
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from typing import Any
 
 import pytest
 import yaml
+from case_log import REPEATED, wrong_cases
 from conftest import make_random_student, write_tiny_config
-from faulty_command import MODES, CommandRunner, Ended, command_runner, worthwhile_faults
+from faulty_command import MODES, Call, CommandRunner, Ended, command_runner, some_of_each_class, worthwhile_faults
 from faulty_server import Server, completion, running_server
 
 from purld.clients.ledger import LedgerView
@@ -31,6 +31,8 @@ SMALL = {
     "evaluate": {"samples": 1, "max_new_tokens": 4, "opponent": {"kind": "teacher"}},
 }
 LEDGER = ("ledger.sqlite", "ledger.sqlite-wal", "ledger.sqlite-shm", "ledger.sqlite.lock", ".ledger.sqlite.calls")
+MODE_NAMES = {mode: name for name, mode in MODES.items()}
+SWEPT, RUN = "evaluate.max_new_tokens", "max_new_tokens=4"  # every run has the name that a sweep gives it
 NOT_COMPARED = (*LEDGER, ".lock", "report.html", "sweep.log")
 
 
@@ -65,8 +67,9 @@ class Workbench:
     server: Server
     folder: Path
     config: Path
+    sweep_config: Path
     prepared: dict[tuple[str, ...], Path] = field(default_factory=dict)
-    undisturbed: dict[str, tuple[dict[str, Any], str]] = field(default_factory=dict)
+    undisturbed: dict[str, tuple[dict[str, Any], tuple[Call, ...]]] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -74,12 +77,12 @@ class Workbench:
         return self.folder / "work"
 
     def arguments(self, command: str) -> list[object]:
-        run = self.root / "tau=0.5"
+        run = self.root / RUN
         if command == "export":
             return ["export", run]
         if command == "sweep":
-            return ["sweep", self.config, "align.tau=0.5,0.6", "--run-dir", self.root]
-        return [command, self.config, "align.tau=0.5", "--run-dir", run]
+            return ["sweep", self.sweep_config, f"{SWEPT}=4,5", "--run-dir", self.root]
+        return [command, self.config, f"{SWEPT}=4", "--run-dir", run]
 
     def __call__(self, command: str, nth: int = 0, mode: int = 0) -> Ended:
         return self.runner(self.arguments(command), self.root, nth, mode)
@@ -106,8 +109,8 @@ class Workbench:
             self.prepared[done] = self.folder / "-".join(done)
             shutil.copytree(self.root, self.prepared[done])
 
-    def expected(self, subject: Subject) -> tuple[dict[str, Any], str]:
-        """Return what an undisturbed command leaves, and the letters of its calls."""
+    def expected(self, subject: Subject) -> tuple[dict[str, Any], tuple[Call, ...]]:
+        """Return what an undisturbed command leaves, and its calls."""
         if subject.name not in self.undisturbed:
             self.start(subject)
             ended = self(subject.name)
@@ -158,8 +161,10 @@ def bench(tokenizer, tmp_path_factory) -> Iterator[Workbench]:
         values |= {section: values[section] | SMALL[section] for section in SMALL} | {"teacher": endpoint}
         values["evaluate"]["judge"] = endpoint | {"max_tokens_per_answer": 8}
         config.write_text(yaml.safe_dump(values))
+        sweep_config = folder / "sweep.yaml"  # without Stage II, which is no matter of the sweep and takes seconds
+        sweep_config.write_text(yaml.safe_dump(values | {"align": {"method": "sft"}}))
         with command_runner(folder, config) as runner:
-            yield Workbench(runner, server, folder, config)
+            yield Workbench(runner, server, folder, config, sweep_config)
 
 
 def _reply_to(question: str) -> str:
@@ -174,7 +179,7 @@ def check_fault(bench: Workbench, subject: Subject, nth: int, mode: int) -> None
     assert "Traceback" not in first.said, first
     assert len(first.sentences) == (first.status == 2), first
     if first.status == 0 and not bench.lost():
-        shutil.rmtree(bench.root / "tau=0.5" / subject.name / "checkpoints", ignore_errors=True)  # the next one would
+        shutil.rmtree(bench.root / RUN / subject.name / "checkpoints", ignore_errors=True)  # the next one would
         check_left(bench, expected, first)
     second = bench(subject.name)
     repeated = Counter(bench.server.arrived)
@@ -209,15 +214,9 @@ def test_a_failing_system_call_costs_nothing_but_time(bench, subject, count):
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 @pytest.mark.parametrize("subject", SUBJECTS, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-def test_every_system_call_in_turn(bench, subject, mode):
-    wrong = []
+def test_every_system_call_in_turn(bench, subject):
+    """An hour of one core; it can stop and go on, and take fewer or all repetitions of a call: see case_log.py."""
     calls = bench.expected(subject)[1]
-    for nth, number in worthwhile_faults(calls, subject.talks):
-        if number == MODES[mode]:
-            try:
-                check_fault(bench, subject, nth, number)
-            except AssertionError as error:
-                wrong.append(f"{subject}, call {nth} ({calls[nth - 1]}): {str(error)[:600]}")
-                print(mode, wrong[-1], file=sys.__stdout__, flush=True)
-    assert not wrong
+    chosen = some_of_each_class(calls, worthwhile_faults(calls, subject.talks), REPEATED)
+    cases = [(*calls[nth - 1].shape, MODE_NAMES[mode], nth) for nth, mode in chosen]
+    assert not wrong_cases(subject.name, cases, lambda *case: check_fault(bench, subject, case[-1], MODES[case[-2]]))

@@ -8,7 +8,7 @@ import pytest
 
 from purld.runs.files import append_rows
 from purld.runs.run_dir import RunDir
-from purld.training.checkpoints import last_checkpoint, mark_complete, remove_older
+from purld.training.checkpoints import find_log_damage, last_checkpoint, mark_complete, remove_older
 
 
 @pytest.fixture
@@ -81,6 +81,18 @@ def test_an_empty_marker_of_an_older_version_counts(run):
     (run.checkpoints("align") / "checkpoint-6" / "complete").write_text("")
     found = newest(run)
     assert (found.step, found.logs) == (6, None)
+    run.begin("align")  # which records when, as those versions did not
+    assert newest(run).step == 4
+
+
+def test_a_log_of_a_stage_under_way_is_compared_with_the_newest_checkpoint(run):
+    run.begin("align")
+    append_rows(run.groups, [{"step": 7}])
+    assert find_log_damage(run) is None
+    flip(run.metrics)
+    assert "metrics.jsonl: is damaged" in find_log_damage(run)
+    run.finish("align", 1.0)  # from here on the manifest knows the logs
+    assert find_log_damage(run) is None
 
 
 def test_every_file_is_on_disk_before_the_marker(run, monkeypatch):

@@ -881,9 +881,28 @@ def is_blank(path: Path) -> bool:
 
 
 def _connect_read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-    )
+    """Open a ledger for reading; a transaction of its creation that a kill interrupted is rolled back first.
+
+    Only then is there a rollback journal, which a read-only connection may not use.
+    """
+    try:
+        return _connect_in_mode(path, "ro")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_READONLY_ROLLBACK:
+            raise
+    _connect_in_mode(path, "rw").close()
+    return _connect_in_mode(path, "ro")
+
+
+def _connect_in_mode(path: Path, mode: Literal["ro", "rw"]) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    try:
+        db.execute("SELECT 1 FROM sqlite_schema").fetchone()
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
 
 
 def _check_recorded(path: Path, recorded: int) -> None:

@@ -27,6 +27,7 @@ from purld.pipeline.model_card import CardFacts, write_card
 from purld.runs.files import atomic_folder, check_new_file, check_new_folder, read_json
 from purld.runs.open import final_model, open_run
 from purld.runs.run_dir import TRAINED, RunDir
+from purld.training.checkpoints import find_log_damage
 
 GGUF_FILE, PROJECTOR_FILE = "model.gguf", "mmproj.gguf"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -165,6 +166,9 @@ def report_runs(run_paths: Sequence[Path], out: Path | None) -> Path:
     from purld.report.page import write_report
 
     runs = [open_run(path)[0] for path in run_paths]
+    for run in runs:
+        if problem := find_log_damage(run):
+            raise UserError(f"{problem}; continue the run, which goes back to a step before the damage.")
     if out is not None:
         check_new_file(out)
     target = out or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
@@ -180,7 +184,7 @@ def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]
     Raises:
         UserError: `run_path` holds no ledger.
     """
-    run, _ = open_run(run_path)
+    run = RunDir(run_path)
     if not run.ledger.exists():
         raise UserError(f"{run_path}: has no ledger; the run sent no request over a network.")
     with LedgerView(run.ledger) as ledger:
@@ -192,7 +196,7 @@ def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]
 
 def list_open_batches(run_path: Path) -> list[str]:
     """Return a line about each batch of a run whose results have not been collected."""
-    with LedgerView(open_run(run_path)[0].ledger) as ledger:
+    with LedgerView(RunDir(run_path).ledger) as ledger:
         return [
             f"{batch.name} ({batch.role}, {batch.calls:,} requests): {batch.status or batch.state}"
             for batch in ledger.open_batches()

@@ -280,8 +280,7 @@ class Pipeline:
                 configuration than it held.
         """
         run = self.run
-        if not run.manifest.exists() and any(path.exists() for path in (run.anchors, run.sft, run.align, run.groups)):
-            raise UserError(f"{run.manifest}: is missing, so it is not known which stages are finished; {START_OVER}.")
+        run.check_manifest()
         for damaged in run.damaged_files(run.config):
             record = run.recorded(run.config)
             if record is not None and record.sha256 != hashlib.sha256(text.encode()).hexdigest():

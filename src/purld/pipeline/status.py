@@ -70,8 +70,9 @@ def read_status(run: RunDir, now: float) -> RunStatus:
         now: the time in seconds since 1970.
 
     Raises:
-        UserError: the manifest or the ledger is damaged.
+        UserError: the manifest or the ledger is damaged, or the manifest is missing.
     """
+    run.check_manifest()
     warnings: list[str] = []
     config = _read_config(run, warnings)
     holder = find_lock_holder(run.path / ".lock")

@@ -21,9 +21,10 @@ def open_run(run_path: Path) -> tuple[RunDir, Config]:
     """Return an existing run and its configuration.
 
     Raises:
-        UserError: `run_path` is not a run directory, or its configuration is damaged.
+        UserError: `run_path` is not a run directory, its manifest is missing, or its configuration is damaged.
     """
     run = RunDir(run_path)
+    run.check_manifest()
     run.check_files(run.config)
     if not run.config.exists():
         raise UserError(f"{run_path}: is not a run directory; it holds no config.yaml.")

@@ -93,6 +93,15 @@ class RunDir:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"{nearest}: cannot be written; change its permissions or give another --run-dir.")
 
+    def check_manifest(self) -> None:
+        """Check that the manifest is there, if stages have left files.
+
+        Raises:
+            UserError: it is missing; the message says what to do.
+        """
+        if not self.manifest.exists() and any(p.exists() for p in (self.anchors, self.sft, self.align, self.groups)):
+            raise UserError(f"{self.manifest}: is missing, so it is not known which stages are finished; {START_OVER}.")
+
     def generations(self, model: str) -> Path:
         """Return the path of the held-out answers of `model`: `base`, `sft` or a method."""
         return self.path / "generations" / f"{model}.jsonl"

@@ -93,12 +93,12 @@ def resume_point(run: RunDir, stage: str) -> Checkpoint:
 def _examine(run: RunDir, path: Path) -> tuple[str | None, Mapping[str, Any] | None]:
     """Return what keeps a complete checkpoint from being used (None: nothing), and its records of the logs."""
     try:
-        records = _read_marker(path)
+        records = _read_marker(run, path)
         if problem := _find_damage(path, records):
             return problem, None
         state = json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
         best = path.with_name(f"checkpoint-{state.get('best_global_step')}")
-        if state.get("best_global_step") and best != path and (problem := _find_damage(best, _read_marker(best))):
+        if state.get("best_global_step") and best != path and (problem := _find_damage(best, _read_marker(run, best))):
             return problem, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: is damaged ({reason_of(error)})", None
@@ -107,8 +107,23 @@ def _examine(run: RunDir, path: Path) -> tuple[str | None, Mapping[str, Any] | N
     return run.find_log_damage(records["logs"]), records["logs"]
 
 
-def _read_marker(path: Path) -> dict[str, Any] | None:
+def find_log_damage(run: RunDir) -> str | None:
+    """Return what is wrong with the logs of a stage that is under way, by its newest checkpoint; None if nothing is."""
+    for stage in run.begun_stages() & {"sft", "align"} - run.finished_stages().keys():
+        paths = [marker.parent for marker in run.checkpoints(stage).glob(f"checkpoint-*/{_COMPLETE}")]
+        newest = max(paths, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # removed meanwhile, or itself damaged
+            records = _read_marker(run, newest) if newest else None
+            if records is not None and (problem := run.find_log_damage(records["logs"])):
+                return problem
+    return None
+
+
+def _read_marker(run: RunDir, path: Path) -> dict[str, Any] | None:
+    """Return the records of a complete checkpoint; None for one of an older version, whose marker is empty."""
     text = (path / _COMPLETE).read_text(encoding="utf-8")
+    if not text and "started" in run.begin_facts(path.parent.parent.name):
+        raise ValueError(f"{_COMPLETE} is empty")
     records: dict[str, Any] | None = json.loads(text) if text else None
     if records is not None and records.pop("hash") != content_hash(records):
         raise ValueError(f"{_COMPLETE} is not as it was written")
