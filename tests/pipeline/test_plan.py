@@ -133,3 +133,32 @@ def test_all_weights_are_counted_an_adapter_on_top_of_its_base(lora, plan, monke
     _, _, weights, trained, *_ = seen[0]
     assert weights == sum({id(p): p.nbytes for p in roles.weights()}.values())
     assert trained == sum(p.numel() for p in roles.policy.parameters() if p.requires_grad)
+
+
+def test_four_bits_are_those_of_linear_layers_alone(plan, monkeypatch, random_student):
+    """Embeddings and the LM head stay as they are, which is much of a small student."""
+    seen = []
+    estimate = machine.estimate_memory
+    monkeypatch.setattr(machine, "estimate_memory", lambda *args: seen.append(args) or estimate(*args))
+    monkeypatch.setattr("purld.model.student_check.check_quantizing", lambda student: None)  # bitsandbytes is there
+    plan("student.lora={r: 2}", "student.quantize=nf4")
+    model = load_model(Student(model=str(random_student)), random_student)
+    linear = sum(m.weight.numel() for name, m in model.named_modules() if name.endswith("_proj"))
+    _, _, weights, trained, *_ = seen[0]
+    in_all = sum(weight.numel() for weight in model.parameters())
+    assert 0 < linear < in_all and weights == int(machine.NF4_BYTES * linear) + 4 * (in_all - linear) + 4 * trained
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_what_each_of_several_processes_needs_is_told(lora, plan, monkeypatch):
+    seen = []
+    estimate = machine.estimate_memory
+    monkeypatch.setattr(machine, "estimate_memory", lambda *args: seen.append(args) or estimate(*args))
+    told = plan("student.shard=fsdp", *([f"student.lora={{r: {lora}}}"] if lora else [])).sections["Student"]
+    (line,) = (line for line in told if "divided among processes" in line)
+    assert all(words in line for words in ("in each of 2,", "in each of 4,", "in each of 8"))
+    (alone, trained), _, _, (eighth, part) = dict.fromkeys((weights, trained) for _, _, weights, trained, *_ in seen)
+    gathered = 4 * seen[0][0].gathered_weights
+    own = 4 * trained if lora else 0  # an adapter is whole in every process
+    assert eighth == pytest.approx((alone - own) / 8 + own + gathered, abs=8)
+    assert part == (trained if lora else -(-trained // 8))

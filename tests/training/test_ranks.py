@@ -24,6 +24,7 @@ from purld.training.scoring import SCORERS
 from purld.training.validation import METRIC
 
 LORA = "student.lora={r: 4, dropout: 0.0}"
+SHARDED = "student.shard=fsdp"  # which one process alone takes for an ordinary run
 
 
 class KilledError(Exception):
@@ -36,8 +37,9 @@ def keep_gradients(config, monkeypatch, folder):
 
     def keeping(self, args, state, control, optimizer=None, **others):
         check(self, args, state, control, optimizer=optimizer, **others)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        gradients = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
         if ranks.is_first():
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
             folder.mkdir(exist_ok=True)
             torch.save(gradients, folder / f"{self._stage}-{state.global_step}.pt")
 
@@ -107,7 +109,11 @@ def assert_equal_rows(one, two, tolerance=2e-3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [[], [LORA]], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize(
+    "extra",
+    [[], [LORA], [SHARDED], [SHARDED, LORA]],
+    ids=["all weights", "LoRA", "sharded weights", "LoRA on sharded weights"],
+)
 def test_stage_one_and_the_answers_of_two_processes_are_those_of_one(extra, module_config, tmp_path, monkeypatch):
     """A batch of 5 divides into 2 and 3, and in micro-batches of 2; the last batch of an epoch has fewer."""
     overrides = [*extra, "sft.batch_size=5", "sft.micro_batch_size=2", "sft.epochs=2", "align.method=sft"]
@@ -172,6 +178,18 @@ CASES = {
         "align.patience=1",
     ],
     "no candidates": ["align.method=sft_sft", "align.prompts_per_step=3"],
+    "sharded weights": [SHARDED, "align.prompts_per_step=3"],
+    "sharded weights, LoRA": [SHARDED, LORA, "align.prompts_per_step=3"],
+    "sharded weights, layers computed again": [SHARDED, "align.recompute=always", "align.micro_batch_size=2"],
+    "sharded weights, a critic": [SHARDED, "align.method=self_ppo", "align.updates_per_rollout=2"],
+    "sharded weights, a judging teacher": [SHARDED, "align.method=teacher_judge_grpo", "align.prompts_per_step=1"],
+    "sharded weights, the best step, a score in words": [
+        SHARDED,
+        "align.score=verbal",
+        "align.prompts_per_step=3",
+        "align.validate_every=2",
+        "align.anchor_in_group=true",
+    ],
 }
 
 
@@ -205,8 +223,9 @@ def test_stage_two_of_two_processes_is_that_of_one(case, after_stage_one, teache
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("left_out", ["some", "all of one process"])
-def test_dropped_groups_leave_nobody_waiting(left_out, after_stage_one, monkeypatch):
+def test_dropped_groups_leave_nobody_waiting(left_out, sharded, after_stage_one, monkeypatch):
     """Groups without scores are left out; here those of every second prompt, or all of process 0."""
     entry = SCORERS["expected"]
 
@@ -225,7 +244,7 @@ def test_dropped_groups_leave_nobody_waiting(left_out, after_stage_one, monkeypa
         return scorer
 
     monkeypatch.setitem(SCORERS, "expected", replace(entry, make=leaving_out))
-    overrides = ["align.method=anchor_grpo", "align.prompts_per_step=4"]
+    overrides = ["align.method=anchor_grpo", "align.prompts_per_step=4", *([SHARDED] if sharded else [])]
     if left_out == "some":
         one, _ = assert_equal_stage_two(overrides, after_stage_one, monkeypatch)
         rows = [row for row in read_rows(one.metrics) if row["stage"] == "align"]
@@ -275,8 +294,9 @@ def killed_at(config, path, step, monkeypatch, count):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_killed_two_processes_end_with_the_same_bits_and_one_goes_on_alone(after_stage_one, monkeypatch):
-    overrides = ["align.prompts_per_step=3", "align.validate_every=1"]
+@pytest.mark.parametrize("extra", [[], [SHARDED], [SHARDED, LORA]], ids=["", "sharded weights", "sharded, LoRA"])
+def test_killed_two_processes_end_with_the_same_bits_and_one_goes_on_alone(extra, after_stage_one, monkeypatch):
+    overrides = [*extra, "align.prompts_per_step=3", "align.validate_every=1"]
     (config, calm), (_, killed), (_, alone) = (after_stage_one(overrides) for _ in range(3))
     run_stages(config, calm, ["align"], monkeypatch, 2)
     for path, count in ((killed, 2), (alone, 1)):
@@ -285,6 +305,7 @@ def test_killed_two_processes_end_with_the_same_bits_and_one_goes_on_alone(after
     calm, killed, alone = map(RunDir, (calm, killed, alone))
     for name in ("metrics", "groups", "revisited"):
         assert getattr(killed, name).read_bytes() == getattr(calm, name).read_bytes()
-    assert (killed.align / "model.safetensors").read_bytes() == (calm.align / "model.safetensors").read_bytes()
+    (saved,) = calm.align.glob("*model.safetensors")
+    assert (killed.align / saved.name).read_bytes() == saved.read_bytes()
     assert_equal_rows(calm.groups, alone.groups)
     assert_equal_change(config, calm, alone, "align", calm.sft)

@@ -51,6 +51,8 @@ class Student(Section):
     lora: Lora | None = None
     # nf4: the frozen base in four bits, by bitsandbytes; an adapter is trained on it, and never merged into it.
     quantize: Literal["nf4"] | None = None
+    # fsdp: several processes divide the weights, their gradients and the optimiser's state, each holding a share.
+    shard: Literal["fsdp"] | None = None
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: as saved with LoRA on a GPU, else float32
     chat_template: str | None = None  # a file, or the template itself; null: the model's own
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # values of the template's variables
@@ -79,6 +81,8 @@ class Student(Section):
     def _four_bits_are_not_trained(self) -> Student:
         if self.quantize is not None and self.lora is None:
             raise ValueError("quantize: weights in four bits cannot be trained themselves; set lora as well")
+        if self.quantize is not None and self.shard is not None:
+            raise ValueError("shard: weights in four bits cannot be divided among processes; leave quantize out")
         return self
 
     @property

@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from purld.errors import PlainWarning, UserError
+from purld.model.shard_units import end_broken_passes
 
 T = TypeVar("T")
 
@@ -49,7 +50,8 @@ class AtOnce:
 
 
 def release_memory() -> None:
-    """Give memory that nothing uses back to the device."""
+    """Give memory that nothing uses back to the device; what a failed pass left gathered of sharded models goes too."""
+    end_broken_passes()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

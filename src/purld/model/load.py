@@ -17,7 +17,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from purld.config.schema import Student
@@ -41,6 +41,7 @@ from purld.model.pretrained import load_part
 from purld.model.processor import listed_ends, read_end_tokens, read_processor, reads_images, save_processor
 from purld.model.quantize import is_quantized, quantizing_options
 from purld.model.sample import seed_from_content, seeded_torch
+from purld.model.shard import divides_weights, load_divided
 from purld.model.vision import vision_modules
 from purld.model.weights import WeightsError, check_finite, load_weights
 
@@ -133,14 +134,19 @@ def load_model(student: Student, path: str | Path) -> CausalLM:
     adapter = (Path(path) / _ADAPTER).exists()
     base = student.model if adapter else str(path)
     check_model_directory(base)
+    divided = divides_weights(student)
     try:
-        model = load_weights(base, _dtype(student), **quantizing_options(student, default_device()))
+        if divided:
+            model = load_divided(base, _dtype(student))
+        else:
+            model = load_weights(base, _dtype(student), **quantizing_options(student, default_device()))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise _load_error(base, error) from None
     try:
         if adapter:
-            model = (attach_adapter if is_quantized(model) else merge_adapter)(model, Path(path))
-        if student.quantize is None:  # else it is there
+            beside = divided or is_quantized(model)
+            model = (attach_adapter if beside else merge_adapter)(model, Path(path))
+        if student.quantize is None and not divided:  # else it is there
             model.to(default_device())
         check_finite(model.named_parameters())
     except WeightsError as error:
@@ -190,14 +196,19 @@ def load_roles(student: Student, sft: Path, seed: int = 0) -> Roles:
     return Roles(policy, frozen)
 
 
-def save_model(student: Student, model: CausalLM, encoder: Encoder, path: Path) -> None:
-    """Save weights, or an adapter, with the student's tokenizer or processor, as an ordinary Hugging Face directory."""
+def save_model(
+    student: Student, model: CausalLM, encoder: Encoder, path: Path, whole: dict[str, Tensor] | None = None
+) -> None:
+    """Save weights, or an adapter, with the student's tokenizer or processor, as an ordinary Hugging Face directory.
+
+    `whole` are the gathered weights of a sharded model, see `purld.model.whole_weights`.
+    """
     path.mkdir(parents=True, exist_ok=True)
     _stop_at_ends(model, encoder)
     if has_adapters(model):
         model.save_pretrained(str(path), save_embedding_layers=False)  # an adapter of embeddings needs no copy of them
     else:
-        model.save_pretrained(str(path))
+        model.save_pretrained(str(path), state_dict=whole)
     _save_companions(student, model, encoder, path)
 
 
@@ -212,14 +223,16 @@ def _stop_at_ends(model: CausalLM, encoder: Encoder) -> None:
     inner.config.get_text_config().eos_token_id = settings.eos_token_id
 
 
-def save_policy(student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path) -> None:
-    """Save the policy so that it loads on the base weights.
+def save_policy(
+    student: Student, roles: Roles, sft: Path, encoder: Encoder, path: Path, whole: dict[str, Tensor] | None = None
+) -> None:
+    """Save the policy so that it loads on the base weights; for `whole` see `save_model`.
 
     Stage II's adapter was trained on top of Stage I's, so the two are concatenated into one adapter of their summed
     rank, which is exact.
     """
     if student.lora is None:
-        save_model(student, roles.policy, encoder, path)
+        save_model(student, roles.policy, encoder, path, whole)
         return
     path.mkdir(parents=True, exist_ok=True)
     _stop_at_ends(roles.policy, encoder)

@@ -56,6 +56,12 @@ class DecoderShape:
         """Return what one layer keeps for the backward pass of so many tokens, without the keys and values before."""
         return tokens * width * (6 * self.hidden + 3 * self.queries + 3 * self.keys + 4 * self.intermediate)
 
+    @property
+    def gathered_weights(self) -> int:
+        """Return how many weights a process gathers at once where processes divide them: the next unit comes early."""
+        layer = 2 * self.hidden * (self.queries + self.keys) + 3 * self.hidden * self.intermediate
+        return layer + max(layer, self.vocabulary * self.hidden)
+
     def ends_bytes(self, tokens: int, width: int) -> int:
         """Return what the embedding, the last norm and the head's chunks keep for the backward pass of such tokens."""
         return 3 * tokens * width * self.hidden

@@ -23,6 +23,7 @@ from purld.model.encode import Encoder
 from purld.model.load import count_parameters, make_trainable
 from purld.model.pretrained import load_part
 from purld.model.quantize import check_quantizing
+from purld.model.shard import sharding_plan
 from purld.model.weights import WeightsError, build_skeleton, check_finite, load_skeleton, stored_weights
 from purld.records import Prompt
 
@@ -33,10 +34,17 @@ _ADAPTER_ERRORS = (ValueError, TypeError, AttributeError, NotImplementedError, R
 
 @dataclass(frozen=True)
 class StudentSizes:
-    """The number of the student's own weights, and of those that are trained: these or an adapter's."""
+    """Numbers of weights.
+
+    Attributes:
+        weights: the student's own.
+        trained: those that are trained, which are the student's or an adapter's.
+        linear: those of linear layers but the LM head, which `student.quantize` quantizes.
+    """
 
     weights: int
     trained: int
+    linear: int
 
 
 def check_student(student: Student, encoder: Encoder) -> StudentSizes:
@@ -53,9 +61,11 @@ def check_student(student: Student, encoder: Encoder) -> StudentSizes:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"student.model: {student.model} cannot be loaded: {reason_of(error)}.") from None
     _check_vocabulary(student, encoder, skeleton)
-    weights = count_parameters(skeleton)
+    if student.shard is not None:
+        sharding_plan(skeleton)
+    weights, linear = count_parameters(skeleton), _count_linear(skeleton)
     model = _check_training(student, skeleton, lambda: build_skeleton(config))
-    return StudentSizes(weights, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return StudentSizes(weights, sum(p.numel() for p in model.parameters() if p.requires_grad), linear)
 
 
 def check_stored_weights(student: Student) -> None:
@@ -152,9 +162,16 @@ def _check_training(student: Student, skeleton: Any, build: Callable[[], Any]) -
 
 def _linear_layers(skeleton: Any) -> list[str]:
     """Return the last names of the model's linear layers but its LM head, in order of appearance."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name, _ in _linear_modules(skeleton)))
+
+
+def _linear_modules(skeleton: Any) -> list[tuple[str, nn.Linear | Conv1D]]:
     head = skeleton.get_output_embeddings()
-    linear = [n for n, m in skeleton.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    return [(n, m) for n, m in skeleton.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+
+
+def _count_linear(skeleton: Any) -> int:
+    return sum(module.weight.numel() for _, module in _linear_modules(skeleton))
 
 
 def _adapter_advice(student: Student, error: Exception, layers: list[str], build: Callable[[], Any]) -> str:

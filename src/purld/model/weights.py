@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from purld import ranks
 from purld.errors import reason_of
 from purld.model.pretrained import load_part
 from purld.model.processor import auto_model_class, model_class
@@ -127,7 +128,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         WeightsError: one does; the message names the first.
     """
-    for name, tensor in tensors:
+    for name, whole in tensors:
+        tensor = ranks.local_part(whole)
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         # One pass without a mask as large as the weights; NaN shows in both ends. Eight bits have no such function.

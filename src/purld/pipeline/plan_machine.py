@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from purld.pipeline.plan_sheet import Plan, format_bytes
 from purld.runs.files import nearest_folder
 from purld.training.memory import UpdateForm, choose_form, describe_need, fits, update_sizes
 
+_PROCESSES = (2, 4, 8)  # for which the plan says what each needs where they divide the weights
 _CHECKPOINTS = 3  # two are kept, and the next one is complete before the oldest is deleted
 
 
@@ -38,13 +40,15 @@ class UpdatePlan:
         sizes: the update.
         micro_batch: members per backward pass, as configured.
         recompute: whether layers are computed again in the backward pass.
-        needed: micro-batch size -> what is needed then.
+        needed: micro-batch size -> what is needed then, in one process.
+        divided: by the number of processes that divide the weights, what is needed in each; empty if they do not.
     """
 
     sizes: UpdateSizes
     micro_batch: int
     recompute: bool
     needed: Callable[[int], MemoryNeed]
+    divided: Mapping[int, MemoryNeed]
 
     @property
     def need(self) -> MemoryNeed:
@@ -84,15 +88,16 @@ def plan_machine(plan: Plan, config: Config, sizes: StudentSizes, run: Path, lon
 def training_bytes(config: Config, sizes: StudentSizes) -> int:
     """Return the bytes that weights, gradients and optimiser take; activations come on top."""
     # The frozen p_sft (with an adapter, the base), and per trained weight its value, gradient and two moments.
-    return int(sizes.weights * _frozen_bytes(config)) + 16 * sizes.trained
+    return _frozen_bytes(config, sizes) + 16 * sizes.trained
 
 
-def _frozen_bytes(config: Config) -> float:
-    """Return the bytes of a weight that is not trained."""
+def _frozen_bytes(config: Config, sizes: StudentSizes) -> int:
+    """Return the bytes of the weights that are not trained: with an adapter the base, and else p_sft."""
     student = config.student
-    if student.quantize is not None:
-        return NF4_BYTES
-    return 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
+    width = 2 if student.dtype != "float32" and student.lora and torch.cuda.is_available() else 4
+    if student.quantize is None:
+        return width * sizes.weights
+    return int(NF4_BYTES * sizes.linear) + width * (sizes.weights - sizes.linear)
 
 
 def plan_update(config: Config, sizes: StudentSizes, longest_prompt: int) -> UpdatePlan | None:
@@ -108,15 +113,19 @@ def plan_update(config: Config, sizes: StudentSizes, longest_prompt: int) -> Upd
         return None
     update = update_sizes(align, student, longest_prompt)
     # With all weights trained, p_sft is a second copy; an adapter comes on top of its base.
-    weights = int(sizes.weights * _frozen_bytes(config)) + 4 * sizes.trained
+    frozen = _frozen_bytes(config, sizes)
     shape, width = DecoderShape.of(load_part(AutoConfig, student.model)), 2 if torch.cuda.is_available() else 4
 
-    def need(form: UpdateForm) -> MemoryNeed:
-        return estimate_memory(shape, update, weights, sizes.trained, form.micro_batch, form.recompute, width)
+    def need(form: UpdateForm, processes: int = 1) -> MemoryNeed:
+        trained = sizes.trained if student.lora else math.ceil(sizes.trained / processes)
+        gathered = 0 if processes == 1 else shape.gathered_weights * frozen // sizes.weights
+        weights = math.ceil(frozen / processes) + gathered + 4 * trained
+        return estimate_memory(shape, update, weights, trained, form.micro_batch, form.recompute, width)
 
     form = choose_form(align, update, need)
     micro = min(form.micro_batch, update.members * update.together(form.micro_batch))
-    return UpdatePlan(update, micro, form.recompute, lambda size: need(replace(form, micro_batch=size)))
+    divided = {count: need(form, count) for count in _PROCESSES} if student.shard else {}
+    return UpdatePlan(update, micro, form.recompute, lambda size: need(replace(form, micro_batch=size)), divided)
 
 
 def _describe_update(planned: UpdatePlan) -> list[str]:
@@ -127,7 +136,14 @@ def _describe_update(planned: UpdatePlan) -> list[str]:
         f"{planned.micro_batch}{', layers computed again in the backward pass' if planned.recompute else ''}:",
         f"  about {describe_need(planned.need, format_bytes)}",
         _describe_fit(planned.need, planned.micro_batch, planned.largest_fitting(device), device),
+        *_describe_divided(planned),
     ]
+
+
+def _describe_divided(planned: UpdatePlan) -> list[str]:
+    """Describe what each of several processes needs that divide the weights."""
+    each = [f"{format_bytes(need.total)} in each of {count}" for count, need in planned.divided.items()]
+    return [f"  divided among processes by student.shard: {', '.join(each)}"] if each else []
 
 
 def _describe_fit(need: MemoryNeed, micro: int, largest: int | None, device: int) -> str:

@@ -29,6 +29,7 @@ from purld.ranks.launch import (
     read_place,
     refuse_other_sharding,
 )
+from purld.ranks.lockstep import LockStep
 from purld.signals import Stopped, ignored_signals
 
 if TYPE_CHECKING:
@@ -129,6 +130,34 @@ def barrier() -> None:
     gather_rows(())
 
 
+def lock_step() -> LockStep:
+    """Return the meeting of the ranks before each collective of a model whose weights are sharded.
+
+    Raises:
+        RuntimeError: this process works alone, and the other ranks take part in nothing.
+    """
+    job = _meeting()
+    if job is None:
+        raise RuntimeError("a model that is sharded over the ranks was used in one of them alone")
+    return job.lock_step
+
+
+@contextlib.contextmanager
+def shown_to_libraries() -> Iterator[None]:
+    """Tell libraries of the other ranks for the block, as a launcher does, so that they divide what they load."""
+    job = _meeting()
+    if job is None:
+        yield
+        return
+    with job.shown_to_libraries():
+        yield
+
+
+def local_part(values: Tensor) -> Tensor:
+    """Return this rank's part of a tensor that is sharded over the ranks; any other tensor as it is."""
+    return cast("Tensor", cast(Any, values).to_local()) if hasattr(values, "to_local") else values
+
+
 def sum_tensor(values: Tensor) -> Tensor:
     """Sum a tensor over the ranks, in place, and return it."""
     job = _meeting()
@@ -142,9 +171,11 @@ def sum_gradients(weights: Iterable[Parameter]) -> None:
 
     A rank without a gradient, because its groups were left out, adds zeros; a weight without one in every rank keeps
     none, as in a single process. Weights that are sharded over the ranks are left alone: their gradients are summed in
-    the backward pass.
+    the backward pass, and are whole when this returns.
     """
-    if count() > 1:
+    job = _meeting()
+    if job is not None:
+        job.lock_step.settle()
         _sum_gradients([w for w in weights if w.requires_grad and not hasattr(w, "device_mesh")])
 
 
@@ -284,6 +315,7 @@ class _Job:
         except UnconnectedError as error:
             _give_up(error)
             raise
+        self.lock_step = LockStep(self._exchange)
         self._board = Board(base, place, interrupt, lambda: _alone > 0)
 
     @contextlib.contextmanager
@@ -296,10 +328,36 @@ class _Job:
         finally:
             os.environ.update(hidden)
 
+    @contextlib.contextmanager
+    def shown_to_libraries(self) -> Iterator[None]:
+        """See `shown_to_libraries`."""
+        import torch
+
+        place, gpus = self.place, torch.cuda.device_count()
+        local_rank = place.local_rank % gpus if gpus else place.local_rank
+        shown = {"RANK": str(place.rank), "WORLD_SIZE": str(place.world), "LOCAL_RANK": str(local_rank)}
+        os.environ.update(shown)
+        try:
+            yield
+        finally:
+            for name in shown:
+                os.environ.pop(name, None)
+
+    def _exchange(self, number: int) -> list[int]:
+        """Return every rank's number."""
+        import torch
+        import torch.distributed
+
+        dist: Any = torch.distributed
+        numbers = torch.empty(self.place.world, dtype=torch.int64)
+        dist.all_gather_single(numbers, torch.tensor([number]), group=self._objects)
+        return cast("list[int]", numbers.tolist())
+
     def on_first(self, work: Callable[[], T]) -> T:
         """See `on_first`."""
         import torch.distributed as dist
 
+        self.lock_step.settle()
         box: list[Any] = [None, True]
         if self.place.rank == 0:
             try:
@@ -319,6 +377,7 @@ class _Job:
         import torch
         import torch.distributed as dist
 
+        self.lock_step.settle()
         packed = io.BytesIO()
         torch.save(list(rows), packed)  # unlike pickle, it lets the reader choose a tensor's device
         parts: list[Any] = [None] * self.place.world
@@ -329,6 +388,7 @@ class _Job:
         """See `sum_tensor`."""
         import torch.distributed as dist
 
+        self.lock_step.settle()
         dist.all_reduce(values, group=self._objects if values.device.type == "cpu" else None)
 
     def fail(self, error: BaseException, describe: Describe) -> BaseException:

@@ -179,10 +179,11 @@ def refuse_other_sharding() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         raise UserError(
             "DeepSpeed is not supported: under ZeRO-3 the gradients through a shared prompt are wrong; choose plain "
-            "data parallelism in accelerate's configuration (docs/scaling.md)."
+            "data parallelism in accelerate's configuration, and for a student that one device cannot hold set "
+            "student.shard=fsdp (docs/scaling.md)."
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise UserError(
             "accelerate's FSDP is not supported: it fails in the backward pass of a shared prompt; choose plain data "
-            "parallelism in accelerate's configuration (docs/scaling.md)."
+            "parallelism in accelerate's configuration and set student.shard=fsdp (docs/scaling.md)."
         )

@@ -18,6 +18,7 @@ from purld.errors import UserError
 from purld.methods.labels import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
 from purld.model.vllm_sampler import NOTABLE_GAP, describe_gap
+from purld.model.whole_weights import whole_weights
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
 from purld.training.align_trainer import AlignTrainer
@@ -135,7 +136,8 @@ def align(
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
     trainer.remeasure()
-    ranks.on_first(lambda: save_policy(context.student, roles, run.sft, encoder, run.align))
+    whole = whole_weights(roles.policy)
+    ranks.on_first(lambda: save_policy(context.student, roles, run.sft, encoder, run.align, whole))
     facts = _facts(rows, settings, len(examples), trainer.kept_step)
     return facts if validation is None else replace(facts, validation=_validated(logged, validation, trainer.kept_step))
 

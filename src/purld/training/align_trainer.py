@@ -28,6 +28,7 @@ from purld.model.critic import ValueHead, model_hidden_size
 from purld.model.load import Roles
 from purld.model.sample import Decoding, Sampler, seed_from_content
 from purld.model.samplers import make_sampler
+from purld.model.shard import divides_weights
 from purld.records import GroupRecord
 from purld.runs.files import append_rows, read_rows, write_rows
 from purld.runs.thumbnails import prompt_fields
@@ -36,7 +37,7 @@ from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, make_
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
 from purld.training.group_update import GroupUpdate, UnmeasuredGroup
-from purld.training.memory import form_of_update, use_less_memory
+from purld.training.memory import divided_memory_error, form_of_update, use_less_memory
 from purld.training.metrics import StepMetrics, group_record
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
@@ -95,6 +96,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         self._questions = questions
         self._settings = settings
         self._run = context.run
+        self._divides_gradients = divides_weights(context.student) and context.student.lora is None
         self._metrics = StepMetrics()
         self._method = stage_two_method(settings)
         self._critic = _make_critic(roles.policy) if self._method.critic else None
@@ -225,13 +227,15 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         Sampler and scorers themselves work on less at once where they run out of it.
 
         Raises:
-            UserError: micro-batches of one member with recomputed layers do not fit either.
+            UserError: micro-batches of one member with recomputed layers do not fit either, or the ranks divide the
+                gradients, so that none of them can begin again by itself.
         """
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                pass  # what the failed attempt holds is freed once its traceback is
+                if with_graph and self._divides_gradients:  # other ranks have added theirs to what is here
+                    raise divided_memory_error(self.state.global_step + 1) from None
             self.model.zero_grad()
             if self._critic is not None:
                 self._critic.zero_grad()

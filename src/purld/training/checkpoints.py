@@ -21,6 +21,7 @@ from purld.errors import PlainWarning, reason_of
 from purld.model.adapters import TRAINED
 from purld.model.causal_lm import has_adapters
 from purld.model.load import default_device
+from purld.model.whole_weights import divide_loaded_state, whole_optimizer_state, whole_weights
 from purld.records import content_hash
 from purld.runs.checksums import FileRecord, find_damage, record_file
 from purld.runs.files import sync_folder, write_json
@@ -239,10 +240,21 @@ class ModelNamedCheckpoints:
     """
 
     model: Any
+    optimizer: Any
+    _whole: dict[str, Any] | None = None  # the gathered weights of a sharded model, while a checkpoint is written
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the trainer's own optimiser, which reads its state from a checkpoint of any number of ranks."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        divide_loaded_state(optimizer)
+        return optimizer
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if ranks.is_first():  # the trainers of all ranks are in the same state
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self._whole = whole_weights(self.model)
+        with whole_optimizer_state(self.optimizer.optimizer):
+            if ranks.is_first():  # the trainers of all ranks are in the same state
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        self._whole = None
         ranks.barrier()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -251,7 +263,7 @@ class ModelNamedCheckpoints:
         chosen = {"selected_adapters": [TRAINED]} if has_adapters(self.model) else {}
         self.model.save_pretrained = functools.partial(own, save_original_format=False, **chosen)
         try:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            super()._save(output_dir, self._whole if state_dict is None else state_dict)  # type: ignore[misc]
         finally:
             del self.model.save_pretrained
 

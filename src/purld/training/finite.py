@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from purld import ranks
 from purld.errors import UserError
 from purld.model.causal_lm import CausalLM
 from purld.model.weights import WeightsError, check_finite
@@ -62,7 +63,7 @@ class FiniteGuard(TrainerCallback):
     ) -> None:
         """Check the gradient."""
         groups = [] if optimizer is None else optimizer.param_groups
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        gradients = [ranks.local_part(p.grad) for group in groups for p in group["params"] if p.grad is not None]
         if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             raise self._error("the gradient", state, state.global_step + 1)
 

@@ -33,6 +33,7 @@ from purld.model.memory import (
     largest_micro_batch,
 )
 from purld.model.recompute import can_recompute
+from purld.model.shard import divides_weights
 from purld.training.group_update import GroupUpdate
 from purld.training.rollout import AnchoredPrompt
 
@@ -97,9 +98,11 @@ def form_of_update(
         half: whether layers compute in half precision.
     """
     sizes = update_sizes(settings, student, max(len(question.encoded) for question in questions))
-    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in roles.weights()}
-    shape, in_all = DecoderShape.of(roles.policy.config), sum(weights.values())
-    trained = sum(p.numel() for p in roles.policy.parameters() if p.requires_grad)
+    storages = [ranks.local_part(weight.detach()).untyped_storage() for weight in roles.weights()]
+    shape, weights = DecoderShape.of(roles.policy.config), {part.data_ptr(): part.nbytes() for part in storages}
+    trained = sum(ranks.local_part(p.detach()).numel() for p in roles.policy.parameters() if p.requires_grad)
+    bytes_each = next(roles.policy.parameters()).element_size()
+    in_all = sum(weights.values()) + (shape.gathered_weights * bytes_each if divides_weights(student) else 0)
 
     def need(form: UpdateForm) -> MemoryNeed:
         width = 2 if half else 4
@@ -144,6 +147,15 @@ def use_less_memory(update: GroupUpdate, step: int, with_graph: bool) -> GroupUp
         stacklevel=2,
     )
     return smaller
+
+
+def divided_memory_error(step: int) -> UserError:
+    """Return the error for an update without enough memory in one of the ranks that divide its gradients."""
+    return UserError(
+        f"Stage II, step {step}: out of the device's memory, and processes that divide all weights (student.shard) "
+        "cannot begin an update again with less; set align.recompute=always, lower align.micro_batch_size, or start "
+        "more processes. A run that is started again goes on from its last checkpoint."
+    )
 
 
 def describe_need(need: MemoryNeed, spell: Any) -> str:

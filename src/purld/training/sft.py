@@ -29,6 +29,7 @@ from purld.model.load import load_model, make_trainable, save_model
 from purld.model.log_probs import micro_batches
 from purld.model.sample import seed_from_content, seeded_torch
 from purld.model.vision import EncodedPrompt
+from purld.model.whole_weights import whole_weights
 from purld.records import Anchor, Prompt, content_hash
 from purld.training.checkpoints import (
     ModelNamedCheckpoints,
@@ -92,7 +93,8 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     first = [*train, *held_out][: settings.micro_batch_size]
     guard.check_result(_final_loss(trainer.model, first, encoder.pad), trainer.state)
     model.config.use_cache = True
-    ranks.on_first(lambda: save_model(student, trainer.model, encoder, run.sft))
+    whole = whole_weights(trainer.model)
+    ranks.on_first(lambda: save_model(student, trainer.model, encoder, run.sft, whole))
     best = trainer.state.best_global_step or trainer.state.global_step
     return SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step)
 
