@@ -24,8 +24,11 @@ def test_every_public_name_resolves_and_is_on_the_page():
         purld.reward_model  # noqa: B018
 
 
-@pytest.mark.parametrize("used", ["", "; purld.load_config", "; purld.UserError"])
-def test_importing_purld_loads_no_model_library(used):
+LOOKING = "; import purld.report.page, purld.pipeline.ledger_totals, purld.pipeline.watch, purld.pipeline.sweep"
+
+
+@pytest.mark.parametrize("used", ["", "; purld.load_config", "; purld.UserError", LOOKING])
+def test_importing_purld_or_looking_at_a_run_loads_no_model_library(used):
     script = f"import sys, purld{used}; print({{'torch', 'transformers'}} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

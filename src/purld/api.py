@@ -14,10 +14,10 @@ from purld import ranks
 from purld.config.load import load_config
 from purld.config.schema import Config
 from purld.display.progress import Reporter
-from purld.pipeline.export import report_runs
 from purld.pipeline.pipeline import STAGES, Pipeline
 from purld.pipeline.plan import make_plan
 from purld.pipeline.plan_sheet import Plan
+from purld.report.page import report_runs
 from purld.runs.results import RunResults, load_results
 from purld.runs.run_dir import RunDir
 

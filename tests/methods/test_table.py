@@ -1,6 +1,6 @@
 from typing import get_args
 
-from purld.config.methods import Align, StageTwoSettings
+from purld.config.methods import Align, StageTwoSettings, has_stage_two
 from purld.methods.table import METHODS
 
 
@@ -12,3 +12,5 @@ def test_every_method_of_the_table_can_be_configured_and_the_other_way_round():
         n for n, m in METHODS.items() if m.stage_two
     }
     assert all(name == method.name for name, method in METHODS.items())
+    assert {name for name in METHODS if has_stage_two(name)} == {name for name, m in METHODS.items() if m.stage_two}
+    assert has_stage_two("of_another_version")

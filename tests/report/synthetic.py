@@ -24,7 +24,8 @@ student: {model: ./models/clinic-1b-instruct, lora: {r: 16}}
 data: {prompts: prompts.jsonl, check: exact}
 teacher: {kind: openai, base_url: https://teacher.example/v1, model: gpt-4o, max_cost: 25.0}
 evaluate: {judge: {kind: openai, base_url: https://judge.example/v1, model: our-judge}, opponent: {kind: teacher}}
-align: {method: ldl_grpo, q: ratio, candidates: 8, prompts_per_step: 8, steps: 120, gamma: 5.0, tau: 1.2}
+align: {method: ldl_grpo, score: in_context, q: ratio, candidates: 8, prompts_per_step: 8, steps: 120,
+  gamma: 5.0, tau: 1.2}
 seed: 0
 """
 

@@ -164,7 +164,7 @@ def report(
         paths = [existing_run(Path(run)) for run in runs]
         if out is not None:
             check_new_file(out)
-        from purld.pipeline.export import report_runs
+        from purld.report.page import report_runs
 
         print(ranks.on_first(lambda: report_runs(paths, out)))
 
@@ -302,7 +302,7 @@ def ledger(
     With --export, write every request and answer to a file.
     """
     existing_run(run_path)
-    from purld.pipeline.export import cancel_batches, ledger_totals, list_open_batches
+    from purld.pipeline.ledger_totals import cancel_batches, ledger_totals, list_open_batches
 
     if cancel:
         print("\n".join(cancel_batches(run_path)) or "No batch is under way.")

@@ -5,7 +5,7 @@ To add a method: write its section here, put it into `Align`, and add its row to
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -265,3 +265,12 @@ Align = Annotated[
     | SftOnly,
     Field(discriminator="method"),
 ]
+
+
+def has_stage_two(method: str) -> bool:
+    """Return whether a method trains in Stage II; one that is not known, as in a run of another version, does."""
+    sections = get_args(get_args(Align)[0])
+    return not any(
+        method in get_args(section.model_fields["method"].annotation) and not issubclass(section, StageTwoSettings)
+        for section in sections
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from purld.evaluation.intervals import wilson_interval
-from purld.methods.labels import UNIFORM_ENTROPY
+from purld.methods.label_limits import UNIFORM_ENTROPY
 
 Scores = Sequence[float | None]
 

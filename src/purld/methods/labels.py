@@ -15,8 +15,6 @@ from torch.nn.functional import logsigmoid
 
 REFERENCE_SPREAD = 0.3
 """The spread of scores in [0, 1] that the default gamma and tau are meant for; the demo's `expected` scores have it."""
-UNIFORM_ENTROPY = 0.9995
-"""Labels whose entropy is above this share of ln K count as uniform; at K = 8 they differ by about 3% of their size."""
 
 
 @dataclass(frozen=True)

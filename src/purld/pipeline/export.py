@@ -1,4 +1,4 @@
-"""Get results out of runs: the merged model, a report page about several runs, the totals of the ledger."""
+"""Export the final model of a run for serving, with adapters merged."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from purld.clients.ledger import BUDGETS, Ledger, LedgerView, Role
-from purld.config.clients import OpenAIEndpoint
 from purld.config.schema import Config
 from purld.errors import PlainWarning, UserError
 from purld.model.causal_lm import has_adapters
@@ -24,10 +22,9 @@ from purld.model.modelfile import ServedSampling, write_modelfile
 from purld.pipeline.base_licence import read_licence
 from purld.pipeline.gguf_converter import convert_to_gguf
 from purld.pipeline.model_card import CardFacts, write_card
-from purld.runs.files import atomic_folder, check_new_file, check_new_folder, read_json
+from purld.runs.files import atomic_folder, check_new_folder, read_json
 from purld.runs.open import final_model, open_run
 from purld.runs.run_dir import TRAINED, RunDir
-from purld.training.checkpoints import find_log_damage
 
 GGUF_FILE, PROJECTOR_FILE = "model.gguf", "mmproj.gguf"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -151,73 +148,3 @@ def _served_sampling(config: Config) -> ServedSampling:
 
 def _reads_images(encoder: Encoder) -> bool:
     return isinstance(encoder.processor, ProcessorMixin)
-
-
-def report_runs(run_paths: Sequence[Path], out: Path | None) -> Path:
-    """Write one report page about the given runs; return its path.
-
-    Args:
-        run_paths: run directories.
-        out: where to write; None for the directory of a single run, or the working directory for several.
-
-    Raises:
-        UserError: a path is not a run directory, a file of a run is damaged, or `out` is a folder.
-    """
-    from purld.report.page import write_report
-
-    runs = [open_run(path)[0] for path in run_paths]
-    for run in runs:
-        if problem := find_log_damage(run):
-            raise UserError(f"{problem}; continue the run, which goes back to a step before the damage.")
-    if out is not None:
-        check_new_file(out)
-    target = out or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
-    write_report(runs, target)
-    return target
-
-
-def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]]:
-    """Return the totals of the ledger, one row per role. With `export_to`, write every request and answer as JSONL.
-
-    The ledger is opened read-only, so the run may be in progress.
-
-    Raises:
-        UserError: `run_path` holds no ledger.
-    """
-    run = RunDir(run_path)
-    if not run.ledger.exists():
-        raise UserError(f"{run_path}: has no ledger; the run sent no request over a network.")
-    with LedgerView(run.ledger) as ledger:
-        if export_to:
-            ledger.export(export_to)
-        totals = [{"role": role} | ledger.totals(role) for role in BUDGETS]
-    return [row for row in totals if row["role"] != "scorer" or row["prompts"]]
-
-
-def list_open_batches(run_path: Path) -> list[str]:
-    """Return a line about each batch of a run whose results have not been collected."""
-    with LedgerView(RunDir(run_path).ledger) as ledger:
-        return [
-            f"{batch.name} ({batch.role}, {batch.calls:,} requests): {batch.status or batch.state}"
-            for batch in ledger.open_batches()
-        ]
-
-
-def cancel_batches(run_path: Path) -> list[str]:
-    """Cancel the batches of a run at their endpoints, and return a line about each.
-
-    Raises:
-        UserError: `run_path` holds no ledger, a process is using it, or an endpoint cannot be asked.
-    """
-    from purld.clients.batch import BatchClient
-
-    run, config = open_run(run_path)
-    if not run.ledger.exists():
-        raise UserError(f"{run_path}: has no ledger; the run sent no request over a network.")
-    askers: list[tuple[Role, Any]] = [("teacher", config.teacher), ("judge", config.evaluate.judge)]
-    lines = []
-    with Ledger(run.ledger) as ledger:
-        for role, endpoint in askers:
-            if isinstance(endpoint, OpenAIEndpoint) and ledger.open_batches():
-                lines += BatchClient(endpoint, ledger, role).cancel()
-    return lines

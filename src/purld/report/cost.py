@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from purld.methods.table import METHODS
 from purld.report.live import short_stage_title
 from purld.report.markup import PageSection, escape_text
 from purld.report.run_data import RunData
@@ -47,10 +46,9 @@ def _saved_calls(run: RunData) -> str:
     align, steps = run.config.get("align", {}), run.stage_metrics("align")
     if not steps or "candidates" not in align or "prompts_per_step" not in align:
         return ""
-    stage = METHODS[align["method"]].stage_two if align.get("method") in METHODS else None
-    if stage is not None and stage.scorer is None:
+    if not any("score" in row for row in steps):
         return ""
-    if stage is not None and stage.scorer == "teacher":
+    if "score" not in align:  # no scorer of the student's is configured, so it was the teacher
         return '<p class="note">The teacher scored every candidate; the calls above include these.</p>\n'
     scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"] // align.get("updates_per_rollout", 1)
     return (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from purld.evaluation.recorded import Row
-from purld.methods.labels import UNIFORM_ENTROPY
+from purld.methods.label_limits import UNIFORM_ENTROPY
 from purld.report.run_data import RunData
 from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL
 

@@ -15,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from purld.display.titles import model_title
+from purld.errors import UserError
 from purld.report.answer_browser import BrowserData, answer_browser
 from purld.report.changes import changes_section
 from purld.report.cost import cost_section
@@ -26,7 +27,8 @@ from purld.report.probe import probe_section
 from purld.report.run_data import RunData, read_run
 from purld.report.sensitivity import sensitivity_section
 from purld.report.tables import results_section
-from purld.runs.files import atomic_write
+from purld.runs.files import atomic_write, check_new_file
+from purld.runs.open import open_run
 from purld.runs.run_dir import RunDir
 
 LIVE_MARK = '<meta name="purld-live" content="yes">'
@@ -42,6 +44,36 @@ def write_report(runs: Sequence[RunDir], out: Path) -> None:
     page = _page(_with_distinct_names([read_run(run) for run in runs]))
     with atomic_write(out) as handle:
         handle.write(page)
+
+
+def report_runs(run_paths: Sequence[Path], out: Path | None) -> Path:
+    """Write one report page about the given runs; return its path.
+
+    Args:
+        run_paths: run directories.
+        out: where to write; None for the directory of a single run, or the working directory for several.
+
+    Raises:
+        UserError: a path is not a run directory, a file of a run is damaged, or `out` is a folder.
+    """
+    runs = [open_run(path)[0] for path in run_paths]
+    for run in runs:
+        _check_logs(run)
+    if out is not None:
+        check_new_file(out)
+    target = out or (runs[0].report if len(runs) == 1 else Path(runs[0].report.name))
+    write_report(runs, target)
+    return target
+
+
+def _check_logs(run: RunDir) -> None:
+    """Check the logs of a training stage that is under way."""
+    if not run.begun_stages() & {"sft", "align"} - run.finished_stages().keys():
+        return
+    from purld.training.checkpoints import find_log_damage  # which imports torch
+
+    if problem := find_log_damage(run):
+        raise UserError(f"{problem}; continue the run, which goes back to a step before the damage.")
 
 
 def write_live_page(run: RunData, status: LiveStatus, out: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from purld import ranks
 from purld.config.load import load_config
+from purld.config.methods import has_stage_two
 from purld.config.read_yaml import read_yaml
 from purld.config.schema import Config
 from purld.errors import UserError
-from purld.methods.table import METHODS
 from purld.runs.run_dir import RunDir
 
 _NETWORK_DISK_DELAY = 90.0  # seconds; a network disk shows a new file after a minute at most
@@ -105,8 +105,8 @@ class FinalModel:
 def final_model(method: str) -> FinalModel:
     """Return the final model of a run by `method` (`align.method`): that of Stage II if the method has one, else `sft`.
 
-    A method that is not in the table, as in a run of another version, counts as one with Stage II.
+    A method that is not known, as in a run of another version, counts as one with Stage II.
     """
-    if method in METHODS and METHODS[method].stage_two is None:
+    if not has_stage_two(method):
         return FinalModel("sft", parent="base", stage="sft")
     return FinalModel(method, parent="sft", stage="align")

@@ -15,7 +15,7 @@ from purld import ranks
 from purld.clients.base import Client
 from purld.config.methods import SelfScoringSettings, StageTwoSettings
 from purld.errors import UserError
-from purld.methods.labels import UNIFORM_ENTROPY
+from purld.methods.label_limits import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
 from purld.model.vllm_sampler import NOTABLE_GAP, describe_gap
 from purld.model.whole_weights import whole_weights
