@@ -34,7 +34,9 @@ func main() {
 				system = append(system, m.Content)
 			}
 		}
-		parsed, err := template.New("").Option("missingkey=zero").Parse(c.Template)
+		// Ollama's own function, on a certain day.
+		functions := template.FuncMap{"currentDate": func(...string) string { return "2031-07-04" }}
+		parsed, err := template.New("").Option("missingkey=zero").Funcs(functions).Parse(c.Template)
 		check(err)
 		var out strings.Builder
 		check(parsed.Execute(&out, map[string]any{"System": strings.Join(system, "\n\n"), "Messages": c.Messages}))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from purld.model.encode import Encoder
 from purld.model.modelfile import ServedSampling, _renderer, write_modelfile
 from purld.model.ollama_template import find_pieces, go_template
+from purld.model.template_dates import fill_dates
 
 SYSTEM, QUESTIONS = ("system", 'Be "short" {{ now }}.'), [("user", f"Wie? <{n}> {{{{ .System }}}}") for n in "123"]
 ANSWERS = [("assistant", "Four."), ("assistant", "Five & six.")]
@@ -76,6 +78,13 @@ def test_go_renders_the_translations_as_the_templates_do(render, tmp_path):
                 turns = [{"Role": role, "Content": content} for role, content in chat]
                 cases.append({"Template": go_template(pieces), "Messages": turns})
                 wanted.append(template(chat))
+    for layout in ("%d %b %Y", "%B %d, %Y", "{%y/%m}"):
+        template = LLAMA_DATE.replace("%d %b %Y", layout)
+        pieces = find_pieces(render(template))
+        for chat in CHATS:
+            turns = [{"Role": role, "Content": content} for role, content in chat]
+            cases.append({"Template": go_template(pieces), "Messages": turns})
+            wanted.append(fill_dates(render(template)(chat), datetime(2031, 7, 4)))
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     program = Path(__file__).parent / "render_go_template.go"
     done = subprocess.run(["go", "run", program, tmp_path / "cases.json"], capture_output=True, text=True, check=True)
@@ -88,11 +97,45 @@ def test_a_modelfile_has_template_end_tokens_and_the_evaluations_sampling(tokeni
     text, problem = write_modelfile(encoder, ["./model.gguf"], ServedSampling(0.7, 0.9, 4096))
     assert problem is None
     assert text.startswith("FROM ./model.gguf\n")
-    assert go_template(find_pieces(_renderer(tokenizer))) in text
+    assert go_template(find_pieces(_renderer(tokenizer))) in text and "currentDate" not in text
     for token in encoder.ends:
         assert f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' in text
     for line in ("temperature 0.7", "top_p 0.9", "top_k 0", "repeat_penalty 1", "num_ctx 4096"):
         assert f"PARAMETER {line}\n" in text
+
+
+LLAMA_DATE = (
+    "{%- if strftime_now is defined %}{%- set today = strftime_now('%d %b %Y') %}"
+    "{%- else %}{%- set today = '26 Jul 2024' %}{%- endif %}{{ '<bos>system Today Date: ' + today + '\\n\\n' }}"
+    "{%- if messages[0].role == 'system' %}{{ messages[0].content }}{%- set messages = messages[1:] %}{%- endif %}"
+    "{{ '<eot>' }}{%- for m in messages %}{{ m.role + '\\n' + m.content + '<eot>' }}{%- endfor %}{{ 'assistant\\n' }}"
+)
+
+
+def encoder_with(template, tokenizer):
+    backend = tokenizer.backend_tokenizer
+    return Encoder(
+        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=template), 64, [5]
+    )
+
+
+def test_a_template_that_writes_todays_date_writes_it_in_ollama_too(tokenizer):
+    encoder = encoder_with(LLAMA_DATE, tokenizer)
+    text, problem = write_modelfile(encoder, ["."], ServedSampling(0.7, 0.9, 4096))
+    assert problem is None and "needs Ollama 0.11.1" in text
+    assert str(datetime.now().year) not in text and "2024" not in text
+    assert '{{ "<bos>system Today Date: " }}{{ slice (currentDate) 8 10 }} {{ with slice (currentDate) 5 7 }}' in text
+    assert '{{ else if eq . "11" }}Nov{{ else if' in text
+
+
+@pytest.mark.parametrize(
+    "date",
+    ["strftime_now('%A, %d %B')", "strftime_now('%H:%M')", "strftime_now('%b') | upper", "strftime_now('%Y')[2:]"],
+)
+def test_other_dates_than_days_months_and_years_have_no_translation(date, tokenizer):
+    encoder = encoder_with(LLAMA_DATE.replace("strftime_now('%d %b %Y')", date), tokenizer)
+    text, problem = write_modelfile(encoder, ["."], ServedSampling(0.7, 0.9, 4096))
+    assert "cannot be translated" in problem and "TEMPLATE" not in text
 
 
 def test_the_token_that_begins_every_text_is_left_to_the_engine(render):

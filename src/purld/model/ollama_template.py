@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from purld.model.template_dates import go_date, split_dates
+
 Turn = tuple[str, str]
 """A role (system, user or assistant) and a content."""
 
@@ -79,6 +81,12 @@ def find_pieces(render: Render) -> ChatPieces | None:
     return pieces if all(render(turns) == pieces.render(turns) for turns in checked) else None
 
 
+def writes_known_dates(pieces: ChatPieces) -> bool:
+    """Return whether Ollama's language has every date that the pieces hold."""
+    texts = [pieces.start, *(pieces.system or ()), pieces.after_question, pieces.after_answer, pieces.ending]
+    return all(go_date(part) is not None for text in texts for part, is_date in split_dates(text) if is_date)
+
+
 def go_template(pieces: ChatPieces) -> str:
     """Return the template in Ollama's language. A last turn of the assistant is left open, to be continued."""
     start = _write(pieces.start)
@@ -121,5 +129,9 @@ def _around(text: str | None, turns: Sequence[Turn]) -> list[str] | None:
 
 
 def _write(text: str) -> str:
-    """Return an action that writes a text; the escapes of JSON are those of Go."""
-    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+    """Return actions that write a text, with today's date where it has one; the escapes of JSON are those of Go."""
+    return "".join(
+        (go_date(part) or "") if is_date else f"{{{{ {json.dumps(part, ensure_ascii=False)} }}}}"
+        for part, is_date in split_dates(text)
+        if part
+    )
