@@ -70,16 +70,21 @@ def test_answers_are_drawn_for_fewer_prompts(temperature, encoder, model, monkey
 
 
 @pytest.mark.parametrize(
-    ("score", "owner"),
-    [("expected", self_evaluation), ("verbal", self_evaluation), ("in_context", likelihood), ("reference", likelihood)],
+    ("score", "owner", "name"),
+    [
+        ("expected", self_evaluation, "plan_passes"),
+        ("verbal", self_evaluation, "micro_batches"),
+        ("in_context", likelihood, "group_log_probs"),
+        ("reference", likelihood, "group_log_probs"),
+    ],
 )
-def test_fewer_candidates_are_scored(score, owner, encoder, model, monkeypatch):
+def test_fewer_candidates_are_scored(score, owner, name, encoder, model, monkeypatch):
     settings = LdlGrpo(score=score, score_batch_size=8)
     context = ScorerContext(encoder, Roles(model, model), settings, True, contextlib.nullcontext)
     (expected,) = find_scorer(score).make(context)([GROUP])
     scorer = find_scorer(score).make(context)
     with monkeypatch.context() as patch:
-        tried = limit(patch, owner, "micro_batches", lambda count, size: size, 1)
+        tried = limit(patch, owner, name, lambda *args, **_: args[-1], 1)  # the rows that it may work on at once
         with pytest.warns(UserWarning) as warned:
             (scores,) = scorer([GROUP])
     assert tried[:3] == [6, 3, 1] and set(tried[3:]) <= {1}
@@ -88,6 +93,6 @@ def test_fewer_candidates_are_scored(score, owner, encoder, model, monkeypatch):
     ]
     for found, known in zip(scores.candidates, expected.candidates, strict=True):
         assert found == known if known is None else found == pytest.approx(known, abs=1e-5)
-    limit(monkeypatch, owner, "micro_batches", lambda *_: 1, 0)
+    limit(monkeypatch, owner, name, lambda *_, **__: 1, 0)
     with pytest.raises(UserError, match=r"too small to score one candidate at a time; lower student.max_prompt_tokens"):
         scorer([GROUP])
