@@ -14,6 +14,7 @@ from purld.runs.files import (
     read_intact_rows,
     read_json,
     read_rows,
+    remove_stale_partials,
     write_rows,
 )
 from purld.runs.run_dir import RunDir
@@ -228,3 +229,12 @@ def test_what_a_killed_process_was_writing_is_removed_by_the_next_that_writes_it
     with atomic_write(tmp_path / "page.html") as handle:
         handle.write("page")
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "export", "page.html"]
+
+
+def test_what_safetensors_was_writing_is_removed_with_the_other_partial_files(tmp_path):
+    for name in ("sft/.tmpqkXBx1", "sft/model.safetensors", ".tmpfile"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    remove_stale_partials(tmp_path)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"sft/model.safetensors", ".tmpfile"}

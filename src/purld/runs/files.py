@@ -69,8 +69,13 @@ def _partial_path(path: Path) -> Path:
 
 
 def remove_stale_partials(folder: Path) -> None:
-    """Remove the partial files that killed processes have left in a folder and its subfolders."""
+    """Remove the partial files that killed processes have left in a folder and its subfolders.
+
+    Call it under the run's lock: safetensors' partial files do not say whose they are.
+    """
     _remove_stale(list(folder.rglob(".*.partial*")))  # SQLite adds -journal
+    for partial in list(folder.rglob(".tmp??????")):
+        partial.unlink(missing_ok=True)
 
 
 def _remove_stale(partials: Iterable[Path]) -> None:
