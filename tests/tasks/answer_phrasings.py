@@ -16,6 +16,10 @@ RIGHT = {
         "The answer must be an integer. 3 + 4 = 7.", "**Final answer:** $7$", r"The answer is $\boxed{7}$.",
         "Answer: $3 + 4 = 7$", 'So 3 + 4 = 7.\n\nI hope this helps!', r"The answer is \(7\).", r"\[ \boxed{7} \]",
         r"\[ x = 7 \]", "Therefore, she has 7 apples.", "Therefore, she has seven (7) apples.", "7 apples",
+        "La respuesta es 7. (No 5.)", "Die Antwort ist 7, denn 12 - 5 = 7.", "La réponse est 7 pommes pour 3 enfants.",
+        "Réponse : 7\nVérification : 7 + 5 = 12", "Ответ: 7. Проверка: 7 + 5 = 12", "答えは7です。検算：7 + 5 = 12",
+        "정답은 7입니다. 검산: 7 + 5 = 12", "答案是7。验算：7 + 5 = 12",
+        "A resposta é 7. Confira: 7 + 5 = 12", "答案：７", "７",
         "7 apples, because 3 + 4 = 7", r"\boxed{3} \boxed{4} \boxed{7}",
     ],
     r"\boxed{5, 7}": [

@@ -108,3 +108,27 @@ def test_without_gold_an_answer_is_not_wrong_but_unscored(fields):
 def test_whatever_is_said_it_names_one_of_the_options_or_none(answer, options):
     index = chosen_option(answer, options)
     assert index is None or 0 <= index < len(options)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["La respuesta correcta es la opción C.", "Die Antwort lautet C, weil A falsch ist.", "Die richtige Antwort ist C.",
+     "La bonne réponse est C, et non A.", "Réponse : C", "A resposta correta é a letra C.", "La risposta corretta è C.",
+     "Правильный ответ: C", "Het juiste antwoord is C.", "Wybieram odpowiedź C.", "Doğru cevap C.", "Svaret är C.",
+     "Đáp án đúng là C.", "Jawaban: C", "正解はCです。", "答え：C", "選択肢Cが正しい。",
+     "정답은 C입니다.", "الإجابة الصحيحة هي C",
+     "因此，正确答案是C。", "故选：C", "正确答案不是A，而是C。",
+     "정답은 A가 아닙니다. 정답은 C입니다.", "（C）", "Ans: C", "Correct: C",
+     "Die Antwort ist C. Antwort A ist falsch.", "La respuesta es C. La opción A es incorrecta."],
+)  # fmt: skip
+def test_a_statement_is_read_in_many_languages(answer):
+    assert chosen_option(answer, CITIES) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["La respuesta no es C.", "Die Antwort ist nicht C.", "La réponse n'est pas C.", "Ответ: не C", "答えはCではない。",
+     "정답은 C가 아닙니다.", "答案不是C", "Cは間違い。"],
+)  # fmt: skip
+def test_a_denial_chooses_nothing_in_any_language(answer):
+    assert chosen_option(answer, CITIES) is None

@@ -19,7 +19,10 @@ Expressions = list[Any]
 
 _FEW_WORDS = 4  # "all real numbers"
 _MAX_CHARACTERS = 5000  # no answer is longer, and parsing takes more than linear time
-_CHARACTERS = str.maketrans({"−": "-", "–": "-", "‒": "-", "⁄": "/", "\xa0": " ", "\u202f": " ", "\u2009": " "})
+_WIDE_DIGITS = {chr(ord("０") + digit): str(digit) for digit in range(10)}
+_CHARACTERS = str.maketrans(
+    _WIDE_DIGITS | {"−": "-", "–": "-", "‒": "-", "⁄": "/", "\xa0": " ", "\u202f": " ", "\u2009": " "}
+)
 _MINUS = re.compile(r"\b(?:minus|negative)\s+(?=[\d$.])", re.IGNORECASE)
 _VULGAR = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅖": "2/5", "⅗": "3/5", "⅘": "4/5",
            "⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8", "⅞": "7/8"}  # fmt: skip
@@ -178,7 +181,7 @@ def _parse_found(text: str) -> Expressions:
 
 
 def _plain_characters(text: str) -> str:
-    """Return a text with the minus signs, fractions and spaces of typography in their ASCII form."""
+    """Return a text with the minus signs, fractions, digits and spaces of typography in their ASCII form."""
     for character, fraction in _VULGAR.items():
         if character in text:
             text = re.sub(rf"(?<=\d)\s*{character}", f" {fraction}", text).replace(character, fraction)

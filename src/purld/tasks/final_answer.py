@@ -25,9 +25,23 @@ _DENIED = re.compile(
     rf"(?:equal(?:\s+to)?\s+|be\s+|just\s+|option\s+)?{_VALUE}(?P<but>\s*,?\s*but(?:\s+rather)?\b|\s*[,;–—-]+\s*(?:it|that)(?:['’]s|\s+is)\b(?!\s+not\b))?",
     re.IGNORECASE,
 )
+# "The answer is" in other languages: nouns, what may stand behind them, and what links them to the answer.
+_NOUNS = (
+    "respuesta|solución|antwort|lösung|réponse|reponse|resposta|solução|risposta|soluzione|ответ|відповідь"
+    "|odpowiedź|odpověď|antwoord|svaret|svar|vastaus|cevap|yanıt|jawaban(?:nya)?|đáp án|câu trả lời|उत्तर|जवाब|উত্তর"
+    "|الإجابة|الجواب|התשובה|απάντηση|คำตอบ"
+)
+_ADJECTIVES = r"correct\w*|corret\w*|final\w*|richtig\w*|juste|exacte|đúng|الصحيحة|الصحيح|النهائية"
+_COPULAS = "es|ist|lautet|est|é|è|is|это|—|–|to|je|är|er|on|adalah|ialah|là|है|هي|هو|היא|είναι|คือ"
+_ELSEWHERE = (
+    rf"(?<!\w)(?:{_NOUNS})(?:\s+(?:{_ADJECTIVES}))?[*_]*(?:\s*[:：=]|\s+(?:{_COPULAS})(?!\w)"
+    r"|(?=\s+[(\[*]*(?-i:[A-Z])[)\]*]*[.!]*\s*$))"
+    r"|(?:答案|选项|選項|结果|結果)(?:应该|应当|应|應)?(?:是|为|為|选|選|[:：])|[选選]择?[:：]?(?=\s*[（(]?[A-Z])"
+    r"|而是|(?:正解|答え|答|回答|解答|正しいの)(?:は|[:：])|選択肢(?=[A-Z]が正)|(?:정답|답)(?:은|[:：])"
+)
 _LINK = r"(?:['’]s\b|\s+(?:is|was|are|were|should\s+be|must\s+be|would\s+be|equals)\b)"
 _STATED = re.compile(
-    r"####|^A:|(?:答案|选项|结果)(?:应该|应当|应)?(?:是|为|选|[:：])|选择?(?=\s*[（(]?[A-Z])"
+    rf"####|^A:|^ans[.:]|\bcorrect\s*[:=]|{_ELSEWHERE}"
     rf"|\b(?:answers?|option|choice|result|response|select(?:ed|ion)|(?:correct|right)\s+(?:one|letter))\b[*_\"']*(?:{_LINK}|\s*[:=])[\s*_:]*"
     r"|\banswers?\b"
     rf"|\b(?:but|no|wait|actually|instead|rather)\b[\s,.:;!–—-]+(?:it|that|this|they){_LINK}"
@@ -35,7 +49,7 @@ _STATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _OPENING = re.compile(r"\A(?:[\s*_\"':=]|(?:it|that)(?:\s+is|['’]s)\s)+", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"[.!?;]+[*_\"')]*(?=\s|\Z)|\n")
+_SENTENCE_END = re.compile(r"[.!?;]+[*_\"')]*(?=\s|\Z)|[。！？；]|\n")
 _LABEL_ONLY = re.compile(r"[(\[*\"']*(?:[A-Za-z]|\d+)")
 
 

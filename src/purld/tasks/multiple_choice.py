@@ -16,11 +16,21 @@ from purld.tasks.final_answer import boxed_answer, stated_answers, without_denia
 
 _WRAPPERS = re.compile(r"\\(?:text(?:bf|rm)?|mathbf|mathrm)\b|\\[()\[\]]|[*_`$\"“”{}]|(?<!\w)['‘’]|['‘’](?!\w)|</?\w+>")
 _REASON = r"(?:because|since|as)\b|and\s+the\b|[,;]|[–—-]\s"
-_LABEL = re.compile(
-    r"\W*?(?:(?i:option|choice|letter)\s+)?(?:"
-    r"[(\[]\s*(?P<enclosed>\d{1,3}|[A-Za-z])\s*[)\]](?!\w)"
-    rf"|(?P<open>\d{{1,3}}|[A-Z])(?:\s*[.:)](?!\d)|\s*\Z|,(?!\d)|\s+(?:{_REASON}))"
+# What may stand before a label in the languages that `final_answer` reads.
+_BEFORE_LABEL = (
+    r"(?:(?:the|la|el|il|die|der|das|a|het|l['’])\s*(?=\S+\s|[(\[]?[A-Z]))?(?:(?i:option|choice|letter|opción|opção|opzione|"
+    r"alternativa|letra|lettre|lettera|buchstabe|вариант|буква|选项|選択肢|선택지)\s*)?"
+)
+_LABEL_PATTERN = (
+    rf"\W*?{_BEFORE_LABEL}(?:"
+    r"[(\[（]\s*(?P<enclosed>\d{1,3}|[A-Za-z])\s*[)\]）](?![a-zA-Z\d])"
+    rf"|(?P<open>\d{{1,3}}|[A-Z])(?:\s*[.:)。：、，）](?!\d)|\s*\Z|,(?!\d)|\s+(?:{_REASON})%s)"
     r"|(?P<small>[a-z])(?:\)|\.?\s*\Z))"
+)
+_LABEL = re.compile(_LABEL_PATTERN % "")
+# In a statement, a word of another script may follow, as in "C입니다", unless it denies: "Aではない".
+_STATED_LABEL = re.compile(
+    _LABEL_PATTERN % r"|(?!\s*(?:では|じゃ|不|非|[가이]\s*아|не\b|नहीं))\s*(?=[\u0370-\u1cff\u3040-\ud7af])"
 )
 _FURTHER_LABEL = re.compile(
     r"\s*(?:,|/|&|and\b|or\b)\s*(?:(?i:option)\s+)?[(\[]?([A-Z]|\d{1,3})[)\]]?(?![\w'’])(?=\W*\Z|\W*\s)"
@@ -96,7 +106,7 @@ def _named_options(sentence: str, options: Sequence[str]) -> set[int]:
     """Return the options that a box or a statement names: by an option's text, by a label, or by a mention of texts."""
     if exact := _exact_option(sentence, options):
         return exact
-    match = _LABEL.match(_unwrapped(sentence))
+    match = _STATED_LABEL.match(_unwrapped(sentence))
     if match is not None and _label_index(match, len(options)) is not None:
         return _labelled_options(match, options)
     first, _, rest = _unwrapped(sentence).partition(" ")
