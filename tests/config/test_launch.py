@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import purld
 from network_guard import LOG_VARIABLE
 from rank_processes import assert_only_own_name, free_port
 
 LAUNCH = Path(__file__).parents[2] / "configs" / "launch"
+MEASURED = ("groups", "revisited")  # numbers, which may differ by rounding
 OF_PURLD = ["run", "run.yaml", "align.steps=4"]
 
 
@@ -66,12 +68,16 @@ def test_accelerate_reads_its_configuration_and_shards_nothing():
     assert not config.fsdp_config and not config.deepspeed_config
 
 
+@pytest.fixture
+def environment(tmp_path):
+    """What torchrun.sh reads, for two processes that reach nothing but this machine."""
+    own = {"GPUS": "2", "PORT": str(free_port()), "OMP_NUM_THREADS": "1", LOG_VARIABLE: str(tmp_path / "network.log")}
+    return os.environ | own | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, tmp_path):
-    log = tmp_path / "network.log"
-    environment = os.environ | {"GPUS": "2", "PORT": str(free_port()), "OMP_NUM_THREADS": "1", LOG_VARIABLE: str(log)}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, environment, tmp_path):
     command = [LAUNCH / "torchrun.sh", tiny_config, "--run-dir", tmp_path / "run", "align.steps=2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -81,4 +87,25 @@ def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, tmp_
     ours = [line for line in failed.stderr.splitlines() if line.startswith("purld: ")]
     assert len(ours) == 1 and "sft.epochs" in ours[0], failed.stderr
     assert failed.stderr.count("exitcode  : 2") == 2  # both processes, in torchrun's own summary
-    assert_only_own_name(log)
+    assert_only_own_name(tmp_path / "network.log")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("student", [[], ["student.lora={r: 4}"]], ids=["all weights", "LoRA"])
+def test_a_divided_student_gives_the_answers_of_one_process(student, tiny_config, environment, tmp_path, monkeypatch):
+    overrides = ["student.shard=fsdp", *student, "align.steps=2", "align.prompts_per_step=3"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    command = [LAUNCH / "torchrun.sh", tiny_config, "--run-dir", two, *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert purld(monkeypatch, "run", tiny_config, "--run-dir", one, *overrides) == 0
+    files = sorted(path.name for path in (one / "generations").glob("*.jsonl") if path.stem not in MEASURED)
+    assert len(files) == 6  # three models, drawn and greedy
+    for name in files:
+        assert (two / "generations" / name).read_bytes() == (one / "generations" / name).read_bytes()
+    for run in (two, one):
+        assert purld(monkeypatch, "export", run, "--out", run / "exported") == 0
+    exported = [sorted(path.name for path in (run / "exported").iterdir()) for run in (two, one)]
+    assert exported[0] == exported[1] and "model.safetensors" in exported[0]
+    assert_only_own_name(tmp_path / "network.log")

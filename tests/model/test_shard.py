@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rank_processes import run_ranks
-from transformers import GPT2Config, LlamaConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlavaConfig
 
 from purld import ranks
 from purld.config.schema import Student
@@ -14,6 +14,7 @@ from purld.model.load import load_encoder, load_model, load_roles, make_trainabl
 from purld.model.log_probs import RowGroup, make_prefixes, token_log_probs
 from purld.model.sample import Decoding, generate_completions
 from purld.model.shard import sharding_plan
+from purld.model.student_check import check_student
 from purld.model.vision import EncodedPrompt
 from purld.model.weights import build_skeleton
 from purld.model.whole_weights import divide_loaded_state, whole_optimizer_state, whole_weights
@@ -168,10 +169,27 @@ def test_memory_that_does_not_suffice_to_gather_a_layer_ends_the_job_with_one_se
     assert isinstance(other, ranks.PeerError)
 
 
-@pytest.mark.parametrize(("config", "words"), [(GPT2Config(), "no plan to shard all of a GPT2LMHeadModel, such as")])
-def test_a_student_without_a_plan_is_refused(config, words):
-    with pytest.raises(UserError, match=words):
+SMALL = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+SMALL_QUANTIZED = LlamaConfig(num_hidden_layers=1, quantization_config={"quant_method": "bitsandbytes"})
+REFUSED = {
+    "without a plan": (GPT2Config(n_layer=1), "no plan to shard all of a GPT2LMHeadModel, such as transformer.wte"),
+    "that reads images": (LlavaConfig(text_config=SMALL), "does not work with models that read images"),
+    "quantized already": (SMALL_QUANTIZED, "quantized cannot be"),
+}
+
+
+@pytest.mark.parametrize(("config", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_student_that_cannot_be_divided_is_refused(config, words):
+    with pytest.raises(UserError, match=f"^student.shard: .*{words}"):
         sharding_plan(build_skeleton(config))
+
+
+def test_what_cannot_be_divided_is_told_before_anything_is_paid_for(tmp_path, tokenizer):
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    student = Student(model=str(tmp_path), shard="fsdp")
+    with pytest.raises(UserError, match=r"^student.shard: transformers has no plan"):
+        check_student(student, load_encoder(student))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -13,7 +13,7 @@ from typing import Any
 from purld import ranks
 from purld.ranks import board
 
-SECONDS = 60
+SECONDS = 240
 
 
 def free_port() -> int:

@@ -182,10 +182,10 @@ CASES = {
     "sharded weights, LoRA": [SHARDED, LORA, "align.prompts_per_step=3"],
     "sharded weights, layers computed again": [SHARDED, "align.recompute=always", "align.micro_batch_size=2"],
     "sharded weights, a critic": [SHARDED, "align.method=self_ppo", "align.updates_per_rollout=2"],
-    "sharded weights, a judging teacher": [SHARDED, "align.method=teacher_judge_grpo", "align.prompts_per_step=1"],
-    "sharded weights, the best step, a score in words": [
+    "sharded weights, a judging teacher": [SHARDED, "align.method=teacher_judge_grpo", "align.prompts_per_step=3"],
+    "sharded weights, the best step, and the anchor in the group": [
         SHARDED,
-        "align.score=verbal",
+        "align.score=in_context",
         "align.prompts_per_step=3",
         "align.validate_every=2",
         "align.anchor_in_group=true",
@@ -219,7 +219,7 @@ def test_stage_two_of_two_processes_is_that_of_one(case, after_stage_one, teache
     assert any(METRIC in row for row in read_rows(one.metrics)) == ("validate" in str(CASES[case]))
     asked = len(teacher.arrived) - before
     # 4 steps of 3 prompts with 3 candidates, once in each of the two runs
-    assert asked == (2 * 36 if case == "a judging teacher" else 0)
+    assert asked == (2 * 36 if "a judging teacher" in case else 0)
 
 
 @pytest.mark.slow
