@@ -66,6 +66,7 @@ def test_the_length_correlation_is_the_mean_over_groups_with_spread() -> None:
     [
         ({"unscored": 0.6}, "60% of the answers got no score"),
         ({"spread": 2e-6}, "rounding"),
+        ({"spread": 0.0, "noise": 0.0}, "all have the same score"),
         ({"label_entropy": 0.99999}, "uniform"),
         ({"anchor_auc": (0.39, 0.29, 0.49)}, r"below the others of their prompt \(AUC 0.39 \[0.29, 0.49\]\)"),
     ],

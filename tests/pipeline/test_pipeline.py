@@ -54,6 +54,8 @@ def test_stages_run_one_by_one_and_in_order(tiny_config, tmp_path, monkeypatch, 
         assert purld(monkeypatch, stage, tiny_config, *there) == 0
     assert purld(monkeypatch, "evaluate", tiny_config, *there) == 2
     assert "stage align is not finished" in sentence(capsys)
+    assert purld(monkeypatch, "export", tmp_path / "run") == 2
+    assert "finish the run, or give --stage sft for Stage I's" in sentence(capsys)
 
 
 def test_method_sft_stops_after_stage_one(tiny_config, tmp_path, monkeypatch):

@@ -101,7 +101,9 @@ def test_scores_that_differ_by_a_thousandth_are_uniform_labels(tiny_config, run,
         pipeline(tiny_config, run, "align.margin_scale=literal").execute(["align"])
 
 
-@pytest.mark.parametrize(("rule", "words"), [(constant, "rounding"), (nothing, "100% of the answers got no score")])
+@pytest.mark.parametrize(
+    ("rule", "words"), [(constant, "all have the same score"), (nothing, "100% of the answers got no score")]
+)
 def test_a_student_that_cannot_evaluate_itself_is_stopped_before_stage_two(tiny_config, run, scorers, rule, words):
     scorers(expected=rule)
     with pytest.raises(UserError, match="Stage II was not started: expected carries no signal") as stopped:
@@ -119,7 +121,7 @@ def test_a_student_that_cannot_evaluate_itself_is_stopped_before_stage_two(tiny_
 def test_the_command_names_scorers_that_tell_candidates_apart(tiny_config, run, scorers):
     scorers(expected=constant, in_context=overlap)
     probe = pipeline(tiny_config, run).probe()
-    assert probe["verdict"].endswith("which is rounding. These tell candidates apart: in_context.")
+    assert probe["verdict"].endswith("all have the same score. These tell candidates apart: in_context.")
     with pytest.raises(UserError, match="expected carries no signal"):
         pipeline(tiny_config, run).execute(["align"])
     # Another score is another probe: the run goes on with it.

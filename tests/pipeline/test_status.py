@@ -99,6 +99,20 @@ def test_a_stage_that_is_running_while_its_process_holds_the_lock(run):
     assert (stage := stage_of(run, "sft", started + 60)).state == "stopped" and stage.time == ""
 
 
+def test_a_run_that_its_probe_stopped_is_not_sent_into_the_same_end(run):
+    finish_anchors(run)
+    run.finish("sft", 1.0)
+    rows = [{"name": "expected", "weakness": "the labels are uniform"}, {"name": "in_context"}]
+    run.finish("probe", 1.0, chosen="expected", verdict="expected carries no signal.", scorers=rows)
+    measure, go_on = read_status(run, 0.0).commands
+    assert measure.startswith("purld probe ") and go_on.endswith(
+        "align.score=NAME, with one that tells candidates apart"
+    )
+    run.finish("probe", 1.0, chosen="in_context", verdict="in_context tells candidates apart.", scorers=rows)
+    (command,) = read_status(run, 0.0).commands
+    assert command.startswith("purld run ")
+
+
 def test_a_resumed_stage_has_no_pace(run):
     finish_anchors(run)
     run.begin("sft", prompts=30, held_out=10)

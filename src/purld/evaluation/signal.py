@@ -75,6 +75,8 @@ def weakness(measures: ScorerMeasures) -> str | None:
     """
     if measures.unscored > MAX_UNSCORED:
         return f"{measures.unscored:.0%} of the answers got no score"
+    if measures.spread == 0:
+        return "the candidates of a prompt all have the same score"
     if measures.spread <= NOISE_FACTOR * measures.noise:
         return f"the candidates' scores differ by {measures.spread:.1e}, which is rounding"
     if measures.label_entropy > UNIFORM_ENTROPY:

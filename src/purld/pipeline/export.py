@@ -89,8 +89,9 @@ def export_model(run_path: Path, out: Path | None, options: ExportOptions | None
 def _check_options(run_path: Path, run: RunDir, config: Config, stage: str, options: ExportOptions) -> None:
     if stage not in TRAINED:
         raise UserError(f"--stage {stage}: give align or sft.")
-    if stage not in run.finished_stages():
-        raise UserError(f"{run_path}: stage {stage} is not finished, so there is no model of it to export.")
+    if stage not in (finished := run.finished_stages()):
+        remedy = "finish the run, or give --stage sft for Stage I's" if "sft" in finished else "finish the run first"
+        raise UserError(f"{run_path}: stage {stage} is not finished, so there is no model of it to export; {remedy}.")
     if options.dtype is not None and options.dtype not in _DTYPES:
         raise UserError(f"--dtype {options.dtype}: give {', '.join(_DTYPES)}.")
     if options.adapter and config.student.lora is None:

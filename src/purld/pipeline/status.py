@@ -85,7 +85,7 @@ def read_status(run: RunDir, now: float) -> RunStatus:
         batches=_batches(run, now),
         figures=_figures(run) if "evaluate" in finished else [],
         warnings=warnings + _warnings(run, finished),
-        commands=_commands(run, stages, holder),
+        commands=_commands(run, config, stages, holder),
     )
 
 
@@ -211,14 +211,19 @@ def _warnings(run: RunDir, finished: Mapping[str, Mapping[str, Any]]) -> list[st
         found = list(read_json(run.results).get("warnings", []))
     else:
         found = list(finished.get("align", {}).get("warnings", []))
-        chosen = [row for row in finished.get("probe", {}).get("scorers", []) if "weakness" in row]
-        if any(row["name"] == finished["probe"].get("chosen") for row in chosen):
+        if _found_no_signal(finished):
             found.append(finished["probe"]["verdict"])
     logs = sorted(run.path.glob("purld-error-*.log"))
     return [*dict.fromkeys(found), *(f"an error ended a command; its traceback is in {log}." for log in logs[-1:])]
 
 
-def _commands(run: RunDir, stages: list[StageStatus], holder: int | None) -> list[str]:
+def _found_no_signal(finished: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Return whether the probe found no signal in the scores that Stage II would learn from."""
+    probe = finished.get("probe", {})
+    return any("weakness" in row and row["name"] == probe.get("chosen") for row in probe.get("scorers", []))
+
+
+def _commands(run: RunDir, config: Config | None, stages: list[StageStatus], holder: int | None) -> list[str]:
     """Return the commands that go on from here; while the run is running, the one to watch it with."""
     path = shlex.quote(str(run.path))
     if holder:
@@ -227,4 +232,11 @@ def _commands(run: RunDir, stages: list[StageStatus], holder: int | None) -> lis
         return [f"purld chat {path}", f"purld export {path}"]
     if (run.path / "demo").is_dir():
         return [f"purld demo --run-dir {path}, with the task, student and keys that it began with"]
-    return [f"purld run {shlex.quote(str(Path(run.config)))} --run-dir {path}"]
+    there = f"{shlex.quote(str(Path(run.config)))} --run-dir {path}"
+    stops = config is not None and getattr(config.align, "weak_signal", "") == "stop"
+    if stops and _found_no_signal(run.finished_stages()) and "align" not in run.begun_stages():
+        return [
+            f"purld probe {there}, which measures every scorer",
+            f"purld run {there} align.score=NAME, with one that tells candidates apart",
+        ]
+    return [f"purld run {there}"]
