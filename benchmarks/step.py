@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --quick            a slice of two minutes
     python benchmarks/step.py --output step.json the whole grid
+    python benchmarks/step.py --model DIR        the shape of a model directory, with random weights
     python benchmarks/step.py --device cuda --dtype bfloat16 --shape 1.5b --lora
 
 The model has random weights and the prompts are random words; the timings do not depend on them. TRL's GRPOTrainer and
@@ -9,8 +10,8 @@ purld get the same model, prompts, number and length of candidates, loss and opt
 K candidates and the anchor with a frozen copy as a competent user would write it: one padded batch of full texts, no
 gradients, logits at the closing positions only. TRL computes logits for completions only, as it does on a GPU. Both
 sides take turns in one process, after a warm-up that includes the self-check of prefix sharing. Ratios are of medians.
-Memory is what the update takes beyond weights, gradients and optimizer state, each form in its own process (on a CPU
-this needs Linux).
+Memory is what the update takes beyond weights, gradients and optimizer state, as torch allocates it, each form in a
+process of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,11 +40,19 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from purld.model.encode import Encoder, pad_left
 from purld.model.load import Roles
 from purld.model.log_probs import RowGroup, make_prefixes, micro_batches
+from purld.model.memory import DecoderShape
 from purld.model.prefix import FullSequences, Prefixes
 from purld.model.sample import Decoding, GenerateSampler
 from purld.model.self_evaluation import SelfEvaluator
@@ -63,6 +73,16 @@ class Shape:
     intermediate: int
     kv: int
     vocabulary: int
+    config: Any = None  # that of a model directory, whose shape this is
+
+    @classmethod
+    def of_model(cls, folder: Path) -> Shape:
+        """Return the shape of a model directory; its weights are not read."""
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        kv = DecoderShape.of(config).keys // 64
+        return cls(
+            config.hidden_size, config.num_hidden_layers, config.intermediate_size, kv, config.vocab_size, config
+        )
 
     @property
     def body(self) -> int:
@@ -238,8 +258,14 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def random_model(shape: Shape, encoder: Encoder, device: torch.device, dtype: torch.dtype) -> Any:
-    """Create a Llama of this shape with random weights."""
+    """Create a model of this shape with random weights: a Llama, or what the shape's configuration says."""
     torch.manual_seed(0)
+    special = {"pad_token_id": encoder.pad, "eos_token_id": encoder.end, "bos_token_id": None}
+    if shape.config is not None:
+        config = copy.deepcopy(shape.config)
+        config.update(special)
+        with device:
+            return AutoModelForCausalLM.from_config(config).to(dtype).eval()
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -249,9 +275,7 @@ def random_model(shape: Shape, encoder: Encoder, device: torch.device, dtype: to
         num_key_value_heads=shape.kv,
         head_dim=64,
         max_position_embeddings=8192,
-        pad_token_id=encoder.pad,
-        eos_token_id=encoder.end,
-        bos_token_id=None,
+        **special,
     )
     with device:
         model: Any = LlamaForCausalLM(config)
@@ -392,9 +416,24 @@ def peak_of_update(shape: Shape, cell: Cell, form: str, options: argparse.Namesp
             few_completions,
             bench.advantages()[:2],
         )
+        update = {"plain": bench.update_plain, "shared": bench.update_shared}[form]
+        if bench.device.type == "cpu":
+            return peak_allocated(update)
         before = bytes_in_use(bench.device)
-        {"plain": bench.update_plain, "shared": bench.update_shared}[form]()
+        update()
         return peak_bytes(bench.device) - before
+
+
+def peak_allocated(work: Callable[[], Any]) -> int:
+    """Return the most bytes that torch holds on the CPU at once of those that `work` allocates.
+
+    The memory of the process says less: what was freed before is in it or not, as fragments allow.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(change for _, change in changes), default=0)
 
 
 def bytes_in_use(device: torch.device) -> int:
@@ -417,8 +456,10 @@ def peak_bytes(device: torch.device) -> int:
 def measure_peaks(cell: Cell, options: argparse.Namespace) -> dict[str, int]:
     """Run `peak_of_update` for both forms, each in a fresh process."""
     peaks = {}
+    model = getattr(options, "model", None)
     for form in ("plain", "shared"):
         command = [sys.executable, __file__, "--peak", form, "--shape", options.shape, "--device", options.device]
+        command += [] if model is None else ["--model", str(model)]
         command += ["--dtype", options.dtype, "--completion", str(cell.completion), *["--lora"] * options.lora]
         command += ["--prompts", str(cell.prompt), "--candidates", str(cell.candidates)]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -489,7 +530,7 @@ def write_report(
         "versions": read_versions(),
         "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
-        "shape": vars(shape),
+        "shape": {name: value for name, value in vars(shape).items() if name != "config"},
         "rows": [],
     }
     for row in rows:
@@ -519,6 +560,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One Stage II step, and its phases, against TRL and plain forms.")
     parser.add_argument("--quick", action="store_true", help="one cell of a smaller model")
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--model", type=Path, help="a model directory, whose shape to take instead")
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 512, 1024])
     parser.add_argument("--candidates", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--completion", type=int, default=64)
@@ -539,7 +581,7 @@ def main() -> None:
     """Run the grid, print a table and write JSON."""
     options = parse_arguments()
     transformers.logging.set_verbosity_error()
-    shape = SHAPES[options.shape]
+    shape = SHAPES[options.shape] if options.model is None else Shape.of_model(options.model)
     if options.peak:
         (cell,) = grid_cells(options)
         print(peak_of_update(shape, cell, options.peak, options))

@@ -131,7 +131,9 @@ class GroupUpdate:
         """
         found: list[tuple[GroupLoss, GroupTokens]] = []
         rows = [RowGroup(group.prompt, group.ids) for group in groups]
-        for together in plan_passes(policy, rows, self.pad, self.micro_batch_size):
+        with self.autocast():
+            passes = list(plan_passes(policy, rows, self.pad, self.micro_batch_size))
+        for together in passes:
             these = slice(len(found), len(found) + len(together))
             found += self._update_together(policy, together, groups[these], objectives[these], share)
         return found
