@@ -14,16 +14,16 @@ from purld.config.schema import Student
 from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.model.load import Roles, load_encoder, load_model
-from purld.model.memory import DecoderShape, estimate_memory
+from purld.model.memory import DecoderShape, MemoryNeed, estimate_memory
 from purld.model.sample import Completion
 from purld.model.vision import EncodedPrompt
 from purld.pipeline.pipeline import Pipeline
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
-from purld.training import memory
+from purld.training import memory, sft
 from purld.training.group_update import GroupUpdate
-from purld.training.memory import UpdateForm, choose_form, form_of_update, update_sizes
+from purld.training.memory import UpdateForm, choose_form, fit_fine_tuning, form_of_update, update_sizes
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import ScorerContext
 from purld.training.validation import ValidationSet, Validator
@@ -178,3 +178,64 @@ def test_a_validation_draws_no_more_at_once_than_a_step_and_every_process_has_it
     context = ScorerContext(encoder, None, settings, True, contextlib.nullcontext)
     assert Validator(chosen, settings, context, lambda decoding: sampler)(None) == 1.0
     assert drawn == batches
+
+
+def test_stage_one_that_runs_out_of_memory_halves_its_micro_batches_and_keeps_its_result(
+    module_config, tmp_path, monkeypatch
+):
+    def losses(name):
+        run = RunDir(tmp_path / name)
+        shutil.copytree(base.path, run.path)
+        Pipeline(load_config(module_config, settings), run, Reporter()).execute(["sft"])
+        return [row["eval_loss"] for row in read_rows(run.metrics) if "eval_loss" in row], run
+
+    settings = [*STEPS, "sft.batch_size=4", "sft.micro_batch_size=2"]
+    base = RunDir(tmp_path / "base")
+    Pipeline(load_config(module_config, settings), base, Reporter()).execute(["anchors"])
+    calm, known = losses("calm")
+    make_batch, sizes = sft.training_batch, []
+
+    def limited(examples, pad):
+        sizes.append(len(examples))
+        if len(sizes) > 1 and len(examples) > 1:  # the first micro-batch has left its gradient
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return make_batch(examples, pad)
+
+    monkeypatch.setattr(sft, "training_batch", limited)
+    with pytest.warns(UserWarning, match=r"Stage I's micro-batches are smaller \(1\)"):
+        found, run = losses("small")
+    assert sizes[:4] == [2, 2, 1, 1] and set(sizes[4:-1]) == {1}
+    assert calm and found == pytest.approx(calm, rel=1e-5)
+    weights, others = (load_file(r.sft / "model.safetensors") for r in (run, known))
+    assert all(torch.allclose(weights[name], others[name], rtol=1e-4, atol=1e-6) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("size", "memory_of_an_answer", "expected"),
+    [
+        ("auto", 1, (16, False)),
+        ("auto", 20, (4, False)),  # 5 answers fit
+        ("auto", 60, (16, True)),  # one fits, or ten times as many that are computed again
+        ("auto", 1000, (1, True)),
+        (8, 1, (8, False)),
+        (8, 60, (8, True)),
+    ],
+)
+def test_stage_one_computes_layers_again_only_where_a_few_answers_would_not_fit(size, memory_of_an_answer, expected):
+    def need(form):
+        of_all = form.micro_batch * memory_of_an_answer
+        return MemoryNeed(0, 0, 0, of_all // 10 if form.recompute else of_all, 0, 0)
+
+    assert fit_fine_tuning(size, 12, need, device=112) == UpdateForm(*expected)
+
+
+def test_stage_one_needs_more_memory_for_longer_answers_and_counts_the_logits_of_all_tokens(random_student):
+    model = load_model(Student(model=str(random_student)), str(random_student))
+    short, long, again = (
+        memory.fine_tuning_need(model, length, half=False)(UpdateForm(2, recompute))
+        for length, recompute in ((100, False), (200, False), (200, True))
+    )
+    vocabulary = model.config.vocab_size
+    assert (short.logits, long.logits) == (12 * 2 * 100 * vocabulary, 12 * 2 * 200 * vocabulary)
+    assert long.activations == 2 * short.activations > again.activations
+    assert long.weights == sum(p.numel() * 4 for p in model.parameters())

@@ -160,7 +160,8 @@ class Sft(Section):
     epochs: Positive = 1.0
     learning_rate: LearningRate = 1.0e-5  # for all weights; with student.lora 1e-4
     batch_size: Count = 16
-    micro_batch_size: Count = 4
+    # Answers per backward pass; changes memory and time, not the gradient. auto: 4 on a CPU; on a GPU as many as fit.
+    micro_batch_size: Count | Literal["auto"] = "auto"
     warmup_ratio: Fraction = 0.05
     validation_fraction: Fraction = 0.1
     checkpoint_steps: Count = 50

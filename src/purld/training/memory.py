@@ -1,4 +1,4 @@
-"""Fit an update of Stage II into the device's memory, before it starts and after a device has run out of it.
+"""Fit an update into the device's memory, before it starts and after a device has run out of it.
 
 The gradient depends neither on the size of micro-batches nor on what is computed again, so a run may change both.
 """
@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from purld import ranks
 from purld.config.engines import VllmEngine
 from purld.config.methods import SamplingSettings, StageTwoSettings
-from purld.config.schema import Student
+from purld.config.schema import Sft, Student
 from purld.errors import PlainWarning, UserError
 from purld.methods.table import METHODS
 from purld.model.at_once import release_memory
@@ -38,6 +38,7 @@ from purld.training.group_update import GroupUpdate
 from purld.training.rollout import AnchoredPrompt
 
 _CPU_MEMBERS = 8
+_CPU_ANSWERS = 4
 
 
 def update_sizes(settings: StageTwoSettings, student: Student, longest_prompt: int) -> UpdateSizes:
@@ -57,7 +58,7 @@ def largest_share(settings: StageTwoSettings) -> int:
 
 @dataclass(frozen=True)
 class UpdateForm:
-    """Members per backward pass, and whether layers are computed again in it."""
+    """Members (in Stage I answers) per backward pass, and whether layers are computed again in it."""
 
     micro_batch: int
     recompute: bool
@@ -83,6 +84,55 @@ def choose_form(
         largest = largest_micro_batch(lambda n: need(UpdateForm(n, always)), half, sizes.members, most)
         size = max(size, largest or 0)
     return UpdateForm(size, always or (not never and not fits(need(UpdateForm(size, False)), device)))
+
+
+def form_of_fine_tuning(settings: Sft, model: nn.Module, longest: int, half: bool) -> UpdateForm:
+    """Return the form of Stage I's updates: on a CPU as configured, on a GPU also by its memory.
+
+    Args:
+        settings: the section of the configuration.
+        model: the model that is trained.
+        longest: tokens of the longest prompt with its answer.
+        half: whether layers compute in half precision.
+    """
+    if not torch.cuda.is_available():
+        return UpdateForm(_CPU_ANSWERS if settings.micro_batch_size == "auto" else settings.micro_batch_size, False)
+    share = math.ceil(settings.batch_size / ranks.count())
+    return fit_fine_tuning(settings.micro_batch_size, share, fine_tuning_need(model, longest, half), device_memory())
+
+
+def fine_tuning_need(model: nn.Module, longest: int, half: bool) -> Callable[[UpdateForm], MemoryNeed]:
+    """Return what an update of Stage I keeps in memory, by its form; see `form_of_fine_tuning` for the arguments."""
+    shape = DecoderShape.of(cast(Any, model).config)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    def need(form: UpdateForm) -> MemoryNeed:
+        sizes = UpdateSizes(prompt=0, answer=longest, members=form.micro_batch, drawn=0)
+        found = estimate_memory(shape, sizes, weights, trained, form.micro_batch, form.recompute, 2 if half else 4)
+        # The loss is the model's own, on the logits of all positions, their float32 copy and its gradient.
+        return replace(found, logits=3 * 4 * form.micro_batch * longest * shape.vocabulary)
+
+    return need
+
+
+def fit_fine_tuning(
+    size: int | Literal["auto"], share: int, need: Callable[[UpdateForm], MemoryNeed], device: int
+) -> UpdateForm:
+    """Return the form of Stage I's updates on a GPU: layers are computed again only where memory asks for it.
+
+    Args:
+        size: answers per pass; auto: the largest power of two that fits, and at most a rank's share of a batch.
+        share: answers of a batch in one rank.
+        need: see `fine_tuning_need`.
+        device: bytes of the device.
+    """
+    largest = 2 ** math.ceil(math.log2(share))
+    sizes = [largest >> n for n in range(largest.bit_length())] if size == "auto" else [size]
+    # A few answers at a time fill a GPU well enough that computing layers again for more of them does not pay.
+    kept = [UpdateForm(n, False) for n in sizes if size != "auto" or n >= min(_CPU_ANSWERS, largest)]
+    forms = [*kept, *(UpdateForm(n, True) for n in sizes)]
+    return next((form for form in forms if fits(need(form), device)), forms[-1])
 
 
 def form_of_update(

@@ -16,13 +16,14 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from purld import ranks
 from purld.config.schema import Sft
 from purld.errors import UserError
+from purld.model.at_once import AtOnce
 from purld.model.causal_lm import model_device
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_model, make_trainable, save_model
@@ -34,12 +35,14 @@ from purld.records import Anchor, Prompt, content_hash
 from purld.training.checkpoints import (
     ModelNamedCheckpoints,
     RunCallback,
+    device_arguments,
     device_autocast,
     make_arguments,
     resume_point,
 )
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
+from purld.training.memory import form_of_fine_tuning
 from purld.training.trackers import tracker_arguments
 
 TrainingExample = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
@@ -70,6 +73,9 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
         raise UserError("Stage I: there are no anchors to train on.")
     checkpoint = resume_point(run, "sft")
     model = make_trainable(student, load_model(student, student.model), context.seed)
+    longest = max(len(prompt) + len(answer) for prompt, answer in (*train, *held_out))
+    half = student.dtype != "float32" or device_arguments()["bf16"]
+    form = form_of_fine_tuning(settings, cast(nn.Module, model), longest, half)
     guard = FiniteGuard("Stage I", "sft.learning_rate", settings.learning_rate, run.checkpoints("sft"))
     trainer = _SftTrainer(
         model=cast(PreTrainedModel, model),  # or one under adapters
@@ -79,6 +85,7 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
             len(train),
             context.seed,
             validate=bool(held_out),
+            recompute=form.recompute,
             reporting=tracker_arguments(context.report_to, run, "sft"),
         ),
         train_dataset=_indices(len(train)),
@@ -87,11 +94,10 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
         data_collator=lambda rows: {"examples": [row["index"] for row in rows]},
         callbacks=[guard, RunCallback(run, "sft", _LOGGED.__contains__, context.progress)],
     )
-    trainer.prepare(train, held_out, encoder.pad, settings.micro_batch_size, guard)
+    trainer.prepare(train, held_out, encoder.pad, form.micro_batch, guard)
     trainer.train_from(checkpoint.path)
     guard.check_weights(trainer.model.named_parameters(), trainer.state)
-    first = [*train, *held_out][: settings.micro_batch_size]
-    guard.check_result(_final_loss(trainer.model, first, encoder.pad), trainer.state)
+    guard.check_result(_final_loss(trainer.model, train[:1], encoder.pad), trainer.state)
     model.config.use_cache = True
     whole = whole_weights(trainer.model)
     ranks.on_first(lambda: save_model(student, trainer.model, encoder, run.sft, whole))
@@ -116,7 +122,8 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
     ) -> None:
         """Take the examples whose indices the trainer shuffles, and what else a step needs."""
         self._train, self._held_out, self._pad = train, held_out, pad
-        self._micro_batch_size = micro_batch_size
+        too_large = "for Stage I, even for one answer at a time; lower student.max_anchor_tokens, or train less"
+        self._at_once = AtOnce(micro_batch_size, "Stage I's micro-batches are smaller", f"{too_large} (student.lora)")
         self._guard = guard
         self.remove_callback(PrinterCallback)
         # TRL's loss divides by the token count itself. Some image models say they do not take the count, and then
@@ -127,16 +134,20 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
         """Add the gradient of one batch, summed over the ranks, and return its loss."""
         examples = [self._train[index] for index in inputs["examples"]]
         tokens = sum(len(answer) for _, answer in examples)
-        # What the loss of a mixture of experts is averaged over, apart from tokens.
-        self.current_gradient_accumulation_steps = ranks.count() * math.ceil(
-            len(examples) / ranks.count() / self._micro_batch_size
-        )
-        loss = torch.zeros((), device=self.args.device)
         mine = examples[ranks.my_share(len(examples))]
-        with self._own_dropout():
-            for rows in micro_batches(len(mine), self._micro_batch_size):
+
+        def add_gradient(size: int) -> Tensor:
+            model.zero_grad()  # what an attempt that ran out of memory has left
+            # What the loss of a mixture of experts is averaged over, apart from tokens.
+            self.current_gradient_accumulation_steps = ranks.count() * math.ceil(len(examples) / ranks.count() / size)
+            loss = torch.zeros((), device=self.args.device)
+            for rows in micro_batches(len(mine), size):
                 batch = training_batch(mine[rows], self._pad)
-                loss += super().training_step(model, batch, num_items_in_batch=tokens)  # type: ignore[no-untyped-call]
+                loss += super(_SftTrainer, self).training_step(model, batch, num_items_in_batch=tokens)  # type: ignore[no-untyped-call]
+            return loss
+
+        with self._own_dropout():
+            loss = self._at_once(add_gradient, math.ceil(len(examples) / ranks.count()))
         ranks.sum_gradients(model.parameters())
         self._guard.check_loss(ranks.sum_tensor(loss), self.state)
         return loss
@@ -148,17 +159,23 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
         return seeded_torch(seed_from_content("dropout", self.args.seed, self.state.global_step, ranks.index()))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the validation loss: the mean of micro-batches, each as often as it has examples."""
+        """Return the validation loss, in nats per token."""
         self.model.eval()
-        total = torch.zeros((), device=self.args.device)
-        for rows in list(micro_batches(len(self._held_out), self._micro_batch_size))[ranks.index() :: ranks.count()]:
-            batch = training_batch(self._held_out[rows], self._pad)
-            loss, _, _ = self.prediction_step(self.model, batch, prediction_loss_only=True)
-            total += loss * len(self._held_out[rows])
-        metrics = {"eval_loss": ranks.sum_tensor(total).item() / len(self._held_out)}
+        mine = self._held_out[ranks.my_share(len(self._held_out))]
+        total = self._at_once(lambda size: self._sum_losses(mine, size), len(mine))
+        metrics = {"eval_loss": ranks.sum_tensor(total).item() / sum(len(answer) for _, answer in self._held_out)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _sum_losses(self, examples: Sequence[TrainingExample], size: int) -> Tensor:
+        """Return the sum over tokens of the loss of some examples, so many at a time."""
+        total = torch.zeros((), device=self.args.device)
+        for rows in micro_batches(len(examples), size):
+            batch = training_batch(examples[rows], self._pad)
+            loss, _, _ = self.prediction_step(self.model, batch, prediction_loss_only=True)
+            total += loss * sum(len(answer) for _, answer in examples[rows])
+        return total
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train from a checkpoint or from the start; from one of the last step only load the model that is kept."""
@@ -213,7 +230,7 @@ def _indices(count: int) -> Dataset:
 
 
 def _arguments(
-    settings: Sft, folder: str, rows: int, seed: int, validate: bool, reporting: dict[str, Any]
+    settings: Sft, folder: str, rows: int, seed: int, validate: bool, recompute: bool, reporting: dict[str, Any]
 ) -> SFTConfig:
     steps = math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
     every = min(settings.checkpoint_steps, steps)
@@ -236,7 +253,7 @@ def _arguments(
         load_best_model_at_end=validate,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        gradient_checkpointing=torch.cuda.is_available(),
+        gradient_checkpointing=recompute,
         seed=seed,
         **reporting,
     )
