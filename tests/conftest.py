@@ -19,6 +19,8 @@ NETWORK_LOG = Path(tempfile.mkdtemp()) / "network.log"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # as the command line does; transformers reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tolerances are those of float32 on a CPU, also where there is a GPU; CUDA_VISIBLE_DEVICES=0 tries the tests on it.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 # Libraries that stay silent on a build server or offline would hide what they send from a user's machine.
 for variable in ("CI", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.pop(variable, None)
