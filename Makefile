@@ -40,8 +40,9 @@ lint: setup
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 
+# Neighbours share what their module has trained: each worker gets half of the tests in a row, and takes over at the end.
 test: lint
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist worksteal
 
 test-slow: setup
 	$(BIN)/pytest -m slow
@@ -56,7 +57,7 @@ requirements.lock: pyproject.toml constraints.txt
 # The lowest and the newest releases that pyproject.toml allows, each in an environment of its own. A newest environment
 # is as old as its folder: remove it to try what was released since.
 test-lowest test-newest: test-%: .venv-%/installed
-	.venv-$*/bin/pytest -n auto $(TESTS)
+	.venv-$*/bin/pytest -n auto --dist worksteal $(TESTS)
 
 .venv-%/installed: pyproject.toml tests/version_bounds.py
 	$(PYTHON) -m venv --clear .venv-$*
