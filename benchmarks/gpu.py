@@ -12,7 +12,8 @@ Five parts, each in a process of its own, so that one which fails or runs out of
 4. the peak memory of the update in both forms;
 5. a step of several prompts on 1, 2, ... processes that torchrun starts, one per GPU.
 
-A part is ended when its share of `--minutes` is over. The table keeps what it had measured until then, and says so.
+A part is ended when its share of `--minutes` is over, which is at least a minute and a half while there is time. The
+table keeps what the part had measured until then, and says so.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from purld.training.group_update import GroupUpdate, UnmeasuredGroup
 
 _NO_MEMORY = 3  # the exit status of a part that does not fit
 _TURNS = 3
+_LEAST_SECONDS = 90.0  # of a part: starting Python, the libraries and a model of 1.5b takes 20 or more
 _SHORT = Cell(prompt=100, completion=48, candidates=8)  # of the part on several groups; other prompts are shorter
 _GROUPS = 8
 
@@ -140,8 +142,9 @@ def measure_all(options: argparse.Namespace, deadline: float) -> Iterator[Row]:
         if left <= 0:
             yield {"what": part, "result": f"left out: {options.minutes:g} minutes were over"}
             continue
-        # Parts that end early leave their time to the others, so each may take somewhat more than its share.
-        share = min(left, 1.5 * left / (len(options.parts) - index))
+        # Parts that end early leave their time to the others, so each may take somewhat more than its share; and where
+        # time is short, the first parts to their end say more than the beginning of each.
+        share = min(left, max(_LEAST_SECONDS, 1.5 * left / (len(options.parts) - index)))
         for command in part_commands(options, part):
             rows, problem = run_part(command, min(share, deadline - time.monotonic()))
             yield from rows

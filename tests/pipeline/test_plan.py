@@ -113,7 +113,7 @@ def test_stage_two_of_every_kind(plan, overrides, words):
 )
 def test_the_memory_of_an_update_is_told_with_its_parts_and_what_would_fit(gib, override, words, plan, monkeypatch):
     monkeypatch.setattr(machine, "device_memory", lambda: int(gib * 2**30))
-    told = plan(override).sections["Student"]
+    told = plan(override, "align.micro_batch_size=8").sections["Student"]  # two groups of three
     assert any("Stage II with prompts of" in line and "micro-batches of 6" in line for line in told)
     assert any(words in line for line in told)
     parts = next(line for line in told if "at its peak" in line)
