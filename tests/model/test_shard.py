@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel
 from rank_processes import run_ranks
+from test_architectures import SHARED, build
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlavaConfig
 
 from purld import ranks
@@ -35,6 +36,14 @@ def student(request, random_student):
     return student
 
 
+def own_groups():
+    return GROUPS if ranks.count() == 1 else GROUPS[:1] if ranks.is_first() else GROUPS[1:]
+
+
+def gradients_of(model):
+    return [whole(weight.grad) for weight in model.parameters() if weight.grad is not None]
+
+
 def add_gradient(model, groups):
     """Add the gradient of all members' log-probs, two members at a time."""
     for prompt, rows in groups:
@@ -63,8 +72,8 @@ def train_and_draw(student, folder, read=None):
     found = {"gradients": []}
     for step in range(2):
         optimizer.zero_grad()
-        add_gradient(model, GROUPS[:1] if ranks.count() > 1 and ranks.is_first() else GROUPS[ranks.count() - 1 :])
-        found["gradients"].append([whole(p.grad) for p in model.parameters() if p.grad is not None])
+        add_gradient(model, own_groups())
+        found["gradients"].append(gradients_of(model))
         optimizer.step()
         if step == 0:
             with whole_optimizer_state(optimizer):
@@ -110,6 +119,23 @@ def test_steps_of_two_processes_are_those_of_one_and_so_is_what_they_save(studen
     for name in ("exp_avg", "exp_avg_sq"):
         assert distance(*([values[name] for values in state.values()] for state in states)) < 1e-5
     assert sorted(p.name for p in (two / "saved").iterdir()) == sorted(p.name for p in (one / "saved").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "qwen3_moe", "smollm3"])
+def test_the_gradient_of_other_families_is_that_of_one_process(family, tmp_path):
+    """With embeddings that are not tied, sliding windows, experts of which a rank may use others."""
+    build(family, SHARED[family] | {"tie_word_embeddings": False}).save_pretrained(tmp_path)
+    student = Student(model=str(tmp_path), shard="fsdp")
+
+    def work():
+        model = load_model(student, student.model)
+        add_gradient(model, own_groups())
+        return gradients_of(model)
+
+    expected = work()
+    for outcome in run_ranks(work):
+        assert len(outcome) == len(expected) and distance(outcome, expected) < 1e-5
 
 
 def read_p_sft(student, sft):

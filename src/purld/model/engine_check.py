@@ -44,7 +44,8 @@ def check_engine(
         folder: an existing folder near the run directory, in which a trial adapter is written and removed.
         longest: the most tokens of a prompt with its completion.
         stages: the stages whose adapters the server must add up.
-        compare_weights: load the student and compare its log-probs with the server's.
+        compare_weights: load the student, if this process can be expected to, and compare its log-probs with the
+            server's.
 
     Raises:
         UserError: the server cannot be reached, holds another model, or does not take the run's adapters.
@@ -61,7 +62,7 @@ def check_engine(
     _check_served_model(server, name, student, longest)
     prompt = encoder.encode_prompt(Prompt.from_text("A question."))
     group = _try_adapter(server, name, student, encoder, prompt, folder, stages)
-    if compare_weights:
+    if compare_weights and student.shard is None:  # divided weights may not fit this process; the sampler compares too
         gap = log_prob_gap(load_model(student, student.model), prompt, group, encoder.pad)
         if gap > OTHER_MODEL_GAP:
             raise other_model_error(server, name, gap)
