@@ -24,7 +24,7 @@ miniature: setup
 
 # The documentation as a site, in site/; a broken link is an error.
 docs: .venv/installed-docs
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
 .venv/installed-docs: .venv/installed
