@@ -23,7 +23,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from step import (
@@ -104,7 +104,8 @@ def main() -> None:
     try:
         for row in PARTS[options.part](options):
             print(json.dumps(row), flush=True)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError as error:
+        print(f"OutOfMemoryError: {error}", file=sys.stderr)  # torchrun ends with a status of its own
         sys.exit(_NO_MEMORY)
 
 
@@ -179,17 +180,24 @@ def run_part(command: Sequence[str], seconds: float) -> tuple[list[Row], str | N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
         env=os.environ | one_gpu,
     )
     try:
         printed, said = process.communicate(timeout=max(seconds, 0.0))
         problem = describe_end(process.returncode, said)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        end_with_children(process.pid)
         printed, _ = process.communicate()
         problem = f"ended after {seconds:.0f} s, its share of --minutes"
     return [json.loads(line) for line in printed.splitlines() if line.startswith('{"what"')], problem
+
+
+def end_with_children(pid: int) -> None:
+    """End a process and all that it has started; torchrun's workers are in sessions of their own."""
+    process = psutil.Process(pid)
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 def first_gpu() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import gpu
 import pytest
@@ -34,10 +35,16 @@ SAY = f"print('a warning'); print('''{json.dumps(ROW)}''', flush=True);"
         ("raise ValueError('no such shape')", "failed: ValueError: no such shape"),
         ("raise SystemExit(1)", "failed: no message"),
         ("import time; time.sleep(60)", "ended after 1 s, its share of --minutes"),
+        (
+            "import subprocess; subprocess.run(['sleep', '60'], start_new_session=True)",  # as torchrun starts workers
+            "ended after 1 s, its share of --minutes",
+        ),
     ],
 )
 def test_a_part_that_fails_or_takes_too_long_keeps_its_rows_and_is_told(code, said):
+    started = time.monotonic()
     assert gpu.run_part([sys.executable, "-c", SAY + code], 1 if "sleep" in code else 60) == ([ROW], said)
+    assert time.monotonic() - started < 30, "what it has started ends with it"
 
 
 def test_parts_after_the_time_are_left_out():

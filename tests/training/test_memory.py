@@ -6,6 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from saved_bytes import counting_saved_bytes
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from purld import ranks
 from purld.config.load import load_config
@@ -229,13 +232,31 @@ def test_stage_one_computes_layers_again_only_where_a_few_answers_would_not_fit(
     assert fit_fine_tuning(size, 12, need, device=112) == UpdateForm(*expected)
 
 
-def test_stage_one_needs_more_memory_for_longer_answers_and_counts_the_logits_of_all_tokens(random_student):
-    model = load_model(Student(model=str(random_student)), str(random_student))
-    short, long, again = (
-        memory.fine_tuning_need(model, length, half=False)(UpdateForm(2, recompute))
-        for length, recompute in ((100, False), (200, False), (200, True))
+def test_stage_one_needs_what_its_loss_keeps_for_the_backward_pass_and_a_tile_of_logits():
+    config = AutoConfig.for_model(
+        "llama", vocab_size=20_000, hidden_size=64, num_attention_heads=4, intermediate_size=128, num_hidden_layers=3
     )
-    vocabulary = model.config.vocab_size
-    assert (short.logits, long.logits) == (12 * 2 * 100 * vocabulary, 12 * 2 * 200 * vocabulary)
-    assert long.activations == 2 * short.activations > again.activations
-    assert long.weights == sum(p.numel() * 4 for p in model.parameters())
+    model, (rows, length) = AutoModelForCausalLM.from_config(config), (4, 100)
+    need, again, half = (
+        memory.fine_tuning_need(model, length, half)(UpdateForm(rows, recompute))
+        for half, recompute in ((False, False), (False, True), (True, False))
+    )
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
+    ids = torch.randint(20_000, (rows, length))
+    with counting_saved_bytes(*model.parameters()) as kept:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, fused_lm_head=True)
+        assert 0.7 * need.activations <= kept() <= 1.1 * need.activations
+    assert need.logits == 2 * half.logits == 4 * rows * length * 32_768
+    assert again.activations < need.activations
+    assert need.weights == sum(p.nbytes for p in model.parameters())
+    assert memory.fine_tuning_need(model, 10_000, False)(UpdateForm(rows, False)).logits == 4 * 4_096 * 32_768
+
+
+def test_stage_one_counts_its_own_part_of_weights_that_are_divided(random_student, monkeypatch):
+    model = load_model(Student(model=str(random_student)), str(random_student))
+    whole = memory.fine_tuning_need(model, 100, half=False)(UpdateForm(1, False))
+    monkeypatch.setattr(ranks, "local_part", lambda weight: weight.flatten()[: weight.numel() // 2].clone())
+    part = memory.fine_tuning_need(model, 100, half=False)(UpdateForm(1, False))
+    gathered = 4 * DecoderShape.of(model.config).gathered_weights
+    assert part.weights == pytest.approx(whole.weights / 2 + gathered, rel=1e-3)
+    assert part.training == pytest.approx(whole.training / 2, rel=1e-3)

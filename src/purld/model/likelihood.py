@@ -62,7 +62,8 @@ def in_context_scores(
     ]
     bare = [RowGroup(encoder.encode_prompt(group.prompt, direct=True), own) for group, own in zip(groups, rows)]
     with_anchor = group_log_probs(model, anchored, encoder.pad, batch_size)
-    # The anchors in a pass of their own: candidates then run in the update's shapes and get its log-probs to the bit.
+    # The anchors in a pass of their own: where the update takes the same groups together, candidates then run in its
+    # shapes and get its log-probs to the bit.
     without = group_log_probs(model, bare, encoder.pad, batch_size, first_apart=True)
     return [_gain_scores(*pair) for pair in zip(with_anchor, without, strict=True)]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from purld import ranks
 from purld.config.engines import VllmEngine
@@ -33,12 +33,12 @@ from purld.model.memory import (
     largest_micro_batch,
 )
 from purld.model.recompute import can_recompute
-from purld.model.shard import divides_weights
 from purld.training.group_update import GroupUpdate
 from purld.training.rollout import AnchoredPrompt
 
 _CPU_MEMBERS = 8
 _CPU_ANSWERS = 4
+_TRL_TILE = 4_096, 32_768  # tokens and words of the logits that TRL's loss has in memory at once, on a GPU
 
 
 def update_sizes(settings: StageTwoSettings, student: Student, longest_prompt: int) -> UpdateSizes:
@@ -103,15 +103,14 @@ def form_of_fine_tuning(settings: Sft, model: nn.Module, longest: int, half: boo
 
 def fine_tuning_need(model: nn.Module, longest: int, half: bool) -> Callable[[UpdateForm], MemoryNeed]:
     """Return what an update of Stage I keeps in memory, by its form; see `form_of_fine_tuning` for the arguments."""
-    shape = DecoderShape.of(cast(Any, model).config)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape, width = DecoderShape.of(cast(Any, model).config), 2 if half else 4
+    weights, trained = _weight_bytes([*model.parameters()], shape), _trained_weights(model)
 
     def need(form: UpdateForm) -> MemoryNeed:
         sizes = UpdateSizes(prompt=0, answer=longest, members=form.micro_batch, drawn=0)
-        found = estimate_memory(shape, sizes, weights, trained, form.micro_batch, form.recompute, 2 if half else 4)
-        # The loss is the model's own, on the logits of all positions, their float32 copy and its gradient.
-        return replace(found, logits=3 * 4 * form.micro_batch * longest * shape.vocabulary)
+        found = estimate_memory(shape, sizes, weights, trained, form.micro_batch, form.recompute, width)
+        tokens, columns = _TRL_TILE
+        return replace(found, logits=width * min(form.micro_batch * longest, tokens) * columns)
 
     return need
 
@@ -148,19 +147,29 @@ def form_of_update(
         half: whether layers compute in half precision.
     """
     sizes = update_sizes(settings, student, max(len(question.encoded) for question in questions))
-    storages = [ranks.local_part(weight.detach()).untyped_storage() for weight in roles.weights()]
-    shape, weights = DecoderShape.of(roles.policy.config), {part.data_ptr(): part.nbytes() for part in storages}
-    trained = sum(ranks.local_part(p.detach()).numel() for p in roles.policy.parameters() if p.requires_grad)
-    bytes_each = next(roles.policy.parameters()).element_size()
-    in_all = sum(weights.values()) + (shape.gathered_weights * bytes_each if divides_weights(student) else 0)
+    shape, trained = DecoderShape.of(roles.policy.config), _trained_weights(cast(nn.Module, roles.policy))
+    weights = _weight_bytes([*roles.weights()], shape)
 
     def need(form: UpdateForm) -> MemoryNeed:
         width = 2 if half else 4
-        return estimate_memory(shape, sizes, in_all, trained, form.micro_batch, form.recompute, width)
+        return estimate_memory(shape, sizes, weights, trained, form.micro_batch, form.recompute, width)
 
     form = choose_form(settings, sizes, need)
     can = settings.recompute != "auto" or can_recompute(cast(nn.Module, roles.policy))
     return form if can else replace(form, recompute=False)
+
+
+def _weight_bytes(weights: Sequence[Tensor], shape: DecoderShape) -> int:
+    """Return the bytes of weights here: of sharded ones this rank's part, and what it gathers of them at once."""
+    parts = [ranks.local_part(weight.detach()).untyped_storage() for weight in weights]
+    held = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+    divided = [weight.element_size() for weight in weights if ranks.local_part(weight) is not weight]
+    return held + shape.gathered_weights * max(divided, default=0)
+
+
+def _trained_weights(model: nn.Module) -> int:
+    """Return the number of weights that are trained here: of sharded ones this rank's part."""
+    return sum(ranks.local_part(p.detach()).numel() for p in model.parameters() if p.requires_grad)
 
 
 def fits(need: MemoryNeed, device: int | None = None) -> bool:
