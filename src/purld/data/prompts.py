@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,6 +199,8 @@ def _parse_reference(cell: object) -> str | None:
         return None
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         # A table column with missing cells stores whole numbers as floats; the gold answer is 3, not 3.0.
+        if isinstance(cell, float) and not math.isfinite(cell):
+            raise BadRowError("it is not a finite number")
         whole = isinstance(cell, float) and cell.is_integer() and abs(cell) < 2**53
         return str(int(cell) if whole else cell)
     return check_text(cell, "it")

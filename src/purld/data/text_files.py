@@ -37,7 +37,6 @@ def json_array_rows(path: Path) -> Iterator[FileRow]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: is not UTF-8 (byte 0x{data[error.start]:02x}).") from None
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
     position = _skip_space(text, text.find("[") + 1)
     number, line, counted = 0, 1, 0  # entries and lines so far, and up to where lines are counted
     while text[position : position + 1] != "]":
@@ -45,7 +44,7 @@ def json_array_rows(path: Path) -> Iterator[FileRow]:
         line, counted = line + text.count("\n", counted, position), position
         location = f"{path}, entry {number}, line {line}"
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = _DECODER.raw_decode(text, position)
             position = _next_entry(text, position)
         except RecursionError:
             yield FileRow(location, None, "is nested too deeply to be read as JSON")
@@ -114,7 +113,7 @@ def parse_json(data: bytes) -> Any:
     """
     text = _decode(data)
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("is nested too deeply to be read as JSON") from None
     except ValueError as error:
@@ -130,6 +129,18 @@ def _decode(data: bytes) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object; Python's parser would take the last of two equal keys and say nothing."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_each_key_once, parse_constant=_refuse_constant)
 
 
 def _json_row(line: bytes, location: str) -> FileRow:
