@@ -102,7 +102,10 @@ BAD = {
     "not a number": ('{"prompt": "a", "x": NaN}', "NaN is not a JSON number"),
     "a number of 5000 digits": ('{"prompt": "a", "x": ' + "1" * 5000 + "}", "is not valid JSON"),
     "a key twice": ('{"prompt": "a", "prompt": "b"}', r"is not valid JSON \(key 'prompt' occurs twice\)"),
-    "a reference without end": ('{"prompt": "a", "reference": 1e999}', "'reference' cannot be used: it is not a finite"),
+    "a reference without end": (
+        '{"prompt": "a", "reference": 1e999}',
+        "'reference' cannot be used: it is not a finite",
+    ),
     "nested deep": ("[" * 100_000, "nested too deeply"),
     "latin-1": ('{"prompt": "caf\u00e9"}'.encode("latin-1") + b"\n", r"is not UTF-8 \(byte 0xe9 at position 16\)"),
     "no column": ({"text": "a"}, r"there is no column 'prompt' \(its columns: 'text'; see data.columns\)"),

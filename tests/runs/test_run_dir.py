@@ -184,6 +184,13 @@ def test_a_damaged_manifest_is_no_manifest(finished_run, how):
         RunDir(finished_run.path).finished_stages()
 
 
+@pytest.mark.parametrize("text", ["[1]", "{}", "7", '{"finished": {}}', '{"finished": {}, "begun": 3}', "\0" * 100])
+def test_other_json_is_no_manifest(finished_run, text):
+    finished_run.manifest.write_text(text)
+    with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
+        RunDir(finished_run.path).finished_stages()
+
+
 def test_a_stage_that_begins_again_is_not_finished_and_has_no_files(finished_run):
     finished_run.begin("anchors")
     assert finished_run.finished_stages() == {}

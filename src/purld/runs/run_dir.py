@@ -275,14 +275,14 @@ class RunDir:
         return records
 
     def _manifest(self) -> dict[str, dict[str, Any]]:
-        empty: dict[str, dict[str, Any]] = {"finished": {}, "begun": {}, "files": {}}
         if not self.manifest.exists():
-            return empty
+            return {"finished": {}, "begun": {}, "files": {}}
         try:
-            values = read_json(self.manifest)
+            values = dict(read_json(self.manifest))
             intact = "hash" not in values or values.pop("hash") == content_hash(values)
-            manifest: dict[str, dict[str, Any]] = empty | {key: dict(values[key]) for key in empty if key in values}
-        except (UserError, TypeError, ValueError):
+            files = values.get("files", {})  # which older versions did not write
+            manifest = {"finished": dict(values["finished"]), "begun": dict(values["begun"]), "files": dict(files)}
+        except (UserError, KeyError, TypeError, ValueError):
             intact = False
         if not intact:
             raise UserError(f"{self.manifest}: is damaged, so it is not known which stages are finished; {START_OVER}.")
