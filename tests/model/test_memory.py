@@ -57,6 +57,19 @@ def test_what_is_kept_is_what_was_calculated(family, lora, recompute):
     assert 0.65 * prompt <= of_prompt <= 1.1 * prompt  # three layers: what is beside them counts much here
 
 
+def test_in_half_precision_a_copy_of_the_trained_weights_is_kept():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).eval()
+    trained, shape = sum(p.numel() for p in model.parameters()), DecoderShape.of(model.config)
+    with counting_saved_bytes(*model.parameters()) as kept, torch.autocast("cpu", torch.bfloat16):
+        prefix = SharedPrefixes(model, [EncodedPrompt([3, 3])], 0, cut=True)  # whose activations are next to nothing
+        of_prompt = kept()
+    held = sum(tensor.nbytes for layer in prefix._layers for tensor in (layer.keys, layer.values))
+    sizes = UpdateSizes(prompt=2, answer=C, members=K, drawn=0)
+    half, single = (estimate_memory(shape, sizes, 0, trained, K, False, width) for width in (2, 4))
+    copies = half.training - single.training
+    assert 0.8 * copies <= of_prompt - (half.cache - 2 * held) <= 1.1 * copies
+
+
 def test_seven_billion_weights_with_an_adapter():
     """Qwen2.5-7B in bfloat16, LoRA r=16, prompts of 512 and answers of 1,024 tokens, in GiB."""
     shape = DecoderShape(28, 3584, 28 * 128, 4 * 128, 18944, 152064)

@@ -102,7 +102,7 @@ class MemoryNeed:
 
     Attributes:
         weights: all weights, the frozen p_sft included.
-        training: gradients and the optimiser's moments.
+        training: gradients, the optimiser's moments, and the copies of the weights that layers in half precision use.
         cache: the prompt's keys and values and their gradients, and what the prompt's layers keep.
         activations: what a micro-batch's layers keep.
         logits: the logits of the tokens that are in memory at once.
@@ -157,7 +157,7 @@ def estimate_memory(
     per_token = 2 * shape.layers * shape.keys * width
     return MemoryNeed(
         weights=weights,
-        training=12 * trained,
+        training=(12 if width == 4 else 12 + width) * trained,  # autocast's copies stay for the backward pass
         cache=cache + 2 * prompts * per_token,
         activations=activations,
         logits=3 * 4 * min(_CHUNK_TOKENS, tokens) * shape.vocabulary,
