@@ -5,7 +5,8 @@ import torch
 from log_prob_sums import sequence_log_probs
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from purld.model.log_probs import RowGroup, make_prefixes, micro_batches, token_log_probs
+from purld.model import log_probs
+from purld.model.log_probs import RowGroup, make_prefixes, micro_batches, plan_passes, token_log_probs
 from purld.model.vision import EncodedPrompt
 
 LENGTHS = (1, 5, 9, 9, 3)
@@ -85,3 +86,22 @@ def test_closing_logits_equal_the_plain_ones(model, group):
 
 def test_micro_batches_cover_everything_once():
     assert [list(range(10))[rows] for rows in micro_batches(10, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(100, [2, 1, 2]), (4, [2, 1, 2]), (3, [1, 1, 1, 1, 1]), (1, [1] * 5)])
+def test_consecutive_groups_share_a_pass_up_to_its_rows_and_tokens(size, expected, monkeypatch):
+    """The third prompt would pad the others to 300 tokens; without its neighbours it is still a pass of its own."""
+    monkeypatch.setattr(log_probs, "PASS_TOKENS", 250)
+    monkeypatch.setattr(log_probs, "can_join", lambda *_: True)
+    groups = [RowGroup(EncodedPrompt([1] * length), [[1] * 5] * 2) for length in (10, 20, 300, 10, 10)]
+    passes = list(plan_passes(None, groups, 0, size))
+    assert [len(together) for together in passes] == expected
+    assert [group for together in passes for group in together] == groups
+
+
+def test_groups_with_images_and_those_that_may_not_be_joined_take_a_pass_each(monkeypatch):
+    plain = [RowGroup(EncodedPrompt([1, 2]), [[1]])] * 2
+    with_image = RowGroup(EncodedPrompt([1, 2], images=(object(),)), [[1]])
+    for joined, groups, expected in ((True, plain, 1), (False, plain, 2), (True, [*plain, with_image], 3)):
+        monkeypatch.setattr(log_probs, "can_join", lambda *_, joined=joined: joined)
+        assert len(list(plan_passes(None, groups, 0, 100))) == expected
