@@ -1,6 +1,7 @@
 """Models that sharing does not work with are detected, and get the numbers of full sequences."""
 
 import warnings
+from functools import wraps
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def detached_cache(model):
     """Right numbers, wrong gradients."""
     own = model.model.forward
 
+    @wraps(own)
     def forward(*args, **kwargs):
         output = own(*args, **kwargs)
         for layer in output.past_key_values.layers if output.past_key_values else []:
@@ -46,6 +48,7 @@ def restarted_positions(model):
     """Positions of continuations start at 0 again."""
     own = model.model.forward
 
+    @wraps(own)
     def forward(**kwargs):
         return own(**{**kwargs, "position_ids": torch.arange(kwargs["input_ids"].shape[1]).unsqueeze(0)})
 
@@ -56,6 +59,7 @@ def forgetful_cache(model):
     """Only the last tokens of the prompt are kept."""
     own = model.model.forward
 
+    @wraps(own)
     def forward(*args, **kwargs):
         output = own(*args, **kwargs)
         for layer in output.past_key_values.layers if output.past_key_values else []:
@@ -70,6 +74,7 @@ def scaled_outside(model):
     own = model.model.forward
     scale = {}
 
+    @wraps(own)
     def forward(*args, **kwargs):
         output = own(*args, **kwargs)
         scale["by"] = output.last_hidden_state.shape[1]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from purld.model.cache import cache_argument
 from purld.model.causal_lm import BodyOutput, CausalLM, unwrap_adapters
 from purld.model.recompute import PromptCache, recomputed_layers
 
@@ -45,6 +46,7 @@ class BodyAndHead:
         self._body = self._causal.base_model
         self._owner, self._name = _find_owner(self._causal, self._body)
         self._recompute = recompute
+        self._cache_argument = cache_argument(self._body.forward)
 
     def hidden_states(
         self,
@@ -67,7 +69,8 @@ class BodyAndHead:
         if recompute and cache is None:
             cache = PromptCache(self._causal.config)
         with recomputed_layers(self._body) if recompute else contextlib.nullcontext():
-            output: BodyOutput = self._body(input_ids=ids, past_key_values=cache, use_cache=True, **extra_inputs)
+            known = {self._cache_argument: cache}
+            output: BodyOutput = self._body(input_ids=ids, use_cache=True, **known, **extra_inputs)
         return output
 
     @property

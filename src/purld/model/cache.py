@@ -6,7 +6,8 @@ Keys and values are those of transformers' own cache; only their memory is manag
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, cast
 
@@ -15,6 +16,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 _PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """Return the name of the argument by which a model's `forward` takes its cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 class ReadOnlyCache(Cache):

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from purld.errors import NotFiniteError, reason_of
 from purld.model.at_once import AtOnce
 from purld.model.body_and_head import BodyAndHead
-from purld.model.cache import repeat_with_capacity
+from purld.model.cache import cache_argument, repeat_with_capacity
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import Encoder, pad_left
 from purld.model.processor import listed_ends
@@ -271,7 +271,7 @@ def _prefill_cache(
         BodyAndHead(model).repeat_position_shift(copies)
     except (AttributeError, TypeError, ValueError) as error:
         raise _UnusableCacheError(reason_of(error)) from error
-    return {"past_key_values": cache}
+    return {cache_argument(unwrap_adapters(model).forward): cache}
 
 
 def _trial_group(prompts: Sequence[EncodedPrompt], encoder: Encoder) -> tuple[EncodedPrompt, list[list[int]]]:
