@@ -271,7 +271,7 @@ def _prefill_cache(
         BodyAndHead(model).repeat_position_shift(copies)
     except (AttributeError, TypeError, ValueError) as error:
         raise _UnusableCacheError(reason_of(error)) from error
-    return {cache_argument(unwrap_adapters(model).forward): cache}
+    return {cache_argument(unwrap_adapters(model).base_model.forward): cache}
 
 
 def _trial_group(prompts: Sequence[EncodedPrompt], encoder: Encoder) -> tuple[EncodedPrompt, list[list[int]]]:
