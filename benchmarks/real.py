@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from filelock import FileLock
@@ -44,12 +44,12 @@ def main() -> None:
     bench = make_bench(options)
     cells = planned_cells(options, bench)
     if options.list:
-        print("\n".join(describe_cells(cells, finished_cells(bench.rows))))
+        print("\n".join(describe_cells(cells, finished_cells(bench))))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     deadline = time.monotonic() + 60 * options.minutes
     failed = sum(run_cells(bench, part, options.jobs, deadline) for part in by_stage(cells))
-    rows = list(finished_cells(bench.rows).values())
+    rows = list(finished_cells(bench).values())
     if options.tune:
         write_json(bench.chosen, choose_settings(rows))
     print_tables(rows)
@@ -122,7 +122,7 @@ def run_cells(bench: Bench, cells: Sequence[Cell], jobs: int, deadline: float) -
         jobs: cells at a time.
         deadline: no cell starts after it, in seconds of the monotonic clock.
     """
-    done = finished_cells(bench.rows)
+    done = finished_cells(bench)
     left = [cell for cell in cells if cell.id not in done]
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(run_cell, bench, cell, deadline): cell for cell in left}
@@ -131,7 +131,7 @@ def run_cells(bench: Bench, cells: Sequence[Cell], jobs: int, deadline: float) -
             if row is not None:
                 with FileLock(f"{bench.rows}.lock"):  # another process may run other cells of the same folder
                     append_rows(bench.rows, [row])
-    return len([cell for cell in cells if cell.id not in finished_cells(bench.rows)])
+    return len([cell for cell in cells if cell.id not in finished_cells(bench)])
 
 
 def run_cell(bench: Bench, cell: Cell, deadline: float) -> Row | None:
@@ -154,9 +154,16 @@ def say(cell: Cell, words: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {cell.id}: {words}", flush=True)
 
 
-def finished_cells(rows: Path) -> dict[str, Row]:
-    """Return the rows of finished cells by id."""
-    return {row["id"]: row for row in read_rows(rows)} if rows.exists() else {}
+def finished_cells(bench: Bench) -> dict[str, Row]:
+    """Return the rows of finished cells by id.
+
+    Raises:
+        UserError: some are of another size; they are not to be compared with these.
+    """
+    rows = read_rows(bench.rows) if bench.rows.exists() else []
+    if any(row["size"] != asdict(bench.size) for row in rows):
+        raise UserError(f"{bench.rows} holds cells of another size (steps, prompts or samples); give another --out.")
+    return {row["id"]: row for row in rows}
 
 
 def describe_cells(cells: Sequence[Cell], done: Mapping[str, Row]) -> Iterator[str]:
@@ -187,4 +194,7 @@ def _figures(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"benchmarks/real.py: {error}")

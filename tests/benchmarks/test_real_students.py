@@ -1,14 +1,17 @@
 """The comparison on real students: what is trained on, measured and compared, without running any of it."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from real import finished_cells
 from real_students.bench import Bench
 from real_students.figures import draw_figures
 from real_students.page import method_table
 from real_students.plan import CHOSEN, METHODS, SEEDS, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.config.load import load_config
+from purld.errors import UserError
 from purld.runs.files import read_rows, write_rows
 
 SIZE = Size(stage_one=60, stage_two=40, steps=4, measured=30, samples=2)
@@ -94,3 +97,10 @@ def test_the_figures_hold_what_was_measured_and_are_left_out_without_points(tmp_
         "results-real-a-updates.png",
         "results-real-a-auc.png",
     ]
+
+
+def test_cells_of_another_size_are_not_taken_for_these(bench: Bench):
+    write_rows(bench.rows, [{"id": "a", "size": asdict(SIZE)}])
+    assert list(finished_cells(bench)) == ["a"]
+    with pytest.raises(UserError, match="another size"):
+        finished_cells(replace(bench, size=replace(SIZE, steps=5)))
