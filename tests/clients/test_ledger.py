@@ -173,6 +173,19 @@ def test_a_ledger_of_another_version(tmp_path):
         Ledger(tmp_path / "l.sqlite")
 
 
+def test_a_copy_leaves_nothing_that_sqlite_could_not_remove(ledger, tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replace_beside_a_log(partial, path):
+        replace(partial, path)
+        os.close(os.open(f"{partial}-wal", os.O_CREAT))
+
+    monkeypatch.setattr(os, "replace", replace_beside_a_log)
+    (folder := tmp_path / "copies").mkdir()
+    ledger.copy(folder / "copy")
+    assert [file.name for file in folder.iterdir()] == ["copy"]
+
+
 def test_commits_are_synced_in_write_ahead_mode(ledger):
     assert ledger._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     assert ledger._db.execute("PRAGMA synchronous").fetchone()[0] == 2

@@ -291,7 +291,9 @@ class LedgerView:
                 target.execute("PRAGMA journal_mode = DELETE")  # puts the whole copy into one file
             os.replace(partial, path)
         finally:
-            partial.unlink(missing_ok=True)
+            # SQLite ignores it if a file that it keeps beside a database cannot be removed.
+            for beside in ("", "-wal", "-shm", "-journal"):
+                Path(f"{partial}{beside}").unlink(missing_ok=True)
 
     def find_result(self, key: str) -> CallResult | None:
         """Return the result of a request: its answer, or else its last ended call; None if there is none."""
