@@ -235,7 +235,8 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
                 return work()
             except torch.OutOfMemoryError:
                 if with_graph and self._divides_gradients:  # other ranks have added theirs to what is here
-                    raise divided_memory_error(self.state.global_step + 1) from None
+                    remedy = "set align.recompute=always, lower align.micro_batch_size"
+                    raise divided_memory_error("Stage II", self.state.global_step + 1, remedy) from None
             self.model.zero_grad()
             if self._critic is not None:
                 self._critic.zero_grad()

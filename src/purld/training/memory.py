@@ -208,12 +208,12 @@ def use_less_memory(update: GroupUpdate, step: int, with_graph: bool) -> GroupUp
     return smaller
 
 
-def divided_memory_error(step: int) -> UserError:
+def divided_memory_error(stage: str, step: int, remedy: str) -> UserError:
     """Return the error for an update without enough memory in one of the ranks that divide its gradients."""
     return UserError(
-        f"Stage II, step {step}: out of the device's memory, and processes that divide all weights (student.shard) "
-        "cannot begin an update again with less; set align.recompute=always, lower align.micro_batch_size, or start "
-        "more processes. A run that is started again goes on from its last checkpoint."
+        f"{stage}, step {step}: out of the device's memory, and processes that divide all weights (student.shard) "
+        f"cannot begin an update again with less; {remedy}, or start more processes. A run that is started again goes "
+        "on from its last checkpoint."
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from purld.training.checkpoints import (
 )
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
-from purld.training.memory import form_of_fine_tuning
+from purld.training.memory import divided_memory_error, form_of_fine_tuning
 from purld.training.trackers import tracker_arguments
 
 TrainingExample = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
@@ -147,10 +147,24 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
             return loss
 
         with self._own_dropout():
-            loss = self._at_once(add_gradient, math.ceil(len(examples) / ranks.count()))
+            loss = self._at_once(self._begun_again(add_gradient), math.ceil(len(examples) / ranks.count()))
         ranks.sum_gradients(model.parameters())
         self._guard.check_loss(ranks.sum_tensor(loss), self.state)
         return loss
+
+    def _begun_again(self, work: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+        """Return work that may run out of memory and begin again; in ranks that divide gradients it ends the stage."""
+
+        def once(size: int) -> Tensor:
+            try:
+                return work(size)
+            except torch.OutOfMemoryError:  # other ranks have added theirs to what is here
+                raise divided_memory_error(
+                    "Stage I", self.state.global_step + 1, "lower sft.micro_batch_size"
+                ) from None
+
+        divided = any(ranks.local_part(p) is not p for p in self.model.parameters() if p.requires_grad)
+        return once if divided else work
 
     def _own_dropout(self) -> AbstractContextManager[None]:
         """Give a rank random numbers of its own for the step; the state that checkpoints keep is that of all ranks."""
