@@ -43,6 +43,11 @@ def divides_weights(student: Student) -> bool:
     return student.shard is not None and ranks.count() > 1
 
 
+def divides_gradients(student: Student) -> bool:
+    """Return whether gradients are divided too: those of the student's own weights are, an adapter's are whole."""
+    return divides_weights(student) and student.lora is None
+
+
 def load_divided(model: str, dtype: torch.dtype | str) -> Any:
     """Load a model directory or hub id, this rank's shard of each weight; all ranks do so at the same time.
 

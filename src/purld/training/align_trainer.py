@@ -28,7 +28,7 @@ from purld.model.critic import ValueHead, model_hidden_size
 from purld.model.load import Roles
 from purld.model.sample import Decoding, Sampler, seed_from_content
 from purld.model.samplers import make_sampler
-from purld.model.shard import divides_weights
+from purld.model.shard import divides_gradients
 from purld.records import GroupRecord
 from purld.runs.files import append_rows, read_rows, write_rows
 from purld.runs.thumbnails import prompt_fields
@@ -96,7 +96,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         self._questions = questions
         self._settings = settings
         self._run = context.run
-        self._divides_gradients = divides_weights(context.student) and context.student.lora is None
+        self._divides_gradients = divides_gradients(context.student)
         self._metrics = StepMetrics()
         self._method = stage_two_method(settings)
         self._critic = _make_critic(roles.policy) if self._method.critic else None

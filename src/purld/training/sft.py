@@ -29,6 +29,7 @@ from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_model, make_trainable, save_model
 from purld.model.log_probs import micro_batches
 from purld.model.sample import seed_from_content, seeded_torch
+from purld.model.shard import divides_gradients
 from purld.model.vision import EncodedPrompt
 from purld.model.whole_weights import whole_weights
 from purld.records import Anchor, Prompt, content_hash
@@ -94,7 +95,7 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
         data_collator=lambda rows: {"examples": [row["index"] for row in rows]},
         callbacks=[guard, RunCallback(run, "sft", _LOGGED.__contains__, context.progress)],
     )
-    trainer.prepare(train, held_out, encoder.pad, form.micro_batch, guard)
+    trainer.prepare(train, held_out, encoder.pad, form.micro_batch, guard, divides_gradients(student))
     trainer.train_from(checkpoint.path)
     guard.check_weights(trainer.model.named_parameters(), trainer.state)
     guard.check_result(_final_loss(trainer.model, train[:1], encoder.pad), trainer.state)
@@ -119,12 +120,13 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
         pad: int,
         micro_batch_size: int,
         guard: FiniteGuard,
+        divides: bool,
     ) -> None:
         """Take the examples whose indices the trainer shuffles, and what else a step needs."""
         self._train, self._held_out, self._pad = train, held_out, pad
         too_large = "for Stage I, even for one answer at a time; lower student.max_anchor_tokens, or train less"
         self._at_once = AtOnce(micro_batch_size, "Stage I's micro-batches are smaller", f"{too_large} (student.lora)")
-        self._guard = guard
+        self._guard, self._divides_gradients = guard, divides
         self.remove_callback(PrinterCallback)
         # TRL's loss divides by the token count itself. Some image models say they do not take the count, and then
         # every micro-batch would weigh the same, whatever its number of tokens.
@@ -163,8 +165,7 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
                     "Stage I", self.state.global_step + 1, "lower sft.micro_batch_size"
                 ) from None
 
-        divided = any(ranks.local_part(p) is not p for p in self.model.parameters() if p.requires_grad)
-        return once if divided else work
+        return once if self._divides_gradients else work
 
     def _own_dropout(self) -> AbstractContextManager[None]:
         """Give a rank random numbers of its own for the step; the state that checkpoints keep is that of all ranks."""
