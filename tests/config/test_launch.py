@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import purld
+from fake_vllm import FakeVllm
 from network_guard import LOG_VARIABLE
 from rank_processes import assert_only_own_name, free_port
+
+from purld.runs.files import read_rows
+from purld.runs.run_dir import RunDir
 
 LAUNCH = Path(__file__).parents[2] / "configs" / "launch"
 MEASURED = ("groups", "revisited")  # numbers, which may differ by rounding
@@ -90,22 +94,59 @@ def test_torchrun_runs_a_whole_run_and_tells_of_a_mistake_once(tiny_config, envi
     assert_only_own_name(tmp_path / "network.log")
 
 
+@pytest.fixture
+def engine(random_student):
+    """A vLLM server for the student."""
+    server = FakeVllm(random_student)
+    yield server
+    server.close()
+
+
+def run_in_two_processes_and_in_one(overrides, tiny_config, environment, folder, monkeypatch):
+    two, one = RunDir(folder / "two"), RunDir(folder / "one")
+    command = [LAUNCH / "torchrun.sh", tiny_config, "--run-dir", two.path, *overrides]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert purld(monkeypatch, "run", tiny_config, "--run-dir", one.path, *overrides) == 0
+    return two, one
+
+
+def assert_same_answers(two, one):
+    files = sorted(path.name for path in (one.path / "generations").glob("*.jsonl") if path.stem not in MEASURED)
+    assert len(files) == 6  # three models, drawn and greedy
+    for name in files:
+        assert (two.path / "generations" / name).read_bytes() == (one.path / "generations" / name).read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("student", [[], ["student.lora={r: 4}"]], ids=["all weights", "LoRA"])
 def test_a_divided_student_gives_the_answers_of_one_process(student, tiny_config, environment, tmp_path, monkeypatch):
     overrides = ["student.shard=fsdp", *student, "align.steps=2", "align.prompts_per_step=3"]
-    two, one = tmp_path / "two", tmp_path / "one"
-    command = [LAUNCH / "torchrun.sh", tiny_config, "--run-dir", two, *overrides]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert purld(monkeypatch, "run", tiny_config, "--run-dir", one, *overrides) == 0
-    files = sorted(path.name for path in (one / "generations").glob("*.jsonl") if path.stem not in MEASURED)
-    assert len(files) == 6  # three models, drawn and greedy
-    for name in files:
-        assert (two / "generations" / name).read_bytes() == (one / "generations" / name).read_bytes()
+    two, one = run_in_two_processes_and_in_one(overrides, tiny_config, environment, tmp_path, monkeypatch)
+    assert_same_answers(two, one)
     for run in (two, one):
-        assert purld(monkeypatch, "export", run, "--out", run / "exported") == 0
-    exported = [sorted(path.name for path in (run / "exported").iterdir()) for run in (two, one)]
+        assert purld(monkeypatch, "export", run.path, "--out", run.path / "exported") == 0
+    exported = [sorted(path.name for path in (run.path / "exported").iterdir()) for run in (two, one)]
     assert exported[0] == exported[1] and "model.safetensors" in exported[0]
+    assert_only_own_name(tmp_path / "network.log")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_server_draws_the_same_for_a_divided_student(engine, tiny_config, environment, tmp_path, monkeypatch):
+    overrides = [
+        "student.shard=fsdp",
+        "student.lora={r: 4}",
+        f"student.engine={{kind: vllm, base_url: {engine.url}}}",
+        "align.steps=3",
+        "align.prompts_per_step=3",
+        "align.importance_cap=2",
+    ]
+    two, one = run_in_two_processes_and_in_one(overrides, tiny_config, environment, tmp_path, monkeypatch)
+    assert_same_answers(two, one)
+    ours, theirs = (read_rows(run.groups) for run in (two, one))
+    assert [row["candidates"] for row in ours] == [row["candidates"] for row in theirs]
+    for row in (row for run in (two, one) for row in read_rows(run.metrics) if row["stage"] == "align"):
+        assert row["engine_gap_max"] < 1e-4
     assert_only_own_name(tmp_path / "network.log")

@@ -7,7 +7,9 @@ import warnings
 import pytest
 import torch
 from fake_vllm import SPOILED, FakeVllm
+from rank_processes import run_ranks
 
+from purld import ranks
 from purld.config.schema import Lora, Student
 from purld.errors import PlainWarning, UserError
 from purld.model import vllm_server
@@ -64,10 +66,10 @@ def sampler_of(fake, encoder, folder, decoding=SAMPLED, **engine):
 
 
 def moved(model, seed):
-    """Give an adapter weights that matter."""
+    """Give the adapter that is trained weights that matter."""
     torch.manual_seed(seed)
     for name, weight in model.named_parameters():
-        if "lora_B" in name:
+        if "lora_B.default" in name:
             weight.data.normal_(std=0.3)
     return model
 
@@ -148,6 +150,26 @@ def test_trained_models_are_served_from_their_own_files_and_the_base_without(
         assert log_probs[1, 0].item() == pytest.approx(group[1].log_probs[0], abs=1e-4)
     assert len(fake.loaded) == 2 and (run / "sft" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "engine").exists()
+
+
+def test_processes_that_divide_the_weights_draw_what_one_process_draws(fake, stages, encoder, prompts, tmp_path):
+    """Their adapters lie beside the weights, and one of them has a prompt to draw for where the other has none."""
+    student = student_of(fake).model_copy(update={"shard": "fsdp"})
+
+    def draw():
+        policy = moved(load_roles(student, stages[0] / "sft").policy, 2)
+        found = []
+        for some in (prompts, prompts[:1]):
+            mine = some[ranks.my_share(len(some))]
+            found += sampler_of(fake, encoder, tmp_path)(policy, mine, 2, [5] * len(mine))
+        ranks.barrier()
+        return ranks.count(), found
+
+    count, (both, other, again) = draw()
+    adapter = fake.drawn[-1]["model"]
+    assert count == 1 and adapter.startswith("purld-")
+    assert run_ranks(draw) == [(2, [both]), (2, [other, again])]
+    assert {body["model"] for body in fake.drawn} == {adapter}
 
 
 def test_decoding_is_the_runs_own_whatever_the_server_would_take_from_the_model(fake, base, encoder, prompts, tmp_path):
