@@ -17,6 +17,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "Anchor-GRPO": {"method": "anchor_grpo"},
     "SFT→SFT": {"method": "sft_sft"},
     "LDL-GRPO, the anchor in the group": {"method": "ldl_grpo", "anchor_in_group": True},
+    "LDL-GRPO, equal scores skipped": {"method": "ldl_grpo", "skip_equal_scores": True},
     "self-distillation": {"method": "self_distillation", "candidates": 8},
     "AnchorRank-DPO": {"method": "anchorrank_dpo"},
     "SinglePair-DPO": {"method": "singlepair_dpo"},

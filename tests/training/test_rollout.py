@@ -67,6 +67,20 @@ def test_the_anchor_joins_the_group_with_the_label_of_its_own_score(roles, encod
     assert torch.equal(rollout.signal.log_distribution, labels.log_distribution)
 
 
+@pytest.mark.parametrize(
+    ("joins", "scores", "used"),
+    [(False, [1.0, 1.0, 1.0], False), (False, [1.0, 0.0, 1.0], True), (True, [0.0, 0.0, 0.0], True)],
+)
+def test_a_group_of_equal_scores_is_left_out_where_the_settings_say_so(joins, scores, used, roles, encoder):
+    def score(groups):
+        return [GroupScores(1.0, scores) for _ in groups]
+
+    settings = LdlGrpo(candidates=3, anchor_in_group=joins, skip_equal_scores=True)
+    assert make_rollout("ldl_grpo", settings, roles, encoder, score).usable is used
+    kept = settings.model_copy(update={"skip_equal_scores": False})
+    assert make_rollout("ldl_grpo", kept, roles, encoder, score).usable
+
+
 def scorer_of(settings, roles, encoder):
     context = ScorerContext(encoder, roles, settings, True, contextlib.nullcontext)
     return SCORERS[settings.score].make(context)

@@ -184,6 +184,8 @@ class LdlGrpo(GroupSettings, SelfScoringSettings, RepeatingSettings):
     margin_scale: Literal["auto", "literal", "calibrated"] = "auto"
     beta: NonNegative = 0.01  # weight of KL(p || p_sft), as in every method that has one
     anchor_in_group: bool = False  # the anchor is a member beside the K candidates, with the label of its own score
+    # Leave out a group whose scores are all equal: its labels are uniform, which holds the policy at p_sft there.
+    skip_equal_scores: bool = False
 
     @property
     def anchor_joins(self) -> bool:

@@ -95,6 +95,8 @@ def _pu_labels(evidence: GroupEvidence, settings: Any) -> PuLabels | None:
     scores = evidence.scores
     if settings.anchor_joins:
         scores = torch.cat([scores.new_tensor([evidence.anchor_score]), scores])
+    if settings.skip_equal_scores and bool((scores == scores[0]).all()):
+        return None
     return pu_labels(scores, evidence.anchor_score, settings.gamma, settings.tau, evidence.margin_scale)
 
 

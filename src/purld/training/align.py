@@ -13,7 +13,7 @@ from typing import Any
 
 from purld import ranks
 from purld.clients.base import Client
-from purld.config.methods import SelfScoringSettings, StageTwoSettings
+from purld.config.methods import AnchorRankDpo, SelfScoringSettings, StageTwoSettings
 from purld.errors import UserError
 from purld.methods.label_limits import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
@@ -150,7 +150,8 @@ def _validated(rows: Sequence[dict[str, Any]], validation: ValidationSet, kept_s
 
 def _no_signal(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> str:
     if any("score" in row for row in rows):
-        return "Stage II: no two candidates of a prompt ever had scores that differ enough; lower align.margin."
+        remedy = "lower align.margin" if isinstance(settings, AnchorRankDpo) else "use another align.score"
+        return f"Stage II: no two candidates of a prompt ever had scores that differ enough; {remedy}."
     if isinstance(settings, SelfScoringSettings):
         return "Stage II: the evaluator never gave a score; use align.score=expected with this student."
     return "Stage II: the teacher never answered with a score between 0 and 1; purld ledger shows what it said."
