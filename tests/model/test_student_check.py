@@ -105,6 +105,10 @@ BROKEN = {
         r"pytorch_model\.bin is truncated",
     ),
     "no tokenizer": (lambda f: [file.unlink() for file in f.glob("tokenizer*")], "holds no tokenizer"),
+    "neither tokenizer nor template": (
+        lambda f: [file.unlink() for file in (*f.glob("tokenizer*"), f / "chat_template.jinja")],
+        "holds no tokenizer",
+    ),
     "a broken tokenizer": (lambda f: cut(f / "tokenizer.json"), "cannot be loaded"),
     "more tokens than embeddings": (add_token, r"1 beyond them, such as <\|user\|>"),
     "code of its own": (needs_code, "Python code of its own, which purld never runs"),

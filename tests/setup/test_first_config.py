@@ -1,6 +1,8 @@
 """`purld init`: what it asks, finds and writes; and what it writes passes `purld check`."""
 
+import dataclasses
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -136,6 +138,39 @@ def test_what_is_written_says_what_the_data_are_and_passes_the_check(
     assert len([line for line in first.text.splitlines() if line.strip() and not line.strip().startswith("#")]) < 35
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "where"), [("a.jsonl", alpaca, "a.jsonl"), ("wp.jsonl", word_problems, "the column 'response'")]
+)
+def test_the_answers_in_the_file_are_said_to_be_where_they_are(
+    name, content, where, random_student, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(content())
+    told = []
+    prepare_config(Wishes(str(random_student), name, "data"), Path("run.yaml"), say=told.append)
+    assert told[-1] == f"teacher: the answers in {where}"
+
+
+def test_answers_that_are_trained_on_are_not_called_gold_that_only_the_evaluation_reads(
+    random_student, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("gsm.jsonl").write_text(worked("The answer is"))
+    for teacher, words in (("data", "gold where held out"), ("http://127.0.0.1:9/v1", "only the evaluation reads")):
+        wishes = Wishes(str(random_student), "gsm.jsonl", teacher, teacher_model="t")
+        assert words in prepare_config(wishes, Path("run.yaml")).text
+
+
+def test_a_model_without_tokenizer_is_not_asked_for_a_chat_template(random_student, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(random_student / name, tmp_path / "bare")
+    Path("pool.txt").write_text(texts())
+    with pytest.raises(UserError, match="bare holds no tokenizer that can read"):
+        prepare_config(Wishes("bare", "pool.txt", **ENDPOINT), Path("run.yaml"))
+
+
 def test_the_command_writes_shows_the_plan_and_overwrites_nothing(random_student, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MY_KEY", KEY)
@@ -251,6 +286,9 @@ def test_the_comments_give_the_figures_of_the_plan(random_student, tmp_path, mon
     # 30 prompts, of which 24 are trained on and 21.6 of these in Stage I, or 6 batches of 4 a pass.
     assert "# about 24 updates of 4 answers" in first.text
     assert "# of 2 prompts: about 4.0 passes over the prompts" in first.text
+    wishes = dataclasses.replace(wishes, overrides=["align.prompts_per_step=50"])
+    # A step has no more prompts than there are: 25 steps are 25 passes over 24 prompts.
+    assert "about 25.0 passes over the prompts" in prepare_config(wishes, Path("run.yaml")).text
 
 
 @pytest.mark.parametrize(

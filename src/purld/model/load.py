@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from purld.config.schema import Student
 from purld.errors import UserError, reason_of
@@ -36,7 +36,7 @@ from purld.model.adapters import (
 from purld.model.causal_lm import AdaptedCausalLM, CausalLM, has_adapters, unwrap_adapters
 from purld.model.chat_template import ChatSettings
 from purld.model.directory import check_model_directory
-from purld.model.encode import Encoder
+from purld.model.encode import Encoder, tokenizer_of
 from purld.model.pretrained import load_part
 from purld.model.processor import listed_ends, read_end_tokens, read_processor, reads_images, save_processor
 from purld.model.quantize import is_quantized, quantizing_options
@@ -102,17 +102,34 @@ class Roles:
                     yield self.policy
 
 
+def load_processor(model: str) -> PreTrainedTokenizerBase | ProcessorMixin:
+    """Load the tokenizer of a student, or its processor if it reads images.
+
+    Raises:
+        UserError: there is none that can be loaded, or it knows no words, as one that is made without its files.
+    """
+    check_model_directory(model)
+    try:
+        processor = read_processor(model)
+        tokenizer = tokenizer_of(processor)
+        known = set(tokenizer.encode("A question.", add_special_tokens=False)) - {tokenizer.unk_token_id}
+    except Exception as error:  # a damaged tokenizer may raise anything
+        raise _load_error(model, error) from None
+    if not known:
+        raise UserError(
+            f"student.model: {model} holds no tokenizer that can read; copy the files of the model's own tokenizer "
+            "(tokenizer.json, tokenizer_config.json) there."
+        )
+    return processor
+
+
 def load_encoder(student: Student) -> Encoder:
     """Load the student's tokenizer, or its processor if it reads images, with the conventions of a run.
 
     Raises:
         UserError: there is none, or its chat template is missing or cannot be used.
     """
-    check_model_directory(student.model)
-    try:
-        processor = read_processor(student.model)
-    except Exception as error:  # a damaged tokenizer may raise anything
-        raise _load_error(student.model, error) from None
+    processor = load_processor(student.model)
     chat = ChatSettings(
         student.chat_template, student.chat_template_kwargs, student.thinking, student.system_turn == "fold"
     )

@@ -85,17 +85,18 @@ def prepare_config(wishes: Wishes, path: Path, ask: Ask | None = None, say: Say 
     file = survey_file(Path(data), draft.get("data.format") or "auto", draft.get("data.columns.prompt"))
     say(f"{data}: {file.title}; columns {', '.join(file.columns)}")
     answers = draft.get("teacher.columns.answer") or file.answer
+    own = _describe_answers(answers, data, file)
     kind, address = interview.answer(
         wishes.teacher,
         "--teacher",
-        _teacher_question(answers),
+        _teacher_question(own),
         lambda text: clean_teacher(text, data, answers),
         default=OWN_ANSWERS if answers else None,
     )
     survey = _put_data(draft, data, file, kind == "same file", say)
     prompts = survey.loaded.prompts
     put_teacher(draft, kind, TeacherContext(address, file, prompts, wishes, interview))
-    say(f"teacher: {'the answers in the column ' + repr(answers) if kind == 'same file' else address}")
+    say(f"teacher: {own if kind == 'same file' else address}")
     _put_training(draft, len(prompts))
     _put_lengths(draft, student, data, prompts)
     return _finish(draft, path)
@@ -110,6 +111,7 @@ def _put_student(draft: Draft, wishes: Wishes, interview: Interview, say: Say) -
     if survey.quantized or survey.parameters is None or survey.parameters > _SMALL_MODEL:
         draft.put("student.lora", {"r": 16}, "an adapter is trained; without this key all weights are")
     if not survey.has_template and draft.get("student.chat_template") is None:
+        _check_tokenizer(model)
         template = interview.answer(
             None,
             "student.chat_template=FILE",
@@ -120,8 +122,26 @@ def _put_student(draft: Draft, wishes: Wishes, interview: Interview, say: Say) -
     return survey
 
 
+def _check_tokenizer(model: str) -> None:
+    """Check that a model without a chat template has a tokenizer: without one it is no template that is missing.
+
+    Raises:
+        UserError: it has none that reads.
+    """
+    from purld.model.load import load_processor
+
+    load_processor(model)
+
+
+def _describe_answers(answers: str | None, data: str, file: FileSurvey) -> str | None:
+    """Say where the file of prompts has answers, if it does: in a column, or where its format has them."""
+    if answers is None:
+        return None
+    return f"the answers in the column {answers!r}" if answers in file.columns else f"the answers in {data}"
+
+
 def _teacher_question(answers: str | None) -> str:
-    own = f"{OWN_ANSWERS!r} for the answers in the column {answers!r}, " if answers else ""
+    own = f"{OWN_ANSWERS!r} for {answers}, " if answers else ""
     return f"Teacher ({own}a file of answers, an endpoint's address such as https://host/v1, or a model directory)"
 
 
@@ -138,7 +158,8 @@ def _put_data(draft: Draft, data: str, file: FileSurvey, own_answers: bool, say:
     say(f"{data}: {loaded.rows:,} rows, {len(loaded.prompts):,} distinct prompts")
     draft.put("data.prompts", data, f"{loaded.format}; {len(loaded.prompts):,} distinct prompts")
     written = {key: column for key, column in columns.items() if column != getattr(Columns(), key, None)}
-    draft.replace("data.columns", written, _describe_columns(written))
+    trained_on = file.answer if own_answers else None
+    draft.replace("data.columns", written, _describe_columns(written, trained_on))
     if loaded.skipped:
         say(f"{data}: {loaded.skipped:,} rows cannot be used and are left out, first: {loaded.first_skipped}")
         draft.put("data.bad_rows", "skip", f"{loaded.skipped:,} rows cannot be used; without this key the run stops")
@@ -159,8 +180,12 @@ def _survey(draft: Draft, data: str, columns: Mapping[str, str]) -> DataSurvey:
     return survey_data(Path(data), Columns(**known), name, draft.get("data.image_folder"))
 
 
-def _describe_columns(columns: Mapping[str, str]) -> str:
-    return "; ".join(f"{column}: {_COLUMN_COMMENTS[key]}" for key, column in columns.items() if key in _COLUMN_COMMENTS)
+def _describe_columns(columns: Mapping[str, str], trained_on: str | None) -> str:
+    """Say what columns hold; gold may be the answers that are trained on, of which the evaluation reads the others."""
+    comments = _COLUMN_COMMENTS
+    if columns.get("reference") == trained_on:
+        comments = comments | {"reference": "the teacher's answers, and gold where held out"}
+    return "; ".join(f"{column}: {comments[key]}" for key, column in columns.items() if key in comments)
 
 
 def _gold_column(file: FileSurvey, own_answers: bool) -> str | None:
@@ -217,7 +242,7 @@ def _put_training(draft: Draft, prompts: int) -> None:
     if hasattr(align, "candidates"):
         draft.put("align.candidates", 8, "drawn for each prompt of a step")
     steps = min(_MOST_STEPS, max(_LEAST_STEPS, math.ceil(_PASSES * trained_on / align.prompts_per_step)))
-    passes = steps * align.prompts_per_step / trained_on
+    passes = align.groups_drawn(trained_on, steps) / trained_on
     draft.put("align.steps", steps, f"of {align.prompts_per_step} prompts: about {passes:.1f} passes over the prompts")
     draft.sort("align", ("method", "candidates", "steps"))
 
