@@ -103,14 +103,14 @@ def test_groups_of_a_pool_are_counted_as_the_trainer_draws_them(values, prompts,
         ({"teacher": {"path": "x"}}, "key teacher.kind is missing"),
         (
             {"teacher": {"kind": "openai", "base_url": "http://t/v1", "model": "m", "max_image_side": 8}},
-            "teacher.max_image_side: Input should be greater than or equal to 32",
+            "teacher.max_image_side must be greater than or equal to 32",
         ),
         ({"teacher": {"kind": "file", "path": "x", "colums": {}}}, "unknown key teacher.colums; did you mean columns?"),
-        ({"align": {"tau": -1}}, "align.tau: Input should be greater than 0 (found -1)"),
+        ({"align": {"tau": -1}}, "align.tau must be greater than 0 (found -1)"),
         ({"align": {"candidates": 1}}, "align.candidates"),
         ({"align": {"method": "ppo2"}}, "align.method is 'ppo2'"),
         ({"align": {"q": "prob"}}, "align.q"),
-        ({"align": {"method": "anchorrank_dpo", "beta": 0}}, "align.beta: Input should be greater than 0"),
+        ({"align": {"method": "anchorrank_dpo", "beta": 0}}, "align.beta must be greater than 0"),
         ({"align": {"method": "anchor_grpo", "clip": 1.0}}, "align.clip"),
         (
             {"align": {"method": "anchor_grpo", "updates_per_rollout": 4}},
@@ -129,7 +129,13 @@ def test_groups_of_a_pool_are_counted_as_the_trainer_draws_them(values, prompts,
         ({"data": {"task": "poetry", "path": "d"}}, "data.task is 'poetry'; it can be writingprompts_cw"),
         ({"data": {"task": "aokvqa_mc", "path": "d", "eval_prompts": "e"}}, "eval_prompts and columns go with prompts"),
         ({"data": {"prompts": "p", "sft_fraction": 1.0}}, "data.sft_fraction"),
-        ({"seed": "one"}, "seed"),
+        ({"seed": "one"}, "seed must be a whole number (found 'one')"),
+        (
+            {"align": {"micro_batch_size": "most"}},
+            "align.micro_batch_size must be a whole number or auto (found 'most').",
+        ),
+        ({"align": {"steps": 2.5}}, "align.steps must be a whole number (found 2.5)"),
+        ({"align": {"learning_rate": "1e-4x"}}, "align.learning_rate must be a number (found '1e-4x')"),
         ({"evaluate": {"opponent": {"kind": "teacher"}}}, "go together"),
         ({"student": None}, "student"),
         ({"anchors": {"thinking": "keep"}}, "so student.thinking must be keep as well"),
@@ -142,6 +148,11 @@ def test_what_is_wrong_is_named_in_one_sentence(sections, sentence):
     assert str(error.value).startswith("run.yaml: ")
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_name_of_one_of_the_models_chat_templates_stays_a_name():
+    named = parse_config(with_values(student={"model": "m", "chat_template": "tool_use"}), "run.yaml")
+    assert named.student.chat_template == "tool_use"
 
 
 def test_a_chat_template_is_read_from_its_file_once(tmp_path):

@@ -62,6 +62,19 @@ def test_a_template_that_cannot_be_used_is_one_sentence(fresh, template, reason)
         make(fresh, template)
 
 
+def test_one_of_several_templates_of_a_model_is_named(fresh):
+    fresh.chat_template = {"tool_use": CHATML.replace("|im_start|", "|im_start|>tool<|im_start|"), "plain": CHATML}
+    with pytest.raises(
+        UserError, match=r"several chat templates \(tool_use, plain\) and none is the default; name the"
+    ):
+        make(fresh, None)
+    with pytest.raises(UserError, match=r"chat_template: chatml is neither a file nor .*; .* has tool_use, plain\."):
+        make(fresh, "chatml")
+    encoder = make(fresh, "plain")
+    assert shown(encoder) == OPENING
+    assert Encoder(encoder.tokenizer, 64).encode_prompt(PROMPT) == encoder.encode_prompt(PROMPT)  # it is saved
+
+
 def test_a_template_without_an_end_is_stopped(monkeypatch):
     monkeypatch.setattr("purld.model.template_trial._WALL_SECONDS", 1)
     loop, begun = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2, time.monotonic()

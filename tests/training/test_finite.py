@@ -94,5 +94,5 @@ def test_tokens_are_not_drawn_from_what_is_no_distribution(temperature, random_s
 
 
 def test_a_rate_that_is_no_number_is_refused(tiny_config):
-    with pytest.raises(UserError, match=r"sft\.learning_rate: Input should be a finite number"):
+    with pytest.raises(UserError, match=r"sft\.learning_rate must be a finite number"):
         load_config(tiny_config, ["sft.learning_rate=.inf"])

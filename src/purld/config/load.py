@@ -6,14 +6,16 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from purld.config.base import section_tags, union_sections
 from purld.config.read_yaml import parse_yaml, read_yaml
-from purld.config.schema import Config
+from purld.config.schema import TEMPLATE_NAME, Config
 from purld.errors import UserError
 
 
@@ -49,7 +51,8 @@ def parse_config(values: dict[str, Any], source: str) -> Config:
 def _with_template_text(config: Config) -> Config:
     """Return the configuration with the text of the chat template in place of its file's name.
 
-    A run then keeps the template that it began with, whatever becomes of the file.
+    A word that names no file is the name of one of the model's own templates, and stays. With the text a run keeps the
+    template that it began with, whatever becomes of the file.
 
     Raises:
         UserError: the file cannot be read.
@@ -57,6 +60,8 @@ def _with_template_text(config: Config) -> Config:
     named = config.student.chat_template
     if named is None or "{{" in named or "{%" in named:
         return config
+    if TEMPLATE_NAME.fullmatch(named) and not Path(named).exists():
+        return config  # one of the model's own
     try:
         text = Path(named).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -99,11 +104,14 @@ def _number(value: Any) -> Any:
 def _explain(error: ValidationError) -> str:
     """Put the first problem of a failed validation into one sentence."""
     # A misspelt key is also a missing one; report the spelling.
-    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    problems = error.errors()
+    problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
     # Pydantic puts the tag of a union into the path ("teacher.openai.model"), which users never wrote.
     where, model = _locate(problem["loc"])
     key = ".".join(where)
-    more = f" ({error.error_count() - 1} more problem(s) after this one)" if error.error_count() > 1 else ""
+    places = [_locate(found["loc"])[0] for found in problems]
+    others = len(set(map(tuple, places))) - 1
+    more = f" ({others} more problem(s) after this one)" if others else ""
     match problem["type"]:
         case "extra_forbidden":
             known = list(model.model_fields) if model else []
@@ -125,17 +133,33 @@ def _explain(error: ValidationError) -> str:
         case "list_type":
             return f"{key} is a list{_found(problem['input'])}; write {key}=[{problem['input']}].{more}"
         case _:
-            message = problem["msg"].removeprefix("Value error, ")
-            prefix = f"{key}: " if key else ""
-            value = problem["input"]
-            secret = problem["type"] == "secret_in_url"
-            return f"{prefix}{message}{'' if secret else _found(value)}.{more}"
+            here = [found for found, place in zip(problems, places) if place == where]
+            words = [found["ctx"]["expected"] for found in here if found["type"] == "literal_error"]
+            return f"{_describe_value(key, problem, words)}.{more}"
+
+
+def _describe_value(key: str, problem: ErrorDetails, words: Sequence[str]) -> str:
+    """Say what a key's value must be: of a type, or one of `words`, or what its check says."""
+    message = problem["msg"].removeprefix("Value error, ")
+    if wanted := _PLAIN_TYPES.get(problem["type"].removesuffix("_parsing").removesuffix("_type")):
+        message = " or ".join([f"Input should be {wanted}", *(word.strip("'") for word in words)])
+    found = "" if problem["type"] == "secret_in_url" else _found(problem["input"])
+    if key and message.startswith("Input should be "):
+        return f"{key} must be {message.removeprefix('Input should be ')}{found}"
+    return f"{key}: {message}{found}" if key else f"{message}{found}"
 
 
 def _found(value: Any) -> str:
     return f" (found {repr(value)[:80]})" if isinstance(value, str | int | float) else ""
 
 
+_PLAIN_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "int_from_float": "a whole number",
+    "bool": "true or false",
+    "string": "a text",
+}
 _SHORT_FORMS = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32", "float": "float32"}
 
 
@@ -177,14 +201,18 @@ def _locate(location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]
     model: type[BaseModel] | None = Config
     holder: type[BaseModel] | None = Config
     choices: dict[str, type[BaseModel]] = {}
+    annotation: Any = None
     for part in map(str, location):
         if part in choices:
             model, choices = choices[part], {}
             continue
+        if model is None and get_origin(annotation) in (Union, UnionType):
+            continue  # which of the types that the last key may have
         holder = model
         written.append(part)
         field = model.model_fields.get(part) if model else None
-        models = union_sections(field.annotation) if field else []
+        annotation = field.annotation if field else None
+        models = union_sections(annotation)
         model = models[0] if len(models) == 1 else None
         choices = {tag: m for m in models for tag in section_tags(m)} if len(models) > 1 else {}
     return written, holder

@@ -7,6 +7,7 @@ never part of a configuration: a key is named by the environment variable or the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -34,6 +35,9 @@ from purld.config.clients import AnchorPolicy, AnswerFile, Judge, Opponent, Teac
 from purld.config.engines import Engine, GenerateEngine, VllmEngine
 from purld.config.methods import Align, LdlGrpo, TeacherJudgeGrpo
 
+# How one of a model's own chat templates is named: a word, which no template and hardly a file is.
+TEMPLATE_NAME = re.compile(r"[\w-]+")
+
 
 class Lora(Section):
     """A low-rank adapter, trained in place of all weights."""
@@ -54,7 +58,8 @@ class Student(Section):
     # fsdp: several processes divide the weights, their gradients and the optimiser's state, each holding a share.
     shard: Literal["fsdp"] | None = None
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: as saved with LoRA on a GPU, else float32
-    chat_template: str | None = None  # a file, or the template itself; null: the model's own
+    # A file, the template itself, or the name of one of several that the model has; null: the model's own.
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)  # values of the template's variables
     # strip: the student answers without thinking; keep: it thinks as its template says, and is trained to; fail: a
     # template that begins the thinking is refused. Only answers are scored, judged and checked, never thoughts.

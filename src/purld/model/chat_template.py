@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from purld.config.schema import TEMPLATE_NAME
 from purld.errors import UserError, reason_of
 from purld.model.template_trial import TemplateTrial, try_template
 from purld.records import IMAGE, Message
@@ -46,7 +47,7 @@ class ChatSettings:
     """How a model is talked to.
 
     Attributes:
-        template: the chat template; None for the model's own.
+        template: the chat template, or the name of one of several that the model has; None for the model's own.
         variables: values of the template's variables.
         thinking: `strip` turns thinking off, by a switch of the template or by closing the block that it opens; `keep`
             leaves both as they are; `fail` refuses a template that opens a block.
@@ -84,7 +85,7 @@ class ChatTemplate:
         self._name = tokenizer.name_or_path
         self._owner = "student.chat_template" if settings.template is not None else f"{self._name}: the chat template"
         self._fold_system = settings.fold_system
-        own = settings.template if settings.template is not None else _own_template(processor, self._name)
+        own = _chosen_template(processor, settings.template, self._name)
         variables, trial = self._try_with_variables(own, settings)
         template = _with_variables(own, variables)
         prompt, chat = trial.rendered[0] or "", trial.rendered[1] or ""
@@ -208,6 +209,26 @@ def _cached_trial(template: str, chats: str) -> TemplateTrial:
     return try_template(template, json.loads(chats))
 
 
+def _chosen_template(processor: PreTrainedTokenizerBase | ProcessorMixin, given: str | None, name: str) -> str:
+    """Return the text of the given template, of the one of a processor's that it names, or of its default.
+
+    Raises:
+        UserError: the processor has none of that name, or none at all.
+    """
+    if given is None:
+        return _own_template(processor, name)
+    if not TEMPLATE_NAME.fullmatch(given):
+        return given
+    templates = processor.chat_template if isinstance(processor.chat_template, dict) else {}
+    if given not in templates:
+        known = f"has {', '.join(templates)}" if templates else "has none with names"
+        raise UserError(
+            f"student.chat_template: {given} is neither a file nor the name of one of the model's templates; {name} "
+            f"{known}."
+        )
+    return str(templates[given])
+
+
 def _own_template(processor: PreTrainedTokenizerBase | ProcessorMixin, name: str) -> str:
     """Return the default among a processor's chat templates.
 
@@ -218,7 +239,7 @@ def _own_template(processor: PreTrainedTokenizerBase | ProcessorMixin, name: str
     if isinstance(templates, dict):
         if "default" not in templates:
             raise UserError(
-                f"{name}: the model has several chat templates ({', '.join(templates)}) and none is the default; give "
+                f"{name}: the model has several chat templates ({', '.join(templates)}) and none is the default; name "
                 "the one to use by student.chat_template."
             )
         templates = templates["default"]
