@@ -3,6 +3,7 @@
     python benchmarks/step.py --quick            a slice of two minutes
     python benchmarks/step.py --output step.json the whole grid
     python benchmarks/step.py --model DIR        the shape of a model directory, with random weights
+    python benchmarks/step.py --parts phases     without TRL, whose step needs 12 GiB for 0.1 billion weights
     python benchmarks/step.py --device cuda --dtype bfloat16 --shape 1.5b --lora
 
 The model has random weights and the prompts are random words; the timings do not depend on them. TRL's GRPOTrainer and
@@ -476,17 +477,19 @@ def update_rate(shape: Shape, cell: Cell, seconds: float, lora: bool) -> float:
     return (body + head) / seconds
 
 
-def measure_cell(shape: Shape, cell: Cell, options: argparse.Namespace, repeats: int, whole: bool) -> dict[str, Any]:
-    """Measure all figures of a cell; without `whole` leave out TRL and memory."""
-    bench = Bench.for_text(shape, cell, options)
+def measure_cell(shape: Shape, cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the parts of a cell that `options` name; the others are None."""
     row: dict[str, Any] = {"prompt": cell.prompt, "completion": cell.completion, "candidates": cell.candidates}
-    row["phases"] = time_phases(bench, repeats)
-    shared = statistics.median(row["phases"]["update"]["shared"])
-    row["update_flops_per_second"] = update_rate(shape, cell, shared, options.lora)
-    row["update_completion_tokens_per_second"] = cell.candidates * cell.completion / shared
-    row["step"] = steps_against_trl(bench, repeats) if whole else None
-    del bench
-    row["peak_bytes"] = measure_peaks(cell, options) if whole else None
+    row |= dict.fromkeys(PARTS)
+    if "phases" in options.parts:
+        row["phases"] = time_phases(Bench.for_text(shape, cell, options), options.repeats)
+        shared = statistics.median(row["phases"]["update"]["shared"])
+        row["update_flops_per_second"] = update_rate(shape, cell, shared, options.lora)
+        row["update_completion_tokens_per_second"] = cell.candidates * cell.completion / shared
+    if "step" in options.parts:
+        row["step"] = steps_against_trl(Bench.for_text(shape, cell, options), options.repeats)
+    if "peak_bytes" in options.parts:
+        row["peak_bytes"] = measure_peaks(cell, options)
     return row
 
 
@@ -501,19 +504,25 @@ def format_row(row: dict[str, Any]) -> str:
     """Format a row of the table."""
     cells = [f"{row['prompt']}/{row['completion']}/{row['candidates']}"]
     for phase in ("sample", "score", "update"):
-        times = row["phases"][phase]
-        seconds = " / ".join(f"{statistics.median(times[form]):.3g}" for form in ("plain", "shared"))
-        cells.append(f"{seconds} s = {format_ratio(times['plain'], times['shared'])}")
-    if row["step"]:
-        times = row["step"]
-        seconds = " / ".join(f"{statistics.median(times[side]):.3g}" for side in ("trl", "purld"))
-        cells.append(f"{seconds} s = {format_ratio(times['trl'], times['purld'])}")
+        cells.append(format_times(row["phases"] and row["phases"][phase], "plain", "shared"))
+    cells.append(format_times(row["step"], "trl", "purld"))
     if row["peak_bytes"]:
         plain, shared = (row["peak_bytes"][form] / 2**20 for form in ("plain", "shared"))
         cells.append(f"{plain:.0f} / {shared:.0f} MiB = {plain / shared:.2f}")
+    else:
+        cells.append("")
     return "| " + " | ".join(cells) + " |"
 
 
+def format_times(times: dict[str, list[float]] | None, slow: str, fast: str) -> str:
+    """Format the medians of two sides and their ratio; empty for a part that was not measured."""
+    if times is None:
+        return ""
+    seconds = " / ".join(f"{statistics.median(times[side]):.3g}" for side in (slow, fast))
+    return f"{seconds} s = {format_ratio(times[slow], times[fast])}"
+
+
+PARTS = ("phases", "step", "peak_bytes")
 HEADER = """| P/C/K | sample plain / shared | score plain / shared | update plain / shared | step TRL / purld | peak |
 |---|---|---|---|---|---|"""
 
@@ -565,7 +574,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--candidates", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--completion", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--phases-only", action="store_true", help="leave out TRL and memory")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="step: against TRL's")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -587,9 +596,7 @@ def main() -> None:
         print(peak_of_update(shape, cell, options.peak, options))
         return
     print(HEADER, flush=True)
-    rows = (
-        measure_cell(shape, cell, options, options.repeats, not options.phases_only) for cell in grid_cells(options)
-    )
+    rows = (measure_cell(shape, cell, options) for cell in grid_cells(options))
     write_report(rows, format_row, shape, options)
 
 
