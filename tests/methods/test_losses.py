@@ -86,6 +86,16 @@ def test_gradient_of_the_divergence_is_q_minus_d(form, data):
     assert torch.allclose(coefficients, expected.unsqueeze(1) * mask, atol=1e-9, rtol=1e-6)
 
 
+@pytest.mark.parametrize("right", [1, 3, 7])
+def test_at_p_sft_a_group_weighs_as_much_as_it_has_few_right_members(right):
+    """With D equal on m right members and 0 elsewhere, m times the gradient is that of REINFORCE against the mean."""
+    scores = (torch.arange(8) < right).double()
+    log_labels = torch.log_softmax(torch.where(scores > 0, 0.0, -60.0), dim=0)
+    group = members(torch.full((8, 1), -3.0, dtype=torch.float64))
+    _, coefficients, _ = loss_coefficients(lambda t: ldl_loss(t, log_labels, form="ratio", beta=0.0), group)
+    assert torch.allclose(right * coefficients.flatten(), scores.mean() - scores, atol=1e-12)
+
+
 def test_extreme_log_likelihoods_stay_finite():
     log_probs = torch.tensor([[-5.0], [-5000.0], [-900.0]])
     log_labels = torch.tensor([-2000.0, 0.0, -1500.0])
