@@ -4,30 +4,40 @@
     python benchmarks/gpu.py --shape 7b --completion 1024 --output gpu.json
     python benchmarks/gpu.py --device cpu --shape toy --dtype float32 --prompt 48 --completion 16   tries the script
 
-Five parts, each in a process of its own, so that one which fails or runs out of memory does not end the others:
+Five parts:
 
 1. 1, 2, 4 and 8 groups of short prompts in one pass (a student of 135 million weights);
 2. the update of a group at micro-batches of 1, 2, 4, ...: what fits, and what it takes;
 3. the phases of a step against forms that repeat the prompt, and one step against TRL's GRPOTrainer if it is installed;
 4. the peak memory of the update in both forms;
-5. a step of several prompts on 1, 2, ... processes that torchrun starts, one per GPU.
+5. a step of several prompts, in one process and in one per GPU, which torchrun starts: as they are, and with the
+   student's weights divided among them (`student.shard: fsdp`), with the seconds and the peak memory of a process.
 
-A part is ended when its share of `--minutes` is over, which is at least a minute and a half while there is time. The
-table keeps what the part had measured until then, and says so.
+Each part runs in a process of its own, so that one which fails or runs out of memory does not end the others. A row is
+printed, and written to --output, as soon as it is measured. A part that takes more than its share of `--minutes` is
+ended, and what it had measured stays. Starting a part takes 15 to 30 seconds: Python, the libraries and a model.
+
+Part 5 needs two GPUs of one machine or more for the divided weights; they talk over NCCL, and over gloo on a CPU, where
+`--processes 2` tries it. The student lies in the folder for temporary files meanwhile: 3 GB for 1.5b, 15 GB for 7b.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,26 +51,43 @@ from step import (
     Cell,
     bytes_in_use,
     format_ratio,
-    measure_peaks,
+    make_optimizer,
+    make_tokenizer,
+    peak_allocated,
     peak_bytes,
+    peak_of_update,
+    phase_forms,
+    random_model,
     random_words,
     read_clock,
     read_versions,
     steps_against_trl,
     time_call,
-    time_phases,
     update_rate,
 )
 
 from purld import ranks
+from purld.config.schema import Lora, Student
 from purld.methods.losses import GroupLoss, GroupTokens
+from purld.model.at_once import release_memory
+from purld.model.causal_lm import CausalLM
+from purld.model.encode import Encoder
 from purld.model.likelihood import AnchoredRows, in_context_scores
+from purld.model.load import default_device, load_roles
+from purld.model.sample import Decoding, GenerateSampler
+from purld.model.self_evaluation import SelfEvaluator
 from purld.records import Prompt
+from purld.training.checkpoints import device_autocast
 from purld.training.group_update import GroupUpdate, UnmeasuredGroup
 
 _NO_MEMORY = 3  # the exit status of a part that does not fit
-_TURNS = 3
-_LEAST_SECONDS = 90.0  # of a part: starting Python, the libraries and a model of 1.5b takes 20 or more
+_TURNS = 3  # of a measurement, fewer where they take long
+_TURN_SECONDS = 10.0  # after so many no other turn is begun
+_LEAST_SECONDS = 90.0  # a command is given, of which starting takes up to 30
+_RESERVED_SECONDS = 45.0  # that a command leaves to each of those after it, where it could use more than the least
+_WARM_UP_TOKENS = 8
+_ERROR_LINE = re.compile(r"(?m)^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .*)$")
+_OF_OTHERS = ("torch.distributed.elastic", "purld.ranks.PeerError")  # what torchrun and the other processes say
 _SHORT = Cell(prompt=100, completion=48, candidates=8)  # of the part on several groups; other prompts are shorter
 _GROUPS = 8
 
@@ -78,13 +105,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--all-weights", action="store_true", help="train all weights, not an adapter")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--processes", type=int, nargs="+", help="how many, each; 1, 2, 4, ... up to the GPUs by default"
-    )
+    parser.add_argument("--processes", type=int, nargs="+", help="how many, each; by default 1 and as many as GPUs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to measure")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--output", type=Path, help="write all figures as JSON")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--divided", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.lora = not options.all_weights
     return options
@@ -104,9 +131,10 @@ def main() -> None:
     try:
         for row in PARTS[options.part](options):
             print(json.dumps(row), flush=True)
-    except torch.OutOfMemoryError as error:
-        print(f"OutOfMemoryError: {error}", file=sys.stderr)  # torchrun ends with a status of its own
-        sys.exit(_NO_MEMORY)
+    except Exception as error:
+        traceback.print_exc()
+        # Without waiting for the other processes' collectives, which may never end.
+        ranks.exit_process(_NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else 1)
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -117,11 +145,13 @@ def print_table(options: argparse.Namespace) -> None:
     deadline = time.monotonic() + 60 * options.minutes
     report: dict[str, Any] = {"machine": describe_machine(options), "rows": []}
     print(report["machine"], "\n\n| what | result |\n|---|---|", sep="", flush=True)
-    for row in measure_all(options, deadline):
-        report["rows"].append(row)
-        print(f"| {row['what']} | {row['result']} |", flush=True)
-        if options.output:
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        options.folder = Path(folder)
+        for row in measure_all(options, deadline):
+            report["rows"].append(row)
+            print(f"| {row['what']} | {row['result']} |", flush=True)
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def describe_machine(options: argparse.Namespace) -> str:
@@ -138,66 +168,101 @@ def describe_machine(options: argparse.Namespace) -> str:
 
 def measure_all(options: argparse.Namespace, deadline: float) -> Iterator[Row]:
     """Yield the table's rows: what was measured, the result in words, and the figures."""
-    for index, part in enumerate(options.parts):
+    planned = [(part, command) for part in options.parts for command in part_commands(options, part)]
+    for index, (part, command) in enumerate(planned):
         left = deadline - time.monotonic()
+        what = f"{part}{describe_processes(command)}"
         if left <= 0:
-            yield {"what": part, "result": f"left out: {options.minutes:g} minutes were over"}
+            yield {"what": what, "result": f"left out: {options.minutes:g} minutes were over"}
             continue
-        # Parts that end early leave their time to the others, so each may take somewhat more than its share; and where
-        # time is short, the first parts to their end say more than the beginning of each.
-        share = min(left, max(_LEAST_SECONDS, 1.5 * left / (len(options.parts) - index)))
-        for command in part_commands(options, part):
-            rows, problem = run_part(command, min(share, deadline - time.monotonic()))
-            yield from rows
-            if problem is not None:
-                yield {"what": part, "result": problem}
-                break
+        share = seconds_of_command([WEIGHTS[name] for name, _ in planned[index:]], left)
+        problem = yield from run_part(command, share)
+        if problem is not None:
+            yield {"what": what, "result": problem}
+    if "processes" in options.parts and not any("--divided" in command for _, command in planned):
+        yield {"what": "processes, divided weights", "result": "left out: this takes two GPUs of one machine"}
+
+
+def seconds_of_command(weights: Sequence[float], left: float) -> float:
+    """Return the seconds that a command may take, by its weight and those of the commands after it.
+
+    What one does not use goes to the others, so each may take more than its weight says, but what a start takes is left
+    to all. Where time is short, the first commands to their end say more than the beginning of each.
+    """
+    wanted = 1.5 * left * weights[0] / sum(weights)
+    return min(left, max(_LEAST_SECONDS, min(wanted, left - _RESERVED_SECONDS * (len(weights) - 1))))
 
 
 def part_commands(options: argparse.Namespace, part: str) -> list[list[str]]:
-    """Return the commands that measure a part: one, or for several processes one per number of them."""
+    """Return the commands that measure a part: one, or for several processes those of each number of them."""
     command = [*own_command(options), "--part", part]
     if part != "processes":
         return [command]
     gpus = torch.cuda.device_count() if options.device == "cuda" else 1
-    counts = options.processes or [2**n for n in range(gpus.bit_length()) if 2**n <= gpus]
+    counts = options.processes or dict.fromkeys([1, max(gpus, 1)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return [[*launch, str(count), *command[1:]] for count in counts]
+    forms = [(count, divided) for count in counts for divided in ([], ["--divided"]) if count > 1 or not divided]
+    return [[*launch, str(count), *command[1:], *divided] for count, divided in forms]
+
+
+def describe_processes(command: Sequence[str]) -> str:
+    """Return which of the commands for several processes this is, in words; nothing for another command."""
+    if "--nproc-per-node" not in command:
+        return ""
+    count = command[command.index("--nproc-per-node") + 1]
+    return f", {count}{', divided weights' if '--divided' in command else ''}"
 
 
 def own_command(options: argparse.Namespace) -> list[str]:
     """Return the command that runs this script with the same sizes."""
-    names = ("shape", "device", "dtype", "prompt", "completion", "candidates", "prompts_per_step")
+    names = ("shape", "device", "dtype", "prompt", "completion", "candidates", "prompts_per_step", "folder")
     sizes = [part for name in names for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
     return [sys.executable, __file__, *sizes, *["--all-weights"] * options.all_weights]
 
 
-def run_part(command: Sequence[str], seconds: float) -> tuple[list[Row], str | None]:
-    """Run a part for at most so many seconds; return its rows, and in words why there are no more, if so."""
-    one_gpu = {} if "torch.distributed.run" in command else {"CUDA_VISIBLE_DEVICES": first_gpu()}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | one_gpu,
-    )
-    try:
-        printed, said = process.communicate(timeout=max(seconds, 0.0))
-        problem = describe_end(process.returncode, said)
-    except subprocess.TimeoutExpired:
-        end_with_children(process.pid)
-        printed, _ = process.communicate()
-        problem = f"ended after {seconds:.0f} s, its share of --minutes"
-    return [json.loads(line) for line in printed.splitlines() if line.startswith('{"what"')], problem
+def run_part(command: Sequence[str], seconds: float) -> Generator[Row, None, str | None]:
+    """Run a command for at most so many seconds, yield its rows as they come; return why it did not end well."""
+    late = threading.Event()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, env=os.environ | own_devices(command)
+        )
+
+        def end() -> None:
+            if process.poll() is None:
+                late.set()
+                end_with_children(process.pid)
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            yield from (json.loads(line) for line in process.stdout if line.startswith('{"what"') and line[-1] == "\n")
+            status = process.wait()
+        finally:
+            timer.cancel()
+            end()  # where this script is interrupted
+            process.wait()
+        if late.is_set():
+            return f"ended after {seconds:.0f} s, its share of --minutes"
+        said.seek(0)
+        return describe_end(status, said.read())
+
+
+def own_devices(command: Sequence[str]) -> dict[str, str]:
+    """Return the variable that shows a command its GPUs: to one process the first, none where it is to use none."""
+    if "--device" in command and command[command.index("--device") + 1] == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    return {} if "--nproc-per-node" in command else {"CUDA_VISIBLE_DEVICES": first_gpu()}
 
 
 def end_with_children(pid: int) -> None:
-    """End a process and all that it has started; torchrun's workers are in sessions of their own."""
-    process = psutil.Process(pid)
-    for one in (process, *process.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+    """End a process and all that it has started, if it runs; torchrun's workers are in sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def first_gpu() -> str:
@@ -209,9 +274,10 @@ def describe_end(status: int, said: str) -> str | None:
     """Return in words why a part ended, by its exit status and what it wrote on stderr; None if it is complete."""
     if status == 0:
         return None
-    if status == _NO_MEMORY or "OutOfMemoryError" in said:
+    if status == _NO_MEMORY or "OutOfMemoryError" in said:  # torchrun ends with a status of its own
         return "out of memory"
-    last = (said.strip().splitlines() or ["no message"])[-1]
+    errors = [line for line in _ERROR_LINE.findall(said) if not line.startswith(_OF_OTHERS)]
+    last = (errors or said.strip().splitlines() or ["no message"])[-1]
     return f"failed: {last[:200]}"
 
 
@@ -228,11 +294,9 @@ def measure_groups(options: argparse.Namespace) -> Iterator[Row]:
     ]
     encoded = [bench.encoder.encode_prompt(prompt) for prompt in prompts]
     name = f"{shape}: {_GROUPS} groups of {_SHORT.candidates} x {_SHORT.completion} tokens"
-    seconds = [
-        time_call(lambda: bench.sampler(bench.policy, encoded, _SHORT.candidates, range(_GROUPS)), bench.device)
-        for _ in range(2)
-    ]
-    yield {"what": f"{name}, sampling", "result": f"{seconds[-1]:.3g} s", "figures": {"seconds": seconds[-1]}}
+    draw = partial(bench.sampler, bench.policy, encoded, _SHORT.candidates, range(_GROUPS))
+    seconds = median_seconds(draw, bench.device)
+    yield {"what": f"{name}, sampling", "result": f"{seconds:.3g} s", "figures": {"seconds": seconds}}
     groups = [UnmeasuredGroup(prompt, bench.completions) for prompt in encoded]
     to_score = [AnchoredRows(prompt, bench.anchor, bench.completions) for prompt in prompts]
     alone: dict[str, float] = {}
@@ -256,13 +320,22 @@ def score_groups(bench: Bench, groups: Sequence[AnchoredRows], batch_size: int) 
 
 def step_on(bench: Bench, update: GroupUpdate, groups: Sequence[UnmeasuredGroup]) -> None:
     """Measure groups as the trainer does, add their gradient, and update the weights."""
-    add_gradient(bench, update, groups, 1.0 / len(groups))
-    take_step(bench)
+    add_gradient(bench.policy, update, groups, 1.0 / len(groups))
+    take_step(bench.policy, bench.optimizer)
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Return the median seconds of some turns, after one to warm up."""
-    return statistics.median([time_call(work, device) for _ in range(1 + _TURNS)][1:])
+    work()
+    seconds: list[float] = []
+    while goes_on(seconds):
+        seconds.append(time_call(work, device))
+    return statistics.median(seconds)
+
+
+def goes_on(seconds: Sequence[float]) -> bool:
+    """Return whether there is another turn after those of so many seconds."""
+    return len(seconds) < _TURNS and sum(seconds) < _TURN_SECONDS
 
 
 # --- 2. micro-batches ----------------------------------------------------------------------------------------
@@ -291,17 +364,22 @@ def measure_micro_batches(options: argparse.Namespace) -> Iterator[Row]:
 def measure_step(options: argparse.Namespace) -> Iterator[Row]:
     """Yield a row per phase, and one on whole steps of TRL's and ours, or on why there are none."""
     bench = make_bench(options)
-    phases = time_phases(bench, _TURNS)
-    for phase, both in phases.items():
-        plain, shared = (statistics.median(both[form]) for form in ("plain", "shared"))
-        result = f"{plain:.3g} / {shared:.3g} s = {format_ratio(both['plain'], both['shared'])}"
+    step_seconds = 0.0
+    for phase, forms in phase_forms(bench).items():
+        both = time_both(forms, bench.device)
+        shared = statistics.median(both["shared"])
+        result = f"out of memory / {shared:.3g} s"
+        if both["plain"]:
+            plain = statistics.median(both["plain"])
+            result = f"{plain:.3g} / {shared:.3g} s = {format_ratio(both['plain'], both['shared'])}"
         if phase == "update":
             rate = update_rate(SHAPES[options.shape], bench.cell, shared, options.lora)
             result += f"; {rate / 1e12:.3g} TFLOP/s"
+        step_seconds += shared
         yield {"what": f"{phase}, plain / shared", "result": result, "figures": both}
     what = "step, TRL / purld"
     try:
-        seconds = steps_against_trl(bench, _TURNS)
+        seconds = steps_against_trl(bench, _TURNS if step_seconds < _TURN_SECONDS / _TURNS else 1)
     except torch.OutOfMemoryError:
         yield {"what": what, "result": "out of memory"}
     except Exception as error:  # any other version of TRL may raise anything
@@ -312,51 +390,142 @@ def measure_step(options: argparse.Namespace) -> Iterator[Row]:
         yield {"what": what, "result": result, "figures": seconds}
 
 
+def time_both(forms: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of both forms of a phase, which take turns; none of the plain form if it does not fit."""
+    forms["shared"]()  # warm-up, including the self-check
+    seconds: dict[str, list[float]] = {"plain": [], "shared": []}
+    while goes_on(seconds["shared"]) and sum(seconds["plain"]) < _TURN_SECONDS:
+        try:
+            seconds["plain"].append(time_call(forms["plain"], device))
+        except torch.OutOfMemoryError:
+            release_memory()
+            return {"plain": [], "shared": [time_call(forms["shared"], device)]}
+        seconds["shared"].append(time_call(forms["shared"], device))
+    return seconds
+
+
 def measure_memory(options: argparse.Namespace) -> Iterator[Row]:
-    """Yield the row on the update's peak memory in both forms."""
-    peaks = measure_peaks(Cell(options.prompt, options.completion, options.candidates), options)
-    plain, shared = (peaks[form] / 2**30 for form in ("plain", "shared"))
-    result = f"{plain:.3g} / {shared:.3g} GiB = {plain / shared:.2f}"
-    yield {"what": "update's peak, plain / shared", "result": result, "figures": peaks}
+    """Yield the rows on the update's peak memory: with the prompt shared, and in both forms."""
+    cell = Cell(options.prompt, options.completion, options.candidates)
+    shared = peak_of_update(SHAPES[options.shape], cell, "shared", options)
+    yield {"what": "update's peak", "result": f"{shared / 2**30:.3g} GiB", "figures": {"shared": shared}}
+    gc.collect()
+    plain = peak_of_update(SHAPES[options.shape], cell, "plain", options)
+    yield {
+        "what": "update's peak, plain / shared",
+        "result": f"{plain / 2**30:.3g} / {shared / 2**30:.3g} GiB = {plain / shared:.2f}",
+        "figures": {"plain": plain, "shared": shared},
+    }
 
 
 # --- 5. several processes ------------------------------------------------------------------------------------
 
 
 def measure_processes(options: argparse.Namespace) -> Iterator[Row]:
-    """Take steps that the processes of a job share; in process 0 yield a row with the median seconds."""
+    """Take steps that the processes of a job share; in process 0 yield a row with the median seconds and the peak."""
     with ranks.together():
-        bench = make_bench(options)
-        update = make_update(bench, options.candidates)
-        turns = [share_step(bench, update, options.prompts_per_step) for _ in range(1 + _TURNS)][1:]
+        job = Job(options)
+        job.take_step(_WARM_UP_TOKENS)
+        bytes_in_use(job.device)  # resets the peak
+        turns: list[tuple[float, float]] = []
+        while ranks.on_first(lambda: goes_on([seconds for seconds, _ in turns])):
+            turns.append(job.take_step(options.completion))
+        held, peak = (max(ranks.gather_rows([found])) for found in (job.held_bytes(), job.peak_bytes()))
         if ranks.is_first():
             seconds, summing = (statistics.median(column) for column in zip(*turns, strict=True))
+            divided = ", divided weights" if options.divided else ""
+            told = "" if options.divided else f", of it {summing:.3g} s for the gradients"  # else in the backward pass
             yield {
-                "what": f"step of {options.prompts_per_step} prompts, {ranks.count()} processes",
-                "result": f"{seconds:.3g} s, of it {summing:.3g} s for the gradients",
-                "figures": {"seconds": seconds, "sum_seconds": summing, "processes": ranks.count()},
+                "what": f"step of {options.prompts_per_step} prompts, {ranks.count()} processes{divided}",
+                "result": f"{seconds:.3g} s{told}; in each process {held / 2**30:.3g} GiB of weights and optimiser, "
+                f"{peak / 2**30:.3g} GiB at its peak",
+                "figures": {
+                    "seconds": seconds,
+                    "sum_seconds": summing,
+                    "processes": ranks.count(),
+                    "divided": options.divided,
+                    "held_bytes": held,
+                    "peak_bytes": peak,
+                },
             }
 
 
-def share_step(bench: Bench, update: GroupUpdate, prompts: int) -> tuple[float, float]:
-    """Sample, score and update on this process's prompts; return the wall seconds, and those of summing gradients."""
-    ranks.barrier()
-    started = time.perf_counter()
-    numbers = range(prompts)[ranks.my_share(prompts)]
-    drawn = bench.sampler(bench.policy, [bench.encoded_prompt] * len(numbers), bench.cell.candidates, numbers)
-    groups = [UnmeasuredGroup(bench.encoded_prompt, [c.ids for c in group]) for group in drawn]
-    for group in groups:
-        bench.score_shared([bench.encoder.decode_text(ids) for ids in group.ids])
-    add_gradient(bench, update, groups, 1.0 / prompts)
-    read_clock(bench.device)
-    summing = time.perf_counter()
-    ranks.sum_gradients(bench.policy.parameters())
-    read_clock(bench.device)
-    summed = time.perf_counter() - summing
-    take_step(bench)
-    read_clock(bench.device)
-    ranks.barrier()
-    return time.perf_counter() - started, summed
+class Job:
+    """A student that the processes of a job train as a run does, each on its share of a step's prompts.
+
+    Args:
+        options: the sizes; `folder` is where the student's weights are written to for all processes.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._encoder = Encoder(make_tokenizer(SHAPES[options.shape].vocabulary), max_anchor_tokens=options.completion)
+        path = options.folder / "student"
+        ranks.on_first(lambda: write_student(options, self._encoder, path))
+        lora, shard = (Lora(r=16) if options.lora else None), ("fsdp" if options.divided else None)
+        self._roles = load_roles(Student(model=str(path), lora=lora, shard=shard), path)
+        self._policy = self._roles.policy
+        self._optimizer = make_optimizer(self._policy)
+        self._update = GroupUpdate(
+            self._roles, options.candidates, self._encoder.pad, torch.Tensor.backward, device_autocast
+        )
+        self._evaluator = SelfEvaluator(self._encoder, "expected", options.candidates + 1)
+        rng = random.Random(1)
+        self._prompt = Prompt.from_text(random_words(options.prompt, rng))
+        self._encoded = self._encoder.encode_prompt(self._prompt)
+        self._anchor = random_words(options.completion, rng)
+        self.device = default_device()
+
+    def take_step(self, tokens: int) -> tuple[float, float]:
+        """Draw so many tokens, score and update on this process's prompts; return the seconds, and those of summing."""
+        ranks.barrier()
+        started, count = time.perf_counter(), self._options.prompts_per_step
+        with device_autocast():
+            groups = self._draw_and_score(range(count)[ranks.my_share(count)], tokens)
+        add_gradient(self._policy, self._update, groups, 1.0 / count)
+        read_clock(self.device)
+        summing = time.perf_counter()
+        ranks.sum_gradients(self._policy.parameters())
+        read_clock(self.device)
+        summed = time.perf_counter() - summing
+        take_step(self._policy, self._optimizer)
+        read_clock(self.device)
+        ranks.barrier()
+        return time.perf_counter() - started, summed
+
+    def _draw_and_score(self, numbers: Sequence[int], tokens: int) -> list[UnmeasuredGroup]:
+        sampler = GenerateSampler(self._encoder, Decoding(1.0, tokens))
+        drawn = sampler(self._policy, [self._encoded] * len(numbers), self._options.candidates, numbers)
+        groups = [UnmeasuredGroup(self._encoded, [c.ids for c in group]) for group in drawn]
+        with self._roles.frozen() as model:
+            for group in groups:
+                texts = [self._encoder.decode_text(ids) for ids in group.ids]
+                self._evaluator.score(model, self._prompt, self._anchor, texts)
+        return groups
+
+    def peak_bytes(self) -> int:
+        """Return the most bytes since the peak was reset; on a CPU those that torch holds in another step."""
+        if self.device.type == "cuda":
+            return peak_bytes(self.device)
+        return self.held_bytes() + peak_allocated(lambda: self.take_step(self._options.completion))
+
+    def held_bytes(self) -> int:
+        """Return the bytes of weights and of the optimiser's state in this process, between steps."""
+        state = [value for values in self._optimizer.state.values() for value in values.values()]
+        parts = [ranks.local_part(values.detach()) for values in (*self._roles.weights(), *state)]
+        return sum({part.data_ptr(): part.nbytes for part in parts}.values())
+
+
+def write_student(options: argparse.Namespace, encoder: Encoder, path: Path) -> None:
+    """Write the student's random weights to a folder, unless an earlier command has."""
+    if path.exists():
+        return
+    unfinished = path.with_name("unfinished")
+    model = random_model(SHAPES[options.shape], encoder, default_device(), getattr(torch, options.dtype))
+    model.save_pretrained(unfinished)
+    unfinished.rename(path)
+    del model
+    release_memory()
 
 
 # --- what they share -----------------------------------------------------------------------------------------
@@ -372,22 +541,23 @@ def make_update(bench: Bench, micro_batch: int) -> GroupUpdate:
     return GroupUpdate(bench.roles, micro_batch, bench.encoder.pad, torch.Tensor.backward, contextlib.nullcontext)
 
 
-def add_gradient(bench: Bench, update: GroupUpdate, groups: Sequence[UnmeasuredGroup], share: float) -> None:
+def add_gradient(policy: CausalLM, update: GroupUpdate, groups: Sequence[UnmeasuredGroup], share: float) -> None:
     """Measure groups as the trainer does, and add their gradient."""
-    members = update.members(bench.policy, groups, keep_old=False)
+    members = update.members(policy, groups, keep_old=False)
 
     def objective(tokens: GroupTokens) -> GroupLoss:
-        gain = bench.advantages().unsqueeze(1) * tokens.policy * tokens.mask
+        advantages = torch.linspace(-1.5, 1.5, len(tokens.mask), device=tokens.mask.device)
+        gain = advantages.unsqueeze(1) * tokens.policy * tokens.mask
         return GroupLoss(-(gain.sum(dim=1) / tokens.mask.sum(dim=1)).mean(), {})
 
-    update(bench.policy, members, [objective] * len(members), share)
+    update(policy, members, [objective] * len(members), share)
 
 
-def take_step(bench: Bench) -> None:
+def take_step(policy: Any, optimizer: torch.optim.Optimizer) -> None:
     """Clip, update the weights, and clear the gradients."""
-    torch.nn.utils.clip_grad_norm_(bench.policy.parameters(), 1.0)
-    bench.optimizer.step()
-    bench.optimizer.zero_grad()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -397,6 +567,8 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "memory": measure_memory,
     "processes": measure_processes,
 }
+WEIGHTS = {"groups": 2.0, "micro-batches": 2.0, "step": 5.0, "memory": 2.0, "processes": 3.0}
+"""How long a command of each part takes, as its share of --minutes."""
 
 
 if __name__ == "__main__":

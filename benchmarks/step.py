@@ -306,9 +306,9 @@ def time_call(work: Callable[[], Any], device: torch.device) -> float:
     return read_clock(device) - start
 
 
-def time_phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Return the seconds of each phase in both forms, which take turns."""
-    forms: dict[str, dict[str, Callable[[], Any]]] = {
+def phase_forms(bench: Bench) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the work of each phase in both forms."""
+    return {
         "sample": {"plain": bench.sample_plain, "shared": bench.sample_shared},
         "score": {
             "plain": lambda: bench.score_plain(bench.texts),
@@ -316,8 +316,13 @@ def time_phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]
         },
         "update": {"plain": bench.update_plain, "shared": bench.update_shared},
     }
-    for shared in (bench.sample_shared, forms["score"]["shared"], bench.update_shared):
-        shared()  # warm-up, including the self-check
+
+
+def time_phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds of each phase in both forms, which take turns."""
+    forms = phase_forms(bench)
+    for both in forms.values():
+        both["shared"]()  # warm-up, including the self-check
     seconds: dict[str, dict[str, list[float]]] = {p: {"plain": [], "shared": []} for p in forms}
     for _ in range(repeats):
         for phase, both in forms.items():
