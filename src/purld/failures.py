@@ -58,7 +58,7 @@ _IN_WORDS = {
     "readonly database": errno.EROFS,
 }
 _OUT_OF_MEMORY_TYPES = ("MemoryError", "OutOfMemoryError")
-# torch raises a plain RuntimeError on the CPU and on Apple's GPUs, and the system an OSError.
+# torch raises a plain RuntimeError on the CPU, on Apple's GPUs and for cuBLAS, and the system an OSError.
 _OUT_OF_MEMORY_WORDS = re.compile(r"(?i)(can't|cannot|unable to) allocate memory|out of memory|STATUS_ALLOC_FAILED")
 _LOOKS_SECRET = re.compile(r"(?i)\b(bearer\s+|sk-|hf_)[\w.~+/-]{6,}")
 _NAMES_SECRET = re.compile(r"(?i)key|token|secret|passw|credential")
@@ -124,10 +124,12 @@ def _describe_os_error(error: OSError, template: str, again: str) -> str:
 
 def _memory_problem(error: Exception) -> BaseException | None:
     """Return the error in the chain of causes that says that memory could not be allocated, or None."""
-    for part in _chain(error):
-        if type(part).__name__ in _OUT_OF_MEMORY_TYPES or _OUT_OF_MEMORY_WORDS.search(str(part)):
-            return part
-    return None
+    return next((part for part in _chain(error) if says_out_of_memory(part)), None)
+
+
+def says_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory could not be allocated, by its type or its words."""
+    return type(error).__name__ in _OUT_OF_MEMORY_TYPES or bool(_OUT_OF_MEMORY_WORDS.search(str(error)))
 
 
 def _chain(error: BaseException, with_contexts: bool = True) -> Iterator[BaseException]:

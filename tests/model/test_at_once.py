@@ -34,27 +34,31 @@ def no_collection(monkeypatch):
     monkeypatch.setattr(at_once, "release_memory", lambda: None)
 
 
-def limit(monkeypatch, owner, name, rows, room):
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory.")
+ERRORS = [OUT_OF_MEMORY, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")]
+
+
+def limit(monkeypatch, owner, name, rows, room, error=OUT_OF_MEMORY):
     """Let a function run out of memory for more than `room` rows; return the numbers that it was called with."""
     tried, whole = [], getattr(owner, name)
 
     def limited(*args, **kwargs):
         tried.append(rows(*args, **kwargs))
         if tried[-1] > room:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+            raise error
         return whole(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, limited)
     return tried
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_answers_are_drawn_for_fewer_prompts(temperature, encoder, model, monkeypatch):
+@pytest.mark.parametrize(("temperature", "error"), zip([0.0, 1.0], ERRORS, strict=True))
+def test_answers_are_drawn_for_fewer_prompts(temperature, error, encoder, model, monkeypatch):
     prompts, seeds = [encoder.encode_prompt(Prompt.from_text(text)) for text in TEXTS], list(range(5))
     sampler = GenerateSampler(encoder, Decoding(temperature, 6))
     expected = sampler(model, prompts, 2, seeds)
     with monkeypatch.context() as patch:
-        tried = limit(patch, sample, "generate_completions", lambda m, e, prompts, *_, **__: len(prompts), 1)
+        tried = limit(patch, sample, "generate_completions", lambda m, e, prompts, *_, **__: len(prompts), 1, error)
         with pytest.warns(UserWarning) as warned:
             assert sampler(model, prompts, 2, seeds) == expected
         assert [str(w.message) for w in warned] == [
@@ -96,3 +100,11 @@ def test_fewer_candidates_are_scored(score, owner, name, encoder, model, monkeyp
     limit(monkeypatch, owner, name, lambda *_, **__: 1, 0)
     with pytest.raises(UserError, match=r"too small to score one candidate at a time; lower student.max_prompt_tokens"):
         scorer([GROUP])
+
+
+def test_another_error_is_not_tried_again(encoder, model, monkeypatch):
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    tried = limit(monkeypatch, sample, "generate_completions", lambda *_, **__: 1, 0, error)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        GenerateSampler(encoder, Decoding(1.0, 6))(model, [encoder.encode_prompt(GROUP.prompt)], 2, [1])
+    assert tried == [1]

@@ -97,6 +97,23 @@ def test_out_of_memory_layers_are_computed_again_and_then_micro_batches_halved(r
     assert_same_stage_two(run, calm)
 
 
+def test_groups_that_are_measured_again_after_the_last_step_take_smaller_micro_batches_too(runs, calm, monkeypatch):
+    measure = GroupUpdate.tokens
+
+    def limited(update, policy, members):
+        if update.micro_batch_size > 1:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return measure(update, policy, members)
+
+    monkeypatch.setattr(GroupUpdate, "tokens", limited)
+    with pytest.warns(UserWarning, match=r"^Stage II, step 2: out of the device's memory; .* align.micro_batch_size=1"):
+        run = runs("remeasured", "align.micro_batch_size=4")
+    (found, known) = (read_rows(r.revisited) for r in (run, calm))
+    assert len(known) == 4 and [row["prompt_id"] for row in found] == [row["prompt_id"] for row in known]
+    for ours, theirs in zip(found, known):
+        assert ours["policy_after"] == pytest.approx(theirs["policy_after"], abs=1e-4)
+
+
 def test_a_model_without_layers_that_can_be_computed_again_gets_smaller_micro_batches():
     update = GroupUpdate(Roles(torch.nn.Linear(2, 2), None), 4, 0, None, contextlib.nullcontext)
     with pytest.warns(UserWarning, match=r"goes on with align.micro_batch_size=2"):

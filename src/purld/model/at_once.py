@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from purld.errors import PlainWarning, UserError
+from purld.model.out_of_memory import is_out_of_memory
 from purld.model.shard_units import end_broken_passes
 
 T = TypeVar("T")
@@ -39,8 +40,10 @@ class AtOnce:
             size = max(1, wanted if self._size is None else min(self._size, wanted))
             try:
                 return work(size)
-            except torch.OutOfMemoryError:
-                pass  # what the failed attempt holds is freed once its traceback is
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # What the failed attempt holds is freed once its traceback is.
             release_memory()
             if size == 1:
                 raise UserError(f"The device's memory is too small {self._too_large}.")

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from purld import ranks
 from purld.errors import UserError
+from purld.model.out_of_memory import is_out_of_memory
 
 _dist: Any = torch.distributed  # its stubs leave out what it exports
 _sharded: WeakSet[Any] = WeakSet()  # models
@@ -53,7 +54,9 @@ def _without_second_try() -> Iterator[None]:
     """Let a failure end the job: the other ranks are in the collective that this rank would begin again."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             "the device's memory is too small to gather a layer's weights (student.shard); lower the batch sizes of "
             "the stage, or start more processes."

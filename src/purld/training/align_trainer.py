@@ -26,6 +26,7 @@ from purld.methods.table import METHODS, StageTwoMethod
 from purld.model.causal_lm import CausalLM
 from purld.model.critic import ValueHead, model_hidden_size
 from purld.model.load import Roles
+from purld.model.out_of_memory import is_out_of_memory
 from purld.model.sample import Decoding, Sampler, seed_from_content
 from purld.model.samplers import make_sampler
 from purld.model.shard import divides_gradients
@@ -233,15 +234,22 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if with_graph and self._divides_gradients:  # other ranks have added theirs to what is here
                     remedy = "set align.recompute=always, lower align.micro_batch_size"
-                    raise divided_memory_error("Stage II", self.state.global_step + 1, remedy) from None
+                    raise divided_memory_error("Stage II", self._step_under_way, remedy) from None
             self.model.zero_grad()
             if self._critic is not None:
                 self._critic.zero_grad()
-            self._update = use_less_memory(self._update, self.state.global_step + 1, with_graph)
+            self._update = use_less_memory(self._update, self._step_under_way, with_graph)
             self._make_rollouts = replace(self._make_rollouts, update=self._update)
+
+    @property
+    def _step_under_way(self) -> int:
+        """The number of the step that is under way, or of the last one where all have been taken."""
+        return min(self.state.global_step + 1, self.args.max_steps)
 
     def _trained_weights(self) -> list[nn.Parameter]:
         """Return the weights that a step changes, the critic's among them."""
@@ -288,7 +296,11 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         """Measure the run's first groups under the current policy, if the method has a q to measure."""
         self.model.eval()
         groups = ranks.on_first(lambda: read_rows(self._run.groups))
-        rows = ranks.gather_rows(list(remeasure_groups(self.model, self._make_rollouts, self._questions, groups)))
+
+        def measure() -> list[dict[str, Any]]:
+            return list(remeasure_groups(self.model, self._make_rollouts, self._questions, groups))
+
+        rows = ranks.gather_rows(self._within_memory(measure, with_graph=False))
         if rows and ranks.is_first():
             write_rows(self._run.revisited, rows)
 

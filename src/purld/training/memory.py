@@ -161,8 +161,8 @@ def form_of_update(
 
 def _weight_bytes(weights: Sequence[Tensor], shape: DecoderShape) -> int:
     """Return the bytes of weights here: of sharded ones this rank's part, and what it gathers of them at once."""
-    parts = [ranks.local_part(weight.detach()).untyped_storage() for weight in weights]
-    held = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+    parts = [ranks.local_part(weight.detach()) for weight in weights]
+    held = sum({part.data_ptr(): part.nbytes for part in parts}.values())
     divided = [weight.element_size() for weight in weights if ranks.local_part(weight) is not weight]
     return held + shape.gathered_weights * max(divided, default=0)
 

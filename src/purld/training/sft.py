@@ -28,6 +28,7 @@ from purld.model.causal_lm import model_device
 from purld.model.encode import Encoder, training_batch
 from purld.model.load import load_model, make_trainable, save_model
 from purld.model.log_probs import micro_batches
+from purld.model.out_of_memory import is_out_of_memory
 from purld.model.sample import seed_from_content, seeded_torch
 from purld.model.shard import divides_gradients
 from purld.model.vision import EncodedPrompt
@@ -160,7 +161,10 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
         def once(size: int) -> Tensor:
             try:
                 return work(size)
-            except torch.OutOfMemoryError:  # other ranks have added theirs to what is here
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Other ranks have added their gradients to what is here.
                 raise divided_memory_error(
                     "Stage I", self.state.global_step + 1, "lower sft.micro_batch_size"
                 ) from None
