@@ -154,6 +154,23 @@ def test_groups_in_one_pass_get_the_numbers_of_each_alone(name):
         assert passes == (len(groups) if name == "mpt" or beyond else 1)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([(3, (1, 4)), (2, (2,)), (17, (1, 5)), (3, (2,)), (1, (3,))], [2, 1, 2]),
+        ([(6, (1,)), (2, (5,)), (3, (2,))], [1, 2]),  # each fits into the window, but not the first beside the second
+        ([(17, (1, 5)), (17, (4,)), (3, (2,))], [2, 1]),  # of one length, without padding
+    ],
+)
+def test_a_group_that_outgrows_a_window_leaves_the_others_together(lengths, expected):
+    model, groups = build("mistral", SHARED["mistral"]), draw_groups(lengths)
+    assert model.config.sliding_window == 8
+    assert [len(together) for together in plan_passes(model, groups, 0, 100)] == expected
+    found, of_each = (log_probs_and_gradient(model, groups, size) for size in (100, 1))
+    assert torch.allclose(found[0], of_each[0], atol=1e-4)
+    assert (found[1] - of_each[1]).norm() / of_each[1].norm() < 1e-5
+
+
 def test_a_model_that_mixes_groups_up_runs_each_in_a_pass_of_its_own_and_says_so_once():
     """MPT's positions are the columns of its cache, where padding counts."""
     model = build("mpt", SHARED["mpt"])

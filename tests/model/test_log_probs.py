@@ -93,6 +93,7 @@ def test_consecutive_groups_share_a_pass_up_to_its_rows_and_tokens(size, expecte
     """The third prompt would pad the others to 300 tokens; without its neighbours it is still a pass of its own."""
     monkeypatch.setattr(log_probs, "PASS_TOKENS", 250)
     monkeypatch.setattr(log_probs, "can_join", lambda *_: True)
+    monkeypatch.setattr(log_probs, "windows_count_padding", lambda *_: False)
     groups = [RowGroup(EncodedPrompt([1] * length), [[1] * 5] * 2) for length in (10, 20, 300, 10, 10)]
     passes = list(plan_passes(None, groups, 0, size))
     assert [len(together) for together in passes] == expected
@@ -102,6 +103,8 @@ def test_consecutive_groups_share_a_pass_up_to_its_rows_and_tokens(size, expecte
 def test_groups_with_images_and_those_that_may_not_be_joined_take_a_pass_each(monkeypatch):
     plain = [RowGroup(EncodedPrompt([1, 2]), [[1]])] * 2
     with_image = RowGroup(EncodedPrompt([1, 2], images=(object(),)), [[1]])
-    for joined, groups, expected in ((True, plain, 1), (False, plain, 2), (True, [*plain, with_image], 3)):
+    monkeypatch.setattr(log_probs, "windows_count_padding", lambda *_: False)
+    mixed = [*plain, with_image, with_image, *plain]
+    for joined, groups, expected in ((True, plain, 1), (False, plain, 2), (True, mixed, 4)):
         monkeypatch.setattr(log_probs, "can_join", lambda *_, joined=joined: joined)
         assert len(list(plan_passes(None, groups, 0, 100))) == expected

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from purld.model.causal_lm import CausalLM
 from purld.model.prefix import FullSequences, Prefixes, Rows, SharedPrefixes
-from purld.model.self_check import can_join, can_share_prefix
+from purld.model.self_check import can_join, can_share_prefix, windows_count_padding
 from purld.model.vision import EncodedPrompt
 
 PASS_TOKENS = 16_384  # of groups that share a pass, with padding: more fill no matrix unit that these leave idle
@@ -91,11 +91,10 @@ class GroupPass:
 def plan_passes(model: CausalLM, groups: Sequence[RowGroup], pad: int, size: int) -> Iterator[Sequence[RowGroup]]:
     """Yield consecutive groups that share a pass: at most `size` rows and `PASS_TOKENS` tokens, and at least one group.
 
-    Groups with images, and those of a model that fails the check, take a pass each.
+    Groups with images, those that outgrow a sliding window, and those of a model that fails the check take a pass each.
     """
-    for together in _consecutive(groups, size):
-        with_images = any(group.prompt.images for group in together)
-        if len(together) == 1 or (not with_images and can_join(model, [(g.prompt, g.rows) for g in together], pad)):
+    for together in _consecutive(model, groups, size):
+        if len(together) == 1 or can_join(model, _pairs(together), pad):
             yield together
         else:
             yield from ([group] for group in together)
@@ -158,16 +157,26 @@ def micro_batches(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _consecutive(groups: Sequence[RowGroup], size: int) -> Iterator[Sequence[RowGroup]]:
-    """Yield as many groups at a time as have at most `size` rows and `PASS_TOKENS` tokens, and at least one."""
+def _consecutive(model: CausalLM, groups: Sequence[RowGroup], size: int) -> Iterator[Sequence[RowGroup]]:
+    """Yield as many groups at a time as may go together, and at least one."""
     together: list[RowGroup] = []
     for group in groups:
-        wider = [*together, group]
-        rows = [row for g in wider for row in g.rows]
-        tokens = len(wider) * max(len(g.prompt) for g in wider) + len(rows) * max(map(len, rows), default=0)
-        if together and (len(rows) > size or tokens > PASS_TOKENS):
+        if together and not _may_go_together(model, [*together, group], size):
             yield together
             together = []
         together = [*together, group]
     if together:
         yield together
+
+
+def _may_go_together(model: CausalLM, groups: Sequence[RowGroup], size: int) -> bool:
+    """Return whether groups have no more than a pass holds, no images, and fit into the model's windows when padded."""
+    rows = [row for group in groups for row in group.rows]
+    tokens = len(groups) * max(len(group.prompt) for group in groups) + len(rows) * max(map(len, rows), default=0)
+    if len(rows) > size or tokens > PASS_TOKENS or any(group.prompt.images for group in groups):
+        return False
+    return not windows_count_padding(model, _pairs(groups))
+
+
+def _pairs(groups: Sequence[RowGroup]) -> list[tuple[EncodedPrompt, Rows]]:
+    return [(group.prompt, group.rows) for group in groups]

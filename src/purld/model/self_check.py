@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from purld.errors import PlainWarning, reason_of
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
+from purld.model.out_of_memory import is_out_of_memory
 from purld.model.prefix import FullSequences, Prefixes, Rows, SharedPrefixes
 from purld.model.vision import EncodedPrompt, vision_modules
 
@@ -66,11 +67,9 @@ def can_join(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad:
     sharing = {can_share_prefix(model, prompt, rows, pad) for prompt, rows in groups}
     if sharing != {True}:
         return len(sharing) == 1  # full sequences are padded at their end alone
-    lengths = {len(prompt) for prompt, _ in groups}
-    is_padded = len(lengths) > 1
-    # Padding is put between a shorter prefix and its continuations. No position counts it, but a window would.
-    if is_padded and count_exceeded_windows(model, max(lengths) + max(len(row) for _, rows in groups for row in rows)):
+    if windows_count_padding(model, groups):
         return False
+    is_padded = _is_padded(groups)
     causal = unwrap_adapters(model)
     verdicts = _joint_verdicts.setdefault(causal, {})
     if is_padded not in verdicts:
@@ -80,6 +79,19 @@ def can_join(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad:
         if problem is not None:
             _warn(causal, f"every group takes a pass of its own, because several in one do not work: {problem}")
     return verdicts[is_padded]
+
+
+def windows_count_padding(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]]) -> bool:
+    """Return whether groups in one pass outgrow a window that would count the padding between them.
+
+    It is put between a shorter prefix and its continuations. No position counts it, but a window does.
+    """
+    longest = max(len(prompt) for prompt, _ in groups) + max(len(row) for _, rows in groups for row in rows)
+    return _is_padded(groups) and count_exceeded_windows(model, longest) > 0
+
+
+def _is_padded(groups: Sequence[tuple[EncodedPrompt, Rows]]) -> bool:
+    return len({len(prompt) for prompt, _ in groups}) > 1
 
 
 def refuse_sharing(model: CausalLM, problem: str) -> None:
@@ -136,9 +148,9 @@ def _disagreement(
     """Return in what numbers differ from those that are expected, as a clause; None if in nothing."""
     try:
         found = numbers()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # an unknown architecture may raise anything
+        if is_out_of_memory(error):
+            raise
         return reason_of(error)
     # Rounding differs where shapes do, and grows in the backward pass; a cache that is misread, or cut off from its
     # gradient, is off by about 1. The precision is that of the weights or of autocast.
