@@ -181,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, "<html>busy</html>")
             return
         status, reply = fake.complete(body)
-        if fault is not None and status == 200:
+        if fault in SPOILED and status == 200:
             SPOILED[fault](reply)
         self._send(status, reply)
 

@@ -133,6 +133,22 @@ def test_each_update_is_a_new_adapter_and_older_ones_are_taken_back(fake, policy
     assert len(fake.loaded) == 3
 
 
+def test_runs_of_the_same_weights_leave_each_others_adapters_alone(fake, policy, encoder, prompts, tmp_path):
+    one = sampler_of(fake, encoder, tmp_path / "one")
+    find_server.cache_clear()  # as in a process of its own
+    other = sampler_of(fake, encoder, tmp_path / "other")
+    for sampler in (one, other):
+        sampler(policy, prompts[:1], 1, [0])
+    held = list(fake.adapters)
+    assert len({name.rpartition("-")[2] for name in held}) == 1 and len(held) == 2
+    one(moved(policy, 3), prompts[:1], 1, [0])
+    assert held[1] in fake.adapters and held[0] not in fake.adapters
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PlainWarning)  # that an adapter is gone
+        other(moved(policy, 2), prompts[:1], 1, [0])
+    assert len(fake.loaded) == 3
+
+
 @pytest.mark.slow
 def test_trained_models_are_served_from_their_own_files_and_the_base_without(
     fake, stages, base, encoder, prompts, tmp_path

@@ -8,6 +8,7 @@ prompt's seed and its number, so it does not depend on what else is drawn, nor b
 from __future__ import annotations
 
 import functools
+import hashlib
 import shutil
 import uuid
 import warnings
@@ -49,6 +50,7 @@ class VllmSampler:
         self._encoder = encoder
         self._decoding = decoding
         self._folder = folder
+        self._run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         self._saved: dict[Path, Adapter] = {}  # those of finished stages
         self._compared = False
 
@@ -86,15 +88,19 @@ class VllmSampler:
             return None
         if saved != written:
             if saved not in self._saved:
-                self._saved[saved] = Adapter(_adapter_name(saved), saved)
+                self._saved[saved] = Adapter(self._adapter_name(saved), saved)
             return self._saved[saved]
-        name = _adapter_name(written)
+        name = self._adapter_name(written)
         place = self._folder / name
         if place.exists():  # another process of this run has the same weights, or nothing was learned
             shutil.rmtree(written)
         else:
             _move_folder(written, place)
         return Adapter(name, place, temporary=True)
+
+    def _adapter_name(self, folder: Path) -> str:
+        """Return a name that stands for an adapter's weights, and for this run, as other runs take theirs back."""
+        return f"purld-{self._run}-{hash_adapter(folder)[:16]}"
 
     def _compare(self, model: CausalLM, prompt: EncodedPrompt, group: Sequence[Completion]) -> None:
         """Compare the server's log-probs of a group with the model's own, once for each stage."""
@@ -135,10 +141,6 @@ def other_model_error(server: VllmServer, base: str, gap: float) -> UserError:
         f"{gap:.2f} nats per token",
         "start it with student.model itself",
     )
-
-
-def _adapter_name(folder: Path) -> str:
-    return f"purld-{hash_adapter(folder)[:16]}"
 
 
 def _move_folder(source: Path, target: Path) -> None:
