@@ -13,6 +13,7 @@ GROUPS = {"candidates": 4, "prompts_per_step": 2}
     [
         (GROUPS | {"score": "in_context"}, {"score": 0.5}, "scored 24 candidates without the teacher"),
         (GROUPS | {"score": "in_context", "updates_per_rollout": 3}, {"score": 0.5}, "scored 8 candidates without"),
+        (GROUPS | {"score": "in_context"}, {"score": 0.5, "drawn": 4.0}, "scored 12 candidates without the teacher"),
         (GROUPS, {"score": 0.5}, "The teacher scored every candidate"),
         (GROUPS, {}, ""),  # self-distillation
         ({"prompts_per_step": 2}, {"score": 0.5}, ""),  # one candidate each

@@ -65,6 +65,7 @@ def lights(unlogged: RunData) -> Any:
         ("Cut off", {"truncated": [0.0] * 5}, "green"),
         ("Cut off", {"truncated": [64 * 0.05] * 5}, "amber"),
         ("Cut off", {"truncated": [64 * 0.2] * 5}, "red"),
+        ("Cut off", {"truncated": [3.0] * 5, "drawn": [16.0] * 5}, "red"),  # a pool smaller than a step
     ],
 )
 def test_a_light_has_the_colour_of_its_limits(

@@ -50,7 +50,10 @@ def _saved_calls(run: RunData) -> str:
         return ""
     if "score" not in align:  # no scorer of the student's is configured, so it was the teacher
         return '<p class="note">The teacher scored every candidate; the calls above include these.</p>\n'
-    scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"] // align.get("updates_per_rollout", 1)
+    scored = int(sum(row.get("drawn", 0) for row in steps))
+    if not scored:  # a run of an earlier version; of a small pool a step has fewer prompts than this
+        scored = steps[-1]["step"] * align["prompts_per_step"] * align["candidates"]
+        scored //= align.get("updates_per_rollout", 1)
     return (
         f'<p class="note">Stage II sampled and scored {scored:,} candidates without the teacher; '
         f"with the teacher as judge, each would have been one more call.</p>\n"

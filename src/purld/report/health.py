@@ -116,7 +116,9 @@ def _movement(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
 
 
 def _truncated_share(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
-    cut, drawn = _latest(rows, "truncated"), align.get("candidates", 0) * align.get("prompts_per_step", 0)
+    cut, drawn = _latest(rows, "truncated"), _latest(rows, "drawn")
+    if drawn is None:  # a run of an earlier version; of a small pool a step has fewer prompts than this
+        drawn = align.get("candidates", 0) * align.get("prompts_per_step", 0)
     return None if cut is None or not drawn else cut / drawn
 
 

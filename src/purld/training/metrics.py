@@ -14,7 +14,7 @@ from purld.methods.losses import GroupLoss, GroupTokens, sampling_gaps
 from purld.records import GroupRecord
 from purld.training.rollout import Rollout
 
-_SUMMED = frozenset({"truncated", "unscored", "dropped_groups", "thinking"})
+_SUMMED = frozenset({"drawn", "truncated", "unscored", "dropped_groups", "thinking"})
 _LARGEST = frozenset({"engine_gap_max"})
 Q_COLUMN = "policy_before"  # the member column that holds q, in a method that has one
 
@@ -28,6 +28,8 @@ class StepMetrics:
     def add_rollout(self, rollout: Rollout, scored: bool) -> None:
         """Note how sampling and scoring one group went; `scored` if the method has a scorer."""
         scores = [s for s in rollout.scores.candidates if s is not None]
+        if rollout.completions:
+            self._values["drawn"].append(float(len(rollout.completions)))
         self._values["truncated"] += [float(not c.finished) for c in rollout.completions]
         self._values["length"] += [float(len(c.ids)) for c in rollout.completions]
         if rollout.thinking:
