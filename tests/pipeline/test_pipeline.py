@@ -5,10 +5,14 @@ import signal
 import time
 
 import pytest
+import torch
 import yaml
 from command_line import purld
 from forked import PURLD, ForkedPython
 
+from purld.config.load import load_config
+from purld.display.progress import Reporter
+from purld.pipeline.pipeline import Pipeline
 from purld.runs.files import read_json, read_rows
 from purld.runs.open import open_run
 from purld.runs.run_dir import RunDir
@@ -116,6 +120,19 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(tiny_config, tmp_path)
     assert "evaluate" not in killed.finished_stages()
     assert start(tiny_config, killed).wait() == 0
     assert results_of(killed) == results_of(calm)
+
+
+def test_two_runs_with_an_adapter_and_a_critic_are_equal_to_the_bit(tiny_config, tmp_path):
+    """Whatever drew random numbers in the process before."""
+    overrides = ["student.lora={r: 2, dropout: 0.1}", "sft.epochs=1", "align.method=self_ppo", "align.steps=2"]
+    config, seen = load_config(tiny_config, overrides), []
+    for disturbance in (1, 2):
+        torch.manual_seed(disturbance)
+        run = RunDir(tmp_path / str(disturbance))
+        Pipeline(config, run, Reporter()).execute(["anchors", "sft", "align"])
+        adapters = [(folder / "adapter_model.safetensors").read_bytes() for folder in (run.sft, run.align)]
+        seen.append((adapters, read_rows(run.groups), read_rows(run.metrics)))
+    assert any("value_loss" in row for row in seen[0][2]) and seen[0] == seen[1]
 
 
 def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path, monkeypatch):
