@@ -185,6 +185,18 @@ def test_where_the_endpoint_lists_no_batches_a_lost_creation_is_unknown(server, 
     assert texts(ask(resend_unknown=True)) == TEXTS and set(server.executed.values()) == {2}
 
 
+def test_what_a_command_loses_itself_is_not_bought_again_by_it(server, ledger, ask):
+    """`resend_unknown` is about what was lost before; an endpoint that loses everything would be paid without end."""
+    server.store.listed = False
+    server.faults["create"] = [lost_after] * 3
+    assert states(ask(resend_unknown=True)) == ["unknown"] * 6
+    assert states(ask(resend_unknown=True)) == ["unknown"] * 6 and set(server.executed.values()) == {2}
+    server.faults = {"retrieve": [error(404)] * 3}
+    with pytest.raises(UserError, match=r"does not know batch_\w+ of this run"):
+        ask(resend_unknown=True)
+    assert set(server.executed.values()) == {3}
+
+
 def test_calls_that_are_free_are_made_again(server, ask):
     faults = [error(429, headers={"Retry-After": "0"}), error(500), lost_before]
     server.faults = {"upload": faults, "retrieve": faults, "content": faults}

@@ -234,9 +234,9 @@ def test_stage_one_that_runs_out_of_memory_halves_its_micro_batches_and_keeps_it
 @pytest.mark.parametrize(
     ("size", "memory_of_an_answer", "expected"),
     [
-        ("auto", 1, (16, False)),
+        ("auto", 1, (12, False)),
         ("auto", 20, (4, False)),  # 5 answers fit
-        ("auto", 60, (16, True)),  # one fits, or ten times as many that are computed again
+        ("auto", 60, (12, True)),  # one fits, or ten times as many that are computed again
         ("auto", 1000, (1, True)),
         (8, 1, (8, False)),
         (8, 60, (8, True)),

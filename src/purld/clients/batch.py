@@ -175,6 +175,7 @@ class _BatchWork:
         self.collector = collector
         self.pending: deque[str] = deque()  # keys to ask
         self.waiting: set[str] = set()  # keys in open batches
+        self.asked: set[str] = set()  # keys in batches of this call; what it loses itself, it does not buy again
         self.capped: dict[str, str] = {}  # keys that wait for room under a cap, with the cap
         self.elsewhere: dict[str, str] = {}  # keys that other runs are asking, with their ledgers
         self.repeats: Counter[str] = Counter()
@@ -293,6 +294,7 @@ class _BatchWork:
             if reserved.batch is None:
                 continue
             self.waiting.update(reserved.calls)
+            self.asked.update(reserved.calls)
             content = b"".join(lines[key] for key in reserved.calls)
             self._settle_submission(await self.submitter.submit(reserved, content))
             if self.interrupted:
@@ -353,7 +355,8 @@ class _BatchWork:
     def _deliver_known(self, key: str) -> None:
         """Deliver what the ledger knows of a request, or ask for it again."""
         result = self.ledger.find_result(key)
-        reply = settled_reply(result, self.client.resend_unknown) if result else None
+        again = self.client.resend_unknown and key not in self.asked
+        reply = settled_reply(result, again) if result else None
         if reply:
             self.collector.add_reply(key, reply)
         else:
@@ -398,8 +401,9 @@ class _BatchWork:
         return None
 
     def _note_gone(self, batch: BatchRecord, said: str) -> None:
-        """Stop at a batch that the endpoint does not know; with `resend_unknown`, ask its requests again."""
-        if not self.client.resend_unknown:
+        """Stop at a batch that the endpoint does not know; with `resend_unknown`, ask one of an earlier call again."""
+        of_this_call = not self.asked.isdisjoint(self.ledger.open_calls(batch.id))
+        if of_this_call or not self.client.resend_unknown:
             self.stop = (
                 f"{self.endpoint.base_url}: does not know {batch.name} of this run ({said}); use the key of the "
                 "account that submitted it, or ask again with --resend-unknown."

@@ -27,6 +27,8 @@ from purld.model.vision import EncodedPrompt, vision_modules
 
 Item = TypeVar("Item")
 
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # in configurations; the last is GPT-Neo's
+
 # By model, then by the number of exceeded windows and whether there are images.
 _verdicts: WeakKeyDictionary[CausalLM, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
 # By model, then by whether the prefixes differ in length.
@@ -121,7 +123,7 @@ def _shortest_and_longest(items: Sequence[Item], length: Callable[[Item], int]) 
 def count_exceeded_windows(model: CausalLM, length: int) -> int:
     """Return how many of the sizes that may limit a model's attention are exceeded by `length` tokens."""
     config = unwrap_adapters(model).config.get_text_config()
-    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    sizes = (getattr(config, name, None) for name in _WINDOWS)
     return sum(length > size for size in sizes if isinstance(size, int) and size > 0)  # 0: there is none
 
 

@@ -121,15 +121,15 @@ def fit_fine_tuning(
     """Return the form of Stage I's updates on a GPU: layers are computed again only where memory asks for it.
 
     Args:
-        size: answers per pass; auto: the largest power of two that fits, and at most a rank's share of a batch.
+        size: answers per pass; auto: a rank's share of a batch, or the largest power of two below it that fits.
         share: answers of a batch in one rank.
         need: see `fine_tuning_need`.
         device: bytes of the device.
     """
     largest = 2 ** math.ceil(math.log2(share))
-    sizes = [largest >> n for n in range(largest.bit_length())] if size == "auto" else [size]
+    sizes = [min(largest >> n, share) for n in range(largest.bit_length())] if size == "auto" else [size]
     # A few answers at a time fill a GPU well enough that computing layers again for more of them does not pay.
-    kept = [UpdateForm(n, False) for n in sizes if size != "auto" or n >= min(_CPU_ANSWERS, largest)]
+    kept = [UpdateForm(n, False) for n in sizes if size != "auto" or n >= min(_CPU_ANSWERS, share)]
     forms = [*kept, *(UpdateForm(n, True) for n in sizes)]
     return next((form for form in forms if fits(need(form), device)), forms[-1])
 
