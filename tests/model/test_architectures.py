@@ -51,6 +51,7 @@ SHARED = {
     "glm4": {},
     "gpt2": GPT2_SIZES,
     "gpt_bigcode": GPT2_SIZES,
+    "gpt_neo": {"window_size": 8, "attention_types": [[["global", "local"], 1]]},
     "gpt_neox": {},
     "gpt_oss": WINDOW | EXPERTS,
     "gptj": GPT2_SIZES | {"rotary_dim": 4},
@@ -150,7 +151,7 @@ def test_groups_in_one_pass_get_the_numbers_of_each_alone(name):
         expected, of_each, _ = log_probs_and_gradient(model, groups, 1)
         assert torch.allclose(log_probs, expected, atol=1e-4)
         assert (gradient - of_each).norm() / of_each.norm() < 1e-5
-        beyond = "sliding_window" in SHARED[name] and lengths[0][0] > 8
+        beyond = {"sliding_window", "window_size"} & {*SHARED[name]} and lengths[0][0] > 8
         assert passes == (len(groups) if name == "mpt" or beyond else 1)
 
 

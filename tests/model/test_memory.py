@@ -1,5 +1,7 @@
 """The arithmetic of memory, against what autograd keeps for an update on the CPU."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from saved_bytes import counting_saved_bytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from purld.model.memory import DecoderShape, UpdateSizes, estimate_memory, largest_micro_batch
+from purld.model.memory import FIT, DecoderShape, UpdateSizes, estimate_memory, largest_micro_batch
 from purld.model.prefix import SharedPrefixes
+from purld.model.quantize import NF4_BYTES
 from purld.model.vision import EncodedPrompt
 
 SIZES = {
@@ -105,3 +108,42 @@ def test_a_model_without_attention_and_one_whose_layers_differ_have_a_shape_too(
     layers = SimpleNamespace(**SIZES | {"intermediate_size": [128, 256]})
     layers.get_text_config = lambda: layers
     assert DecoderShape.of(layers).intermediate == 256
+
+
+DECODERS = (  # family, vocabulary, hidden, intermediate, layers, heads, key heads, whether the embeddings are tied
+    ("llama", 128256, 2048, 8192, 16, 32, 8, True),
+    ("qwen2", 151936, 2048, 11008, 36, 16, 2, True),
+    ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
+)
+
+
+def test_the_table_of_cards_in_the_docs_is_this_arithmetic():
+    page = Path(__file__).parents[2].joinpath("docs/scaling.md").read_text(encoding="utf-8")
+    rows = iter(re.findall(r"(?m)^\| .*\| (?:all weights|LoRA .*) \| ([\d.]+ \| [\d.]+ / .*) \|$", page))
+    for family, vocabulary, hidden, inner, layers, heads, key_heads, tied in DECODERS:
+        width, embeddings = hidden // heads, vocabulary * hidden * (1 if tied else 2)
+        shapes = [(hidden, heads * width), (heads * width, hidden), *[(hidden, key_heads * width)] * 2]
+        shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+        linear = layers * sum(ins * outs for ins, outs in shapes)
+        biases = layers * (heads + 2 * key_heads) * width if family == "qwen2" else 0
+        count = linear + embeddings + biases + (2 * layers + 1) * hidden
+        adapter = layers * 16 * sum(map(sum, shapes))
+        shape = DecoderShape(layers, hidden, heads * width, key_heads * width, inner, vocabulary)
+        quantized = int(NF4_BYTES * linear) + 2 * (count - linear)
+        for frozen, trained in ((4 * count, count), (2 * count, adapter), (quantized, adapter)):
+            assert next(rows).split(" | ") == card_row(shape, frozen + 4 * trained, trained)
+    assert next(rows, None) is None
+
+
+def card_row(shape, weights, trained):
+    """Weights and optimiser, then for either length of answers the two peaks, and what each card does."""
+    cells = []
+    for answer in (256, 1024):
+        sizes = UpdateSizes(prompt=512, answer=answer, members=8, drawn=64, groups=8)
+        kept, again = (estimate_memory(shape, sizes, weights, trained, 8, recompute, 2) for recompute in (False, True))
+        cells += [] if cells else [f"{(kept.weights + kept.training) / 2**30:.1f}"]
+        cells.append(f"{kept.total / 2**30:.1f} / {again.total / 2**30:.1f}")
+        for card in (24, 48, 80):
+            room = FIT * card * 2**30
+            cells.append("kept" if kept.total <= room else "again" if again.total <= room else "no")
+    return cells

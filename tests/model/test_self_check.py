@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from purld.model.log_probs import RowGroup, group_log_probs, token_log_probs
+from purld.model.log_probs import token_log_probs
 from purld.model.prefix import FullSequences
 from purld.model.self_check import can_share_prefix
 from purld.model.vision import EncodedPrompt
@@ -124,25 +124,6 @@ def test_an_exceeded_window_is_checked_separately(monkeypatch):
     with pytest.warns(UserWarning, match="MistralForCausalLM"):
         assert not can_share_prefix(model, PROMPT, ROWS, pad=0)
     assert can_share_prefix(model, EncodedPrompt(PROMPT.ids[:4]), ROWS, pad=0)
-
-
-@pytest.mark.parametrize("kind", ["mistral", "gpt_neo"])
-def test_groups_that_outgrow_a_window_get_plain_numbers_after_short_ones_have_shared_a_pass(kind):
-    """Padding between a shorter prompt and its continuations would be counted by the window."""
-    torch.manual_seed(1)
-    sizes = {
-        "mistral": {"sliding_window": 8, "intermediate_size": 64, "num_key_value_heads": 4},
-        "gpt_neo": {"window_size": 8, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64},
-    }
-    common = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    common |= {"initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **sizes[kind])).eval()
-    for lengths in ((2, 3), (20, 6)):
-        groups = [RowGroup(EncodedPrompt(list(range(3, 3 + length))), ROWS) for length in lengths]
-        for group, found in zip(groups, group_log_probs(model, groups, 0, size=16), strict=True):
-            plain, _ = FullSequences(model, [group.prompt], 0).token_log_probs(group.rows)
-            for row, expected in zip(found, plain, strict=True):
-                torch.testing.assert_close(row, expected[: len(row)], rtol=1e-4, atol=1e-4)
 
 
 def test_a_sound_model_is_silent_and_its_state_untouched():
