@@ -359,6 +359,28 @@ def test_a_queue_that_is_full_gets_smaller_batches_one_by_one(server, ledger, as
         ask([Prompt.from_text("another")])
 
 
+@pytest.mark.parametrize("role", ["teacher", "opponent"])
+def test_a_small_batch_that_finds_the_queue_full_makes_the_others_no_smaller(server, ledger, endpoint, role):
+    """It says nothing of how large a batch may be; thousands of requests would be asked one by one, a day each."""
+    refused = []
+
+    def ending(made):
+        size = made["request_counts"]["total"]
+        if size not in refused and (size == 1 or refused == [1]):  # the small one first
+            refused.append(size)
+            made |= {"status": "failed", "errors": {"data": [{"code": "token_limit_exceeded"}]}, "_results": ([], [])}
+        elif refused == [1, 6]:
+            server.store.finish(made, "completed")
+
+    server.store.ending = ending
+    last = Prompt.from_text("question 6")
+    BatchClient(endpoint(), ledger, role).submit([last])
+    replies = BatchClient(endpoint(), ledger, "teacher").ask([*PROMPTS, last] if role == "teacher" else PROMPTS)
+    assert texts(replies)[:6] == TEXTS
+    sizes = [batch["request_counts"]["total"] for batch in server.store.batches.values()]
+    assert sizes == ([1, 6, 3, 3, 1] if role == "teacher" else [1, 6, 3, 3])
+
+
 def test_more_than_fits_one_batch_is_several(server, ledger, ask, monkeypatch):
     monkeypatch.setattr(batch_module, "MAX_REQUESTS", 4)
     assert texts(ask()) == TEXTS and server.routes.count("create") == 2

@@ -114,7 +114,7 @@ def test_a_cut_prefix_is_run_once_and_differentiated_once():
 
 
 def test_few_tokens_logits_at_a_time_and_only_the_completions(monkeypatch):
-    monkeypatch.setattr(body_and_head, "_CHUNK", 4)
+    monkeypatch.setattr(body_and_head, "CHUNK_TOKENS", 4)
     model = build("llama")
     prompt, completions = group()
     widths = []

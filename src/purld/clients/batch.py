@@ -335,7 +335,7 @@ class _BatchWork:
         mine = [key for key in submission.keys if key in self.prompts]
         match submission.fate:
             case "too large":
-                self._ask_in_smaller_batches(mine, "it is too large")
+                self._ask_in_smaller_batches(mine, len(submission.keys), "it is too large")
             case "unknown":
                 for key in mine:
                     self._deliver_known(key)
@@ -344,11 +344,15 @@ class _BatchWork:
             case _:
                 self.pending.extend(mine)
 
-    def _ask_in_smaller_batches(self, keys: list[str], said: str) -> None:
-        """Ask requests again in batches of half the size, one after the other."""
-        if len(keys) == 1 and not self.client.open_batches():
+    def _ask_in_smaller_batches(self, keys: list[str], size: int, said: str) -> None:
+        """Ask the requests of a batch of this size again, one batch after the other, each of at most half the size."""
+        if size == 1 and not self.client.open_batches():
             self.stop = f"{self.endpoint.base_url}: takes no batch, even of one request ({said}); nothing was billed."
-        self.most = max(1, min(self.most, len(keys)) // 2)
+        self.most = max(1, min(self.most, size) // 2)
+        self._ask_batch_by_batch(keys)
+
+    def _ask_batch_by_batch(self, keys: list[str]) -> None:
+        """Ask requests again, before others, in a batch that is alone at the endpoint, and so from here on."""
         self.one_at_a_time = True
         self.pending.extendleft(reversed(keys))
 
@@ -463,8 +467,10 @@ class _BatchWork:
 
     def _note_refused(self, batch: BatchRecord, status: BatchStatus, keys: list[str]) -> None:
         """Go on in smaller batches where a batch was too large; stop where it was refused for another reason."""
-        if status.too_much:
-            self._ask_in_smaller_batches(keys, status.errors)
+        if status.too_much and self.client.open_batches():  # beside them it was; alone it may not be
+            self._ask_batch_by_batch(keys)
+        elif status.too_much:
+            self._ask_in_smaller_batches(keys, batch.calls, status.errors)
         else:
             said = status.errors or "no reason was given"
             self.stop = f"{self.endpoint.base_url}: refused {batch.name} ({said}); nothing of it was billed."

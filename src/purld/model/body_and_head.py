@@ -24,7 +24,7 @@ from purld.model.recompute import PromptCache, recomputed_layers
 
 # Tokens whose logits are in memory at once: enough to keep a GPU's matrix units busy, and with a vocabulary of
 # 150,000 still only 150 MB in float32.
-_CHUNK = 256
+CHUNK_TOKENS = 256
 # Models that give images positions in three dimensions keep the position shift of their last input here.
 _POSITION_SHIFT = "rope_deltas"
 
@@ -133,7 +133,7 @@ def chosen_log_probs(logits: Callable[[Tensor], Tensor], states: Tensor, targets
         values = logits(chunk).float()
         return values.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) - values.logsumexp(dim=-1)
 
-    chunks = zip(torch.split(states, _CHUNK), torch.split(targets, _CHUNK))
+    chunks = zip(torch.split(states, CHUNK_TOKENS), torch.split(targets, CHUNK_TOKENS))
     return torch.cat(
         [checkpoint(chunk_log_probs, s, t, use_reentrant=False, preserve_rng_state=False) for s, t in chunks]
     )

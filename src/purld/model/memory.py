@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from purld.model.body_and_head import CHUNK_TOKENS
+
 FIT = 0.9  # of a device's memory: the rest is for fragments and kernels
-_CHUNK_TOKENS = 256  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def estimate_memory(
         training=(12 if width == 4 else 12 + width) * trained,  # autocast's copies stay for the backward pass
         cache=cache + 2 * prompts * per_token,
         activations=activations,
-        logits=3 * 4 * min(_CHUNK_TOKENS, tokens) * shape.vocabulary,
+        logits=3 * 4 * min(CHUNK_TOKENS, tokens) * shape.vocabulary,
         sampling=sizes.drawn * (sizes.prompt + sizes.answer) * per_token,
     )
 
