@@ -1,7 +1,6 @@
 """Groups measured again: the q of a policy that has moved, on the members that the scores leave."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,15 +8,17 @@ from log_prob_sums import sequence_log_probs
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from purld.config.methods import LdlGrpo
 from purld.methods.table import METHODS
 from purld.model.load import Roles
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
+from purld.training import remeasure
 from purld.training.group_update import GroupUpdate
-from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
+from purld.training.remeasure import remeasure_groups
 from purld.training.rollout import AnchoredPrompt, RolloutMaker
 
-SETTINGS = SimpleNamespace(gamma=5.0, tau=1.2, beta=0.01, q="ratio", updates=1, anchor_joins=False)
+SETTINGS = LdlGrpo(gamma=5.0, tau=1.2, beta=0.01, q="ratio")
 QUESTION = AnchoredPrompt(Prompt.from_text("How many?"), "Three.", EncodedPrompt(list(range(20, 43))))
 IDS = [[5, 9, 3], [7, 7, 7, 7, 7], [11], [2, 4]]
 
@@ -73,10 +74,11 @@ def test_q_is_that_of_the_policy_over_the_scored_candidates(roles):
     assert (row["step"], row["prompt_id"]) == (1, QUESTION.prompt.id)
 
 
-def test_only_the_first_groups_and_those_whose_ids_were_kept(roles):
+def test_only_the_first_groups_and_those_whose_ids_were_kept(roles, monkeypatch):
+    monkeypatch.setattr(remeasure, "REMEASURED_GROUPS", 5)
     plain = record(1, [0.2, 0.3, 0.8, 0.5]) | {"completions": None}
-    groups = [plain, *(record(step, [0.2, 0.3, 0.8, 0.5]) for step in range(2, REMEASURED_GROUPS + 4))]
+    groups = [plain, *(record(step, [0.2, 0.3, 0.8, 0.5]) for step in range(2, 9))]
     before = [p.clone() for p in roles.policy.parameters()]
     found = list(remeasure_groups(roles.policy, rollout_maker(roles), [QUESTION], groups))
-    assert [row["step"] for row in found] == list(range(2, REMEASURED_GROUPS + 2))
+    assert [row["step"] for row in found] == [2, 3, 4, 5, 6]
     assert all(torch.equal(a, b) for a, b in zip(before, roles.policy.parameters()))
