@@ -93,6 +93,12 @@ def make_random_student(tokenizer, path: Path, hidden_size: int, layers: int) ->
 
 
 @pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Leave the curves out of reports, more than a second each, where a test is of something else."""
+    monkeypatch.setattr("purld.report.page.draw_figures", lambda *_, **__: [])
+
+
+@pytest.fixture
 def tiny_config(random_student, tmp_path) -> Path:
     """A whole run that takes seconds: 24 prompts whose answers are in a file, 8 of them held out."""
     return write_tiny_config(random_student, tmp_path)

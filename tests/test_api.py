@@ -39,6 +39,7 @@ def test_python_m_purld_is_the_command_line():
     assert "ldl_grpo" in run.stdout
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_page_s_example_runs(tiny_config, tmp_path, monkeypatch, capsys):
     """The first block of docs/api.md, on a run that takes seconds."""
     values = yaml.safe_load(tiny_config.read_text())

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from model_stand_ins import write_data, write_models
 
 from purld.cli import main
 from purld.config.load import load_config
+from purld.config.schema import Student
+from purld.model.encode import Encoder
+from purld.model.student_check import StudentSizes, check_student
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"))
 TEXT, PICTURES = ("qwen2.5-7b", "llama3-8b"), ("qwen2.5-vl-7b", "llava-7b")
@@ -44,8 +48,22 @@ def test_there_is_one_for_each_task_and_backbone_of_table_one():
     assert {path.stem for path in CONFIGS} == {f"{task}-{name}" for task, names in BACKBONES.items() for name in names}
 
 
+@pytest.fixture(scope="module")
+def sizes_once_a_backbone() -> Iterator[None]:
+    """Look through the layers of each backbone once: its four configurations train the same of it."""
+    sizes: dict[str, StudentSizes] = {}
+
+    def measure(student: Student, encoder: Encoder) -> StudentSizes:
+        trained = student.model_dump_json(exclude={"max_prompt_tokens", "max_anchor_tokens"})
+        return sizes[trained] if trained in sizes else sizes.setdefault(trained, check_student(student, encoder))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("purld.pipeline.preflight.check_student", measure)
+        yield
+
+
 @each_config
-def test_it_passes_its_check(path, workplace, monkeypatch, capsys):
+def test_it_passes_its_check(path, workplace, sizes_once_a_backbone, monkeypatch, capsys):
     """The paths in the file are those of the stand-ins, so nothing is overridden."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("TEACHER_API_KEY", "a-key-that-is-never-shown")

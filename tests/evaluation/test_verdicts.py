@@ -32,6 +32,7 @@ def judged_config(tiny_config, tmp_path):
     return tiny_config
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_file_of_verdicts_from_first_questions_to_win_rates(judged_config, tmp_path, monkeypatch, capsys):
     run = RunDir(tmp_path / "run")
     assert purld(monkeypatch, "run", judged_config, "--run-dir", run.path) == 2

@@ -85,7 +85,8 @@ def test_each_extension_touches_two_files_besides_the_configuration_at_most():
 
 def test_the_method_the_scorer_and_the_sampler_run(extended, tiny_config, tmp_path):
     settings = ["align.method=best_of_k", "align.score=length", "student.engine={kind: longer}", "data.check=none"]
-    command(extended, tmp_path / "said", "run", tiny_config, *settings, "--run-dir", tmp_path / "run")
+    short = ["sft.epochs=1", "align.steps=2", "evaluate.samples=1"]
+    command(extended, tmp_path / "said", "run", tiny_config, *settings, *short, "--run-dir", tmp_path / "run")
     run = RunDir(tmp_path / "run")
     assert list(read_json(run.results)["models"]) == ["base", "sft", "best_of_k"]
     assert all("best_length" in row for row in read_rows(run.metrics) if row["stage"] == "align")

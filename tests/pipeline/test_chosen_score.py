@@ -43,6 +43,7 @@ def test_agreement_without_a_comparison_is_refused_before_anything_is_bought(tin
     assert not run.path.exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_auto_runs_and_the_run_directory_names_the_scorer(tiny_config, tmp_path):
     run = RunDir(tmp_path / "run")
     Pipeline(

@@ -62,6 +62,7 @@ def test_stages_run_one_by_one_and_in_order(tiny_config, tmp_path, monkeypatch, 
     assert "finish the run, or give --stage sft for Stage I's" in sentence(capsys)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_method_sft_stops_after_stage_one(tiny_config, tmp_path, monkeypatch):
     values = yaml.safe_load(tiny_config.read_text()) | {"align": {"method": "sft"}}
     tiny_config.write_text(yaml.safe_dump(values))
@@ -71,6 +72,7 @@ def test_method_sft_stops_after_stage_one(tiny_config, tmp_path, monkeypatch):
     assert not run.align.exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_lora_and_verbal_scores_go_the_same_way(tiny_config, tmp_path, monkeypatch, shipped_student):
     run = RunDir(tmp_path / "run")
     overrides = ["student.lora={r: 2}", "align.score=verbal", "align.steps=2", f"student.model={shipped_student}"]
@@ -90,8 +92,11 @@ def results_of(run):
     return results, weights, files, read_rows(run.metrics)
 
 
+NO_FIGURES = "import purld.report.page; purld.report.page.draw_figures = lambda *_, **__: []; "
+
+
 def start(config, run):
-    return ForkedPython(PURLD, "run", config, "--run-dir", run.path, said=run.path.with_name("said"))
+    return ForkedPython(NO_FIGURES + PURLD, "run", config, "--run-dir", run.path, said=run.path.with_name("said"))
 
 
 def kill_when(process, condition, number=signal.SIGKILL):
@@ -135,6 +140,7 @@ def test_two_runs_with_an_adapter_and_a_critic_are_equal_to_the_bit(tiny_config,
     assert any("value_loss" in row for row in seen[0][2]) and seen[0] == seen[1]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path, monkeypatch):
     run = RunDir(tmp_path / "run")
     process = start(tiny_config, run)

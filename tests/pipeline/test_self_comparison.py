@@ -36,6 +36,7 @@ def pools_of(config):
     return load_prompt_pools(config, load_encoder(config.student), lambda line: None)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_slice_is_kept_out_of_both_stages_and_the_verdict_is_called_an_opinion(unmeasured, tmp_path, capsys):
     config, run = load_config(unmeasured), RunDir(tmp_path / "run")
     pools = pools_of(config)

@@ -12,6 +12,7 @@ import pytest
 from synthetic import Build
 
 from purld.errors import UserError
+from purld.report.figures import PANELS
 from purld.report.page import write_report
 from purld.runs.files import read_json, write_json
 from purld.runs.run_dir import RunDir
@@ -123,7 +124,8 @@ def test_names_and_configuration_are_text(build: Build) -> None:
     assert page.count("<script") == 2
 
 
-def test_several_runs_side_by_side(build: Build, tmp_path: Path) -> None:
+def test_several_runs_side_by_side(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("purld.report.figures.PANELS", PANELS[:1])  # the others take seconds and are no different
     first, second = build("a/clinic"), build("b/clinic", seed=1)
     third = build("other")
     page = written(first, second, third)

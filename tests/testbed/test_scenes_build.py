@@ -236,33 +236,30 @@ def few_lessons() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def toys(name: str, few_lessons: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp(name)
-    paths = [folder / "a", folder / "b"]
-    for path in paths:
-        build.build_student(path, 7, scale=0.001, student=name)
-    return paths
+def toy(name: str, few_lessons: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(name) / "toy"
+    build.build_student(path, 7, scale=0.001, student=name)
+    return path
 
 
 @BOTH_BUILT
-def test_a_toy_build_is_complete_and_repeatable(toys: list[Path], name: str) -> None:
-    assert (toys[0] / "model.safetensors").read_bytes() == (toys[1] / "model.safetensors").read_bytes()
-    assert sorted(p.name for p in toys[0].parent.iterdir()) == ["a", "b"]
-    assert {p.name for p in STUDENT_FOLDERS[name].iterdir()} == {p.name for p in toys[0].iterdir()} - {
-        "build_log.jsonl"
-    }
-    rows = read_rows(toys[0] / "build_log.jsonl")
+def test_a_toy_build_is_complete(toy: Path, name: str) -> None:
+    assert [path.name for path in toy.parent.iterdir()] == ["toy"]
+    assert {p.name for p in STUDENT_FOLDERS[name].iterdir()} == {p.name for p in toy.iterdir()} - {"build_log.jsonl"}
+    rows = read_rows(toy / "build_log.jsonl")
     assert [row["phase"] for row in rows] == ["look", "find one of five", "settle", "settle again"]
     assert rows[-1]["step"] == rows[-1]["of"] and len({row["of"] for row in rows}) == 1
-    model = AutoModelForImageTextToText.from_pretrained(toys[0])
-    assert model.num_parameters() == json.loads((toys[0] / "quality_card.json").read_text())["parameters"]
+    model = AutoModelForImageTextToText.from_pretrained(toy)
+    assert model.num_parameters() == json.loads((toy / "quality_card.json").read_text())["parameters"]
     marks = {"qwen2_5_vl": "<|image_pad|>", "llava": "<image>"}
-    assert read_processor(str(toys[0])).image_token == marks[name]
+    assert read_processor(str(toy)).image_token == marks[name]
 
 
 @BOTH_BUILT
-def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path], name: str, tmp_path: Path) -> None:
-    """Stopped in the second round, then once more just before it is moved to `out`."""
+def test_a_build_is_repeatable_and_one_that_was_stopped_goes_on_after_its_last_round(
+    toy: Path, name: str, tmp_path: Path
+) -> None:
+    """Stopped in the second round, then once more just before it is moved to `out`: the same files."""
     out, updates = tmp_path / "stopped", []
 
     def stop_at_settle(done: int, total: int, note: str) -> None:
@@ -281,12 +278,12 @@ def test_a_build_that_was_stopped_goes_on_after_its_last_round(toys: list[Path],
     build.build_student(out, 7, scale=0.001, student=name, progress=lambda *update: updates.append(update))
     assert not updates
     for file_name in ("model.safetensors", "tokenizer.json"):
-        assert (out / file_name).read_bytes() == (toys[0] / file_name).read_bytes()
-    cards = [json.loads((path / "quality_card.json").read_text()) for path in (out, toys[0])]
+        assert (out / file_name).read_bytes() == (toy / file_name).read_bytes()
+    cards = [json.loads((path / "quality_card.json").read_text()) for path in (out, toy)]
     assert cards[0]["tasks"] == cards[1]["tasks"] and cards[0]["steps"] == cards[1]["steps"]
-    rows, expected = (read_rows(path / "build_log.jsonl") for path in (out, toys[0]))
+    rows, expected = (read_rows(path / "build_log.jsonl") for path in (out, toy))
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in toys[0].iterdir())
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in toy.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["stopped"]
 
 

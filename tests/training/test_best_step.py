@@ -158,7 +158,7 @@ def test_validation_prompts_are_trained_on_by_no_stage_and_the_results_say_what_
     pools = load_prompt_pools(config, pipeline.encoder, lambda line: None)
     chosen = {p.id for p in validation_prompts(config, pools)}
     assert len(chosen) >= 2 and not chosen & {p.id for p in stage_two_prompts(config, pools)}
-    pipeline.execute()
+    pipeline.execute(["probe", "align", "evaluate"])
     assert not chosen & {row["prompt_id"] for row in read_rows(pipeline.run.groups)}
     found = read_json(pipeline.run.results)["validation"]
     rows = [r for r in read_rows(pipeline.run.metrics) if METRIC in r]

@@ -77,7 +77,27 @@ def after_stage_one(write_config, tmp_path_factory):
     return base
 
 
-@pytest.mark.parametrize("method", SECOND_STAGE)
+# Methods differ in what they make of numbers, architectures in how they see; both meet in ldl_grpo.
+EVERY_METHOD = pytest.mark.parametrize(
+    ("write_config", "method"),
+    [
+        pytest.param(
+            architecture, method, marks=pytest.mark.slow if architecture == "llava" and method != "ldl_grpo" else ()
+        )
+        for architecture in ARCHITECTURES
+        for method in SECOND_STAGE
+    ],
+    indirect=["write_config"],
+    scope="module",
+)
+
+
+BOTH_KILLED = pytest.mark.parametrize(
+    "write_config", ["qwen2_5_vl", pytest.param("llava", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
+
+
+@EVERY_METHOD
 def test_every_method_trains_on_pictures(method, write_config, after_stage_one):
     run = RunDir(after_stage_one.path.with_name(method))
     shutil.copytree(after_stage_one.path, run.path)
@@ -92,6 +112,7 @@ def test_every_method_trains_on_pictures(method, write_config, after_stage_one):
         assert len(read_rows(run.groups)) >= 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_whole_run_with_an_adapter_ends_as_an_ordinary_directory(write_config, tmp_path):
     run = RunDir(tmp_path / "run")
     config = load_config(write_config, ["student.lora.r=2"])
@@ -111,6 +132,7 @@ def test_a_whole_run_with_an_adapter_ends_as_an_ordinary_directory(write_config,
         assert torch.allclose(served(**batch).logits, aligned(**batch).logits, atol=1e-5)
 
 
+@BOTH_KILLED
 def test_killed_in_stage_two_a_run_with_pictures_ends_with_the_same_bits(write_config, after_stage_one, monkeypatch):
     class KilledError(BaseException):
         """In the place of a SIGKILL."""
