@@ -24,13 +24,13 @@ def whole_weights(model: CausalLM) -> dict[str, Tensor] | None:
         The whole weights on the CPU in rank 0, an empty dictionary in the other ranks, and None where what is saved of
         the model is not sharded: an adapter, or a model that every rank holds.
     """
-    if has_adapters(model) or not any(map(_is_sharded, model.parameters())):
+    if has_adapters(model) or not any(map(ranks.is_sharded, model.parameters())):
         return None
     ranks.barrier()
     gathered: dict[int, Tensor] = {}  # weights that modules share stay one
     whole: dict[str, Tensor] = {}
     for name, value in cast(nn.Module, model).state_dict().items():
-        key = id(value) if not _is_sharded(value) else value.to_local().data_ptr() or id(value)
+        key = id(value) if not ranks.is_sharded(value) else value.to_local().data_ptr() or id(value)
         if key not in gathered:
             gathered[key] = _gather(value)
         whole[name] = gathered[key]
@@ -44,7 +44,7 @@ def whole_optimizer_state(optimizer: Optimizer) -> Iterator[None]:
     All ranks enter at the same time.
     """
     state: dict[str, Any] = optimizer.state_dict()
-    if not any(_is_sharded(value) for values in state["state"].values() for value in values.values()):
+    if not any(ranks.is_sharded(value) for values in state["state"].values() for value in values.values()):
         yield
         return
     gathered = {i: {name: _gather(value) for name, value in values.items()} for i, values in state["state"].items()}
@@ -81,13 +81,9 @@ def divide_loaded_state(optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(divide)
 
 
-def _is_sharded(value: Any) -> bool:
-    return hasattr(value, "device_mesh")
-
-
 def _gather(value: Any) -> Any:
     """Return a value that is no sharded tensor as it is, and of one the whole: in rank 0, empty in the others."""
-    if not _is_sharded(value):
+    if not ranks.is_sharded(value):
         return value
     whole = value.full_tensor()
     return whole.cpu() if ranks.is_first() else torch.empty(0)
@@ -95,7 +91,12 @@ def _gather(value: Any) -> Any:
 
 def _divide(value: Any, weight: Any) -> Any:
     """Return this rank's shard of a whole tensor of the shape of a sharded weight; other values as they are."""
-    if not _is_sharded(weight) or _is_sharded(value) or not isinstance(value, Tensor) or value.shape != weight.shape:
+    if (
+        not ranks.is_sharded(weight)
+        or ranks.is_sharded(value)
+        or not isinstance(value, Tensor)
+        or value.shape != weight.shape
+    ):
         return value
     from torch.distributed.tensor import distribute_tensor
 

@@ -153,9 +153,14 @@ def shown_to_libraries() -> Iterator[None]:
         yield
 
 
+def is_sharded(values: object) -> bool:
+    """Return whether something is a tensor of which every rank holds a part."""
+    return hasattr(values, "device_mesh")
+
+
 def local_part(values: Tensor) -> Tensor:
     """Return this rank's part of a tensor that is sharded over the ranks; any other tensor as it is."""
-    return cast("Tensor", cast(Any, values).to_local()) if hasattr(values, "to_local") else values
+    return cast("Tensor", cast(Any, values).to_local()) if is_sharded(values) else values
 
 
 def sum_tensor(values: Tensor) -> Tensor:
@@ -176,7 +181,7 @@ def sum_gradients(weights: Iterable[Parameter]) -> None:
     job = _meeting()
     if job is not None:
         job.lock_step.settle()
-        _sum_gradients([w for w in weights if w.requires_grad and not hasattr(w, "device_mesh")])
+        _sum_gradients([w for w in weights if w.requires_grad and not is_sharded(w)])
 
 
 def _sum_gradients(weights: Sequence[Parameter]) -> None:
@@ -215,7 +220,7 @@ def check_same_weights(weights: Iterable[Parameter]) -> None:
     if count() > 1:
         check_same(
             "the trained weights",
-            [float(w.detach().double().sum()) for w in weights if w.requires_grad and not hasattr(w, "device_mesh")],
+            [float(w.detach().double().sum()) for w in weights if w.requires_grad and not is_sharded(w)],
         )
 
 
