@@ -24,14 +24,17 @@ def test_every_public_name_resolves_and_is_on_the_page():
         purld.reward_model  # noqa: B018
 
 
-LOOKING = "; import purld.report.page, purld.pipeline.ledger_totals, purld.pipeline.watch, purld.pipeline.sweep"
+LOOKING = "import purld.report.page, purld.pipeline.ledger_totals, purld.pipeline.watch, purld.pipeline.sweep"
 
 
-@pytest.mark.parametrize("used", ["", "; purld.load_config", "; purld.UserError", LOOKING])
-def test_importing_purld_or_looking_at_a_run_loads_no_model_library(used):
-    script = f"import sys, purld{used}; print({{'torch', 'transformers'}} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "set()"
+def test_importing_purld_or_looking_at_a_run_loads_no_model_library():
+    """One thing after the other, in one process: what an earlier one has loaded no later one unloads."""
+    script = ["import sys"]
+    for used in ("import purld", "purld.load_config", "purld.UserError", LOOKING):
+        script += [used, f"print({used!r}, {{'torch', 'transformers'}} & set(sys.modules))"]
+    run = subprocess.run([sys.executable, "-c", "; ".join(script)], capture_output=True, text=True, check=True)
+    assert len(lines := run.stdout.splitlines()) == 4
+    assert [line for line in lines if not line.endswith(" set()")] == []
 
 
 def test_python_m_purld_is_the_command_line():

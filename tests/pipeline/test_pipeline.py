@@ -96,7 +96,8 @@ NO_FIGURES = "import purld.report.page; purld.report.page.draw_figures = lambda 
 
 
 def start(config, run):
-    return ForkedPython(NO_FIGURES + PURLD, "run", config, "--run-dir", run.path, said=run.path.with_name("said"))
+    short = ("evaluate.samples=1", "align.steps=4", "--run-dir", run.path)
+    return ForkedPython(NO_FIGURES + PURLD, "run", config, *short, said=run.path.with_name("said"))
 
 
 def kill_when(process, condition, number=signal.SIGKILL):
@@ -140,15 +141,14 @@ def test_two_runs_with_an_adapter_and_a_critic_are_equal_to_the_bit(tiny_config,
     assert any("value_loss" in row for row in seen[0][2]) and seen[0] == seen[1]
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path, monkeypatch):
+def test_ctrl_c_is_status_130_and_says_how_to_go_on(tiny_config, tmp_path):
     run = RunDir(tmp_path / "run")
     process = start(tiny_config, run)
     assert kill_when(process, lambda: logged(run, "align") >= 1, signal.SIGINT) == 130
     said = process.said.read_text()
     assert "run the same command again to continue" in said
     assert "Traceback" not in said
-    assert purld(monkeypatch, "run", tiny_config, "--run-dir", run.path) == 0
+    assert start(tiny_config, run).wait() == 0
 
 
 def test_a_contradicting_configuration_is_refused_and_names_the_key(tiny_config, tmp_path, monkeypatch, capsys):
