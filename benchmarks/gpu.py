@@ -18,7 +18,8 @@ printed, and written to --output, as soon as it is measured. A part that takes m
 ended, and what it had measured stays. Starting a part takes 15 to 30 seconds: Python, the libraries and a model.
 
 Part 5 needs two GPUs of one machine or more for the divided weights; they talk over NCCL, and over gloo on a CPU, where
-`--processes 2` tries it. The student lies in the folder for temporary files meanwhile: 3 GB for 1.5b, 15 GB for 7b.
+`--processes 2` tries it, without their peak. Meanwhile the student lies in the folder for temporary files: 3 GB for
+1.5b, 15 GB for 7b.
 """
 
 from __future__ import annotations
@@ -430,24 +431,29 @@ def measure_processes(options: argparse.Namespace) -> Iterator[Row]:
         turns: list[tuple[float, float]] = []
         while ranks.on_first(lambda: goes_on([seconds for seconds, _ in turns])):
             turns.append(job.take_step(options.completion))
-        held, peak = (max(ranks.gather_rows([found])) for found in (job.held_bytes(), job.peak_bytes()))
+        sizes = {"held_bytes": job.held_bytes()} | job.peak_bytes()
+        sizes = {name: max(found[name] for found in ranks.gather_rows([sizes])) for name in sizes}
         if ranks.is_first():
             seconds, summing = (statistics.median(column) for column in zip(*turns, strict=True))
             divided = ", divided weights" if options.divided else ""
             told = "" if options.divided else f", of it {summing:.3g} s for the gradients"  # else in the backward pass
             yield {
                 "what": f"step of {options.prompts_per_step} prompts, {ranks.count()} processes{divided}",
-                "result": f"{seconds:.3g} s{told}; in each process {held / 2**30:.3g} GiB of weights and optimiser, "
-                f"{peak / 2**30:.3g} GiB at its peak",
+                "result": f"{seconds:.3g} s{told}; in each process {describe_sizes(sizes)}",
                 "figures": {
                     "seconds": seconds,
                     "sum_seconds": summing,
                     "processes": ranks.count(),
                     "divided": options.divided,
-                    "held_bytes": held,
-                    "peak_bytes": peak,
+                    **sizes,
                 },
             }
+
+
+def describe_sizes(sizes: dict[str, int]) -> str:
+    """Return in words how many bytes a process holds between steps, and has at its peak where that is known."""
+    words = {"held_bytes": "of weights and optimiser", "peak_bytes": "at its peak"}
+    return ", ".join(f"{size / 2**30:.3g} GiB {words[name]}" for name, size in sizes.items())
 
 
 class Job:
@@ -503,11 +509,17 @@ class Job:
                 self._evaluator.score(model, self._prompt, self._anchor, texts)
         return groups
 
-    def peak_bytes(self) -> int:
-        """Return the most bytes since the peak was reset; on a CPU those that torch holds in another step."""
+    def peak_bytes(self) -> dict[str, int]:
+        """Return as `peak_bytes` the most bytes since the peak was reset; on a CPU those of another step.
+
+        Nothing for divided weights on a CPU, where torch does not see what gloo's threads free.
+        """
         if self.device.type == "cuda":
-            return peak_bytes(self.device)
-        return self.held_bytes() + peak_allocated(lambda: self.take_step(self._options.completion))
+            return {"peak_bytes": peak_bytes(self.device)}
+        if self._options.divided:
+            return {}
+        in_step = peak_allocated(lambda: self.take_step(self._options.completion))
+        return {"peak_bytes": self.held_bytes() + in_step}
 
     def held_bytes(self) -> int:
         """Return the bytes of weights and of the optimiser's state in this process, between steps."""

@@ -152,7 +152,8 @@ def test_the_whole_table_of_a_toy_on_the_cpu(tmp_path, monkeypatch, capsys):
     ]
     assert all("figures" in row for row in rows), rows
     assert [row["figures"]["processes"] for row in rows[-3:]] == [1, 2, 2]
-    (whole, _), (divided, peak) = ([row["figures"][f"{key}_bytes"] for key in ("held", "peak")] for row in rows[-2:])
-    assert 0.49 * whole < divided < 0.51 * whole < peak
+    whole, divided = (row["figures"] for row in rows[-2:])
+    assert 0.49 * whole["held_bytes"] < divided["held_bytes"] < 0.51 * whole["held_bytes"]
+    assert whole["held_bytes"] < whole["peak_bytes"] and "peak_bytes" not in divided  # which gloo hides from torch
     assert capsys.readouterr().out.count("\n| ") == len(rows) + 1
     assert_only_own_name(log)
