@@ -88,6 +88,21 @@ def test_two_processes_share_work_and_meet():
         assert outcome["variables"] == []  # no library takes itself for one of several
 
 
+def join_under_srun():
+    """As srun starts a process: without RANK, WORLD_SIZE and LOCAL_RANK."""
+    rank = os.environ.pop("RANK")
+    os.environ |= {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": os.environ.pop("WORLD_SIZE"), "SLURM_LOCALID": rank}
+    del os.environ["LOCAL_RANK"]
+    with ranks.together():
+        ranks.barrier()
+    return read_place()
+
+
+def test_a_process_keeps_the_place_that_its_launcher_gave_it():
+    """By its rank on its machine it takes a GPU of its own, also the next time."""
+    assert run_ranks(join_under_srun, joins=False) == [Place(rank, 2, rank) for rank in (0, 1)]
+
+
 def failing_work(where, how):
     def work():
         ranks.barrier()  # while the group connects, whoever waits for a process that is gone is ended by the launcher

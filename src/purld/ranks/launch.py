@@ -66,9 +66,8 @@ def meet_others(place: Place) -> Any:
     _set_address(place)
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        variables = {"RANK": str(place.rank), "WORLD_SIZE": str(place.world)}
-        os.environ.update({name: value for name, value in variables.items() if name not in os.environ})
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=_ARRIVAL))))
+        arrival = timedelta(seconds=_ARRIVAL)
+        store, _, _ = next(iter(dist.rendezvous("env://", place.rank, place.world, timeout=arrival)))
         arrivals = dist.PrefixStore("purld/arrivals", store)
         arrived, started = int(arrivals.add("arrived", 1)), time.monotonic()
         while arrived < place.world and time.monotonic() - started < _ARRIVAL:
