@@ -124,7 +124,7 @@ def metrics(rng: random.Random) -> list[dict[str, Any]]:
                 "score": noisy(0.55 + 0.17 * done, 0.04), "anchor_score": noisy(0.93, 0.01),
                 "margin": noisy(-0.38 + 0.17 * done, 0.04), "length_correlation": noisy(-0.12, 0.12),
                 "grad_norm": abs(noisy(0.8, 0.2)), "learning_rate": 1e-6, "truncated": rng.randint(0, 2),
-                "unscored": 0, "seconds": 40.1,
+                "unscored": 0, "seconds": 40.1, "gain": noisy(0.15 * done, 0.03),
             }
         )  # fmt: skip
     return sft + align

@@ -52,6 +52,11 @@ def lights(unlogged: RunData) -> Any:
         ("Movement", {"kl": [0.0] * 29}, "grey"),  # not a quarter of 120 steps
         ("Movement", {"kl": [0.0] * 30}, "amber"),
         ("Movement", {"kl": [0.0] * 25 + [-0.02] * 5}, "green"),
+        ("Gain", {"gain": [0.02] * 9, "score_spread": [0.2] * 9}, "grey"),
+        ("Gain", {"gain": [-0.5] * 30 + [0.02] * 10, "score_spread": [0.2] * 40}, "green"),
+        ("Gain", {"gain": [-0.01] * 10, "score_spread": [0.2] * 10}, "amber"),
+        ("Gain", {"gain": [-0.05] * 10, "score_spread": [0.2] * 10}, "red"),
+        ("Gain", {"gain": [0.0] * 10, "score_spread": [0.0] * 10}, "grey"),  # no score differs
         ("Answer length", {"length": [20.0] * 9}, "grey"),
         ("Answer length", {"length": [20.0] * 5 + [22.0] * 5}, "green"),
         ("Answer length", {"length": [20.0] * 5 + [30.0] * 5}, "amber"),

@@ -117,6 +117,8 @@ def run_align(context: RunContext) -> dict[str, Any]:
         facts = align(training, config.align, examples, teacher, margin_scale=scale, validation=validation)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")
+    if facts.gain is not None:
+        reporter.say(facts.gain.describe())
     if facts.validation is not None:
         reporter.say(facts.validation.describe())
     if facts.thinking:

@@ -93,6 +93,13 @@ PANELS = (
         "The measure on validation prompts by which the step to keep is chosen.",
     ),
     MetricPanel(
+        "Gain over the SFT model",
+        "score",
+        {"gain": ("gain", "stage2")},
+        "What the candidates score more than the SFT model's would on the same prompts, before the update on them.",
+        baseline=0,
+    ),
+    MetricPanel(
         "Entropy of D and q",
         "nats",
         {"entropy_labels": ("labels D", "labels"), "entropy_policy": ("policy q", "policy")},

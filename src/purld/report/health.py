@@ -115,6 +115,14 @@ def _movement(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
     return None if divergence is None else abs(divergence)
 
 
+def _gain(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
+    """Return the gain over the SFT model in the last quarter of the steps, at least ten, over the scores' spread."""
+    measured = [row for row in rows if row.get("gain") is not None and row.get("score_spread") is not None]
+    last = measured[-max(2 * _MIN_WINDOW, len(measured) // 4) :]
+    spread = sum(row["score_spread"] for row in last)
+    return sum(row["gain"] for row in last) / spread if spread > 0 and len(last) >= 2 * _MIN_WINDOW else None
+
+
 def _truncated_share(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
     cut, drawn = _latest(rows, "truncated"), _latest(rows, "drawn")
     if drawn is None:  # a run of an earlier version; of a small pool a step has fewer prompts than this
@@ -152,6 +160,16 @@ RULES = (
         high=None,
         why="The limit of the warning at the end of the stage. Judged from a quarter of the steps on, because it "
         "begins at zero.",
+    ),
+    HealthRule(
+        "Gain",
+        "gain",
+        "of the scores' spread",
+        _gain,
+        low=Bound(0.0, -0.1, "the candidates score less than the SFT model's would; lower align.learning_rate"),
+        high=None,
+        why="Ten demos, which gained 0.02 to 0.08 in accuracy, ended at 0.13 to 0.35; those in counting began between "
+        "-0.03 and 0.05. A real student that too high a rate led astray was at -0.5 after ten steps.",
     ),
     HealthRule(
         "Answer length",

@@ -24,6 +24,7 @@ from purld.runs.files import read_rows
 from purld.training.align_trainer import AlignTrainer
 from purld.training.checkpoints import resume_point
 from purld.training.context import StageContext
+from purld.training.gain import GainFacts, final_gain
 from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
@@ -48,6 +49,7 @@ class AlignFacts:
     kl: float | None = None
     validation: ValidationFacts | None = None
     engine_gap: float | None = None
+    gain: GainFacts | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -77,6 +79,8 @@ class AlignFacts:
                 f"the policy hardly moved from p_sft: their divergence at the end is {abs(self.kl):.1e} nats per "
                 "answer; raise align.learning_rate or align.steps."
             )
+        if self.gain is not None and self.gain.warning is not None:
+            warnings.append(self.gain.warning)
         if self.engine_gap is not None and self.engine_gap > NOTABLE_GAP:
             warnings.append(describe_gap(self.engine_gap))
         if self.sharper_than_labels > 0.5:
@@ -173,6 +177,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         spread_kept=_spread_kept(rows),
         kl=_final_kl([row for row in rows if row["step"] <= kept_step]),
         engine_gap=_engine_gap(rows),
+        gain=final_gain(rows),
     )
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState
 
 from purld import ranks
 from purld.clients.base import Client
-from purld.config.methods import SamplingSettings, SelfPpo, StageTwoSettings
+from purld.config.methods import GroupSettings, SamplingSettings, SelfPpo, StageTwoSettings
 from purld.errors import NotFiniteError
 from purld.methods.losses import GroupLoss, GroupTokens
 from purld.methods.table import METHODS, StageTwoMethod
@@ -100,6 +100,7 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         self._divides_gradients = divides_gradients(context.student)
         self._metrics = StepMetrics()
         self._method = stage_two_method(settings)
+        self._measures_gain = _measures_gain(self._method, settings)
         self._critic = _make_critic(roles.policy) if self._method.critic else None
         accelerator, encoder = self.accelerator, context.encoder
         form = form_of_update(settings, context.student, roles, questions, half=self.args.bf16)
@@ -204,6 +205,8 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         updated = self._within_memory(lambda: self._step_groups(model, self._rollouts, share), with_graph=True)
         objective, records = torch.zeros((), device=self.args.device), []
         for rollout, found in zip(self._rollouts, updated, strict=True):
+            if is_fresh and self._measures_gain:
+                self._metrics.add_gain(rollout, None if found is None else found[1])
             if found is not None:
                 loss, tokens = found
                 objective += share * loss.value
@@ -374,6 +377,12 @@ def stage_two_method(settings: StageTwoSettings) -> StageTwoMethod[Any]:
     if row is None:
         raise ValueError(f"{name} has no second stage")
     return row
+
+
+def _measures_gain(method: StageTwoMethod[Any], settings: StageTwoSettings) -> bool:
+    """Say whether groups tell what the policy gained over p_sft: they have scores, and the policy drew them."""
+    own_draws = isinstance(settings, GroupSettings) and settings.temperature == settings.top_p == 1
+    return own_draws and method.scorer is not None and not method.anchored_reference
 
 
 def _is_logged(key: str) -> bool:

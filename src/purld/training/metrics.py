@@ -11,7 +11,9 @@ from torch import Tensor
 
 from purld import ranks
 from purld.methods.losses import GroupLoss, GroupTokens, sampling_gaps
+from purld.methods.score_gain import score_gain
 from purld.records import GroupRecord
+from purld.training.gain import METRIC as GAIN
 from purld.training.rollout import Rollout
 
 _SUMMED = frozenset({"drawn", "truncated", "unscored", "dropped_groups", "thinking"})
@@ -58,6 +60,25 @@ class StepMetrics:
         if candidates and from_sft:
             log_ratios = tokens.sequences(tokens.policy - tokens.reference)[-candidates:]
             self._values["kl"].append(log_ratios.mean().item())
+
+    def add_gain(self, rollout: Rollout, tokens: GroupTokens | None) -> None:
+        """Note what the policy gained over p_sft on one group that it drew, before it learns from it.
+
+        Args:
+            rollout: the group.
+            tokens: its members under the policy that drew them and under p_sft; None if the group is left out, which
+                says something only where its scores are equal.
+        """
+        if tokens is None:
+            scores = [score for score in rollout.scores.candidates if score is not None]
+            if len(scores) > 1 and len(set(scores)) == 1:
+                self._values[GAIN].append(0.0)
+            return
+        drawn = len(rollout.member_candidates)
+        if drawn > 1:
+            log_ratios = tokens.sequences(tokens.old - tokens.reference)[-drawn:]
+            of_members = [rollout.scores.candidates[index] for index in rollout.member_candidates]
+            self._values[GAIN].append(score_gain(log_ratios.new_tensor(of_members), log_ratios).item())
 
     def drain(self) -> dict[str, float]:
         """Return the values of the step and start the next one."""

@@ -1,0 +1,55 @@
+"""Say what Stage II gained by its own estimate: the candidates' scores against those that p_sft's would have."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+METRIC = "gain"
+"""The metric of a step: the mean over its groups of `purld.methods.score_gain.score_gain`, before the update."""
+_LEAST_STEPS = 8  # whose spread tells how sure their mean is
+
+
+@dataclass(frozen=True)
+class GainFacts:
+    """The gain over p_sft in the last quarter of the steps, in units of the score, with an interval of about 95%."""
+
+    gain: float
+    low: float
+    high: float
+
+    def describe(self) -> str:
+        """Return the gain as a sentence."""
+        told = "" if self.low > 0 or self.high < 0 else ", which is not told apart from zero"
+        return f"Own estimate: the candidates score {self._in_words} against p_sft's{told}."
+
+    @property
+    def warning(self) -> str | None:
+        """Return what the user should look at; None where nothing was lost."""
+        if self.high >= 0:
+            return None
+        return (
+            f"by its own estimate Stage II lost what p_sft had: candidates score {self._in_words} against p_sft's on "
+            "the same prompts; lower align.learning_rate or raise align.prompts_per_step."
+        )
+
+    @property
+    def _in_words(self) -> str:
+        return f"{self.gain:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def final_gain(rows: Sequence[Mapping[str, Any]]) -> GainFacts | None:
+    """Return the gain in the last quarter of the steps; None if too few measured it.
+
+    Args:
+        rows: the logged steps of Stage II.
+    """
+    gains = [row[METRIC] for row in rows if METRIC in row]
+    last = gains[-max(_LEAST_STEPS, len(gains) // 4) :]
+    if len(last) < _LEAST_STEPS:
+        return None
+    mean, error = statistics.fmean(last), 1.96 * statistics.stdev(last) / math.sqrt(len(last))
+    return GainFacts(mean, mean - error, mean + error)
