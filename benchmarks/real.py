@@ -50,7 +50,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.minutes
     failed = sum(run_cells(bench, part, options.jobs, deadline) for part in by_stage(cells))
     rows = list(finished_cells(bench).values())
-    if options.tune:
+    if options.tune and not failed:
         write_json(bench.chosen, choose_settings(rows))
     print_tables(rows)
     sys.exit(1 if failed else 0)
@@ -68,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates that --tune tries")
     parser.add_argument("--steps", type=int, help="updates of Stage II")
     parser.add_argument("--prompts-per-step", type=int, help="prompts of an update")
+    parser.add_argument("--pool", choices=("other", "same"), default="other", help="Stage II's problems, by Stage I's")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after that many")
     parser.add_argument("--dtype", default=Machine.dtype, help="the precision of frozen weights")
@@ -105,7 +106,7 @@ def planned_cells(options: argparse.Namespace, bench: Bench) -> list[Cell]:
     else:
         chosen = read_json(bench.chosen) if bench.chosen.exists() else {}
         cells = chosen_cells(students, chosen, options.seeds)
-    return [cell for cell in cells if cell.method in {"SFT", *options.methods}]
+    return [replace(cell, pool=options.pool) for cell in cells if cell.method in {"SFT", *options.methods}]
 
 
 def by_stage(cells: Sequence[Cell]) -> tuple[list[Cell], list[Cell]]:

@@ -20,6 +20,7 @@ from purld.errors import UserError
 from purld.pipeline.sweep import share_stage_one
 from purld.runs.files import read_json, read_rows, write_rows
 from purld.runs.run_dir import RunDir
+from purld.training.gain import final_gain
 from real_students.plan import METHODS, VALIDATION, Cell, Size
 
 Row = dict[str, Any]
@@ -106,6 +107,8 @@ class Bench:
         folder = self.out / cell.family
         folder.mkdir(parents=True, exist_ok=True)
         train, validation = self.split_problems(cell.seed)
+        if cell.pool == "same":
+            train = train[: self.size.stage_one]
         measured = validation if cell.split == "validation" else read_rows(self.test)[: self.size.measured]
         train_file, measured_file = (str((folder / f"{name}.jsonl").resolve()) for name in ("train", "measured"))
         fraction, micro_batch = self.size.stage_one / len(train), self.machine.micro_batch
@@ -175,6 +178,7 @@ class Bench:
             "greedy": _right(run, f"{name}.greedy"),
             "seconds": results["seconds"],
             "kl": steps[-1].get("kl") if steps else None,
+            "gain": asdict(gain) if (gain := final_gain(steps)) else None,
             "score_quality": results.get("score_quality"),
             "training_accuracy": results.get("training_accuracy"),
             "warnings": results.get("warnings", []),

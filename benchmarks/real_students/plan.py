@@ -118,6 +118,6 @@ def choose_settings(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, di
     """Return the settings with the most right sampled answers on validation problems, by student and method."""
     tuned = [row for row in rows if row["split"] == "validation" and row["method"] != "SFT"]
     chosen: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in sorted(tuned, key=lambda row: sum(row["right"])):  # the last is the best
+    for row in sorted(tuned, key=lambda row: (sum(row["right"]), row["id"])):  # the last is the best
         chosen.setdefault(row["student"], {})[row["method"]] = dict(row["changed"])
     return chosen

@@ -8,7 +8,7 @@ from real import finished_cells
 from real_students.bench import Bench
 from real_students.figures import draw_figures
 from real_students.page import method_table
-from real_students.plan import CHOSEN, METHODS, SEEDS, Size, choose_settings, chosen_cells, tuning_cells
+from real_students.plan import CHOSEN, METHODS, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.config.load import load_config
 from purld.errors import UserError
@@ -47,6 +47,13 @@ def test_nothing_is_measured_on_what_is_trained_on(bench: Bench, split: str):
         assert (config.align.method, config.align.steps, config.seed) == ("ldl_grpo", 4, seed)
 
 
+def test_stage_two_may_have_stage_ones_problems(bench: Bench):
+    cell = Cell("tiny", 0, "test", "LDL-GRPO", pool="same")
+    config = load_config(bench.write_config(cell))
+    assert config.data.sft_fraction is None and len(read_rows(Path(config.data.prompts))) == SIZE.stage_one
+    assert cell.id != Cell("tiny", 0, "test", "LDL-GRPO").id
+
+
 def test_validation_problems_are_the_same_for_all_seeds(bench: Bench):
     parts = [bench.split_problems(seed) for seed in (0, 1)]
     assert parts[0][1] == parts[1][1] and parts[0][0] != parts[1][0]
@@ -74,6 +81,7 @@ def test_the_settings_with_most_right_answers_to_validation_problems_are_chosen(
             "method": method,
             "right": right,
             "changed": {"learning_rate": rate},
+            "id": f"{student}/{method}/{rate}",
         }
 
     rows = [row("SFT", 0.0, [1.0]), row("LDL-GRPO", 0.1, [0.5]), row("LDL-GRPO", 0.2, [0.75]), row("RLPR", 0.1, [0.0])]
