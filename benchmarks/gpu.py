@@ -75,6 +75,7 @@ from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
 from purld.model.likelihood import AnchoredRows, in_context_scores
 from purld.model.load import default_device, load_roles
+from purld.model.out_of_memory import is_out_of_memory
 from purld.model.sample import Decoding, GenerateSampler
 from purld.model.self_evaluation import SelfEvaluator
 from purld.records import Prompt
@@ -135,7 +136,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         # Without waiting for the other processes' collectives, which may never end.
-        ranks.exit_process(_NO_MEMORY if isinstance(error, torch.OutOfMemoryError) else 1)
+        ranks.exit_process(_NO_MEMORY if is_out_of_memory(error) else 1)
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -381,10 +382,9 @@ def measure_step(options: argparse.Namespace) -> Iterator[Row]:
     what = "step, TRL / purld"
     try:
         seconds = steps_against_trl(bench, _TURNS if step_seconds < _TURN_SECONDS / _TURNS else 1)
-    except torch.OutOfMemoryError:
-        yield {"what": what, "result": "out of memory"}
     except Exception as error:  # any other version of TRL may raise anything
-        yield {"what": what, "result": f"left out, TRL does not run here: {type(error).__name__}: {str(error)[:200]}"}
+        why = f"left out, TRL does not run here: {type(error).__name__}: {str(error)[:200]}"
+        yield {"what": what, "result": "out of memory" if is_out_of_memory(error) else why}
     else:
         theirs, ours = (statistics.median(seconds[side]) for side in ("trl", "purld"))
         result = f"{theirs:.3g} / {ours:.3g} s = {format_ratio(seconds['trl'], seconds['purld'])}"
@@ -398,7 +398,9 @@ def time_both(forms: dict[str, Callable[[], Any]], device: torch.device) -> dict
     while goes_on(seconds["shared"]) and sum(seconds["plain"]) < _TURN_SECONDS:
         try:
             seconds["plain"].append(time_call(forms["plain"], device))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             release_memory()
             return {"plain": [], "shared": [time_call(forms["shared"], device)]}
         seconds["shared"].append(time_call(forms["shared"], device))
