@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from purld.methods.score_gain import score_gain
+from purld.methods.score_gain import LARGEST_WEIGHT, score_gain
 
 SCORES = torch.tensor([1.0, 0.3, 0.0], dtype=torch.float64)
 POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -27,5 +27,6 @@ def test_it_is_zero_where_the_policy_is_p_sft_or_all_scores_are_equal():
     assert score_gain(torch.full((3,), 0.7), torch.tensor([0.5, -2.0, 1.0])).abs() < 1e-7
 
 
-def test_a_candidate_that_the_policy_gave_up_leaves_it_finite():
-    assert torch.isfinite(score_gain(torch.tensor([1.0, 0.0]), torch.tensor([-1e4, 0.1])))
+def test_a_candidate_that_the_policy_gave_up_weighs_no_more_than_the_cap():
+    scores = torch.tensor([1.0, 0.0])
+    assert score_gain(scores, torch.tensor([-1e4, 0.0])).item() == pytest.approx(-(LARGEST_WEIGHT - 1) / 2)
