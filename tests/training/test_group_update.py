@@ -30,6 +30,7 @@ SETTINGS = SimpleNamespace(
     margin=0.0,
     pairs="all",
     anchor_joins=False,
+    skip_equal_scores=False,
 )
 FORMS = [f"ldl_grpo:{form}" for form in ("ratio", "likelihood", "mean")]
 OTHERS = [name for name, method in METHODS.items() if method.stage_two and name != "ldl_grpo"]

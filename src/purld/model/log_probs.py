@@ -93,7 +93,7 @@ def plan_passes(model: CausalLM, groups: Sequence[RowGroup], pad: int, size: int
 
     Groups with images, those that outgrow a sliding window, and those of a model that fails the check take a pass each.
     """
-    for together in _consecutive(model, groups, size):
+    for together in _consecutive(model, groups, pad, size):
         if len(together) == 1 or can_join(model, _pairs(together), pad):
             yield together
         else:
@@ -157,11 +157,11 @@ def micro_batches(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _consecutive(model: CausalLM, groups: Sequence[RowGroup], size: int) -> Iterator[Sequence[RowGroup]]:
+def _consecutive(model: CausalLM, groups: Sequence[RowGroup], pad: int, size: int) -> Iterator[Sequence[RowGroup]]:
     """Yield as many groups at a time as may go together, and at least one."""
     together: list[RowGroup] = []
     for group in groups:
-        if together and not _may_go_together(model, [*together, group], size):
+        if together and not _may_go_together(model, [*together, group], pad, size):
             yield together
             together = []
         together = [*together, group]
@@ -169,13 +169,18 @@ def _consecutive(model: CausalLM, groups: Sequence[RowGroup], size: int) -> Iter
         yield together
 
 
-def _may_go_together(model: CausalLM, groups: Sequence[RowGroup], size: int) -> bool:
-    """Return whether groups have no more than a pass holds, no images, and fit into the model's windows when padded."""
+def _may_go_together(model: CausalLM, groups: Sequence[RowGroup], pad: int, size: int) -> bool:
+    """Return whether groups have no more than a pass holds, no images, and fit into the model's windows when padded.
+
+    Full sequences are padded at their end alone, where no window counts it.
+    """
     rows = [row for group in groups for row in group.rows]
     tokens = len(groups) * max(len(group.prompt) for group in groups) + len(rows) * max(map(len, rows), default=0)
     if len(rows) > size or tokens > PASS_TOKENS or any(group.prompt.images for group in groups):
         return False
-    return not windows_count_padding(model, _pairs(groups))
+    if not windows_count_padding(model, _pairs(groups)):
+        return True
+    return not can_share_prefix(model, groups[0].prompt, groups[0].rows, pad)
 
 
 def _pairs(groups: Sequence[RowGroup]) -> list[tuple[EncodedPrompt, Rows]]:
