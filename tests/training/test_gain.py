@@ -42,7 +42,7 @@ def test_the_last_quarter_counts_with_the_interval_of_its_mean():
     error = 1.96 * math.sqrt(10 * 0.01**2 / 9) / math.sqrt(10)
     assert (facts.gain, facts.low, facts.high) == pytest.approx((0.05, 0.05 - error, 0.05 + error))
     assert facts.warning is None and facts.describe() == (
-        "Own estimate: the candidates score +0.050 [+0.043, +0.057] against p_sft's."
+        "Gain in score over the SFT model, by its own estimate: +0.050 [+0.043, +0.057]."
     )
 
 

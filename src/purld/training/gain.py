@@ -23,8 +23,8 @@ class GainFacts:
 
     def describe(self) -> str:
         """Return the gain as a sentence."""
-        told = "" if self.low > 0 or self.high < 0 else ", which is not told apart from zero"
-        return f"Own estimate: the candidates score {self._in_words} against p_sft's{told}."
+        told = "" if self.low > 0 or self.high < 0 else ", not told apart from zero"
+        return f"Gain in score over the SFT model, by its own estimate: {self._in_words}{told}."
 
     @property
     def warning(self) -> str | None:
@@ -32,8 +32,8 @@ class GainFacts:
         if self.high >= 0:
             return None
         return (
-            f"by its own estimate Stage II lost what p_sft had: candidates score {self._in_words} against p_sft's on "
-            "the same prompts; lower align.learning_rate or raise align.prompts_per_step."
+            f"by its own estimate Stage II lost score against the SFT model ({self._in_words}); lower "
+            "align.learning_rate or raise align.prompts_per_step."
         )
 
     @property
