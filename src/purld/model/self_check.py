@@ -63,14 +63,13 @@ def can_join(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad:
 
     Args:
         model: a causal language model, in evaluation mode.
-        groups: prefixes without images, each with its continuations.
+        groups: prefixes without images, each with its continuations; where prefixes are shared, no window counts the
+            padding between them (`windows_count_padding`).
         pad: a token id to pad with.
     """
     sharing = {can_share_prefix(model, prompt, rows, pad) for prompt, rows in groups}
     if sharing != {True}:
         return len(sharing) == 1  # full sequences are padded at their end alone
-    if windows_count_padding(model, groups):
-        return False
     is_padded = _is_padded(groups)
     causal = unwrap_adapters(model)
     verdicts = _joint_verdicts.setdefault(causal, {})
