@@ -426,7 +426,7 @@ def check_any_file(path: Path, lines: list[bytes]) -> None:
             assert message.startswith(str(path)) and message.endswith(".") and "\n" not in message
             message.encode()
             if bad_rows == "fail":
-                assert "line " in message or "there are no prompts" in message
+                assert any(part in message for part in ("line ", "there are no prompts", "is compressed with"))
         else:
             assert loaded.rows == len(loaded.prompts) + loaded.duplicates + loaded.skipped
             for prompt in loaded.prompts:
@@ -443,7 +443,7 @@ def test_no_file_of_rows_ends_in_a_traceback(tmp_path_factory, lines):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000, deadline=None, derandomize=False)
 @given(lines=st.lists(damaged_lines(), min_size=1, max_size=5))
 def test_no_file_of_rows_ends_in_a_traceback_ten_thousand_times(tmp_path_factory, lines):
     check_any_file(tmp_path_factory.mktemp("any") / "pool.jsonl", lines)
