@@ -46,8 +46,7 @@ def main() -> None:
 
     def cells() -> list[Cell]:
         if options.quick:
-            chosen = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.exists() else plan.middle_settings()
-            return plan.main_cells(chosen, seeds=plan.SEEDS[:1])
+            return plan.main_cells(settings_on_file(CHOSEN), seeds=plan.SEEDS[:1])
         return plan.all_cells(rows)
 
     if options.list:
@@ -64,6 +63,12 @@ def main() -> None:
 
         write_page(rows, options.docs, None if options.page else CHOSEN)
     sys.exit(1 if failed else 0)
+
+
+def settings_on_file(path: Path) -> plan.Chosen:
+    """Return the settings that a full run chose; a row that it did not tune has the middle of its grid."""
+    chosen = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {task: settings | chosen.get(task, {}) for task, settings in plan.middle_settings().items()}
 
 
 def parse_arguments() -> argparse.Namespace:

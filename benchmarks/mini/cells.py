@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from purld.display.titles import model_title
 from purld.records import content_hash
 from purld.testbed.world.world import Task
 
@@ -30,16 +31,27 @@ SHARED: Mapping[str, Any] = {
 }
 GROUPED = {**SHARED, "candidates": 8}
 SCORED = {"score_batch_size": 32}
+_LDL = {**GROUPED, **SCORED, "q": "ratio", "gamma": 10.0, "tau": 1.2, "beta": 0.01}
+_GRPO = {**GROUPED, **SCORED, "beta": 0.0}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "ldl_grpo": {**GROUPED, **SCORED, "q": "ratio", "gamma": 10.0, "tau": 1.2, "beta": 0.01},
+    "ldl_grpo": _LDL,
     "anchorrank_dpo": {**GROUPED, **SCORED, "beta": 0.1},
-    "anchor_grpo": {**GROUPED, **SCORED, "beta": 0.0},
+    "anchor_grpo": _GRPO,
     "self_ppo": {**SHARED, **SCORED, "beta": 0.05},
     "singlepair_dpo": {**SHARED, "beta": 0.1},
     "sft_sft": SHARED,
+    "anchor_in_group": {**_LDL, "method": "ldl_grpo", "anchor_in_group": True},
+    "self_distillation": GROUPED,
+    "rlpr": {**_GRPO, "method": "anchor_grpo", "score": "reference"},
     "teacher_judge_grpo": {**GROUPED, "beta": 0.0},
 }
-"""Each method's settings, except those that are tuned."""
+"""Each row's settings, except those that are tuned; a row that is not called by its method names the method."""
+VARIANTS: Mapping[str, str] = {
+    "anchor_in_group": "LDL-GRPO, the anchor in the group",
+    "self_distillation": "Self-distillation",
+    "rlpr": "RLPR's reward in GRPO",
+}
+"""The rows that the paper does not have, with their titles."""
 
 ANCHORS = 256
 
@@ -52,7 +64,7 @@ class Cell:
         task: a task of the testbed.
         seed: draws prompts, problems, order, candidates and answers.
         split: the split whose problems the answers are measured on.
-        method: a method of Stage II, or `sft` for p_sft itself.
+        method: a row of the tables, which is a method of Stage II or one of `VARIANTS`, or `sft` for p_sft itself.
         settings: sorted keys and values of `align`; empty for `sft`.
         anchors: number of prompts with a teacher's answer in each stage.
         pool: whether Stage II has the prompts of Stage I or as many others.
@@ -107,7 +119,12 @@ def format_settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
+def row_title(method: str) -> str:
+    """Return the title of a row of the tables."""
+    return VARIANTS.get(method) or model_title(method)
+
+
 def stage_two_cell(task: Task, seed: int, split: Split, method: str, chosen: Mapping[str, Any], **fields: Any) -> Cell:
-    """Return a Stage II cell: the method's defaults overridden by `chosen`; `fields` are fields of `Cell`."""
+    """Return a Stage II cell: the row's defaults overridden by `chosen`; `fields` are fields of `Cell`."""
     settings = {"method": method, **DEFAULTS[method], **chosen}
     return Cell(task, seed, split, method, tuple(sorted(settings.items())), **fields)

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from mini import plan
-from mini.cells import Cell, format_settings, stage_two_cell
+from mini.cells import VARIANTS, Cell, format_settings, row_title, stage_two_cell
 from mini.plan import CellOfSeed
 from mini.results import FIGURES, NON_ANCHOR, Comparison, Results, best_on_validation, list_comparisons
 from mini.stats import LEVEL, Mean, adjust_by_holm
-from purld.display.titles import model_title
 from purld.errors import UserError
 from purld.runs.files import atomic_write, write_json, write_rows
 from purld.testbed.world.world import Task
 
 TABLE_ONE_METHODS = ("sft", "sft_sft", "singlepair_dpo", "anchor_grpo", "self_ppo", "anchorrank_dpo", "ldl_grpo")
 """The methods of Table 1 in the paper's order."""
+ALL_ROWS = (*TABLE_ONE_METHODS, *VARIANTS, "teacher_judge_grpo")
+"""The rows of the table here."""
 
 _BASELINES = tuple(method for method in TABLE_ONE_METHODS if method != "ldl_grpo")
 
@@ -80,7 +81,7 @@ def quick_table(rows: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) ->
         raw, lc, right, calls, seconds = (
             results.figure(cell, name) for name in ("raw", "lc", "accuracy", "calls", "seconds")
         )
-        line = [cell.task, model_title(cell.method), f"{raw:.3f}", f"{lc:.3f}", f"{right:.3f}", ""]
+        line = [cell.task, row_title(cell.method), f"{raw:.3f}", f"{lc:.3f}", f"{right:.3f}", ""]
         if cell.method != "sft" and cell.stage_one in results:
             mean, (low, high) = results.within_seed(cell, cell.stage_one, "raw")
             line[-1] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
@@ -142,7 +143,7 @@ def grid_table(results: Results) -> str:
                 shown.append(f"**{text}**" if best else text)
             if any(shown) or rate in plan.RATES:
                 beyond = "" if rate in plan.RATES else ", beyond the grid"
-                rows.append([model_title(method), f"{format_settings(setting)}{beyond}", *shown])
+                rows.append([row_title(method), f"{format_settings(setting)}{beyond}", *shown])
     return markdown_table(["method", "setting", *plan.TASKS], rows)
 
 
@@ -153,12 +154,12 @@ def _on_validation(results: Results, cell: Cell) -> str:
 
 def table_one(results: Results) -> str:
     """Return Table 1: raw and length-controlled win rates, and figures that the paper has no column for."""
-    return _per_task(results, [*TABLE_ONE_METHODS, "teacher_judge_grpo"])
+    return _per_task(results, ALL_ROWS)
 
 
 def table_two(results: Results) -> str:
     """Return Table 2: SFT, Anchor-GRPO and LDL-GRPO."""
-    headers = ["task", *(f"{model_title(m)} {n}" for m in ("sft", "anchor_grpo", "ldl_grpo") for n in ("Raw", "LC"))]
+    headers = ["task", *(f"{row_title(m)} {n}" for m in ("sft", "anchor_grpo", "ldl_grpo") for n in ("Raw", "LC"))]
     rows = []
     for task in plan.TASKS:
         cells: list[str] = [task]
@@ -184,7 +185,7 @@ def _per_task(results: Results, methods: Sequence[str]) -> str:
             seeds = results.seeds(experiment) if experiment else []
             if experiment is None or not seeds:
                 continue
-            cells = [f"**{model_title(method)}**" if method == best else model_title(method)]
+            cells = [f"**{row_title(method)}**" if method == best else row_title(method)]
             cells += [format_mean(results.mean(experiment, name)) for name in ("raw", "lc", "accuracy", "raw_if_right")]
             cells += [f"{_mean(results, experiment, 'greedy'):.3f}", f"{_mean(results, experiment, 'length'):.0f}"]
             cells.append(_mean_of_last_steps(results, experiment, "kl", plan.SEEDS))
@@ -235,9 +236,9 @@ def difference_table(results: Results) -> str:
     for task in plan.TASKS:
         rows = []
         rival = results.of_method(task, best[task])
-        for method in [*TABLE_ONE_METHODS[1:], "teacher_judge_grpo"]:
+        for method in ALL_ROWS[1:]:
             experiment, sft = results.of_method(task, method), results.of_method(task, "sft")
-            cells = [model_title(method)]
+            cells = [row_title(method)]
             cells += [
                 format_difference(results.difference(experiment, sft, name), seeds=True)
                 for name in ("raw", "lc", "accuracy")
@@ -253,7 +254,7 @@ def difference_table(results: Results) -> str:
             "Raw − SFT",
             "LC − SFT",
             "accuracy − SFT",
-            f"Raw − {model_title(best[task])}, the best baseline",
+            f"Raw − {row_title(best[task])}, the best baseline",
         ]
         parts.append(markdown_table(headers, rows))
     return "\n\n".join(parts)
@@ -296,7 +297,7 @@ def _tested(results: Results, claim: Comparison) -> Mean | None:
 
 
 def _finding(claim: Comparison, mean: Mean, adjusted: float | None) -> list[str]:
-    claim_text = f"{model_title(claim.a)} > {model_title(claim.b)}, {'LC' if claim.name == 'lc' else 'Raw'}"
+    claim_text = f"{row_title(claim.a)} > {row_title(claim.b)}, {'LC' if claim.name == 'lc' else 'Raw'}"
     p = "" if mean.p is None else f"{mean.p:.3f}"
     corrected = "" if adjusted is None else f"{adjusted:.3f}"
     return [

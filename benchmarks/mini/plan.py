@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mini.cells import ANCHORS, DEFAULTS, Cell, format_settings, stage_two_cell
+from mini.cells import ANCHORS, DEFAULTS, VARIANTS, Cell, format_settings, stage_two_cell
 from purld.testbed.world.world import Task
 
 TASKS: tuple[Task, ...] = ("writing", "counting")
@@ -20,7 +20,7 @@ FEW_SEEDS = (0, 1, 2)
 SWEEP_SEEDS = (0, 1)
 TUNING_SEED = 1000  # not a table's seed; its problems are of the training split, so no table is measured on them
 
-TUNED = ("ldl_grpo", "anchorrank_dpo", "anchor_grpo", "self_ppo", "singlepair_dpo", "sft_sft")
+TUNED = ("ldl_grpo", "anchorrank_dpo", "anchor_grpo", "self_ppo", "singlepair_dpo", "sft_sft", *VARIANTS)
 METHODS = (*TUNED, "teacher_judge_grpo")
 # Three rates for each method; its other settings stay as published (see `cells.DEFAULTS`).
 RATES = (1.5e-5, 5e-5, 1.5e-4)
@@ -86,7 +86,7 @@ def choose_settings(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def middle_settings() -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the middle of every grid, for the quick slice before a full run has chosen."""
+    """Return the middle of every grid, for the quick slice where no full run has chosen."""
     return {task: {method: {"learning_rate": RATES[1]} for method in METHODS} for task in TASKS}
 
 

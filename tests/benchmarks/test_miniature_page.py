@@ -112,7 +112,7 @@ def with_tables(ldl: float, others: float) -> dict:
 def test_table_one_has_the_figures_of_the_rows():
     text = table_one(Results(with_tables(ldl=0.6, others=0.4)))
     raw, right, if_right = "0.640 [0.572, 0.708]", "0.740 [0.672, 0.808]", "0.864 [0.852, 0.876]"
-    for line in [line for line in text.splitlines() if "LDL-GRPO" in line]:
+    for line in [line for line in text.splitlines() if "| **LDL-GRPO** |" in line]:
         _, name, *cells = (cell.strip() for cell in line.split("|"))
         assert [name, cells[0], *cells[2:5]] == ["**LDL-GRPO**", raw, right, if_right, "0.840"]
     assert text.count("| SFT | 0.400 [0.400, 0.400] |") == len(plan.TASKS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from mini import plan
-from mini.cells import Cell, stage_two_cell
+from mini.cells import VARIANTS, Cell, stage_two_cell
 from mini.work import (
     MovingEvaluator,
     NoisyScorer,
@@ -52,6 +52,17 @@ def test_a_stage_one_and_what_starts_from_it(folder, small):
     del judged["seconds"], again["seconds"], judged["measured"]["seconds"], again["measured"]["seconds"]
     assert judged == again
     assert not list((folder / "work").iterdir())
+
+
+@pytest.mark.parametrize("row", VARIANTS)
+def test_a_row_that_the_paper_does_not_have_runs_by_its_own_settings(row, folder, small):
+    run_cell(Cell("writing", 0, "test", "sft", anchors=8), folder)
+    cell = stage_two_cell("writing", 0, "test", row, SMALL, anchors=8)
+    result = run_cell(cell, folder)
+    objectives = [step["objective"] for step in result["curve"]]
+    assert len(objectives) == 3 and all(np.isfinite(objectives)) and result["teacher_calls"] == 8
+    assert (result["score"] is None) == (row == "self_distillation"), "only self-distillation scores nothing"
+    assert row in cell.title
 
 
 def test_noise_and_a_moving_evaluator_change_the_scores_and_nothing_before_them(folder, small):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import counted_work
 import miniature
 import pytest
+from mini import plan
 from mini.cells import Cell, stage_two_cell
 from miniature import next_cell
 
@@ -41,6 +43,14 @@ def test_one_stage_one_is_not_trained_twice_at_a_time():
     """Validation and test problems are answered by the same weights."""
     validation = Cell("writing", 0, "validation", "sft")
     assert next_cell([validation], {}, {SFT}) is None
+
+
+def test_the_quick_slice_has_a_setting_for_every_row_whichever_were_tuned(tmp_path):
+    (tmp_path / "chosen.json").write_text(json.dumps({"writing": {"ldl_grpo": {"learning_rate": 7e-5}}}))
+    tuned, untuned = (miniature.settings_on_file(tmp_path / name) for name in ("chosen.json", "none.json"))
+    assert untuned == plan.middle_settings()
+    assert tuned["writing"]["ldl_grpo"] == {"learning_rate": 7e-5} and tuned["counting"] == untuned["counting"]
+    assert plan.main_cells(tuned, [0]) != plan.main_cells(untuned, [0])
 
 
 @pytest.fixture
