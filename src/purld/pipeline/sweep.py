@@ -125,12 +125,12 @@ def run_sweep(config: Path, cells: Sequence[SweepCell], jobs: int, reporter: Rep
     failed: dict[str, str] = {}
     leaders = list({cell.family: cell for cell in reversed(cells)}.values())[::-1]
     open_families = [leader for leader in leaders if "sft" not in leader.run.finished_stages()]
-    reporter.headline(f"{len(cells)} runs, {len(leaders)} different Stage I")
+    reporter.headline(f"runs: {len(cells)}, different Stage I: {len(leaders)}")
     _collect_in_turn(config, open_families, reporter, failed)
     _run_each(config, "sft", [c for c in open_families if c.name not in failed], jobs, reporter, failed)
     shared = _share_with_families(cells, {leader.family: leader for leader in leaders}, failed)
     if shared:
-        reporter.say(f"{shared} runs were given the anchors and Stage I of another.")
+        reporter.say(f"runs that were given the anchors and Stage I of another: {shared}")
     ready = [cell for cell in cells if "sft" in cell.run.finished_stages() and not cell.finished]
     _run_each(config, "run", ready, jobs, reporter, failed)
     _show_results(cells, failed)
