@@ -78,7 +78,8 @@ def run(
 def check(config: ConfigPath, overrides: Overrides = None, run_dir: RunDirOption = None) -> None:
     """Validate everything and show the plan.
 
-    What will be sent, what it may cost at most, memory and steps. Uses no network.
+    What will be sent, what it may cost at most, memory and steps. Uses no network but a rollout engine's, if one is
+    configured.
     """
     settings, run = open_config(config, overrides, run_dir)
     from purld.pipeline.plan import make_plan
