@@ -12,6 +12,7 @@ from purld.clients.base import Reply, ReplyCollector
 from purld.clients.endpoint import EndpointClient
 from purld.clients.open import open_client
 from purld.config.clients import AnswerFile
+from purld.config.engines import VllmEngine
 from purld.config.load import parse_config
 from purld.errors import UserError
 
@@ -49,6 +50,11 @@ def test_equal_questions_are_delivered_to_all_who_asked():
         ({"base_url": "http://h:99999/v1"}, "teacher.base_url: Port out of range"),
         ({"base_url": "http://user:hunter2@h/v1"}, "may hold no user, password or query"),
         ({"base_url": "http://h/v1?key=hunter2"}, "may hold no user, password or query"),
+        ({"base_url": "user:hunter2@h/v1"}, "may hold no user, password or query"),
+        ({"base_url": "https://user:hunter2@h:99999/v1"}, "may hold no user, password or query"),
+        ({"api_key_env": "sk-proj-hunter2"}, "never the key itself"),
+        ({"api_key_env": "HUNTER2HUNTER2HUNTER2"}, "never the key itself"),
+        ({"api_key_env": "gsk_hunter2hunter2hunter2hunter2"}, "never the key itself"),
         ({"extra_body": {"stream": True}}, "stream cannot be set here"),
         ({"api_key": "hunter2"}, "unknown key teacher.api_key"),
         ({"max_cost": 3}, "max_cost needs input_price"),
@@ -57,7 +63,13 @@ def test_equal_questions_are_delivered_to_all_who_asked():
 def test_endpoints_that_are_refused_without_showing_a_secret(settings, words):
     with pytest.raises(UserError, match=words) as refused:
         teacher(**settings)
-    assert "hunter2" not in str(refused.value)
+    assert "hunter2" not in str(refused.value).lower()
+
+
+@pytest.mark.parametrize("name", ["TEACHER_API_KEY", "my_key", "OPENAI_KEY_2", "azure_openai_gateway_key"])
+def test_names_of_variables_are_names(name):
+    assert teacher(api_key_env=name).api_key_env == name
+    assert VllmEngine(kind="vllm", api_key_env=name).api_key_env == name
 
 
 def test_a_slash_at_the_end_of_an_address_means_nothing():

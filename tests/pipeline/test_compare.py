@@ -117,6 +117,16 @@ def test_win_rates_are_compared_before_the_same_judge_and_opponent_alone(evaluat
     assert "different judges" in compare_runs(a, strict, judge=False, reporter=Reporter()).notes[0]
 
 
+def test_the_thinking_of_an_opponent_is_no_part_of_its_length(evaluated):
+    found = []
+    for text in ("them", "<think>I wonder what is wanted here.</think>them"):
+        wins = {"a": range(15), "b": range(5)}
+        a, b = (evaluated(f"{name}{len(found)}", {0}, wins=wins[name], opponent=text) for name in wins)
+        found.append(compare_runs(a, b, judge=False, reporter=Reporter()).difference)
+    first, second = found
+    assert first == second and "lc_win_rate" in first
+
+
 def test_answers_drawn_differently_are_noted(evaluated):
     a, b = evaluated("a", {0}), evaluated("b", {0}, temperature=0.5)
     assert "evaluate.temperature 1.0 and 0.5" in compare_runs(a, b, judge=False, reporter=Reporter()).notes[0]

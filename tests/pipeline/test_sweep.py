@@ -153,6 +153,22 @@ def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
 
 
+def test_each_run_names_the_model_that_it_is_compared_with(capsys):
+    """A sweep over methods has runs whose final model is Stage I's; their difference is to the base model."""
+    rows = [
+        {"values": {"align.method": method}, "model": method, "metrics": {"accuracy": 0.5}, "own_score": {},
+         "difference": {"to": parent, "accuracy": gain, "accuracy_ci": [gain, gain]}}
+        for method, parent, gain in (("sft", "base", 0.2), ("ldl_grpo", "sft", 0.04))
+    ]  # fmt: skip
+    sweep._print_table(rows)
+    mixed = capsys.readouterr().out
+    assert "minus the model before it" in mixed
+    assert "+0.200 [+0.200, +0.200] (Base)" in mixed and "+0.040 [+0.040, +0.040] (SFT)" in mixed
+    sweep._print_table(rows[1:])
+    alike = capsys.readouterr().out
+    assert "minus SFT" in alike and "(SFT)" not in alike
+
+
 def test_what_failed_is_one_sentence_about_the_first_of_the_grid(tiny_config, tmp_path, monkeypatch, capsys):
     """The second run fails at once and the first one later, each with its own message.
 

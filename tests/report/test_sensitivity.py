@@ -62,6 +62,14 @@ def test_runs_that_differ_in_two_keys_at_once_say_nothing_about_either(swept: An
     assert sensitivity_figures([low, high]) == []
 
 
+def test_lists_are_settings_like_any_other(swept: Any) -> None:
+    """What an adapter targets is a list; runs that differ in it are two lines, and it has no axis of its own."""
+    runs = swept(target_modules=[["q_proj"], ["v_proj"], "all-linear"], tau=[0.6, 1.2])
+    headings = [drawing.heading for drawing in sensitivity_figures(runs)]
+    assert "Accuracy against align.tau" in headings and not any("target_modules" in heading for heading in headings)
+    assert flatten_config(runs[0])["align.target_modules"] == '["q_proj"]'
+
+
 def test_where_things_lie_is_no_setting(swept: Any) -> None:
     assert "teacher.base_url" not in flatten_config(swept(tau=[1.0])[0])
     assert flatten_config(swept(tau=[1.0])[0])["align.tau"] == 1.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 # Above these bounds a number is a slip of the pen, and libraries fail on it hours later.
 _MOST = 10**12
@@ -28,6 +31,32 @@ def _sampled_or_greedy(temperature: float) -> float:
 LEAST_TEMPERATURE = 0.001
 SamplingTemperature = Annotated[float, Field(ge=LEAST_TEMPERATURE, le=1000)]
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_sampled_or_greedy)]
+
+MAY_BE_SECRET = "may_be_secret"
+"""The type of an error whose message must not repeat the value."""
+_VARIABLE = re.compile(r"[A-Za-z_]\w{0,63}", re.ASCII)
+# Many keys have the form of a variable's name: capitals with digits, small letters with digits, or both sizes.
+_LOOKS_LIKE_KEY = re.compile(
+    r"(?=.*\d)[A-Z0-9]{16,}|(?=.*\d)(?=.*[a-z])\w{24,}|(?=.*[a-z])(?=.*[A-Z])\w{20,}", re.ASCII
+)
+
+
+def key_variable(name: str) -> str:
+    """Return the name of the environment variable that holds a key.
+
+    Raises:
+        PydanticCustomError: it is no name of a variable, or looks like a key itself; the message does not repeat it.
+    """
+    if name in os.environ or (_VARIABLE.fullmatch(name) and not _LOOKS_LIKE_KEY.fullmatch(name)):
+        return name
+    raise PydanticCustomError(
+        MAY_BE_SECRET,
+        "the name of the environment variable that holds the key is wanted, such as TEACHER_API_KEY, and never the key "
+        "itself",
+    )
+
+
+KeyVariable = Annotated[str, AfterValidator(key_variable)]
 
 FormatName = Literal[
     "auto", "columns", "alpaca", "messages", "sharegpt", "jsonl", "json", "csv", "tsv", "text", "parquet", "dataset"

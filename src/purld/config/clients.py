@@ -9,29 +9,37 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from purld.config.base import Count, FormatName, Fraction, NonNegative, Positive, Retries, Seconds, Section, Temperature
+from purld.config.base import (
+    MAY_BE_SECRET,
+    Count,
+    FormatName,
+    Fraction,
+    KeyVariable,
+    NonNegative,
+    Positive,
+    Retries,
+    Seconds,
+    Section,
+    Temperature,
+)
 
 
 def plain_http(url: str) -> str:
     """Return the address of a server without a slash at its end.
 
     Raises:
-        ValueError: it is no address over HTTP, or it holds more than host, port and path.
+        ValueError: it is no address over HTTP.
+        PydanticCustomError: it holds more than host, port and path; the message does not repeat it.
     """
-    parts = urlsplit(url)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.hostname
-        or not url.isprintable()
-        or " " in url
-        or parts.port == 0
-    ):
-        raise ValueError("an endpoint's address begins with http:// or https:// and names a host")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        # Do not echo the address: it may hold a secret.
+    before_path = url.partition("://")[2].partition("/")[0] or url
+    if "@" in before_path or "?" in url or "#" in url:
         raise PydanticCustomError(
-            "secret_in_url", "the address may hold no user, password or query; name a key by api_key_env"
+            MAY_BE_SECRET, "the address may hold no user, password or query; name a key by api_key_env"
         )
+    parts = urlsplit(url)
+    is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    if not is_http or not url.isprintable() or " " in url:
+        raise ValueError("an endpoint's address begins with http:// or https:// and names a host")
     return url.rstrip("/")
 
 
@@ -50,7 +58,7 @@ class OpenAIEndpoint(Section):
     kind: Literal["openai"]
     base_url: str
     model: str
-    api_key_env: str | None = None  # the environment variable that holds the key
+    api_key_env: KeyVariable | None = None  # the environment variable that holds the key
     api_key_file: str | None = None
     system: str | None = None  # the system turn of prompts that have none
     temperature: NonNegative | None = 0.0  # null: not sent, for models that reject it

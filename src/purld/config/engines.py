@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from purld.config.base import Count, Seconds, Section
+from purld.config.base import Count, KeyVariable, Seconds, Section
 from purld.config.clients import plain_http
 
 
@@ -24,7 +24,7 @@ class VllmEngine(Section):
     kind: Literal["vllm"]
     base_url: str = "http://127.0.0.1:8000"
     model: str | None = None  # the server's name of the student's own weights; null: as student.model says
-    api_key_env: str | None = None  # the environment variable that holds the key, if the server asks for one
+    api_key_env: KeyVariable | None = None  # the environment variable that holds the key, if the server asks for one
     timeout: Seconds = 600.0  # seconds for one request
     restart_timeout: Seconds = 300.0  # how long to wait for a server that is gone
     concurrency: Count = 64  # requests at a time

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from purld.config.base import section_tags, union_sections
+from purld.config.base import MAY_BE_SECRET, section_tags, union_sections
 from purld.config.read_yaml import parse_yaml, read_yaml
 from purld.config.schema import TEMPLATE_NAME, Config
 from purld.errors import UserError
@@ -143,7 +143,7 @@ def _describe_value(key: str, problem: ErrorDetails, words: Sequence[str]) -> st
     message = problem["msg"].removeprefix("Value error, ")
     if wanted := _PLAIN_TYPES.get(problem["type"].removesuffix("_parsing").removesuffix("_type")):
         message = " or ".join([f"Input should be {wanted}", *(word.strip("'") for word in words)])
-    found = "" if problem["type"] == "secret_in_url" else _found(problem["input"])
+    found = "" if problem["type"] == MAY_BE_SECRET else _found(problem["input"])
     if key and message.startswith("Input should be "):
         return f"{key} must be {message.removeprefix('Input should be ')}{found}"
     return f"{key}: {message}{found}" if key else f"{message}{found}"

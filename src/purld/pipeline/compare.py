@@ -30,6 +30,7 @@ from purld.report.headline import compare_models
 from purld.runs.files import read_rows
 from purld.runs.open import final_model, open_run
 from purld.runs.run_dir import RunDir
+from purld.thinking import split_thinking
 
 _DECODING_KEYS = ("samples", "temperature", "top_p", "max_new_tokens")
 
@@ -191,7 +192,8 @@ def _common_opponent(a: ComparedModel, b: ComparedModel) -> tuple[dict[str, str]
     if not a.answers.verdicts or not b.answers.verdicts:
         return {}, []
     answers, other_answers = (
-        {row["prompt_id"]: row["text"] for row in read_rows(side.run.opponent)} for side in (a, b)
+        {row["prompt_id"]: split_thinking(row["text"]).answer for row in read_rows(side.run.opponent)}
+        for side in (a, b)
     )
     if answers != other_answers:
         return {}, ["Win rates are not compared: the runs have different opponents."]

@@ -326,14 +326,16 @@ def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     measured = [key for key in METRIC_TITLES if any(key in row["metrics"] for row in rows)]
     shown = measured or [key for key in ANSWER_TITLES if any(key in row["metrics"] for row in rows)]
     titles = METRIC_TITLES | ANSWER_TITLES
-    parent = model_title(rows[0]["difference"]["to"])
+    parents = [model_title(row["difference"]["to"]) for row in rows]
+    mixed = len(set(parents)) > 1  # of methods with and without a Stage II
+    parent = "the model before it" if mixed else parents[0]
     compared = f"minus {parent}" if measured else f"own score above {parent}"
     headings = [*rows[0]["values"], *(titles[key] for key in shown), compared]
     table = Table(*headings, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for row in rows:
+    for row, before in zip(rows, parents, strict=True):
         cells = [str(value) for value in row["values"].values()]
         cells += [f"{row['metrics'][key]:.3f}" if key in row["metrics"] else "-" for key in shown]
-        table.add_row(*cells, _compared_cell(row, measured))
+        table.add_row(*cells, _compared_cell(row, measured) + (f" ({before})" if mixed else ""))
     Console(highlight=False, soft_wrap=True).print(table)
 
 

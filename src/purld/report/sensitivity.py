@@ -6,6 +6,7 @@ everything else that differs. Runs that differ only in their seed are one point,
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ def _flat_items(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         for key, inner in value.items():
             yield from _flat_items(inner, f"{prefix}.{key}")
     else:
-        yield prefix, value
+        yield prefix, json.dumps(value) if isinstance(value, list) else value  # a list cannot be a key
 
 
 def _is_number(value: Any) -> bool:

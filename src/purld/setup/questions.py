@@ -1,6 +1,6 @@
 """What a first configuration is made of, asked for where it is not given.
 
-The name of a variable that holds a key is checked here: a key typed in its place must end up in no file and no message.
+The name of a variable that holds a key is checked: a key typed in its place must end up in no file and no message.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
+from pydantic_core import PydanticCustomError
+
+from purld.config.base import key_variable
 from purld.errors import UserError
 from purld.model.directory import check_model_directory
 
@@ -24,8 +27,6 @@ Say = Callable[[str], None]
 TeacherKind = Literal["same file", "file", "openai", "local"]
 OWN_ANSWERS = "data"
 _LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
-_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_LOOKS_LIKE_KEY = re.compile(r"(?=.*\d)[A-Z0-9]{16,}")
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,10 @@ def clean_key_variable(text: str) -> str | None:
     """
     if not text:
         return None
-    looks_right = text in os.environ or (text.upper() == text and not _LOOKS_LIKE_KEY.fullmatch(text))
-    if not _VARIABLE.fullmatch(text) or len(text) > 64 or not looks_right:
-        raise UserError(
-            "the name of the environment variable that holds the key is wanted, such as TEACHER_API_KEY, and never the "
-            "key itself; names are in capitals, or set in this environment."
-        )
-    return text
+    try:
+        return key_variable(text)
+    except PydanticCustomError as error:
+        raise UserError(f"{error.message()}.") from None
 
 
 def usual_key_variable(base_url: str) -> str:
