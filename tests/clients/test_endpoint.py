@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import gzip
@@ -72,6 +73,16 @@ def test_replies_come_in_the_order_of_the_prompts_and_are_durable_when_announced
     assert [reply.text for reply in replies] == ["aa", "bb", "cc", "dd", "ee", "ff"]
     assert sorted(seen) == [(n, text * 2, (text * 2,)) for n, text in enumerate("abcdef")]
     assert [index for index, *_ in seen] != sorted(index for index, *_ in seen), "slow first prompts held up others"
+
+
+def test_a_cell_of_a_notebook_may_ask(server, endpoint, ledger):
+    """Cells run under an event loop, where `asyncio.run` refuses to work."""
+
+    async def cell():
+        return ask(endpoint(), ledger, ["a", "b"])
+
+    server.script |= {text: [lambda handler: handler.reply(completion(handler.prompt * 2))] for text in "ab"}
+    assert [reply.text for reply in asyncio.run(cell())] == ["aa", "bb"]
 
 
 def test_the_ledger_holds_the_bytes_that_left(server, endpoint, ledger):

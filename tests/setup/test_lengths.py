@@ -15,7 +15,8 @@ from purld.setup.lengths import Lengths, choose_lengths
         (8192, [2000], [300], Lengths(2048, 1024, 512)),  # the longest prompt sets the limit
         (8192, [50], [20, 70], Lengths(1024, 1024, 128)),  # candidates need what answers need, and a half more
         (8192, [50], [1500], Lengths(1024, 1536, 1024)),
-        (2048, [100], [], Lengths(128, 1024, 512)),  # room is found in the prompts first
+        (2500, [100], [], Lengths(128, 1024, 512)),  # room is found in the prompts first
+        (2048, [100], [], Lengths(128, 832, 512)),  # an anchor is scored behind itself
         (1024, [100], [80], Lengths(128, 128, 128)),  # then in the answers
     ],
 )

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from purld.config.load import load_config
+from purld.config.methods import LdlGrpo
 from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.model.load import load_encoder, load_model
@@ -20,7 +21,7 @@ from purld.pipeline.validation import make_validation_set, split_validation_part
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check
-from purld.training import checkpoints
+from purld.training import align, checkpoints
 from purld.training.best_step import BestStep
 from purld.training.validation import METRIC, Validator
 
@@ -91,6 +92,17 @@ def test_the_best_step_is_saved_and_the_record_says_which(values, kept, steps, a
     assert facts["validation"]["scores"] == values[: steps + 1]
     assert f"Kept the policy of step {kept}: in_context {values[kept]:.3f}" in capsys.readouterr().err
     assert not pipeline.run.checkpoints("align").exists()
+
+
+@pytest.mark.parametrize("best", [8, 16])
+def test_what_the_end_says_is_of_the_policy_that_is_kept(best):
+    """The gain and the KL of the steps up to the kept one: what came after it is not saved."""
+    rows = [
+        {"step": step, "gain": 0.06 if step <= 8 else -0.04, "kl": 0.1 if step <= 8 else 3.0, "score_spread": 0.3}
+        for step in range(1, 17)
+    ]
+    facts = align._facts(rows, LdlGrpo(), 8, best)
+    assert facts.gain.gain == (0.06 if best == 8 else pytest.approx(-0.04)) and facts.kl == (0.1 if best == 8 else 3.0)
 
 
 def test_killed_before_a_new_best_checkpoint_counts_the_older_ones_are_still_there(

@@ -69,6 +69,22 @@ def test_stage_two_stops(tiny_config, run):
     assert not (run.align / "model.safetensors").exists()
 
 
+def test_a_policy_that_breaks_down_in_a_validation_is_named_with_its_rate(tiny_config, run, monkeypatch):
+    """The update before it made the policy's distribution overflow; the student's files are not to blame."""
+    measured, validated = [], ("align.validate_every=1", "sft.validation_fraction=0.4")
+
+    def measure(self):
+        measured.append(1)
+        if len(measured) == 3:
+            raise NotFiniteError("the distribution that tokens are drawn from")
+        return {}
+
+    monkeypatch.setattr("purld.training.best_step.BestStep.measure", measure)
+    with pytest.raises(UserError, match=r"^Stage II stopped at step 2 of 3: the distribution .* is not finite .*align"):
+        pipeline(tiny_config, run, *validated).execute(["anchors", "sft", "align"])
+    assert last_checkpoint(run, run.checkpoints("align")).step < 2
+
+
 def test_a_student_whose_numbers_overflow_is_told_before_any_update(tiny_config, run, monkeypatch):
     failing = pipeline(tiny_config, run)
     failing.execute(["anchors"])

@@ -32,6 +32,7 @@ from purld.clients.requests import build_requests, read_api_key, token_cost, wit
 from purld.clients.transport import open_http
 from purld.config.clients import OpenAIEndpoint
 from purld.errors import PlainWarning, UserError
+from purld.event_loops import run_async
 from purld.records import Prompt
 from purld.signals import DeferredSignals, deferred_signals
 
@@ -100,7 +101,7 @@ class BatchClient:
 
     def cancel(self) -> list[str]:
         """Cancel the open batches, and return a line about each; what they have answered is billed and kept there."""
-        return asyncio.run(self._cancel())
+        return run_async(self._cancel())
 
     def _work_on(self, prompts: Sequence[Prompt], on_reply: OnReply | None, wait: bool) -> ReplyCollector:
         keys = [request.key for request in build_requests(self.endpoint, prompts)]
@@ -109,7 +110,7 @@ class BatchClient:
         work = _BatchWork(self, {key: prompts[index] for key, index in collector.distinct_keys()}, collector)
         if work.needed(wait):
             with deferred_signals() as signals:
-                asyncio.run(work.run(signals, wait))
+                run_async(work.run(signals, wait))
         return collector
 
     async def _cancel(self) -> list[str]:

@@ -40,6 +40,7 @@ from purld.clients.requests import build_request, build_requests, read_api_key, 
 from purld.clients.transport import Response, body_limit, open_http, post
 from purld.config.clients import OpenAIEndpoint
 from purld.errors import PlainWarning, UserError
+from purld.event_loops import run_async
 from purld.records import Prompt
 from purld.signals import DeferredSignals, deferred_signals
 
@@ -85,7 +86,7 @@ class EndpointClient:
         pending.extend(repeated)
         if pending:
             with deferred_signals() as signals:
-                asyncio.run(_ConcurrentAsk(self, self._key, pending, collector).run(signals))
+                run_async(_ConcurrentAsk(self, self._key, pending, collector).run(signals))
         return collector.in_order()
 
 

@@ -17,6 +17,7 @@ from purld.clients.redaction import KeyRedactor
 from purld.clients.transport import open_http
 from purld.config.clients import OpenAIEndpoint
 from purld.errors import one_line, reason_of
+from purld.event_loops import run_async
 
 SECONDS = 10.0  # for the whole request
 _MOST_BYTES = 2**20
@@ -49,7 +50,7 @@ def fetch_model_list(endpoint: OpenAIEndpoint, key: str | None) -> ModelList:
     """
     started = time.monotonic()
     brief = endpoint.model_copy(update={"timeout": min(SECONDS, endpoint.timeout)})
-    found = asyncio.run(_fetch(brief, key, KeyRedactor(key)))
+    found = run_async(_fetch(brief, key, KeyRedactor(key)))
     return ModelList(found.status, found.models, found.words, time.monotonic() - started, found.clock_error)
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from purld.api_keys import checked_key
 from purld.config.engines import VllmEngine
 from purld.errors import PlainWarning, UserError, one_line, reason_of
+from purld.event_loops import run_async
 
 if TYPE_CHECKING:
     from httpx2 import AsyncClient
@@ -355,7 +356,7 @@ class VllmServer:
             async with self._open() as http:
                 return await work(http)
 
-        return asyncio.run(with_client())
+        return run_async(with_client())
 
     def _run_once(self, work: Callable[[AsyncClient], Awaitable[Result]]) -> Result:
         """Do what is not repeated: no reply is the user's error."""

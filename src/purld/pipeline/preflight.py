@@ -17,7 +17,7 @@ from purld.pipeline.self_comparison import stage_two_prompts
 from purld.pipeline.validation import check_validation
 from purld.runs.files import nearest_folder, read_rows
 from purld.runs.run_dir import RunDir
-from purld.tasks.checks import find_comparison
+from purld.tasks.checks import find_comparison, reads_results
 from purld.training.scoring import find_scorer
 
 # A generous allowance for the words of the self-evaluation and chat templates.
@@ -74,13 +74,24 @@ def check_context(config: Config) -> None:
     """
     context = context_length(config.student.model)
     lengths = config.student.max_prompt_tokens + config.student.max_anchor_tokens + TEMPLATE_TOKENS
-    lengths += max(getattr(config.align, "max_new_tokens", 0), config.evaluate.max_new_tokens)
+    lengths += _longest_scored(config)
     if context is not None and lengths > context:
         raise UserError(
-            f"student.max_prompt_tokens, student.max_anchor_tokens and max_new_tokens add up to {lengths} tokens "
-            f"with the self-evaluation template, more than the {context} that {config.student.model} reads; "
-            "lower one of them."
+            "student.max_prompt_tokens, student.max_anchor_tokens and the longest answer that is scored, a candidate "
+            f"of max_new_tokens or the anchor itself, add up to {lengths} tokens with the self-evaluation template, "
+            f"more than the {context} that {config.student.model} reads; lower one of them."
         )
+
+
+def _longest_scored(config: Config) -> int:
+    """Return the most tokens of an answer that stands behind the anchor: of a candidate, or of the anchor's own score.
+
+    Results that can be compared need no such score, unless the configuration names one.
+    """
+    align = config.align
+    drawn = max(getattr(align, "max_new_tokens", 0), config.evaluate.max_new_tokens)
+    named = getattr(align, "score", "auto") not in ("auto", "agreement") or getattr(align, "validate_by", "") == "score"
+    return drawn if reads_results(config.data) and not named else max(drawn, config.student.max_anchor_tokens)
 
 
 def check_scoring(config: Config, encoder: Encoder) -> None:

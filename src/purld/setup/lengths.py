@@ -29,8 +29,8 @@ class Lengths:
 
     @property
     def total(self) -> int:
-        """Return what the longest self-evaluation takes."""
-        return self.prompt + self.anchor + self.new + TEMPLATE_TOKENS
+        """Return what the longest self-evaluation takes: of a candidate, or of the anchor itself."""
+        return self.prompt + self.anchor + max(self.new, self.anchor) + TEMPLATE_TOKENS
 
 
 def choose_lengths(context: int | None, prompts: Sequence[int], answers: Sequence[int] = ()) -> Lengths:
@@ -54,9 +54,9 @@ def choose_lengths(context: int | None, prompts: Sequence[int], answers: Sequenc
             return tighter
     room = context - TEMPLATE_TOKENS
     prompt = min(longest, room // 2)  # longer prompts are left out, and the plan counts them
-    share = longest_answer / (longest_answer + new)
+    share = min(longest_answer / (longest_answer + new), 0.5)  # the anchor is scored as well, behind itself
     anchor = int((room - prompt) * share) // 8 * 8
-    fitted = Lengths(prompt, anchor, room - prompt - anchor)
+    fitted = Lengths(prompt, anchor, min(new, room - prompt - anchor))
     if min(fitted.prompt, fitted.anchor, fitted.new) < _LEAST:
         raise UserError(
             f"the student reads {context:,} tokens, which has no room for a prompt, an anchor, a candidate and "

@@ -163,6 +163,7 @@ def _no_signal(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> st
 
 def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: int, kept_step: int) -> AlignFacts:
     steps = rows[-1]["step"]
+    kept = [row for row in rows if row["step"] <= kept_step]  # what leads to the policy that is saved
     return AlignFacts(
         prompts=prompts,
         steps=steps,
@@ -174,10 +175,10 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         sharper_than_labels=_total(rows, "sharper_than_labels") / max(1, len(rows)),
         against_flattening=_advice(settings),
         label_entropy=_label_entropy(rows, settings),
-        spread_kept=_spread_kept(rows),
-        kl=_final_kl([row for row in rows if row["step"] <= kept_step]),
+        spread_kept=_spread_kept(kept),
+        kl=_final_kl(kept),
         engine_gap=_engine_gap(rows),
-        gain=final_gain(rows),
+        gain=final_gain(kept),
     )
 
 

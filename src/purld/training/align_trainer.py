@@ -168,7 +168,10 @@ class AlignTrainer(ModelNamedCheckpoints, Trainer):
         """Compare the policy with those of earlier steps; `_best` says when."""
         assert self._best is not None
         self.model.eval()
-        metrics = self._best.measure()
+        try:
+            metrics = self._best.measure()
+        except NotFiniteError as error:
+            raise self._guard.result_error(error.what, self.state) from None
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._best.decide(self.state, self.control, metrics)

@@ -110,8 +110,12 @@ class FiniteGuard(TrainerCallback):
             UserError: one is not finite.
         """
         if not values.isfinite().all():
-            unmark_checkpoint(self._checkpoints, state.global_step)
-            raise self._error("the trained model's output", state, state.global_step)
+            raise self.result_error("the trained model's output", state)
+
+    def result_error(self, what: str, state: TrainerState) -> UserError:
+        """Return the error of a number that the policy of the last step gave; its checkpoint is not continued from."""
+        unmark_checkpoint(self._checkpoints, state.global_step)
+        return self._error(what, state, state.global_step)
 
     def _error(self, what: str, state: TrainerState, step: int) -> UserError:
         if state.global_step == 0:
