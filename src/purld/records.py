@@ -140,7 +140,9 @@ class Verdict:
     """A judge's verdict on one answer against the opponent's, with the judge's raw reply.
 
     `asked` counts the questions to the judge: 0 if there was nothing to compare, more than 1 if its first reply was not
-    a verdict; `raw` then holds all its replies.
+    a verdict; `raw` then holds all its replies. `reason` says why an answer is unjudged: `no_opponent` (there is no
+    answer to compare it with), `no_verdict` (the judge replied something else), `no_reply` (the call failed or was
+    lost), or the key of the cap that left the judge unasked, such as `max_calls`; empty where it is judged.
     """
 
     prompt_id: str
@@ -149,3 +151,4 @@ class Verdict:
     raw: str
     model_is_a: bool
     asked: int = 1
+    reason: str = ""

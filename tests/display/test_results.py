@@ -36,3 +36,13 @@ def test_what_a_judge_left_open_is_not_silent(tmp_path):
     assert "no verdict (left out of the rates, text kept): LDL-GRPO 7." in shown(RunDir(tmp_path))
     models = {"base": {"n": 30, "unjudged": 0}}
     assert "no verdict" not in shown(RunDir(tmp_path), models=models, difference={})
+
+
+def test_only_a_reply_of_the_judge_is_called_no_verdict(tmp_path):
+    reasons = {"no_opponent": 4, "max_calls": 3, "no_reply": 2}
+    models = {"base": {"n": 9, "unjudged": 9, "unjudged_reasons": reasons}, "sft": {"n": 9, "unjudged": 0}}
+    said = shown(RunDir(tmp_path), models=models, difference={})
+    assert "no verdict" not in said and "SFT 0" not in said
+    assert "as the opponent has no answer (left out of the rates): Base 4." in said
+    assert "Questions that evaluate.judge.max_calls left unasked (left out of the rates): Base 3." in said
+    assert "Calls to the judge that failed or were lost (left out of the rates): Base 2." in said

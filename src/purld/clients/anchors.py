@@ -6,8 +6,8 @@ Independent of the kind of client and of how progress is shown.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from purld.clients.base import Client, Reply, ReplyState
@@ -29,6 +29,7 @@ class CollectedAnchors:
     reasons: dict[str, int]  # the details of replies with their counts, most frequent first
     thinking: int = 0  # replies with thinking before the answer
     thinking_policy: ThinkingPolicy = "strip"
+    capped: Mapping[str, int] = field(default_factory=dict)  # the prompts that each cap left unasked, by its key
 
     @property
     def dropped(self) -> int:
@@ -83,10 +84,11 @@ def collect_anchors(
         if reply.text is not None and _action(reply, policy) == "keep"
     ]
     reasons = Counter(reply.detail for reply in replies if reply.detail)
+    capped = Counter(reply.cap for reply in replies if reply.cap)
     if not anchors:
-        raise UserError(_describe_no_anchors(len(prompts), reasons))
+        raise UserError(_describe_no_anchors(len(prompts), reasons, capped))
     ordered = {state: counts[state] for state in get_args(ReplyState)}
-    return CollectedAnchors(anchors, ordered, dict(reasons.most_common()), sum(thinking), policy.thinking)
+    return CollectedAnchors(anchors, ordered, dict(reasons.most_common()), sum(thinking), policy.thinking, capped)
 
 
 def apply_thinking_policy(reply: Reply, policy: AnchorPolicy) -> Reply:
@@ -125,8 +127,10 @@ def _check_policy(prompts: Sequence[Prompt], replies: Sequence[Reply], policy: A
         )
 
 
-def _describe_no_anchors(asked: int, reasons: Counter[str]) -> str:
+def _describe_no_anchors(asked: int, reasons: Counter[str], capped: Counter[str]) -> str:
     if not asked:
         return "there are no prompts to ask about."
     [(reason, count)] = reasons.most_common(1) or [("no reason was given", asked)]
-    return f"none of the {asked} prompts got a usable answer; the most common reason ({count} times): {reason}."
+    said = f"none of the {asked} prompts got a usable answer; the most common reason ({count} times): {reason}"
+    raised = "".join(f"; raise teacher.{cap} and run the same command again" for cap in list(capped)[:1])
+    return f"{said}{raised}."

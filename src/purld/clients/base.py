@@ -40,13 +40,15 @@ class Reply:
 
     States: `answered`, a complete answer; `refused` and `truncated`, which may have text too; `failed`, no answer;
     `unknown`, sent but lost, and not sent again by default; `missing`, not in the answer file; `capped`, not sent
-    because it would exceed a cap. `detail` gives the reason, in the same words for the same cause.
+    because it would exceed a cap. `detail` gives the reason, in the same words for the same cause; `cap` is the key of
+    the cap that kept a prompt from being sent, such as `max_calls`.
     """
 
     state: ReplyState
     text: str | None = None
     finish_reason: str | None = None
     detail: str = ""
+    cap: str | None = None
 
 
 OnReply = Callable[[int, Reply], None]
@@ -98,6 +100,11 @@ class ReplyCollector:
     def in_order(self) -> list[Reply]:
         """Return all replies in the order of the keys; every key must have its reply."""
         return [self._replies[index] for index in range(len(self))]
+
+
+def capped_reply(cap: str) -> Reply:
+    """Return the reply to a prompt that a cap left unsent, from the cap's key and limit: "max_calls (5)"."""
+    return Reply("capped", detail=f"{cap} is reached", cap=cap.partition(" ")[0])
 
 
 class KnownResults(Protocol):

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import cast
 
-from purld.clients.base import OnReply, Reply, ReplyCollector, reply_from_result, settled_reply
+from purld.clients.base import OnReply, Reply, ReplyCollector, capped_reply, reply_from_result, settled_reply
 from purld.clients.batch_api import BatchApi, OnWait
 from purld.clients.batch_collect import BatchCollector, Collected
 from purld.clients.batch_format import MAX_FILE_BYTES, MAX_REQUESTS, BatchStatus, input_line, read_batch
@@ -271,7 +271,7 @@ class _BatchWork:
         if not self.stop:
             for key, cap in self.capped.items():
                 failed = self.failed.get(key)
-                reply = reply_from_result(failed) if failed else Reply("capped", detail=f"{cap} is reached")
+                reply = reply_from_result(failed) if failed else capped_reply(cap)
                 self.collector.add_reply(key, reply)
 
     async def _find_lost(self) -> None:

@@ -19,6 +19,7 @@ from purld.clients.base import (
     OnReply,
     Reply,
     ReplyCollector,
+    capped_reply,
     reply_from_ledger,
     reply_from_result,
     settled_reply,
@@ -202,7 +203,7 @@ class _ConcurrentAsk:
             try:
                 call = await self._reserve(request, input_tokens, output_tokens)
             except CapReachedError as cap:
-                return reply_from_result(outcome.result) if outcome else Reply("capped", detail=f"{cap} is reached")
+                return reply_from_result(outcome.result) if outcome else capped_reply(str(cap))
             except UserError as disk_full:
                 # Nothing more may be sent, but calls in flight may be billed, so wait for them.
                 self._stop(str(disk_full))

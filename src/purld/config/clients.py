@@ -133,14 +133,15 @@ class LocalModel(Section):
     batch_size: Count = 8
 
 
+CAPS = ("max_calls", "max_tokens", "max_cost")
+"""The hard limits on what an endpoint may cost, each the key of a section."""
+
 TRANSPORT = frozenset(
     {
+        *CAPS,
         "base_url",
         "api_key_env",
         "api_key_file",
-        "max_calls",
-        "max_tokens",
-        "max_cost",
         "input_price",
         "output_price",
         "batch",

@@ -8,9 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from purld.config.clients import CAPS
 from purld.display.titles import ANSWER_TITLES, METRIC_TITLES, model_title
 from purld.runs.files import read_json
 from purld.runs.run_dir import RunDir
+
+_UNJUDGED = {
+    "no_opponent": "Questions not put to the judge, as the opponent has no answer (left out of the rates)",
+    "no_verdict": "Judge replies that were no verdict (left out of the rates, text kept)",
+    "no_reply": "Calls to the judge that failed or were lost (left out of the rates)",
+    **{cap: f"Questions that evaluate.judge.{cap} left unasked (left out of the rates)" for cap in CAPS},
+}
 
 
 def print_results(run: RunDir, console: Console | None = None) -> None:
@@ -36,7 +44,7 @@ def print_results(run: RunDir, console: Console | None = None) -> None:
         f"On {n} held-out prompts, with 95% intervals.",
         *_differences(results),
         *describe_self_comparison(results),
-        *_unjudged(models),
+        *describe_unjudged(models),
         *_score_quality(results),
     ]
     for line in [*lines, _teacher_spend(results["teacher"]), f"Report: {run.report}"]:
@@ -91,15 +99,22 @@ def _differences(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _unjudged(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    counts = [
-        f"{model_title(name)} {metrics['unjudged']}" for name, metrics in models.items() if metrics.get("unjudged")
-    ]
-    return (
-        [f"Judge replies that were no verdict (left out of the rates, text kept): {', '.join(counts)}."]
-        if counts
-        else []
-    )
+def describe_unjudged(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say for each reason how many questions to the judge have no verdict, by model; only a reply can be its fault."""
+    lines = []
+    for reason, what in _UNJUDGED.items():
+        counts = [
+            f"{model_title(name)} {count}" for name, metrics in models.items() if (count := _count(metrics, reason))
+        ]
+        if counts:
+            lines.append(f"{what}: {', '.join(counts)}.")
+    return lines
+
+
+def _count(metrics: Mapping[str, Any], reason: str) -> int:
+    """Return how many questions have no verdict for a reason; of results of older versions, none is known."""
+    unknown = {"no_verdict": metrics.get("unjudged", 0)}
+    return int(metrics.get("unjudged_reasons", unknown).get(reason, 0))
 
 
 def _score_quality(results: dict[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ for the calls; `winrate` turns verdicts into rates.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from purld.clients.base import Client, OnReply, Reply
 from purld.records import Generation, Message, Outcome, Prompt, Verdict, content_hash
@@ -35,6 +35,7 @@ class JudgePreferences:
         wins: by prompt id, the mean probability of winning over samples and orders, where a tie counts half; None if
             no verdict on the prompt was judged.
         unjudged: number of unjudged verdicts.
+        reasons: how many of them have each `Verdict.reason`.
         flip_rate: the share of answers whose outcome changed with the order, among those that the judge was asked
             about and judged in both orders; None if there are none. Identical answers, which tie without being sent,
             are left out, because they would flatter the judge.
@@ -47,6 +48,7 @@ class JudgePreferences:
     flip_rate: float | None
     asked_again: int
     thinking: int = 0
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def average_preferences(verdicts: Sequence[Verdict]) -> JudgePreferences:
         flip_rate=sum(flips) / len(flips) if flips else None,
         asked_again=sum(v.asked > 1 for v in verdicts),
         thinking=sum(split_thinking(v.raw).found for v in verdicts),
+        # Verdicts of older versions have no reason; nearly all of theirs are replies that were no verdict.
+        reasons=Counter(v.reason or "no_verdict" for v in verdicts if v.outcome == "unjudged"),
     )
 
 
@@ -191,9 +195,11 @@ def _orders(generation: Generation, opponent: str | None, both_orders: bool) -> 
 
 
 def _unasked(generation: Generation, opponent: str | None, model_is_a: bool) -> Verdict:
-    outcome: Outcome = "unjudged" if opponent is None else "tie"
-    raw = "(not asked: no opponent's answer)" if opponent is None else "(not asked: the answers are the same)"
-    return Verdict(generation.prompt_id, generation.sample, outcome, raw, model_is_a, asked=0)
+    prompt_id, sample = generation.prompt_id, generation.sample
+    if opponent is None:
+        raw = "(not asked: no opponent's answer)"
+        return Verdict(prompt_id, sample, "unjudged", raw, model_is_a, asked=0, reason="no_opponent")
+    return Verdict(prompt_id, sample, "tie", "(not asked: the answers are the same)", model_is_a, asked=0)
 
 
 def _pairings(
@@ -218,10 +224,14 @@ def _pairing(prompt: Prompt, generation: Generation, opponent: str, model_is_a: 
 
 def _verdict(pairing: _Pairing, replies: Sequence[Reply]) -> Verdict:
     """Return the verdict of the last reply; `raw` holds all replies."""
-    generation, last = pairing.generation, replies[-1].text
+    generation, last = pairing.generation, replies[-1]
     raw = ASKED_AGAIN.join(f"({r.state}: {r.detail})" if r.text is None else r.text for r in replies)
-    outcome = _outcome(None if last is None else _letter(last), pairing.model_is_a)
-    return Verdict(generation.prompt_id, generation.sample, outcome, raw, pairing.model_is_a, asked=len(replies))
+    outcome = _outcome(None if last.text is None else _letter(last.text), pairing.model_is_a)
+    reason = ""
+    if outcome == "unjudged":
+        reason = last.cap or ("no_reply" if last.text is None else "no_verdict")
+    asked = len(replies)
+    return Verdict(generation.prompt_id, generation.sample, outcome, raw, pairing.model_is_a, asked, reason)
 
 
 def _letter(text: str) -> str | None:

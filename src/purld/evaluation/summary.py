@@ -109,6 +109,8 @@ def _win_rates(model: EvaluatedModel, opponents: Mapping[str, str], seed: int) -
         "unjudged": preferences.unjudged,
         "asked_again": preferences.asked_again,
     }
+    if preferences.reasons:
+        metrics["unjudged_reasons"] = dict(sorted(preferences.reasons.items()))
     if preferences.thinking:
         metrics["judge_thinking"] = preferences.thinking
     if preferences.flip_rate is not None:

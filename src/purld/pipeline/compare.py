@@ -16,7 +16,7 @@ from rich.table import Table
 from purld.config.clients import TRANSPORT
 from purld.config.schema import Config
 from purld.display.progress import Reporter
-from purld.display.results import format_signed_difference
+from purld.display.results import describe_unjudged, format_signed_difference
 from purld.display.titles import METRIC_TITLES, model_title
 from purld.errors import UserError
 from purld.evaluation.recorded import read_recorded_answers
@@ -143,7 +143,8 @@ def _conclusions(comparison: Comparison) -> list[str]:
             f"{duel['lc_win_rate']:.3f} [{lc_low:.3f}, {lc_high:.3f}]; {duel['unjudged']} verdicts unjudged{flips}."
         )
     elif duel:
-        lines.append(f"Head to head the judge gave no verdict ({duel['unjudged']} unjudged).")
+        lines.append(f"Head to head there is no verdict ({duel['unjudged']} unjudged).")
+    lines += describe_unjudged({"A": duel})
     if not comparison.difference and not duel:
         lines.append("The runs have no metric in common to compare; --judge asks A's judge about the answers.")
     return lines
@@ -236,7 +237,16 @@ def _head_to_head(a: ComparedModel, b: ComparedModel, reporter: Reporter) -> dic
             reporter.progress,
         )[a.model]
     metrics = model_metrics(replace(a.answers, verdicts=verdicts), theirs, a.config.seed)
-    names = ("judged", "unjudged", "flip_rate", "win_rate", "win_rate_ci", "lc_win_rate", "lc_win_rate_ci")
+    names = (
+        "judged",
+        "unjudged",
+        "unjudged_reasons",
+        "flip_rate",
+        "win_rate",
+        "win_rate_ci",
+        "lc_win_rate",
+        "lc_win_rate_ci",
+    )
     return {name: metrics[name] for name in names if name in metrics}
 
 

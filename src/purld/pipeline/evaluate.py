@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from purld import ranks
+from purld.clients.answer_file import AnswerFileClient
 from purld.clients.ledger import LedgerView
-from purld.clients.open import open_client
-from purld.config.clients import TeacherAnchors
+from purld.config.clients import AnswerFile, TeacherAnchors
 from purld.config.methods import TeacherJudgeGrpo
+from purld.errors import UserError
 from purld.evaluation.answers import answer_prompts
 from purld.evaluation.diagnostics import mean_label_divergence
 from purld.evaluation.doubts import result_doubts
@@ -27,9 +29,11 @@ from purld.model.sample import Decoding
 from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext, open_ledger
 from purld.pipeline.self_comparison import compare_by_own_score, find_slice
-from purld.records import Generation, Prompt
+from purld.pipeline.teacher_answers import complete_opponent, write_opponent
+from purld.records import Anchor, Generation, Prompt
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.open import final_model
+from purld.runs.shortfalls import CapShortfall, as_facts, describe_shortfalls, find_shortfalls
 from purld.templates import IN_CONTEXT_VERSION, JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
 from purld.thinking import split_thinking
 
@@ -45,11 +49,10 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
     config, run = context.config, context.run
     final = final_model(config.align.method)
     folders: dict[str, str | Path] = {"base": config.student.model, "sft": run.sft, final.name: final.folder(run)}
-    opponents = ranks.on_first(lambda: _opponent_answers(context))
+    opponents, shortfalls = ranks.on_first(lambda: _opponent_answers(context))
     models = {name: _model_answers(context, name, folder) for name, folder in folders.items()}
     compared = _self_comparison(context, folders, models)
-    ranks.on_first(lambda: _write_results(context, models, opponents, compared, started))
-    return {}
+    return ranks.on_first(lambda: _write_results(context, models, opponents, compared, shortfalls, started))
 
 
 def _write_results(
@@ -57,12 +60,14 @@ def _write_results(
     models: dict[str, EvaluatedModel],
     opponents: dict[str, str],
     compared: dict[str, Any],
+    shortfalls: list[CapShortfall],
     started: float,
-) -> None:
-    """Judge the answers, if the configuration says so, and write results.json."""
+) -> dict[str, Any]:
+    """Judge the answers, if the configuration says so, write results.json, and return the facts of the stage."""
     config, run = context.config, context.run
     if config.evaluate.judge is not None:
         models = _add_verdicts(context, models, opponents)
+        shortfalls = [*shortfalls, *_unasked_questions(config.evaluate.judge, models)]
     finished, groups = run.finished_stages(), read_rows(run.groups)
     seconds = {stage: facts["seconds"] for stage, facts in finished.items() if stage != "report"}
     results = {
@@ -86,11 +91,15 @@ def _write_results(
     }
     greedy = context.check is not None or config.evaluate.temperature == 0
     kind = "greedy answers" if greedy else "drawn answers"
-    doubts = result_doubts(results, _shown_answers(context, models), kind)
+    doubts = [
+        *describe_shortfalls(run, "evaluate", shortfalls),
+        *result_doubts(results, _shown_answers(context, models), kind),
+    ]
     for doubt in doubts:
         context.reporter.warn(doubt)
     results["warnings"] = [*finished.get("align", {}).get("warnings", []), *doubts]
     write_json(run.results, {key: value for key, value in results.items() if value not in ({}, [])})
+    return as_facts(shortfalls)
 
 
 def _self_comparison(
@@ -200,20 +209,39 @@ def _draw_answers(
         )
 
 
-def _opponent_answers(context: RunContext) -> dict[str, str]:
-    """Return the opponent's answers to the held-out prompts, by prompt id."""
-    opponent = context.config.evaluate.opponent
+def _opponent_answers(context: RunContext) -> tuple[dict[str, str], list[CapShortfall]]:
+    """Return the opponent's answers to the held-out prompts, by prompt id, and what caps left unasked."""
+    opponent, shortfalls = context.config.evaluate.opponent, list[CapShortfall]()
     if opponent is None:
-        return {}
-    if not isinstance(opponent, TeacherAnchors):
+        return {}, shortfalls
+    if isinstance(opponent, TeacherAnchors):
         with open_ledger(context.run, context.reporter) as ledger:
-            replies = open_client(opponent, ledger, "opponent").ask(context.pools.held_out)
-        answers = [
-            (p.id, split_thinking(r.text).answer) for p, r in zip(context.pools.held_out, replies) if r.text is not None
-        ]
-        write_rows(context.run.opponent, ({"prompt_id": i, "text": text} for i, text in answers))
+            shortfalls = complete_opponent(context, ledger)
+    else:
+        write_opponent(context, _answers_in_file(opponent, context.pools.held_out))
     # With anchors.thinking: keep, the teacher's answers still have it.
-    return {row["prompt_id"]: split_thinking(row["text"]).answer for row in read_rows(context.run.opponent)}
+    answers = {row["prompt_id"]: split_thinking(row["text"]).answer for row in read_rows(context.run.opponent)}
+    return answers, shortfalls
+
+
+def _answers_in_file(file: AnswerFile, prompts: Sequence[Prompt]) -> list[Anchor]:
+    """Return the opponent's answers in a file.
+
+    Raises:
+        UserError: the file cannot be read, or answers none of the prompts.
+    """
+    replies = AnswerFileClient(file).ask(prompts)
+    answers = [
+        Anchor(prompt.id, split_thinking(reply.text).answer)
+        for prompt, reply in zip(prompts, replies, strict=True)
+        if reply.text is not None
+    ]
+    if not answers:
+        raise UserError(
+            f"{file.path}: answers none of the {len(prompts)} held-out prompts ({replies[0].detail}), so there is "
+            "nothing for the judge to compare with; give another evaluate.opponent."
+        )
+    return answers
 
 
 def _add_verdicts(
@@ -236,3 +264,9 @@ def _add_verdicts(
     for name, rows in verdicts.items():
         write_rows(run.verdicts(name), map(asdict, rows))
     return {name: replace(model, verdicts=verdicts[name]) for name, model in models.items()}
+
+
+def _unasked_questions(judge: object, models: Mapping[str, EvaluatedModel]) -> list[CapShortfall]:
+    """Return which caps left questions to the judge unasked."""
+    questions = [verdict for model in models.values() for verdict in model.verdicts if verdict.asked]
+    return find_shortfalls("judge", Counter(verdict.reason for verdict in questions), judge, len(questions))

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from purld import ranks
-from purld.config.clients import TRANSPORT
+from purld.config.clients import TRANSPORT, TeacherAnchors
 from purld.config.load import load_config
 from purld.config.methods import StageTwoSettings
 from purld.config.schema import Config
@@ -33,6 +33,7 @@ from purld.records import content_hash
 from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
 from purld.runs.open import check_shared_disk, final_model, keeps_last_step, splits_without_near_copies
 from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
+from purld.runs.shortfalls import describe_shortfalls, may_ask_again, stage_shortfalls
 from purld.tasks.checks import find_check, missing_gold
 from purld.training.trackers import check_trackers, stage_tracking
 
@@ -163,13 +164,16 @@ class Pipeline:
         """
         if not self._takes_part(stage):
             return False
-        if stage in self.run.finished_stages() and not self._runs_again(stage):
+        if stage in self.run.finished_stages():
+            again = self._runs_again(stage)
             damaged = self.run.damaged_files_of(stage) if stage in _REPAIRED or (alone and stage in TRAINED) else []
-            if not damaged:
+            if not damaged and not again:
                 shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)  # left by a kill after the record
                 self.reporter.say(f"{STAGE_TITLES[stage]}: done before.")
+                for sentence in describe_shortfalls(self.run, stage, stage_shortfalls(self.run, stage)):
+                    self.reporter.warn(sentence)
                 return False
-            if self._repaired(stage, damaged, context):
+            if damaged and self._repaired(stage, damaged, context) and not again:
                 return False
         self._check_start(stage)
         self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out))
@@ -223,13 +227,20 @@ class Pipeline:
     def _runs_again(self, stage: str) -> bool:
         """Return whether a finished stage runs again.
 
-        The report always does; the anchors do with `resend_unknown`, until Stage I has begun to train on them; the
-        probe does if settings that it depends on have changed, until Stage II has begun.
+        The report always does; the probe does if settings that it depends on have changed, until Stage II has begun. A
+        stage in which a cap left something unasked does once that cap is raised. The anchors also do with
+        `resend_unknown`, and if the opponent was added to the configuration; but never once Stage I has begun.
         """
-        lost_may_be_resent = self.resend_unknown and "sft" not in self.run.begun_stages()
         if stage == "probe" and "align" not in self.run.begun_stages():
             return bool(self.run.finished_stages()["probe"]["fingerprint"] != probe_fingerprint(self.config))
-        return stage == "report" or (stage == "anchors" and lost_may_be_resent)
+        if stage == "report" or not may_ask_again(self.run, stage):
+            return stage == "report"
+        if stage == "anchors" and (self.resend_unknown or self._lacks_opponent()):
+            return True
+        return any(shortfall.is_raised(self.config) for shortfall in stage_shortfalls(self.run, stage))
+
+    def _lacks_opponent(self) -> bool:
+        return isinstance(self.config.evaluate.opponent, TeacherAnchors) and not self.run.opponent.exists()
 
     def _takes_part(self, stage: str) -> bool:
         if stage == "probe":

@@ -52,12 +52,14 @@ def pending_requests(
 ) -> Iterator[PendingRequest]:
     """Yield the requests that `purld anchors` would send now, each once, in order.
 
-    Requests that the ledger of this run or of a sibling run can answer, or that are in a batch, are left out.
+    Requests that the ledger of this run or of a sibling run can answer, or that are in a batch, are left out. Once
+    Stage I has begun, so are those for anchors, and the opponent's are sent by `purld evaluate`.
 
     Raises:
         UserError: the ledger cannot be read.
     """
-    asked: list[tuple[Role, Prompt]] = [("teacher", prompt) for prompt in pools.train]
+    train = [] if "sft" in run.begun_stages() else pools.train
+    asked: list[tuple[Role, Prompt]] = [("teacher", prompt) for prompt in train]
     if isinstance(config.evaluate.opponent, TeacherAnchors):
         asked += [("opponent", prompt) for prompt in pools.held_out]
     with FolderLedgers(run.ledger, with_own=True) as known:

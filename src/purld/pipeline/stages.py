@@ -7,26 +7,23 @@ of them run; `evaluate` holds the evaluation stage.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 from purld import ranks
-from purld.clients.anchors import CollectedAnchors, collect_anchors
-from purld.clients.base import Client, ReplyState
-from purld.clients.batch import BatchClient
-from purld.clients.ledger import Ledger, Role
+from purld.clients.base import Client
 from purld.clients.open import open_client
-from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
+from purld.config.clients import TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.pipeline.context import RunContext, examples_of_pool, open_ledger
 from purld.pipeline.evaluate import SPEND_KEYS
 from purld.pipeline.probe import probed_scale, weak_signal_warnings
 from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
+from purld.pipeline.teacher_answers import ask_for_anchors, buy_opponent, submit_together
 from purld.pipeline.validation import make_validation_set
-from purld.records import Prompt
 from purld.runs.files import write_rows
+from purld.runs.shortfalls import as_facts, describe_shortfalls
 from purld.tasks.checks import find_comparison
 from purld.training.context import Progress, StageContext
 
@@ -35,50 +32,17 @@ def run_anchors(context: RunContext) -> dict[str, Any]:
     """Ask the teacher once for each prompt, and for each held-out one if it is the opponent."""
     config, run = context.config, context.run
     with open_ledger(run, context.reporter) as ledger:
-        _submit_together(context, ledger)
-        collection = _ask_teacher(context, ledger, "teacher", context.pools.train, "answers")
+        submit_together(context, ledger)
+        anchors, shortfalls = ask_for_anchors(context, ledger)
         if isinstance(config.evaluate.opponent, TeacherAnchors):
-            opponent = _ask_teacher(context, ledger, "opponent", context.pools.held_out, "held-out prompts answered")
-            write_rows(run.opponent, map(asdict, opponent.anchors))
+            shortfalls += buy_opponent(context, ledger)
         booked = ledger.totals("teacher")
-    write_rows(run.anchors, map(asdict, collection.anchors))
-    totals = {"prompts": len(context.pools.train), "answered": len(collection.anchors)}
+    write_rows(run.anchors, map(asdict, anchors))
+    for sentence in describe_shortfalls(run, "anchors", shortfalls):
+        context.reporter.warn(sentence)
+    totals = {"prompts": len(context.pools.train), "answered": len(anchors)}
     spent = {key: booked[key] for key in SPEND_KEYS}
-    return {"pool": context.pools.fingerprint, "teacher": totals | spent}
-
-
-def _submit_together(context: RunContext, ledger: Ledger) -> None:
-    """Submit the batches for training and for held-out prompts, so that neither waits for the other."""
-    held_out = context.pools.held_out if isinstance(context.config.evaluate.opponent, TeacherAnchors) else []
-    asked: list[tuple[Role, list[Prompt]]] = [("teacher", context.pools.train), ("opponent", held_out)]
-    for role, prompts in asked:
-        client = open_client(context.config.teacher, ledger, role, context.resend_unknown)
-        if isinstance(client, BatchClient):
-            client.submit(prompts)
-
-
-def _ask_teacher(context: RunContext, ledger: Ledger, role: Role, prompts: list[Prompt], what: str) -> CollectedAnchors:
-    teacher = context.config.teacher
-    with context.reporter.progress(what) as progress:
-        client = open_client(teacher, ledger, role, context.resend_unknown, progress)
-
-        def on_progress(counts: Counter[ReplyState]) -> None:
-            progress(counts.total(), len(prompts), _collection_status(counts, ledger, role, teacher))
-
-        collection = collect_anchors(prompts, client, context.config.anchors, on_progress)
-    context.reporter.say(f"{what.capitalize()}: {collection.summary()}.")
-    return collection
-
-
-def _collection_status(counts: Counter[ReplyState], ledger: Ledger, role: Role, teacher: Teacher) -> str:
-    """Describe the progress of a collection: the count of each state, calls in flight, and what was spent."""
-    words = [f"{n:,} {state}" for state, n in counts.items() if n]
-    if isinstance(teacher, OpenAIEndpoint):
-        spent = ledger.settled_spend(role)
-        priced = teacher.input_price or teacher.output_price
-        words.append(f"{ledger.calls_in_flight(role)} in flight")
-        words.append(f"{spent.cost:,.4f} spent" if priced else f"{spent.tokens:,} tokens spent")
-    return ", ".join(words)
+    return {"pool": context.pools.fingerprint, "teacher": totals | spent} | as_facts(shortfalls)
 
 
 def run_sft(context: RunContext) -> dict[str, Any]:

@@ -25,8 +25,11 @@ from purld.pipeline.stage_progress import describe_done, describe_progress, desc
 from purld.runs.files import read_json
 from purld.runs.lock_holder import find_lock_holder
 from purld.runs.run_dir import STAGES, RunDir
+from purld.runs.shortfalls import may_ask_again, stage_shortfalls
 
-State = Literal["done", "running", "stopped", "begun", "to do"]
+# "capped" is a finished stage in which a cap left something unasked that a higher one still buys.
+State = Literal["done", "capped", "running", "stopped", "begun", "to do"]
+_ENDED = ("done", "capped")
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,10 @@ def _read_config(run: RunDir, warnings: list[str]) -> Config | None:
 def _stage_status(name: str, run: RunDir, config: Config | None, holder: int | None, now: float) -> StageStatus:
     finished = run.finished_stages()
     if name in finished:
-        facts = finished[name]
-        return StageStatus(name, "done", describe_done(name, facts, run), describe_seconds(facts.get("seconds", 0.0)))
+        facts, shortfalls = finished[name], stage_shortfalls(run, name)
+        detail = "; ".join([describe_done(name, facts, run), *map(str, shortfalls)])
+        ended: State = "capped" if shortfalls and may_ask_again(run, name) else "done"
+        return StageStatus(name, ended, detail, describe_seconds(facts.get("seconds", 0.0)))
     if name not in run.begun_stages():
         return StageStatus(name, "to do")
     state: State = "running" if holder else "stopped" if holder == 0 else "begun"
@@ -121,8 +126,9 @@ def _stage_status(name: str, run: RunDir, config: Config | None, holder: int | N
 def _headline(run: RunDir, stages: list[StageStatus], holder: int | None, now: float) -> str:
     if holder:
         state = f"running (process {holder})"
-    elif all(stage.state == "done" for stage in stages):
-        return f"{run.path}: finished"
+    elif all(stage.state in _ENDED for stage in stages):
+        capped = [stage.name for stage in stages if stage.state == "capped"]
+        return f"{run.path}: finished" + (f", but a cap cut {' and '.join(capped)} short" if capped else "")
     elif any(stage.state == "begun" for stage in stages):
         state = "begun and not finished"
     else:
@@ -228,15 +234,22 @@ def _commands(run: RunDir, config: Config | None, stages: list[StageStatus], hol
     path = shlex.quote(str(run.path))
     if holder:
         return [f"purld watch {path}"]
-    if all(stage.state == "done" for stage in stages):
-        return [f"purld chat {path}", f"purld export {path}"]
+    ended = all(stage.state in _ENDED for stage in stages)
+    there = f"{shlex.quote(str(Path(run.config)))} --run-dir {path}"
+    raised = [
+        f"purld run {there} {shortfall.key}=N, with N above {shortfall.limit}, which asks for the rest"
+        for stage in stages
+        if stage.state == "capped"
+        for shortfall in stage_shortfalls(run, stage.name)
+    ]
+    if ended:
+        return [*raised, f"purld chat {path}", f"purld export {path}"]
     if (run.path / "demo").is_dir():
         return [f"purld demo --run-dir {path}, with the task, student and keys that it began with"]
-    there = f"{shlex.quote(str(Path(run.config)))} --run-dir {path}"
     stops = config is not None and getattr(config.align, "weak_signal", "") == "stop"
     if stops and _found_no_signal(run.finished_stages()) and "align" not in run.begun_stages():
         return [
             f"purld probe {there}, which measures every scorer",
             f"purld run {there} align.score=NAME, with one that tells candidates apart",
         ]
-    return [f"purld run {there}"]
+    return [*raised, f"purld run {there}{', which goes on with what was bought' if raised else ''}"]

@@ -51,7 +51,7 @@ def live_headline(status: LiveStatus) -> str:
 
 def _claim(status: LiveStatus) -> str:
     if status.current is None:
-        done = all(state == "done" for _, state in status.stages)
+        done = all(state in ("done", "capped") for _, state in status.stages)
         return "All stages are finished." if done else "Between two stages."
     title = STAGE_TITLES[status.current]
     stopped = " Nothing works on it now." if status.running is False else ""
@@ -59,7 +59,7 @@ def _claim(status: LiveStatus) -> str:
 
 
 def _stage_list(status: LiveStatus) -> str:
-    classes = {"done": "done", "running": "now", "begun": "now", "stopped": "stopped"}
+    classes = {"done": "done", "capped": "done", "running": "now", "begun": "now", "stopped": "stopped"}
     items = "".join(
         f'<li class="{classes.get(state, "next")}">{escape_text(short_stage_title(stage))}</li>'
         for stage, state in status.stages
