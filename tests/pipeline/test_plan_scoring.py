@@ -15,7 +15,7 @@ from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.plan import make_plan
 from purld.pipeline.plan_scoring import tokens_of_stage
 from purld.pipeline.prompt_pools import load_prompt_pools
-from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
+from purld.pipeline.stage_two_split import plan_split
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.group_update import GroupUpdate, UnmeasuredGroup
@@ -114,7 +114,8 @@ def test_scores_that_compare_steps_are_counted(overrides, title, scored, tiny_co
     work = Work(config)
     rows = map(json.loads, (tiny_config.parent / "answers.jsonl").read_text().splitlines())
     answers = {row["prompt"]: row["answer"] for row in rows}
-    groups, kept_out = stage_two_prompts(config, work.pools), validation_prompts(config, work.pools)
+    split = plan_split(config, work.pools)
+    groups, kept_out = split.training, split.steps
     settings = LdlGrpo(score=title.split()[-1], score_batch_size=getattr(config.align, "score_batch_size", 8))
     context = ScorerContext(work.encoder, Roles(work.model, work.model), settings, True, contextlib.nullcontext)
     scorer = SCORERS[settings.score].make(context)
@@ -173,7 +174,7 @@ def test_prompts_that_stage_two_leaves_out_are_not_counted(tiny_config, tmp_path
     unmeasured = [endpoint, "data.check=none", "sft.validation_fraction=0.5", "align.prompts_per_step=1"]
     config = load_config(tiny_config, unmeasured)
     pools = load_prompt_pools(config, load_encoder(config.student), print)
-    drawn = len(stage_two_prompts(config, pools))
+    drawn = len(plan_split(config, pools).training)
     assert drawn < len(pools.align)
     once, twice = (
         planned(load_config(tiny_config, [*unmeasured, f"align.steps={steps}"]), RunDir(tmp_path / "run"))[0]

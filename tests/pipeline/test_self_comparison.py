@@ -11,7 +11,8 @@ from purld.display.results import describe_self_comparison, print_results
 from purld.model.load import load_encoder
 from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.prompt_pools import load_prompt_pools
-from purld.pipeline.self_comparison import describe_comparison, stage_two_prompts
+from purld.pipeline.self_comparison import describe_comparison
+from purld.pipeline.stage_two_split import plan_split
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.sft import in_validation_part
@@ -36,14 +37,18 @@ def pools_of(config):
     return load_prompt_pools(config, load_encoder(config.student), lambda line: None)
 
 
+def described(config, pools):
+    return describe_comparison(config, pools, RunDir("no-run"))
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_the_slice_is_kept_out_of_both_stages_and_the_verdict_is_called_an_opinion(unmeasured, tmp_path, capsys):
     config, run = load_config(unmeasured), RunDir(tmp_path / "run")
     pools = pools_of(config)
     slice_ids = {p.id for p in pools.sft if in_validation_part(p, config.sft.validation_fraction)}
     assert len(slice_ids) >= 2
-    assert not slice_ids & {p.id for p in stage_two_prompts(config, pools)}
-    assert f"{len(slice_ids)} prompts of Stage I's validation part" in " ".join(describe_comparison(config, pools))
+    assert not slice_ids & {p.id for p in plan_split(config, pools).training}
+    assert f"{len(slice_ids)} prompts of Stage I's validation part" in " ".join(described(config, pools))
 
     Pipeline(config, run, Reporter()).execute()
     assert not slice_ids & {row["prompt_id"] for row in read_rows(run.groups)}
@@ -63,8 +68,8 @@ def test_held_out_answers_of_the_file_are_taken_first(unmeasured):
     config = load_config(unmeasured)
     Path(config.teacher.path).write_text(Path(config.data.prompts + ".all").read_text())
     pools = pools_of(config)
-    assert stage_two_prompts(config, pools) == pools.align
-    assert "8 held-out prompts, given the teacher's answers in" in " ".join(describe_comparison(config, pools))
+    assert plan_split(config, pools).training == pools.align
+    assert "8 held-out prompts, given the teacher's answers in" in " ".join(described(config, pools))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +79,9 @@ def test_held_out_answers_of_the_file_are_taken_first(unmeasured):
 def test_what_cannot_or_need_not_be_compared_is_said(unmeasured, override, expected):
     config = load_config(unmeasured, [override])
     pools = pools_of(config)
-    assert expected in " ".join(describe_comparison(config, pools))
-    assert bool(describe_comparison(config, pools)) == bool(expected)
-    assert stage_two_prompts(config, pools) == pools.align
+    assert expected in " ".join(described(config, pools))
+    assert bool(described(config, pools)) == bool(expected)
+    assert plan_split(config, pools).training == pools.align
 
 
 def test_the_sentences_name_score_anchors_pairs_and_probe():

@@ -85,7 +85,7 @@ def test_a_stage_that_is_running_while_its_process_holds_the_lock(run):
     with run.lock():
         run.begin("sft", prompts=30, held_out=10)
         assert stage_of(run, "sft").detail == "no step logged yet"
-        run.note_size("sft", steps=8)
+        run.note_facts("sft", steps=8)
         run.log_metrics("sft", 1, {"eval_loss": 2.5})
         run.log_metrics("sft", 2, {"loss": 1.25, "learning_rate": 1e-4})
         started = run.begin_facts("sft")["started"]
@@ -116,7 +116,7 @@ def test_a_run_that_its_probe_stopped_is_not_sent_into_the_same_end(run):
 def test_a_resumed_stage_has_no_pace(run):
     finish_anchors(run)
     run.begin("sft", prompts=30, held_out=10)
-    run.note_size("sft", steps=8)
+    run.note_facts("sft", steps=8)
     run.log_metrics("sft", 2, {"loss": 1.25})
     started = run.begin_facts("sft")["started"]
     with run.lock():

@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> RunDir:
         run.begin(stage)
         run.finish(stage, 1.0)
     run.begin("align")
-    run.note_size("align", steps=120)
+    run.note_facts("align", steps=120)
     grow(run, 1)
     return run
 

@@ -71,6 +71,17 @@ def test_stages_are_begun_then_finished(tmp_path):
     assert run.finished_stages() == {"anchors": {"seconds": 1.235, "pool": "abc"}}
 
 
+def test_a_stage_keeps_the_facts_that_it_began_with_until_it_is_finished_and_begun_again(tmp_path):
+    run = RunDir(tmp_path / "run")
+    for told, expected in ((["a"], ["a"]), (["b"], ["a"])):
+        run.begin("align", kept_out=told)
+        assert run.begin_facts("align")["kept_out"] == expected
+    run.finish("align", 1.0)
+    assert run.begin_facts("align")["kept_out"] == ["a"]
+    run.begin("align", kept_out=["b"])
+    assert run.begin_facts("align")["kept_out"] == ["b"]
+
+
 def test_rewinding_drops_what_a_resumed_stage_will_log_again(tmp_path):
     run = RunDir(tmp_path)
     for step in (1, 2, 3):

@@ -16,7 +16,7 @@ from purld.errors import UserError
 from purld.model.load import load_encoder, load_model
 from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.prompt_pools import load_prompt_pools
-from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
+from purld.pipeline.stage_two_split import plan_split
 from purld.pipeline.validation import make_validation_set, split_validation_part
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
@@ -168,8 +168,9 @@ def test_validation_prompts_are_trained_on_by_no_stage_and_the_results_say_what_
     pipeline = after_stage_one("whole", *VALIDATED, *ldl)
     config = pipeline.config
     pools = load_prompt_pools(config, pipeline.encoder, lambda line: None)
-    chosen = {p.id for p in validation_prompts(config, pools)}
-    assert len(chosen) >= 2 and not chosen & {p.id for p in stage_two_prompts(config, pools)}
+    split = plan_split(config, pools)
+    chosen = {p.id for p in split.steps}
+    assert len(chosen) >= 2 and not chosen & {p.id for p in split.training}
     pipeline.execute(["probe", "align", "evaluate"])
     assert not chosen & {row["prompt_id"] for row in read_rows(pipeline.run.groups)}
     found = read_json(pipeline.run.results)["validation"]
@@ -196,7 +197,8 @@ def test_what_is_measured_is_the_mean_over_greedy_answers(measure, after_stage_o
     pipeline = after_stage_one(f"by-{measure}", *VALIDATED, "align.steps=2", f"align.validate_by={by}")
     config, encoder = pipeline.config, pipeline.encoder
     context = pipeline._context(load_prompt_pools(config, encoder, lambda line: None))
-    found = make_validation_set(context, validation_prompts(config, context.pools))
+    split = plan_split(config, context.pools)
+    found = make_validation_set(context, split.steps, split.answer_tokens)
     assert found.measure == measure
     pipeline.execute(["align"])
     facts = pipeline.run.finished_stages()["align"]["validation"]
@@ -231,7 +233,8 @@ def test_off_or_no_longer_than_one_interval_the_last_step_is_kept_and_nothing_is
     for override in ("align.validate_every=null", "align.validate_every=6"):
         config = load_config(tiny_config, [override])
         pools = load_prompt_pools(config, load_encoder(config.student), lambda line: None)
-        assert validation_prompts(config, pools) == [] and stage_two_prompts(config, pools) == pools.align
+        split = plan_split(config, pools)
+        assert split.steps == [] and split.training == pools.align
 
 
 def test_validations_come_between_rollouts(tiny_config):

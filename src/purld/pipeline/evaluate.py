@@ -28,7 +28,7 @@ from purld.model.load import load_model
 from purld.model.sample import Decoding
 from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext, open_ledger
-from purld.pipeline.self_comparison import compare_by_own_score, find_slice
+from purld.pipeline.self_comparison import compare_by_own_score, find_slice, why_not_compared
 from purld.pipeline.teacher_answers import complete_opponent, write_opponent
 from purld.records import Anchor, Generation, Prompt
 from purld.runs.files import read_rows, write_json, write_rows
@@ -94,6 +94,7 @@ def _write_results(
     doubts = [
         *describe_shortfalls(run, "evaluate", shortfalls),
         *result_doubts(results, _shown_answers(context, models), kind),
+        *([] if compared else why_not_compared(context)),
     ]
     for doubt in doubts:
         context.reporter.warn(doubt)

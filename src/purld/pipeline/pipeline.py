@@ -28,6 +28,7 @@ from purld.pipeline.evaluate import run_evaluate
 from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
+from purld.pipeline.stage_two_split import lacks_record, plan_split, split_of_older_run
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.records import content_hash
 from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
@@ -125,7 +126,7 @@ class Pipeline:
         """
         self.run.check_place()
         pools = load_prompt_pools(self.config, self.encoder, self.reporter.say)
-        check_judging(self.config, pools)
+        check_judging(self.config, pools, self.run)
         if missing := missing_gold(self.config.data, pools.held_out):
             raise UserError(missing)
         ranks.check_same("the prompts", pools.fingerprint)
@@ -141,6 +142,7 @@ class Pipeline:
         remove_stale_partials(self.run.path)
         text = self._check_config()
         self._check_pools(pools)
+        self._record_split_of_older_run(pools)
         self._write_config(text)
         if any(stage != "report" for stage in stages):
             check_ledger(self.config, self.run)
@@ -176,7 +178,8 @@ class Pipeline:
             if damaged and self._repaired(stage, damaged, context) and not again:
                 return False
         self._check_start(stage)
-        self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out))
+        split = plan_split(self.config, context.pools).to_facts() if stage == "align" else {}
+        self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out), **split)
         self.reporter.headline(STAGE_TITLES[stage])
         return True
 
@@ -261,11 +264,8 @@ class Pipeline:
         run, new = self.run, self.config.model_dump(mode="json")
         text = yaml.safe_dump(new, sort_keys=False)
         self._check_adoptable(text)
-        if run.config.exists() and not run.damaged_files(run.config):
-            # Loading fills in keys that are newer than the run with their defaults, which were in force when it began.
-            last_step = ["align.validate_every=null"] if keeps_last_step(run) else []
-            old = load_config(run.config, last_step).model_dump(mode="json")
-            begun = run.begun_stages()
+        if (recorded := self._recorded_config()) is not None:
+            old, begun = recorded.model_dump(mode="json"), run.begun_stages()
             free = TRANSPORT | ({"near_duplicates"} if splits_without_near_copies(run) else set())
             for key, before, after in _differences(old, new):
                 section, *_, leaf = key.split(".")
@@ -275,6 +275,22 @@ class Pipeline:
                         "give this one another --run-dir."
                     )
         return text
+
+    def _recorded_config(self) -> Config | None:
+        """Return the configuration that the run was last continued with; None if it has none that can be read.
+
+        Loading fills in keys that are newer than the run with their defaults, which were in force when it began.
+        """
+        run = self.run
+        if not run.config.exists() or run.damaged_files(run.config):
+            return None
+        return load_config(run.config, ["align.validate_every=null"] if keeps_last_step(run) else [])
+
+    def _record_split_of_older_run(self, pools: PromptPools) -> None:
+        """Record the split of a Stage II that an older version began, before another configuration takes its place."""
+        if lacks_record(self.run):
+            config = self._recorded_config() or self.config
+            self.run.note_facts("align", **split_of_older_run(config, pools, self.run).to_facts())
 
     def _write_config(self, text: str) -> None:
         run = self.run

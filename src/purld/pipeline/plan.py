@@ -17,7 +17,8 @@ from purld.pipeline.plan_scoring import plan_scoring
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
-from purld.pipeline.self_comparison import describe_comparison, longest_prompt, stage_two_prompts, validation_prompts
+from purld.pipeline.self_comparison import describe_comparison
+from purld.pipeline.stage_two_split import StageTwoSplit, longest_prompt, split_of_run
 from purld.pipeline.validation import describe_validation
 from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check, missing_gold
@@ -38,18 +39,18 @@ def make_plan(config: Config, run: RunDir) -> Plan:
     given, config = config, with_chosen_score(config)
     encoder, sizes = check_before_spending(config, run)
     pools = load_prompt_pools(config, encoder, lambda line: plan.add_lines("Prompts", line))
-    check_judging(config, pools)
+    check_judging(config, pools, run)
     check_ledger(config, run)
     _plan_prompts(plan, pools)
     _plan_rendered_prompts(plan, pools, encoder)
     _plan_check(plan, config, pools)
-    _plan_measures(plan, config, pools)
+    _plan_measures(plan, config, pools, run)
     plan_requests(plan, config, encoder, pools, run)
-    _plan_training(plan, config, pools)
+    _plan_training(plan, config, pools, split_of_run(config, pools, run))
     if score := describe_score(given, config):
         plan.add_lines("Training", score)
     plan_scoring(plan, config, encoder, pools, run)
-    plan_machine(plan, config, sizes, run.path, longest_prompt(config, pools))
+    plan_machine(plan, config, sizes, run.path, longest_prompt(config, pools, run))
     _plan_remaining_stages(plan, run)
     return plan
 
@@ -99,9 +100,9 @@ def _plan_check(plan: Plan, config: Config, pools: PromptPools) -> None:
         plan.problems.append(missing)
 
 
-def _plan_measures(plan: Plan, config: Config, pools: PromptPools) -> None:
+def _plan_measures(plan: Plan, config: Config, pools: PromptPools, run: RunDir) -> None:
     """Add what will be measured on the held-out prompts, and what will not."""
-    if measures := describe_comparison(config, pools):
+    if measures := describe_comparison(config, pools, run):
         plan.add_lines("Evaluation", *measures)
         return
     evaluate, prompts = config.evaluate, f"{len(pools.held_out):,} held-out prompts"
@@ -119,7 +120,7 @@ def _plan_measures(plan: Plan, config: Config, pools: PromptPools) -> None:
     )
 
 
-def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:
+def _plan_training(plan: Plan, config: Config, pools: PromptPools, split: StageTwoSplit) -> None:
     sft, align = config.sft, config.align
     validation = sum(in_validation_part(p, sft.validation_fraction) for p in pools.sft)
     steps = math.ceil(math.ceil((len(pools.sft) - validation) / sft.batch_size) * sft.epochs)
@@ -131,10 +132,10 @@ def _plan_training(plan: Plan, config: Config, pools: PromptPools) -> None:
     if isinstance(align, StageTwoSettings):
         plan.add_lines(
             "Training",
-            _describe_stage_two(align, len(stage_two_prompts(config, pools))),
+            _describe_stage_two(align, len(split.training)),
             f"  {config.describe_rate('align')}",
         )
-    if kept := describe_validation(config, validation_prompts(config, pools)):
+    if kept := describe_validation(config, split.steps):
         plan.add_lines("Training", kept)
     if config.set_aside:
         plan.add_lines("Training", config.set_aside)

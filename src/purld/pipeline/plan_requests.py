@@ -29,7 +29,7 @@ from purld.model.encode import Encoder
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_ledger
 from purld.pipeline.prompt_pools import PromptPools
-from purld.pipeline.self_comparison import stage_two_prompts
+from purld.pipeline.stage_two_split import split_of_run
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
 from purld.templates import judge_turn, rating_turn
@@ -188,7 +188,7 @@ def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools:
         others = " else" if isinstance(config.student.engine, VllmEngine) else ""
         plan.add_lines(_HEADING, f"Stage I and Stage II: nothing{others}")
         return
-    calls = settings.groups_drawn(len(stage_two_prompts(config, pools))) * settings.drawn
+    calls = settings.groups_drawn(len(split_of_run(config, pools, run).training)) * settings.drawn
     question_tokens = sum(
         len(encoder.encode_literal(rating_turn(p.question, ""))) + _image_tokens(teacher, p) for p in pools.align
     ) / len(pools.align)

@@ -15,7 +15,7 @@ from purld.model.log_probs import CPU_ROWS, BatchSize
 from purld.pipeline.context import anchors_in_file, examples_of_pool
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.prompt_pools import PromptPools
-from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
+from purld.pipeline.stage_two_split import split_of_run
 from purld.pipeline.validation import FEWEST_PROMPTS, validation_measure
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
@@ -33,8 +33,9 @@ def plan_scoring(plan: Plan, config: Config, encoder: Encoder, pools: PromptPool
     steps, comparisons = _steps_work(config), _comparisons_work(config)
     reads_anchors = any(work is not None and work.anchored for work in (steps, comparisons))
     anchors = _known_anchors(config, pools, run) if reads_anchors else None
-    found = _count(steps, encoder, stage_two_prompts(config, pools), anchors)
-    compared = _count(comparisons, encoder, validation_prompts(config, pools), anchors)
+    split = split_of_run(config, pools, run)
+    found = _count(steps, encoder, split.training, anchors)
+    compared = _count(comparisons, encoder, split.steps, anchors)
     of_steps = tokens_of_stage(found, align) if found else 0
     of_comparisons = sum(compared) * len(validated_steps(align)) if len(compared) >= FEWEST_PROMPTS else 0
     counted = [work for work, tokens in ((steps, of_steps), (comparisons, of_comparisons)) if work and tokens]

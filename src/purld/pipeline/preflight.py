@@ -13,7 +13,7 @@ from purld.model.engine_check import check_engine
 from purld.model.load import context_length, load_encoder
 from purld.model.student_check import StudentSizes, check_stored_weights, check_student
 from purld.pipeline.prompt_pools import PromptPools
-from purld.pipeline.self_comparison import stage_two_prompts
+from purld.pipeline.stage_two_split import split_of_run
 from purld.pipeline.validation import check_validation
 from purld.runs.files import nearest_folder, read_rows
 from purld.runs.run_dir import RunDir
@@ -118,7 +118,7 @@ def check_local_models(config: Config) -> None:
             check_model_directory(client.model, key)
 
 
-def check_judging(config: Config, pools: PromptPools) -> None:
+def check_judging(config: Config, pools: PromptPools, run: RunDir) -> None:
     """Check that the teacher's cap on calls covers a stage in which it judges every candidate.
 
     Raises:
@@ -129,7 +129,7 @@ def check_judging(config: Config, pools: PromptPools) -> None:
     anchors = len(pools.train)
     if isinstance(config.evaluate.opponent, TeacherAnchors):
         anchors += len(pools.held_out)
-    calls = config.align.groups_drawn(len(stage_two_prompts(config, pools))) * config.align.drawn
+    calls = config.align.groups_drawn(len(split_of_run(config, pools, run).training)) * config.align.drawn
     cap = config.teacher.max_calls
     if cap is not None and calls + anchors > cap:
         raise UserError(

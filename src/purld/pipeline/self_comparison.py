@@ -19,19 +19,19 @@ from purld.clients.anchors import apply_thinking_policy
 from purld.clients.base import reply_from_ledger
 from purld.clients.folder import FolderLedgers
 from purld.clients.requests import build_requests
-from purld.config.clients import AnswerFile, OpenAIEndpoint
+from purld.config.clients import OpenAIEndpoint
 from purld.config.methods import LdlGrpo, SelfScoringSettings
 from purld.config.schema import Config
 from purld.evaluation.intervals import mean_interval
 from purld.evaluation.summary import with_interval
 from purld.model.load import Roles, load_model
-from purld.pipeline.context import RunContext, anchors_in_file, examples_of_pool
+from purld.pipeline.context import RunContext, examples_of_pool
 from purld.pipeline.probe import takes_probe
 from purld.pipeline.prompt_pools import PromptPools
-from purld.pipeline.validation import FEWEST_PROMPTS, split_validation_part
+from purld.pipeline.stage_two_split import answers_in_file, lacks_measure, plan_split, split_of_run
+from purld.pipeline.validation import FEWEST_PROMPTS
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
-from purld.tasks.checks import find_check
 from purld.training.checkpoints import device_autocast
 from purld.training.scoring import GroupToScore, ScorerContext, find_scorer
 
@@ -58,39 +58,11 @@ class AnchoredSlice:
         return "held-out prompts" if self.held_out else "prompts of Stage I's validation part, kept out of Stage II"
 
 
-def lacks_measure(config: Config) -> bool:
-    """Return whether a run has neither gold to check answers nor a judge."""
-    return find_check(config.data) is None and config.evaluate.judge is None
-
-
-def stage_two_prompts(config: Config, pools: PromptPools) -> list[Prompt]:
-    """Return the prompts of Stage II: its pool, without those that its steps or the models will be compared on."""
-    steps, models = _kept_out(config, pools)
-    ids = {prompt.id for prompt in steps + models}
-    return [prompt for prompt in pools.align if prompt.id not in ids]
-
-
-def longest_prompt(config: Config, pools: PromptPools) -> int:
-    """Return the tokens of Stage II's longest prompt; 0 if it has none."""
-    return max((pools.tokens[p.id] for p in stage_two_prompts(config, pools)), default=0)
-
-
-def validation_prompts(config: Config, pools: PromptPools) -> list[Prompt]:
-    """Return the prompts that Stage II's steps are compared on; none if the last step is kept."""
-    return _kept_out(config, pools)[0]
-
-
-def _kept_out(config: Config, pools: PromptPools) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the prompts that are kept out of Stage II to compare its steps on, and to compare models on."""
-    compares = lacks_measure(config) and len(_file_anchors(config, pools)) < FEWEST_PROMPTS
-    return split_validation_part(config, pools, compares)
-
-
-def describe_comparison(config: Config, pools: PromptPools) -> list[str]:
+def describe_comparison(config: Config, pools: PromptPools, run: RunDir) -> list[str]:
     """Describe for the plan what will be measured without gold and without a judge."""
     if not lacks_measure(config):
         return []
-    in_file, validation = len(_file_anchors(config, pools)), len(_kept_out(config, pools)[1])
+    in_file, validation = len(answers_in_file(config, pools)), len(split_of_run(config, pools, run).models)
     if in_file >= FEWEST_PROMPTS:
         anchors = f"{in_file:,} held-out prompts, given the teacher's answers in {getattr(config.teacher, 'path', '')}"
     elif validation:
@@ -109,13 +81,26 @@ def find_slice(context: RunContext) -> AnchoredSlice | None:
     config, pools, run = context.config, context.pools, context.run
     if not lacks_measure(config):
         return None
-    anchors = _file_anchors(config, pools) or _bought_anchors(config, pools, run)
+    anchors = answers_in_file(config, pools) or _bought_anchors(config, pools, run)
     if len(anchors) >= FEWEST_PROMPTS:
         return AnchoredSlice([p for p in pools.held_out if p.id in anchors][:_MOST_PROMPTS], anchors, True)
-    examples = examples_of_pool(run, split_validation_part(config, pools, compares=True)[1][:_MOST_PROMPTS])
+    examples = examples_of_pool(run, split_of_run(config, pools, run).models[:_MOST_PROMPTS])
     if len(examples) < FEWEST_PROMPTS:
         return None
     return AnchoredSlice([p for p, _ in examples], {p.id: a.text for p, a in examples}, False)
+
+
+def why_not_compared(context: RunContext) -> list[str]:
+    """Say why there is no slice in a run that would keep one out of a Stage II that begins now; nothing in others."""
+    config, pools, run = context.config, context.pools, context.run
+    if not lacks_measure(config) or len(split_of_run(config, pools, run).models) >= FEWEST_PROMPTS:
+        return []
+    if len(plan_split(config, pools).models) < FEWEST_PROMPTS:
+        return []
+    return [
+        "models are not compared by p_sft's own score: something else was to measure them when Stage II began, so it "
+        "was trained on the prompts that would serve, or its step was chosen by them."
+    ]
 
 
 def compare_by_own_score(
@@ -159,13 +144,6 @@ def compare_by_own_score(
         share, interval = float(wins.mean()), mean_interval(wins, config.seed)
         preferred[f"{after} - {before}"] = with_interval("preferred", share, interval)
     return {"scorer": settings.score, "anchors": chosen.source, "n": len(scored), "score": means, "pairs": preferred}
-
-
-def _file_anchors(config: Config, pools: PromptPools) -> dict[str, str]:
-    """Return the held-out answers of a teacher that is a file, by prompt id."""
-    if not isinstance(config.teacher, AnswerFile):
-        return {}
-    return anchors_in_file(config.teacher, pools.held_out, config.anchors)
 
 
 def _bought_anchors(config: Config, pools: PromptPools, run: RunDir) -> dict[str, str]:

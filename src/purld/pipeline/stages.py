@@ -19,7 +19,7 @@ from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.pipeline.context import RunContext, examples_of_pool, open_ledger
 from purld.pipeline.evaluate import SPEND_KEYS
 from purld.pipeline.probe import probed_scale, weak_signal_warnings
-from purld.pipeline.self_comparison import stage_two_prompts, validation_prompts
+from purld.pipeline.stage_two_split import split_stage_two
 from purld.pipeline.teacher_answers import ask_for_anchors, buy_opponent, submit_together
 from purld.pipeline.validation import make_validation_set
 from purld.runs.files import write_rows
@@ -72,12 +72,14 @@ def run_align(context: RunContext) -> dict[str, Any]:
     assert isinstance(config.align, StageTwoSettings)
     if config.set_aside:
         reporter.say(config.set_aside)
-    probe = ranks.on_first(lambda: context.run.finished_stages().get("probe"))
-    scale = probed_scale(config.align, probe)
+    probe, begun = ranks.on_first(
+        lambda: (context.run.finished_stages().get("probe"), context.run.begin_facts("align"))
+    )
+    scale, split = probed_scale(config.align, probe), split_stage_two(config, context.pools, begun)
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
-        examples = examples_of_pool(context.run, stage_two_prompts(config, context.pools))
-        validation = make_validation_set(context, validation_prompts(config, context.pools))
+        examples = examples_of_pool(context.run, split.training)
+        validation = make_validation_set(context, split.steps, split.answer_tokens)
         facts = align(training, config.align, examples, teacher, margin_scale=scale, validation=validation)
     drawn = f", {facts.candidates} candidates drawn" if facts.candidates else ""
     reporter.say(f"{facts.steps} steps over {facts.prompts} prompts{drawn}.")

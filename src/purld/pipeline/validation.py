@@ -80,14 +80,17 @@ def validation_measure(config: Config) -> str:
     return str(getattr(align, "score", "")) if anchored else "in_context"
 
 
-def make_validation_set(context: RunContext, prompts: list[Prompt]) -> ValidationSet | None:
-    """Return the validation set of a run, or None if it has none or too few prompts can be measured."""
-    config, data = context.config, context.config.data
-    measure = validation_measure(config)
+def make_validation_set(context: RunContext, prompts: list[Prompt], answer_tokens: int) -> ValidationSet | None:
+    """Return the validation set of a run, or None if it has none or too few prompts can be measured.
+
+    Args:
+        context: the run.
+        prompts: the prompts that steps are compared on.
+        answer_tokens: the longest answer, for a method that draws none itself.
+    """
+    data, measure = context.config.data, validation_measure(context.config)
     check = find_check(data) if measure == GOLD else find_comparison(data)
-    found = ValidationSet(
-        examples_of_pool(context.run, prompts), measure, check, config.evaluate.max_new_tokens
-    ).measurable()
+    found = ValidationSet(examples_of_pool(context.run, prompts), measure, check, answer_tokens).measurable()
     if len(found.examples) >= FEWEST_PROMPTS:
         return found
     if prompts:

@@ -140,7 +140,7 @@ class RunDir:
         return set(self._manifest()["begun"])
 
     def begin_facts(self, stage: str) -> dict[str, Any]:
-        """Return what was recorded when a stage began: `started` in seconds since 1970, and what was told of its size.
+        """Return what was recorded of a stage that began: `started` in seconds since 1970, and what it was told of.
 
         Empty for a stage that has not begun, and for a run of an older version.
         """
@@ -151,10 +151,11 @@ class RunDir:
         begun = list(self._manifest()["begun"])
         return set(begun[begun.index(stage) + 1 :]) - {"probe", "report"} if stage in begun else set()
 
-    def begin(self, stage: str, **sizes: int) -> None:
-        """Record that `stage` has started, when, and how much it has to do; call it before the stage's first write.
+    def begin(self, stage: str, **facts: Any) -> None:
+        """Record that `stage` has started, when, and what it goes by; call it before the stage's first write.
 
-        If it was finished before, it no longer is, nor is any stage that was begun after it.
+        If it was finished before, it no longer is, nor is any stage that was begun after it. A stage that was begun and
+        is not finished keeps the facts that it began with.
         """
         manifest = self._manifest()
         begun, kept = list(manifest["begun"]), set(manifest["begun"])
@@ -165,16 +166,16 @@ class RunDir:
         self._write_manifest(
             {name: facts for name, facts in manifest["finished"].items() if name in kept},
             {name: manifest["begun"][name] for name in begun if name in kept}
-            | {stage: {"started": round(time.time(), 3), **sizes}},
+            | {stage: {"started": round(time.time(), 3), **facts}},
             {name: entry for name, entry in manifest["files"].items() if entry["stage"] in (*kept, "config")},
         )
 
-    def note_size(self, stage: str, **sizes: int) -> None:
-        """Record how much a stage that has begun has to do, as soon as it is known."""
+    def note_facts(self, stage: str, **facts: Any) -> None:
+        """Record more about a stage that has begun, such as how much it has to do, as soon as it is known."""
         manifest = self._manifest()
         known = manifest["begun"].get(stage)
-        if known is not None and known != known | sizes:
-            self._write_manifest(manifest["finished"], manifest["begun"] | {stage: known | sizes}, manifest["files"])
+        if known is not None and known != known | facts:
+            self._write_manifest(manifest["finished"], manifest["begun"] | {stage: known | facts}, manifest["files"])
 
     def finish(self, stage: str, seconds: float, **facts: Any) -> None:
         """Record `stage` as finished, with its facts and its files; call it after the stage's last write.

@@ -18,7 +18,7 @@ from purld.pipeline.plan_machine import plan_machine, plan_update, training_byte
 from purld.pipeline.plan_sheet import Plan
 from purld.pipeline.preflight import check_before_spending
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
-from purld.pipeline.self_comparison import longest_prompt
+from purld.pipeline.stage_two_split import longest_prompt
 from purld.records import Prompt
 from purld.runs.run_dir import RunDir
 from purld.setup.check_endpoint import check_endpoint
@@ -99,7 +99,7 @@ def _check_answers(role: str, file: AnswerFile, prompts: Sequence[Prompt] | None
 
 def _check_training(config: Config, sizes: StudentSizes, pools: PromptPools | None, run: RunDir) -> Iterator[Finding]:
     """Compare what training takes with the memory and the disk."""
-    longest = config.student.max_prompt_tokens if pools is None else longest_prompt(config, pools)
+    longest = config.student.max_prompt_tokens if pools is None else longest_prompt(config, pools, run)
     yield check_memory(training_bytes(config, sizes), plan_update(config, sizes, longest))
     plan_machine(plan := Plan(), config, sizes, run.path)
     yield from (Finding("wrong", "disk", problem.rstrip("."), "free some space") for problem in plan.problems)

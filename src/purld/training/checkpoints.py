@@ -190,7 +190,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Record the number of steps; find the best model's checkpoint again in a run directory that was moved."""
         if ranks.is_first():
-            self._run.note_size(self._stage, steps=state.max_steps)
+            self._run.note_facts(self._stage, steps=state.max_steps)
         _find_best(args, state)
 
     def on_log(
