@@ -3,9 +3,9 @@
 The first compares, with full sequences, the log-probs of two of the group's rows and their gradient at the prompt's
 embeddings, which passes through every key and value of the cache; and, if vision modules are trained, the gradient at
 their first weights. A model that disagrees, or fails, works on full sequences from then on, after one warning. A
-sliding window that a group exceeds and a prompt with images are checked separately. The verdict depends on the model
-and not on which group came first, except for bugs that only some groups show. The second compares two groups in one
-pass with each of them alone.
+sliding window that a group exceeds, a length from which positions are turned by other frequencies, and a prompt with
+images are checked separately. The verdict depends on the model and not on which group came first, except for bugs that
+only some groups show. The second compares two groups in one pass with each of them alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from purld.errors import PlainWarning, reason_of
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
@@ -51,7 +52,7 @@ def can_share_prefix(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: in
     verdicts = _verdicts.setdefault(causal, {})
     case = count_exceeded_windows(model, len(prompt) + max(map(len, rows))), bool(prompt.images)
     if case not in verdicts:
-        problem = _sharing_problem(model, prompt, _shortest_and_longest(rows, len), pad)
+        problem = _within_memory(partial(_sharing_problem, model, prompt, _shortest_and_longest(rows, len), pad))
         verdicts[case] = problem is None
         if problem is not None:
             _warn_of_sharing(causal, problem)
@@ -75,7 +76,7 @@ def can_join(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad:
     verdicts = _joint_verdicts.setdefault(causal, {})
     if is_padded not in verdicts:
         some = [(p, _shortest_and_longest(rows, len)) for p, rows in _shortest_and_longest(groups, lambda g: len(g[0]))]
-        problem = _joining_problem(model, some, pad)
+        problem = _within_memory(partial(_joining_problem, model, some, pad))
         verdicts[is_padded] = problem is None
         if problem is not None:
             _warn(causal, f"every group takes a pass of its own, because several in one do not work: {problem}")
@@ -120,27 +121,58 @@ def _shortest_and_longest(items: Sequence[Item], length: Callable[[Item], int]) 
 
 
 def count_exceeded_windows(model: CausalLM, length: int) -> int:
-    """Return how many of the sizes that may limit a model's attention are exceeded by `length` tokens."""
+    """Return how many of the sizes from which a model's attention is another one are exceeded by `length` tokens."""
     config = unwrap_adapters(model).config.get_text_config()
-    sizes = (getattr(config, name, None) for name in _WINDOWS)
+    sizes = [*(getattr(config, name, None) for name in _WINDOWS), _length_of_other_positions(config)]
     return sum(length > size for size in sizes if isinstance(size, int) and size > 0)  # 0: there is none
 
 
-def _sharing_problem(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int) -> str | None:
+def _length_of_other_positions(config: PreTrainedConfig) -> int | None:
+    """Return from which length on rotary embeddings take other frequencies; None for those that never do."""
+    found = getattr(config, "rope_parameters", None) or {}
+    for rope in (found, *(value for value in found.values() if isinstance(value, dict))):  # of all layers, or by kind
+        if rope.get("rope_type") == "dynamic":
+            return getattr(config, "max_position_embeddings", None)
+        if rope.get("rope_type") == "longrope":
+            inside = rope.get("original_max_position_embeddings")
+            return inside or getattr(config, "original_max_position_embeddings", None)
+    return None
+
+
+def _within_memory(problem: Callable[[bool], str | None]) -> str | None:
+    """Make a check, and again with recomputed layers if the device's memory is too small for it.
+
+    Whole sequences with a graph through all layers take more than an update that recomputes them. The check does not
+    begin with that, so that a model whose layers cannot be recomputed is not taken for one that cannot share.
+    """
+    try:
+        return problem(False)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return problem(True)  # out here, where nothing holds what the first try had made
+
+
+def _sharing_problem(model: CausalLM, prompt: EncodedPrompt, rows: Rows, pad: int, recompute: bool) -> str | None:
     """Return what is wrong with sharing a prefix, as a clause; None if nothing is."""
     group = [(prompt, rows)]
-    plain = _numbers(model, lambda: FullSequences(model, [prompt], pad), group)
-    return _disagreement(model, lambda: _numbers(model, lambda: SharedPrefixes(model, [prompt], pad), group), plain)
+    plain = _numbers(model, partial(FullSequences, model, [prompt], pad, recompute), group)
+    shared = partial(SharedPrefixes, model, [prompt], pad, recompute=recompute)
+    return _disagreement(model, lambda: _numbers(model, shared, group), plain)
 
 
-def _joining_problem(model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad: int) -> str | None:
+def _joining_problem(
+    model: CausalLM, groups: Sequence[tuple[EncodedPrompt, Rows]], pad: int, recompute: bool
+) -> str | None:
     """Return what is wrong with one pass for several groups, as a clause; None if nothing is."""
-    alone = [
-        _numbers(model, partial(SharedPrefixes, model, [prompt], pad), [(prompt, rows)]) for prompt, rows in groups
-    ]
+
+    def prefixes(prompts: Sequence[EncodedPrompt]) -> Callable[[], Prefixes]:
+        return partial(SharedPrefixes, model, prompts, pad, recompute=recompute)
+
+    alone = [_numbers(model, prefixes([prompt]), [(prompt, rows)]) for prompt, rows in groups]
     expected = tuple(torch.cat(parts) for parts in zip(*alone))
-    prompts = [prompt for prompt, _ in groups]
-    return _disagreement(model, lambda: _numbers(model, lambda: SharedPrefixes(model, prompts, pad), groups), expected)
+    together = prefixes([prompt for prompt, _ in groups])
+    return _disagreement(model, lambda: _numbers(model, together, groups), expected)
 
 
 def _disagreement(
