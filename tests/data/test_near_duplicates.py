@@ -59,6 +59,8 @@ def test_images_roles_and_system_turns():
     system = Message("system", "You are a helpful assistant. " * 20)
     chats = [Prompt((system, Message("user", text))) for text in ("Name a river.", "Add two numbers.", "name a river")]
     assert near_copies(chats) == [[0, 2]]
+    longer = Prompt((Message("user", "Name a"), Message("assistant", "river."), Message("user", "?")))
+    assert near_copies([*chats[:2], Prompt.from_text("Name a river."), longer]) == [[0, 2]]  # one has a system turn
 
 
 @settings(max_examples=8)

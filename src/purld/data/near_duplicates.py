@@ -66,8 +66,9 @@ def near_copies(prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 def _read(prompt: Prompt) -> _Text:
-    """Return the text of a prompt without its system turn, which whole pools share."""
-    content = " ".join(readable_text(m.content) for m in prompt.messages if m.role != "system").casefold()
+    """Return the text of a prompt without its system turn, which whole pools share, or only one of two files has."""
+    turns = [m.content for m in prompt.messages if m.role != "system"]
+    content = " ".join(map(readable_text, turns)).casefold()
     words: list[str] = []
     exact: list[str] = []
     for match in _TOKEN.finditer(content):
@@ -75,7 +76,7 @@ def _read(prompt: Prompt) -> _Text:
     images = tuple(image.digest for image in prompt.images)
     if not words and not exact:  # only signs: nothing is known of what they mean
         exact = [content]
-    return _Text(" ".join(words), (*exact, *images, len(prompt.messages)))
+    return _Text(" ".join(words), (*exact, *images, len(turns)))
 
 
 def _signatures(texts: Iterable[str]) -> Iterator[Signature]:
