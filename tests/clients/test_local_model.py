@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from purld.clients.ledger import Caps, Ledger
-from purld.clients.local_model import LocalModelClient, _build_request
+from purld.clients.local_model import LocalModelClient, build_local_request
 from purld.clients.open import open_client
 from purld.config.clients import LocalModel
 from purld.errors import UserError
@@ -79,7 +79,7 @@ def test_answers_are_remembered_and_nothing_counts_as_a_call(model_dir, ledger, 
 
 
 def test_a_kill_costs_nothing_that_cannot_be_generated_again(model_dir, ledger):
-    ledger.reserve(_build_request(config(model_dir), PROMPTS[0]), "teacher", 0, 0.0, Caps())  # never settled
+    ledger.reserve(build_local_request(config(model_dir), PROMPTS[0]), "teacher", 0, 0.0, Caps())  # never settled
     assert LocalModelClient(config(model_dir), ledger, "teacher").ask(PROMPTS[:1])[0].text
 
 

@@ -184,3 +184,21 @@ def test_a_capped_evaluation_goes_on_with_higher_caps(config, server, run, purld
     assert len(server.bodies) == PROMPTS + HELD_OUT + QUESTIONS and "left" not in said
     assert {metrics["judged"] for metrics in read_json(run.results)["models"].values()} == {HELD_OUT}
     assert re.match(r"evaluate +done ", status_of(run, "evaluate"))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_damaged_anchors_are_made_again_from_the_ledger_alone(config, server, run, purld, trained):
+    """A prompt that failed, and those that a cap left out, stay without an anchor, whatever the cap is now."""
+    prompts = [json.loads(line)["prompt"] for line in (config.parent / "prompts.jsonl").read_text().splitlines()]
+    server.script = {prompts[2]: [error(400)]}
+    cap = ("evaluate.judge=null", "evaluate.opponent=null", "teacher.max_calls=9")
+    purld("anchors", *cap)
+    if trained:
+        train(run)
+        cap = (*cap[:2], "teacher.max_calls=99")
+    whole, sent = run.anchors.read_bytes(), len(server.bodies)
+    assert len(whole.splitlines()) == 8 and sent == 9
+    run.anchors.write_bytes(whole[: len(whole) // 2])
+    assert "it is made again" in purld("anchors", *cap)
+    assert run.anchors.read_bytes() == whole and len(server.bodies) == sent
+    assert "anchors" in run.finished_stages() and ("sft" in run.finished_stages()) == trained

@@ -36,7 +36,7 @@ class LocalModelClient:
 
     def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
         """Return the replies in the order of `prompts`; see `Client.ask`."""
-        requests = [_build_request(self.config, prompt) for prompt in prompts]
+        requests = [build_local_request(self.config, prompt) for prompt in prompts]
         self.ledger.import_results(dict.fromkeys(request.key for request in requests), self.role)
         collector = ReplyCollector((request.key for request in requests), on_reply)
         pending: list[tuple[Request, Prompt]] = []
@@ -81,7 +81,8 @@ def _call_result(written: WrittenAnswer | None) -> CallResult:
     return CallResult("answered", written.text, "stop" if written.finished else "length", usage=usage, left=False)
 
 
-def _build_request(config: LocalModel, prompt: Prompt) -> Request:
+def build_local_request(config: LocalModel, prompt: Prompt) -> Request:
+    """Build the request for `prompt` by which the ledger knows a local model's answer; it is never sent."""
     body: dict[str, Any] = {
         "model": config.model,
         "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],

@@ -30,6 +30,7 @@ from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, tak
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stage_two_split import lacks_record, plan_split, split_of_older_run
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
+from purld.pipeline.teacher_answers import rebuild_answers
 from purld.records import content_hash
 from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
 from purld.runs.open import check_shared_disk, final_model, keeps_last_step, splits_without_near_copies
@@ -204,7 +205,7 @@ class Pipeline:
             check_signal(self.config.align, run.finished_stages().get("probe"))
 
     def _repaired(self, stage: str, damaged: Sequence[DamagedFile], context: RunContext) -> bool:
-        """Write the anchors again where later stages have used them; else remove the damaged files of a stage.
+        """Write damaged anchors again as they were; else remove the damaged files of a stage.
 
         Returns:
             Whether the files are whole again; else the stage runs again.
@@ -218,14 +219,24 @@ class Pipeline:
             shutil.rmtree(self.run.path / stage, ignore_errors=True)  # its files may be links that a sweep shares
         for file in damaged:
             self.reporter.say(f"{file}; it is made again.")
-        if stage != "anchors" or not used:
-            for file in damaged:
-                file.path.unlink(missing_ok=True)
-            return False
-        run_anchors(context)  # from the ledger or the answer file
-        if still := self.run.damaged_files_of(stage):
+        if stage == "anchors" and self._rebuilt(damaged, context, used):
+            return True
+        for file in damaged:
+            file.path.unlink(missing_ok=True)
+        return False
+
+    def _rebuilt(self, damaged: Sequence[DamagedFile], context: RunContext, used: bool) -> bool:
+        """Write damaged anchors again from what was bought, and return whether they are as they were.
+
+        Raises:
+            UserError: they are not, and later stages have used them.
+        """
+        with contextlib.nullcontext() if used else contextlib.suppress(UserError):
+            rebuild_answers(context, [file.path for file in damaged])
+        still = self.run.damaged_files_of("anchors")
+        if still and used:
             raise UserError(f"{still[0].path}: cannot be made again as Stage I has read it; {START_OVER}.")
-        return True
+        return not still
 
     def _runs_again(self, stage: str) -> bool:
         """Return whether a finished stage runs again.

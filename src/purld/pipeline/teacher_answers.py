@@ -7,17 +7,19 @@ to the configuration later, and the rest where a cap left prompts unasked.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from purld.clients.anchors import collect_anchors
 from purld.clients.base import ReplyState
 from purld.clients.batch import BatchClient
 from purld.clients.ledger import Ledger, Role
 from purld.clients.open import open_client
+from purld.clients.recorded import open_recorded
 from purld.clients.requests import build_requests, read_api_key
 from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
-from purld.pipeline.context import RunContext
+from purld.pipeline.context import RunContext, open_ledger
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows, write_rows
 from purld.runs.shortfalls import CapShortfall, find_shortfalls
@@ -66,6 +68,20 @@ def complete_opponent(context: RunContext, ledger: Ledger) -> list[CapShortfall]
     if isinstance(context.config.evaluate.judge, OpenAIEndpoint):
         read_api_key(context.config.evaluate.judge)
     return buy_opponent(context, ledger)
+
+
+def rebuild_answers(context: RunContext, paths: Collection[Path]) -> None:
+    """Write damaged files of finished anchors again, from the ledger or the answer file; nothing is sent.
+
+    Raises:
+        UserError: the answers are not there, or the answer file cannot be read.
+    """
+    run, teacher = context.run, context.config.teacher
+    with open_ledger(run, context.reporter) as ledger:
+        client = open_recorded(teacher, ledger)
+        for path, prompts in ((run.anchors, context.pools.train), (run.opponent, context.pools.held_out)):
+            if path in paths:
+                write_rows(path, map(asdict, collect_anchors(prompts, client, context.config.anchors).anchors))
 
 
 def write_opponent(context: RunContext, answers: Sequence[Anchor]) -> None:
