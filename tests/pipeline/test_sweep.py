@@ -14,7 +14,8 @@ import yaml
 from command_line import purld
 from forked import ForkedPopen
 
-from purld.clients.ledger import CallResult, Caps, Ledger, Request
+from purld.clients.folder import FolderLedgers
+from purld.clients.ledger import CallResult, Caps, Ledger, Request, Usage, WorstCase
 from purld.config.load import load_config
 from purld.display.progress import Reporter
 from purld.errors import UserError
@@ -106,6 +107,40 @@ def test_sharing_links_weights_and_ends_with_the_manifest(tmp_path):
     with Ledger(target.ledger) as ledger:
         assert ledger.find_result(request.key).text == "t"
         assert ledger.booked_spend("teacher").calls == 1  # it counts towards the caps of the copy too
+
+
+def test_what_the_leader_paid_for_verdicts_and_scores_is_not_charged_to_a_new_run(tmp_path):
+    source, target = RunDir(tmp_path / "a"), RunDir(tmp_path / "b")
+    asked = {role: Request("http://x", "m", f'"{role}"', role) for role in ("teacher", "opponent", "scorer", "judge")}
+    source.sft.mkdir(parents=True)
+    with Ledger(source.ledger) as ledger:
+        for role, request in asked.items():
+            call = ledger.reserve(request, role, 9, 0.0, Caps())
+            ledger.mark_sent(call)
+            ledger.settle(call, CallResult("answered", f"to the {role}", usage=Usage(5, 1, 0.5)))
+        waiting = WorstCase(Request("http://x", "m", '"waiting"', "p"), 9, 0.0)
+        batch = ledger.reserve_batch([waiting], "judge", "http://x", Caps(), lambda result: True)
+        ledger.mark_batch_sent(batch.batch, "file")
+    source.finish("anchors", 2.0)
+    source.finish("sft", 3.0)
+    share_stage_one(source, target)
+    assert b"to the judge" not in target.ledger.read_bytes()
+    with Ledger(target.ledger, FolderLedgers(target.ledger)) as ledger:
+        assert ledger.open_batches() == []
+        assert ledger.booked_spend("judge").calls == 0
+        assert ledger.booked_spend("teacher").calls == 2  # for the anchors, held-out ones included
+        assert {role: ledger.totals(role)["cost"] for role in asked} == {
+            "teacher": 0.5,
+            "opponent": 0.5,
+            "scorer": 0.0,
+            "judge": 0.0,
+        }
+        for role in ("scorer", "judge"):  # paid for already, so no call is needed, and no cap keeps it from being used
+            assert ledger.claim(asked[role], role, 9, 0.0, Caps(max_calls=0)) is None
+            assert ledger.find_result(asked[role].key).text == f"to the {role}"
+            assert ledger.totals(role)["calls"] == 0
+    with Ledger(source.ledger) as ledger:
+        assert ledger.booked_spend("judge").calls == 2  # the leader's own ledger stays as it is
 
 
 @pytest.fixture

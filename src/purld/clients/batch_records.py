@@ -111,6 +111,14 @@ def open_calls(db: sqlite3.Connection, batch: int) -> dict[str, int]:
     return {key: call for key, call in db.execute(query, (batch,))}
 
 
+def delete_batches_of(db: sqlite3.Connection, roles: Iterable[str]) -> None:
+    """Delete the batches of some roles, and which calls were in them; the calls themselves stay."""
+    if _has_tables(db):
+        for role in roles:
+            db.execute("DELETE FROM batched_calls WHERE batch IN (SELECT id FROM batches WHERE role = ?)", (role,))
+            db.execute("DELETE FROM batches WHERE role = ?", (role,))
+
+
 def _has_tables(db: sqlite3.Connection) -> bool:
     """Return whether the ledger has these tables; one that was last written before there were batches has not."""
     return db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'batched_calls'").fetchone() is not None

@@ -34,7 +34,7 @@ import secrets
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -281,13 +281,19 @@ class LedgerView:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def copy(self, path: str | Path) -> None:
-        """Copy this ledger with all its answers to `path`, completely or not at all."""
+    def copy(self, path: str | Path, roles: Collection[Role] = tuple(BUDGETS)) -> None:
+        """Copy this ledger to `path`, completely or not at all.
+
+        Args:
+            path: the file to write.
+            roles: the roles whose calls, with their answers and what they booked, are in the copy.
+        """
         path = Path(path)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with self._mutex, _database_errors_named(self.path), contextlib.closing(sqlite3.connect(partial)) as target:
                 self._db.backup(target)
+                _keep_roles(target, roles)
                 target.execute("PRAGMA journal_mode = DELETE")  # puts the whole copy into one file
             os.replace(partial, path)
         finally:
@@ -917,6 +923,16 @@ def _count_recorded(db: sqlite3.Connection) -> int:
     """Count the calls that were sent or have ended; no such call is ever deleted."""
     (count,) = db.execute("SELECT COUNT(*) FROM calls WHERE state != 'reserved'").fetchone()
     return int(count)
+
+
+def _keep_roles(db: sqlite3.Connection, roles: Collection[Role]) -> None:
+    """Delete the calls of all other roles, and leave nothing of them in the file."""
+    if others := [role for role in BUDGETS if role not in roles]:
+        with db:
+            batch_records.delete_batches_of(db, others)
+            db.executemany("DELETE FROM calls WHERE role = ?", ((role,) for role in others))
+            db.execute("DELETE FROM requests WHERE key NOT IN (SELECT key FROM calls)")
+        db.execute("VACUUM")
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -4,7 +4,7 @@ Runs whose configuration agrees up to Stage I form a family. The first run of a 
 and trains Stage I; the other runs get copies of both, so that no anchor is bought and no Stage I is trained twice.
 Families collect their anchors one after the other, each starting from a copy of the previous family's ledger. All work
 is done by the ordinary `purld` commands in separate processes, so a sweep resumes where it stopped, as runs do.
-Verdicts are not shared: each run pays its judge.
+What a run paid its judge, or a teacher that scores candidates, is not copied: these caps hold for each run.
 """
 
 from __future__ import annotations
@@ -197,9 +197,13 @@ def _collect_in_turn(config: Path, leaders: Sequence[SweepCell], reporter: Repor
 
 
 def _copy_ledger(source: RunDir, target: RunDir) -> None:
+    """Copy the calls for anchors, which count towards the caps of both runs, to a run without a ledger.
+
+    What `source` paid its judge and for scores of candidates is its own. `target` finds these answers in its folder.
+    """
     if source.ledger.exists() and not target.ledger.exists():
         with LedgerView(source.ledger) as ledger:
-            ledger.copy(target.ledger)
+            ledger.copy(target.ledger, roles=("teacher", "opponent"))
 
 
 def _share_with_families(cells: Sequence[SweepCell], leaders: Mapping[str, SweepCell], failed: dict[str, str]) -> int:
