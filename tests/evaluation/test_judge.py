@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import pytest
 
-from purld.clients.base import OnReply, Reply
+from purld.clients.base import OnReply, Reply, capped_reply
 from purld.clients.ledger import Ledger
 from purld.clients.open import open_client
 from purld.config.clients import OpenAIEndpoint
@@ -116,6 +116,7 @@ def test_anything_else_is_unjudged_and_kept(raw: str | None) -> None:
     assert len(judge.asked) == 2
     assert average_preferences(verdicts).wins == {PROMPT.id: None}
     assert average_preferences(verdicts).unjudged == 2
+    assert average_preferences(verdicts).reasons == {"no_reply" if raw is None else "no_verdict": 2}
     assert average_preferences(verdicts).flip_rate is None
 
 
@@ -124,6 +125,20 @@ def test_a_verdict_is_read_after_the_thinking_which_is_counted_and_not_quoted() 
     verdicts = judge_answers([PROMPT], [generation(PROMPT, "x")], {PROMPT.id: "y"}, judge, both_orders=False)
     assert (average_preferences(verdicts).thinking, average_preferences(verdicts).unjudged) == (1, 1)
     assert [turn.content for turn in judge.asked[-1].messages[1:]] == ["Both.", JUDGE_AGAIN]
+
+
+def test_a_judge_that_a_cap_silences_is_not_to_blame() -> None:
+    """The second order is asked under a cap that the first has used up; a verdict of older versions has no reason."""
+
+    class Capped(Taste):
+        def ask(self, prompts: Sequence[Prompt], on_reply: OnReply | None = None) -> list[Reply]:
+            return [super().ask(prompts[:1])[0], capped_reply("max_calls (1)")]
+
+    verdicts = judge_answers([PROMPT], [generation(PROMPT, "x")], {PROMPT.id: "y"}, Capped(lambda a, b: "A"))
+    assert [v.outcome for v in verdicts] == ["win", "unjudged"]
+    assert average_preferences(verdicts).reasons == {"max_calls": 1}
+    older = Verdict("p", 0, "unjudged", "(capped: max_calls (1) is reached)", True)
+    assert average_preferences([older]).reasons == {"no_verdict": 1}
 
 
 @dataclass

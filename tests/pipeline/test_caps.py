@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from purld.cli import app
 from purld.errors import UserError
-from purld.pipeline import evaluate
+from purld.evaluation import intervals
+from purld.pipeline import evaluate, pipeline
 from purld.records import Generation
 from purld.runs.files import read_json, read_rows, write_rows
 from purld.runs.run_dir import RunDir
@@ -44,6 +45,7 @@ def config(tiny_config, server, monkeypatch):
         return rows
 
     monkeypatch.setattr(evaluate, "answer_prompts", made_up)
+    monkeypatch.setattr(intervals, "RESAMPLES", 50)  # no interval is looked at
     values = yaml.safe_load(tiny_config.read_text())
     endpoint = {"kind": "openai", "base_url": server.url, "model": "m", "concurrency": 1}
     values["teacher"] = endpoint | {"max_tokens_per_answer": 100}
@@ -90,7 +92,10 @@ def test_an_opponent_that_is_added_after_stage_one_is_bought_by_the_evaluation(c
     purld("anchors", "evaluate.judge=null", "evaluate.opponent=null")
     train(run)
     assert len(server.bodies) == PROMPTS and not run.opponent.exists()
-    assert "teacher: 8 calls" in purld("check")
+    plan = purld("check", "teacher.max_calls=20")
+    assert "teacher: 8 calls" in plan
+    assert "max_calls may leave the last of these calls unsent, as 16 of 20 are spent" in plan
+    assert "may leave" not in purld("check", "teacher.max_calls=24")
     said = purld("evaluate")
     assert len(read_rows(run.opponent)) == HELD_OUT and len(server.bodies) == PROMPTS + HELD_OUT + QUESTIONS
     results = read_json(run.results)["models"]["sft"]
@@ -128,7 +133,6 @@ def test_what_the_opponent_did_not_answer_is_no_fault_of_the_judge(config, serve
         assert metrics["judged"] == HELD_OUT - 2
         assert metrics["unjudged_reasons"] == {"no_opponent": 4}
     assert server.arrived.count(prompts[0]) == 1, "what failed is not asked again"
-    purld("report")
 
 
 def test_an_answer_file_without_the_opponents_answers_is_refused(config, server, run, purld, tmp_path):
@@ -154,12 +158,14 @@ def test_a_capped_collection_goes_on_with_a_higher_cap(config, server, run, purl
     assert "left" not in said and re.match(r"anchors +done +16 of 16", status_of(run, "anchors"))
 
 
-def test_what_a_cap_bought_can_be_trained_on_and_then_the_rest_is_not_used(config, server, run, purld):
+def test_what_a_cap_bought_can_be_trained_on_and_then_the_rest_is_not_used(config, server, run, purld, monkeypatch):
     capped = ("evaluate.judge=null", "evaluate.opponent=null", "teacher.max_calls=5")
     purld("anchors", *capped)
-    train(run)
+    rest = "left 11 of 16 prompts unasked; Stage I has begun without them, so they are not used."
+    monkeypatch.setitem(pipeline._RUNNERS, "sft", lambda context: run.sft.mkdir() or {})
+    assert rest in purld("sft", *capped)
     said = purld("anchors", *capped[:2], "teacher.max_calls=99")
-    assert "left 11 of 16 prompts unasked; Stage I has begun without them, so they are not used." in said
+    assert rest in said
     assert len(server.bodies) == 5 == len(read_rows(run.anchors))
     assert "teacher: 0 calls" in purld("check", *capped[:2])
     assert re.match(r"anchors +done +5 of 16 .*left 11 of 16 prompts unasked", status_of(run, "anchors"))
@@ -202,3 +208,13 @@ def test_damaged_anchors_are_made_again_from_the_ledger_alone(config, server, ru
     assert "it is made again" in purld("anchors", *cap)
     assert run.anchors.read_bytes() == whole and len(server.bodies) == sent
     assert "anchors" in run.finished_stages() and ("sft" in run.finished_stages()) == trained
+
+
+def test_a_file_may_take_the_place_of_a_teacher_that_was_asked(config, server, run, purld):
+    """The opponent's answers are then the evaluation's file, and no damage to the anchors."""
+    purld("anchors")
+    train(run)
+    file = ("evaluate.opponent.kind=file", f"evaluate.opponent.path={config.parent / 'answers.jsonl'}")
+    purld("evaluate", *file)
+    assert run.damaged_files_of("anchors") == [] and run.recorded(run.opponent) is not None
+    assert "done before" in purld("evaluate", *file)

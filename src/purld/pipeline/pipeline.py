@@ -173,8 +173,7 @@ class Pipeline:
             if not damaged and not again:
                 shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)  # left by a kill after the record
                 self.reporter.say(f"{STAGE_TITLES[stage]}: done before.")
-                for sentence in describe_shortfalls(self.run, stage, stage_shortfalls(self.run, stage)):
-                    self.reporter.warn(sentence)
+                self._warn_of_caps(stage)
                 return False
             if damaged and self._repaired(stage, damaged, context) and not again:
                 return False
@@ -182,7 +181,14 @@ class Pipeline:
         split = plan_split(self.config, context.pools).to_facts() if stage == "align" else {}
         self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out), **split)
         self.reporter.headline(STAGE_TITLES[stage])
+        if stage == "sft":
+            self._warn_of_caps("anchors")
         return True
+
+    def _warn_of_caps(self, stage: str) -> None:
+        """Say what caps left out of a finished stage."""
+        for sentence in describe_shortfalls(self.run, stage, stage_shortfalls(self.run, stage)):
+            self.reporter.warn(sentence)
 
     def _check_start(self, stage: str) -> None:
         """Check that earlier stages are finished and their files intact, and that Stage II has a signal.

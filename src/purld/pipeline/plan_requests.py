@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
@@ -13,7 +13,7 @@ from purld.clients.anchors import apply_thinking_policy
 from purld.clients.answer_file import AnswerFileClient
 from purld.clients.base import settled_reply
 from purld.clients.folder import FolderLedgers
-from purld.clients.ledger import LedgerView, Request, Role, is_blank
+from purld.clients.ledger import BUDGETS, LedgerView, Request, Role, is_blank
 from purld.clients.requests import (
     build_requests,
     max_image_tokens,
@@ -109,7 +109,7 @@ def plan_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPoo
     """
     match config.teacher:
         case OpenAIEndpoint() as endpoint:
-            _plan_teacher(plan, endpoint, pools, pending_requests(endpoint, config, pools, run))
+            _plan_teacher(plan, endpoint, pools, pending_requests(endpoint, config, pools, run), _spent(run, "teacher"))
         case LocalModel(model=model):
             plan.add_lines(_HEADING, f"teacher: nothing; answers come from {model}")
         case AnswerFile(path=path) as file:
@@ -157,7 +157,13 @@ def _describe_answers(file: AnswerFile, config: Config, encoder: Encoder, prompt
     return f"{role}: {file.path} answers {len(texts)} of {len(prompts)} prompts{details}"
 
 
-def _plan_teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: PromptPools, requests: Iterable[PendingRequest]) -> None:
+def _plan_teacher(
+    plan: Plan,
+    endpoint: OpenAIEndpoint,
+    pools: PromptPools,
+    requests: Iterable[PendingRequest],
+    spent: Mapping[str, float],
+) -> None:
     calls, size, estimate, read, written, images = Counter[Role](), 0, 0, 0, 0, 0
     for pending in requests:
         images += len(pending.prompt.images)
@@ -176,7 +182,7 @@ def _plan_teacher(plan: Plan, endpoint: OpenAIEndpoint, pools: PromptPools, requ
         + _format_cost(endpoint, (estimate, written), "with answers of full length about"),
         f"  at most {read:,} tokens in and {written:,} out" + _format_cost(endpoint, (read, written), "at most"),
     )
-    _plan_caps(plan, endpoint, calls.total(), read, written)
+    _plan_caps(plan, endpoint, calls.total(), read, written, spent)
 
 
 def _plan_training_requests(plan: Plan, config: Config, encoder: Encoder, pools: PromptPools, run: RunDir) -> None:
@@ -256,15 +262,34 @@ def _format_cost(endpoint: OpenAIEndpoint, tokens: tuple[int, int], bound: str) 
     return f", {bound} {single:,.2f} in cost"
 
 
-def _plan_caps(plan: Plan, endpoint: OpenAIEndpoint, calls: int, read: int, written: int) -> None:
+def _spent(run: RunDir, budget: str) -> dict[str, float]:
+    """Return what a run has spent from a budget so far, by the key of the cap on it."""
+    if is_blank(run.ledger):
+        return {}
+    with LedgerView(run.ledger) as ledger:
+        totals = [ledger.totals(role) for role, owner in BUDGETS.items() if owner == budget]
+    parts = {
+        "max_calls": ("calls",),
+        "max_tokens": ("input_tokens", "output_tokens"),
+        "max_cost": ("cost", "unsettled_cost"),
+    }
+    return {cap: sum(total[name] for total in totals for name in names) for cap, names in parts.items()}
+
+
+def _plan_caps(
+    plan: Plan, endpoint: OpenAIEndpoint, calls: int, read: int, written: int, spent: Mapping[str, float] | None = None
+) -> None:
+    """Add the caps, and which of them may be reached by calls that come on top of what is `spent`."""
+    spent = spent or {}
     cost = token_cost(with_batch_prices(endpoint) if endpoint.batch else endpoint, read, written)
     needed = {"max_calls": calls, "max_tokens": read + written, "max_cost": cost}
     caps = {name: cap for name in needed if (cap := getattr(endpoint, name)) is not None}
     listed = ", ".join(f"{name} {cap:,}" for name, cap in caps.items())
     plan.add_lines(_HEADING, f"  hard caps: {listed or 'none'}")
     for name, cap in caps.items():
-        if needed[name] > cap:
+        if needed[name] and needed[name] + spent.get(name, 0) > cap:
+            used = f", as {spent[name]:,.10g} of {cap:,} are spent" if spent.get(name) else ""
             later = "; what it holds back follows in further batches, as far as answers are cheaper" * endpoint.batch
-            plan.add_lines(_HEADING, f"  the cap {name} may leave the last of these calls unsent{later}")
+            plan.add_lines(_HEADING, f"  the cap {name} may leave the last of these calls unsent{used}{later}")
     if endpoint.api_key_env and not os.environ.get(endpoint.api_key_env):
         plan.add_lines(_HEADING, f"  the environment variable {endpoint.api_key_env} is not set here")

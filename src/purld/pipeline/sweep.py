@@ -42,6 +42,7 @@ from purld.report.page import write_report
 from purld.runs.files import read_json, read_rows, sync_folder, write_json, write_rows
 from purld.runs.open import final_model
 from purld.runs.run_dir import RunDir
+from purld.runs.shortfalls import stage_shortfalls
 from purld.signals import Stopped
 
 _PURLD = (sys.executable, "-c", "from purld.cli import main; main()")
@@ -303,6 +304,10 @@ def _show_results(cells: Sequence[SweepCell], failed: Mapping[str, str]) -> None
         page = folder / "report.html"
         write_report([cell.run for cell in done], page)
         print(f"Report: {page}")
+    for cell in done:
+        shortfalls = [*stage_shortfalls(cell.run, "anchors"), *stage_shortfalls(cell.run, "evaluate")]
+        for sentence in shortfalls:
+            print(f"{cell.name}: {sentence}.")
     if failed:
         first = next(cell.name for cell in cells if cell.name in failed)
         raise UserError(f"{len(failed)} of {len(cells)} runs failed; {first}: {failed[first]}.")
