@@ -3,6 +3,9 @@
 import json
 import signal
 import time
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +15,12 @@ from forked import PURLD, ForkedPython
 
 from purld.config.load import load_config
 from purld.display.progress import Reporter
-from purld.pipeline.pipeline import Pipeline
+from purld.errors import UserError
+from purld.pipeline.pipeline import _RUNNERS, Pipeline
 from purld.runs.files import read_json, read_rows
 from purld.runs.open import open_run
 from purld.runs.run_dir import RunDir
+from purld.signals import Stopped
 
 
 def sentence(capsys):
@@ -23,6 +28,25 @@ def sentence(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("purld: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), UserError("no disk"), RuntimeError("a bug")])
+def test_what_stops_a_stage_leaves_the_time_that_it_took(error, tiny_config, tmp_path, monkeypatch):
+    run, now = RunDir(tmp_path / "run"), [0.0]
+    monkeypatch.setattr("purld.runs.run_dir.time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+
+    def run_stage(context, fails):
+        now[0] += 60
+        if fails:
+            raise error
+        return {}
+
+    for fails in (True, True, False):
+        monkeypatch.setitem(_RUNNERS, "anchors", partial(run_stage, fails=fails))
+        pipeline = Pipeline(load_config(tiny_config), RunDir(run.path), Reporter())
+        with pytest.raises(type(error)) if fails else nullcontext():
+            pipeline.execute(["anchors"])
+    assert run.finished_stages()["anchors"]["seconds"] == 180
 
 
 def test_a_run_goes_from_prompts_to_report_and_then_has_nothing_left_to_do(tiny_config, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +81,44 @@ def test_a_stage_keeps_the_facts_that_it_began_with_until_it_is_finished_and_beg
     assert run.begin_facts("align")["kept_out"] == ["a"]
     run.begin("align", kept_out=["b"])
     assert run.begin_facts("align")["kept_out"] == ["b"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of the run directory that tests move: `clock[0]` is the time in seconds."""
+    now = [100.0]
+    monkeypatch.setattr("purld.runs.run_dir.time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    return now
+
+
+def test_the_time_of_a_stage_is_that_of_all_processes_that_worked_on_it(tmp_path, clock):
+    for worked, noted in ((60, True), (30, True), (7, False)):  # the last one is killed before it notes its time
+        run = RunDir(tmp_path / "run")
+        run.begin("align")
+        clock[0] += worked
+        if noted:
+            run.note_seconds("align")
+        clock[0] += 1000  # between two processes
+    run = RunDir(tmp_path / "run")
+    assert run.seconds_spent("align") == 90
+    run.begin("align")
+    clock[0] += 5
+    run.note_seconds("align")
+    clock[0] += 2
+    assert run.seconds_spent("align") == 97
+
+
+@pytest.mark.parametrize(("stage", "expected"), [("anchors", 12), ("evaluate", 12), ("sft", 2), ("align", 2)])
+def test_only_a_stage_that_goes_on_with_what_it_has_adds_to_its_time(tmp_path, clock, stage, expected):
+    run = RunDir(tmp_path / "run")
+    run.begin(stage)
+    run.finish(stage, 10.0)
+    run.begin(stage)
+    clock[0] += 1
+    run = RunDir(run.path)  # which a kill before the first note costs one second
+    run.begin(stage)
+    clock[0] += 2
+    assert run.seconds_spent(stage) == expected
 
 
 def test_rewinding_drops_what_a_resumed_stage_will_log_again(tmp_path):

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
 from purld.runs.files import append_rows
 from purld.runs.run_dir import RunDir
-from purld.training.checkpoints import find_log_damage, last_checkpoint, mark_complete, remove_older
+from purld.training.checkpoints import RunCallback, find_log_damage, last_checkpoint, mark_complete, remove_older
 
 
 @pytest.fixture
@@ -121,3 +123,16 @@ def test_no_checkpoint(tmp_path):
     run = RunDir(tmp_path)
     found = newest(run)
     assert (found.path, found.step, found.set_aside) == (None, 0, None)
+
+
+def test_a_checkpoint_keeps_the_time_spent_so_far(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("purld.runs.run_dir.time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    run = RunDir(tmp_path / "run")
+    run.begin("align")
+    now[0] += 60
+    folder = run.checkpoints("align")
+    (folder / "checkpoint-2").mkdir(parents=True)
+    callback = RunCallback(run, "align", lambda key: True, lambda *_: None)
+    callback.on_save(SimpleNamespace(output_dir=folder), TrainerState(global_step=2), TrainerControl())
+    assert RunDir(run.path).begin_facts("align")["seconds"] == 60

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -45,14 +44,13 @@ def run_evaluate(context: RunContext) -> dict[str, Any]:
 
     The ranks of a job share the drawing and the scoring; rank 0 does the rest.
     """
-    started = time.monotonic()
     config, run = context.config, context.run
     final = final_model(config.align.method)
     folders: dict[str, str | Path] = {"base": config.student.model, "sft": run.sft, final.name: final.folder(run)}
     opponents, shortfalls = ranks.on_first(lambda: _opponent_answers(context))
     models = {name: _model_answers(context, name, folder) for name, folder in folders.items()}
     compared = _self_comparison(context, folders, models)
-    return ranks.on_first(lambda: _write_results(context, models, opponents, compared, shortfalls, started))
+    return ranks.on_first(lambda: _write_results(context, models, opponents, compared, shortfalls))
 
 
 def _write_results(
@@ -61,7 +59,6 @@ def _write_results(
     opponents: dict[str, str],
     compared: dict[str, Any],
     shortfalls: list[CapShortfall],
-    started: float,
 ) -> dict[str, Any]:
     """Judge the answers, if the configuration says so, write results.json, and return the facts of the stage."""
     config, run = context.config, context.run
@@ -81,7 +78,7 @@ def _write_results(
         "self_comparison": compared,
         "probe": _probe_results(finished.get("probe")),
         "label_divergence": mean_label_divergence(groups, read_rows(run.revisited)),
-        "seconds": seconds | {"evaluate": round(time.monotonic() - started, 3)},  # all but writing this file
+        "seconds": seconds | {"evaluate": round(run.seconds_spent("evaluate"), 3)},  # all but writing this file
         "templates": {
             "self_evaluation": SELF_EVALUATION_VERSION,
             "rating": RATING_VERSION,

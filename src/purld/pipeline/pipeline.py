@@ -32,7 +32,7 @@ from purld.pipeline.stage_two_split import lacks_record, plan_split, split_of_ol
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
 from purld.pipeline.teacher_answers import rebuild_answers
 from purld.records import content_hash
-from purld.runs.files import atomic_write, measure_seconds, remove_stale_partials
+from purld.runs.files import atomic_write, remove_stale_partials
 from purld.runs.open import check_shared_disk, final_model, keeps_last_step, splits_without_near_copies
 from purld.runs.run_dir import START_OVER, TRAINED, DamagedFile, RunDir
 from purld.runs.shortfalls import describe_shortfalls, may_ask_again, stage_shortfalls
@@ -154,11 +154,22 @@ class Pipeline:
         if not ranks.on_first(lambda: self._begin(stage, context, alone)):
             return
         runner = _RUNNERS[stage]
-        with measure_seconds() as seconds, stage_tracking(self.config.report_to, self.run, stage):
+        with self._noting_seconds(stage), stage_tracking(self.config.report_to, self.run, stage):
             facts = ranks.on_first(lambda: runner(context)) if stage in _OF_FIRST_RANK else runner(context)
-        ranks.on_first(lambda: self.run.finish(stage, seconds[0], **facts))
+        ranks.on_first(lambda: self.run.finish(stage, self.run.seconds_spent(stage), **facts))
         if ranks.is_first():
             shutil.rmtree(self.run.checkpoints(stage), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _noting_seconds(self, stage: str) -> Iterator[None]:
+        """Record the time spent on a stage that an error or a signal stops, to which the next process adds its own."""
+        try:
+            yield
+        except BaseException:
+            if ranks.is_first():
+                with contextlib.suppress(OSError, UserError):  # what stopped the stage is what the user has to know
+                    self.run.note_seconds(stage)
+            raise
 
     def _begin(self, stage: str, context: RunContext, alone: bool) -> bool:
         """Return whether a stage has to run, and record that it begins.

@@ -12,7 +12,6 @@ import glob
 import json
 import os
 import shutil
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -286,13 +285,3 @@ def _parse_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             summed = summed or checksum is not None
             rows.append(row)
     return rows, None
-
-
-@contextlib.contextmanager
-def measure_seconds() -> Iterator[list[float]]:
-    """Measure the time spent in a block: yield a list whose only item is set to the seconds when the block ends."""
-    started, seconds = time.monotonic(), [0.0]
-    try:
-        yield seconds
-    finally:
-        seconds[0] = time.monotonic() - started

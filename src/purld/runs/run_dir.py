@@ -35,6 +35,7 @@ STAGES = ("anchors", "sft", "probe", "align", "evaluate", "report")
 
 _SIGNS_OF_A_RUN = ("config.yaml", "manifest.json", "ledger.sqlite", ".lock", "sweep.log", "demo")
 TRAINED = ("sft", "align")  # stages that take long, and whose result another machine may not repeat to the bit
+_GO_ON = ("anchors", "evaluate")  # stages that use what they have when they are begun again, so that their time adds up
 START_OVER = (
     "restore it from a backup, or start again with another --run-dir beside this one, where the answers in the ledger "
     "are not paid for again"
@@ -51,6 +52,14 @@ class DamagedFile:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """When this process began a stage, by the monotonic clock, and the seconds that others had spent on it before."""
+
+    started: float
+    before: float = 0.0
 
 
 class RunDir:
@@ -73,6 +82,7 @@ class RunDir:
         self.report = self.path / "report.html"
         self.manifest = self.path / "manifest.json"
         self._intact: set[Path] = set()  # recorded or compared by this object; nothing else writes during a command
+        self._clocks: dict[str, _Clock] = {}  # of the stages that this object has begun
 
     def check_place(self) -> None:
         """Check that the run can be written here, before anything is paid for.
@@ -159,14 +169,17 @@ class RunDir:
         """
         manifest = self._manifest()
         begun, kept = list(manifest["begun"]), set(manifest["begun"])
+        if stage in begun and stage not in manifest["finished"]:
+            self._clocks[stage] = _Clock(time.monotonic(), manifest["begun"][stage].get("seconds", 0.0))
+            return
+        before = manifest["finished"].get(stage, {}).get("seconds", 0.0) if stage in _GO_ON else 0.0
+        self._clocks[stage] = _Clock(time.monotonic(), before)
         if stage in begun:
-            if stage not in manifest["finished"]:
-                return
             kept -= set(begun[begun.index(stage) :])
         self._write_manifest(
             {name: facts for name, facts in manifest["finished"].items() if name in kept},
             {name: manifest["begun"][name] for name in begun if name in kept}
-            | {stage: {"started": round(time.time(), 3), **facts}},
+            | {stage: {"started": round(time.time(), 3), "seconds": before, **facts}},
             {name: entry for name, entry in manifest["files"].items() if entry["stage"] in (*kept, "config")},
         )
 
@@ -176,6 +189,17 @@ class RunDir:
         known = manifest["begun"].get(stage)
         if known is not None and known != known | facts:
             self._write_manifest(manifest["finished"], manifest["begun"] | {stage: known | facts}, manifest["files"])
+
+    def seconds_spent(self, stage: str) -> float:
+        """Return the seconds spent on a stage: by this process since it began it, and by others as they noted them."""
+        clock = self._clocks.get(stage)
+        if clock is None:
+            return float(self.begin_facts(stage).get("seconds", 0.0))
+        return clock.before + time.monotonic() - clock.started
+
+    def note_seconds(self, stage: str) -> None:
+        """Record the seconds spent on a stage so far, so that a process that continues it counts them too."""
+        self.note_facts(stage, seconds=round(self.seconds_spent(stage), 3))
 
     def finish(self, stage: str, seconds: float, **facts: Any) -> None:
         """Record `stage` as finished, with its facts and its files; call it after the stage's last write.

@@ -217,10 +217,11 @@ class RunCallback(TrainerCallback):
         self._progress(state.global_step, state.max_steps, self._note)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Mark the checkpoint that was just written as complete."""
+        """Mark the checkpoint that was just written as complete, and record the time spent so far."""
         if ranks.is_first():
             folder = Path(args.output_dir or "")
             mark_complete(self._run, folder / f"checkpoint-{state.global_step}")
+            self._run.note_seconds(self._stage)
             remove_older(folder, {state.global_step, state.best_global_step})
         _find_best(args, state)
 
