@@ -173,7 +173,7 @@ def test_what_a_cap_bought_can_be_trained_on_and_then_the_rest_is_not_used(confi
 
 def test_a_capped_evaluation_goes_on_with_higher_caps(config, server, run, purld):
     """The teacher's cap leaves six of the opponent's answers, the judge's all questions about the second model."""
-    purld("anchors", "teacher.max_calls=18")
+    assert "or the evaluation asks for the rest" in purld("anchors", "teacher.max_calls=18")
     assert re.match(r"anchors +capped +16 of 16 .*left 6 of 8 held-out prompts", status_of(run, "anchors"))
     train(run)
     caps = ("teacher.max_calls=18", "evaluate.judge.max_calls=4")

@@ -89,10 +89,14 @@ def may_ask_again(run: RunDir, stage: str) -> bool:
 
 def describe_shortfalls(run: RunDir, stage: str, shortfalls: Iterable[CapShortfall]) -> list[str]:
     """Return a sentence for each cap that left something out of a stage, with what to do about it."""
-    if not may_ask_again(run, stage):
-        rest = "Stage I has begun without them, so they are not used"
-    elif stage == "anchors":
-        rest = "raise it and run the same command again for the rest, as long as Stage I has not begun"
-    else:
-        rest = "raise it and run the same command again, which asks for the rest alone"
-    return [f"{shortfall}; {rest}." for shortfall in shortfalls]
+    return [f"{shortfall}; {_remedy(run, stage, shortfall.role)}." for shortfall in shortfalls]
+
+
+def _remedy(run: RunDir, stage: str, role: str) -> str:
+    if stage != "anchors":
+        return "raise it and run the same command again, which asks for the rest alone"
+    if role == "opponent":
+        return "raise it, and the same command or the evaluation asks for the rest"
+    if may_ask_again(run, stage):
+        return "raise it and run the same command again for the rest, as long as Stage I has not begun"
+    return "Stage I has begun without them, so they are not used"
