@@ -40,6 +40,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "self_ppo": {**SHARED, **SCORED, "beta": 0.05},
     "singlepair_dpo": {**SHARED, "beta": 0.1},
     "sft_sft": SHARED,
+    "by_positives": {**_LDL, "method": "ldl_grpo", "group_weight": "positives"},
     "anchor_in_group": {**_LDL, "method": "ldl_grpo", "anchor_in_group": True},
     "self_distillation": GROUPED,
     "rlpr": {**_GRPO, "method": "anchor_grpo", "score": "reference"},
@@ -47,6 +48,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Each row's settings, except those that are tuned; a row that is not called by its method names the method."""
 VARIANTS: Mapping[str, str] = {
+    "by_positives": "LDL-GRPO, groups weighed by positives",
     "anchor_in_group": "LDL-GRPO, the anchor in the group",
     "self_distillation": "Self-distillation",
     "rlpr": "RLPR's reward in GRPO",

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from purld.methods.advantages import TokenCredit
+from purld.methods.labels import pu_labels
 from purld.methods.losses import (
     WEIGHT_CAP,
     GroupTokens,
@@ -94,6 +95,18 @@ def test_at_p_sft_a_group_weighs_as_much_as_it_has_few_right_members(right):
     group = members(torch.full((8, 1), -3.0, dtype=torch.float64))
     _, coefficients, _ = loss_coefficients(lambda t: ldl_loss(t, log_labels, form="ratio", beta=0.0), group)
     assert torch.allclose(right * coefficients.flatten(), scores.mean() - scores, atol=1e-12)
+
+
+@pytest.mark.parametrize("right", [1, 3, 7])
+def test_weighed_by_its_positives_a_group_has_the_gradient_of_reinforce(right):
+    """At p_sft, with scores of 0 and 1 and sharp labels: the score less the group's mean, over K."""
+    scores = (torch.arange(8) < right).double()
+    labels = pu_labels(scores, 1.0, gamma=60.0, tau=1.2)
+    group = members(torch.full((8, 1), -3.0, dtype=torch.float64))
+    _, coefficients, _ = loss_coefficients(
+        lambda t: ldl_loss(t, labels.log_distribution, form="ratio", beta=0.0, weight=labels.positives), group
+    )
+    assert torch.allclose(coefficients.flatten(), (scores.mean() - scores) / 8, atol=1e-9)
 
 
 def test_extreme_log_likelihoods_stay_finite():

@@ -31,6 +31,7 @@ SETTINGS = SimpleNamespace(
     pairs="all",
     anchor_joins=False,
     skip_equal_scores=False,
+    group_weight="equal",
 )
 FORMS = [f"ldl_grpo:{form}" for form in ("ratio", "likelihood", "mean")]
 OTHERS = [name for name, method in METHODS.items() if method.stage_two and name != "ldl_grpo"]

@@ -24,6 +24,14 @@ class PuLabels:
     log_distribution: Tensor
     confidences: Tensor
 
+    @property
+    def positives(self) -> Tensor:
+        """Return the mean confidence in units of the anchor's, 1/2: the group's soft share of positives, () in [0, 2].
+
+        It is m/K where m of K members score as the anchor does and the others far below it.
+        """
+        return self.confidences.mean() / 0.5
+
 
 def pu_labels(scores: Tensor, anchor_score: float, gamma: float, tau: float, scale: float = 1.0) -> PuLabels:
     """Make the labels of Eq. 2 from (K,) scores s_k and the anchor's score s*; see `log_label_distribution`.

@@ -129,9 +129,15 @@ def sampling_gaps(tokens: GroupTokens) -> Tensor | None:
 
 
 def ldl_loss(
-    tokens: GroupTokens, log_labels: Tensor, *, form: QForm, beta: float, drawn: int | None = None
+    tokens: GroupTokens,
+    log_labels: Tensor,
+    *,
+    form: QForm,
+    beta: float,
+    drawn: int | None = None,
+    weight: Tensor | float = 1.0,
 ) -> GroupLoss:
-    """Compute KL(D || q_theta) + beta KL(p_theta || p_sft) of one group (Eq. 4).
+    """Compute weight KL(D || q_theta) + beta KL(p_theta || p_sft) of one group (Eq. 4).
 
     Args:
         tokens: K members: candidates drawn from the policy `tokens.old`, before them the anchor if it is a member.
@@ -139,6 +145,7 @@ def ldl_loss(
         form: how q is made of the policy, see `log_policy_distribution`.
         beta: weight of the KL from p_sft.
         drawn: how many of the last members were drawn, which the KL is estimated on; all unless given.
+        weight: what the group counts among those of an update; 1 in Eq. 4.
     """
     log_probs, reference = tokens.sequences(tokens.policy), tokens.sequences(tokens.reference)
     log_q = log_policy_distribution(log_probs, reference, tokens.lengths, form)
@@ -155,7 +162,7 @@ def ldl_loss(
         metrics["length_correlation"] = correlation
     rows = slice(len(q) - (len(q) if drawn is None else drawn), None)
     old = tokens.sequences(tokens.old)
-    value = divergence + beta * kl_from_reference(log_probs[rows], reference[rows], old[rows])
+    value = weight * divergence + beta * kl_from_reference(log_probs[rows], reference[rows], old[rows])
     return GroupLoss(value, metrics, {"labels": log_labels.exp(), "policy_before": q})
 
 

@@ -102,7 +102,8 @@ def _pu_labels(evidence: GroupEvidence, settings: Any) -> PuLabels | None:
 
 def _ldl_loss(tokens: GroupTokens, labels: PuLabels, settings: Any) -> GroupLoss:
     drawn = len(labels.log_distribution) - settings.anchor_joins
-    loss = ldl_loss(tokens, labels.log_distribution, form=settings.q, beta=settings.beta, drawn=drawn)
+    weight = labels.positives if settings.group_weight == "positives" else 1.0
+    loss = ldl_loss(tokens, labels.log_distribution, form=settings.q, beta=settings.beta, drawn=drawn, weight=weight)
     return replace(loss, members={**loss.members, "confidences": labels.confidences})
 
 
