@@ -31,13 +31,14 @@ import torch
 from torch import Tensor
 
 from purld.config.load import load_config
+from purld.config.methods import GroupSettings
 from purld.config.schema import Config
-from purld.data.prompts import load_prompts
 from purld.model.load import load_encoder, load_model, make_trainable
 from purld.model.log_probs import token_log_probs
 from purld.records import Prompt
 from purld.runs.files import read_rows, write_json
 from purld.runs.run_dir import RunDir
+from purld.tasks.registry import load_data
 
 Weight = Callable[[np.ndarray], np.ndarray]
 
@@ -109,8 +110,9 @@ class StageTwoStart:
         self._encoder = load_encoder(config.student)
         self._model = make_trainable(config.student, load_model(config.student, run.sft), config.seed)
         self.trained = [weights for weights in self._model.parameters() if weights.requires_grad]
+        assert isinstance(config.align, GroupSettings)
         self._limit = config.align.max_new_tokens
-        self.prompts = {prompt.id: prompt for prompt in load_prompts(config.data.prompts).prompts}
+        self.prompts = {prompt.id: prompt for prompt in load_data(config.data)[0].prompts}
 
     def contrast(self, row: Mapping[str, Any]) -> Tensor:
         """Return mean log p(right) - mean log p(wrong) of a recorded group, (), in nats."""
@@ -171,8 +173,8 @@ def main() -> None:
     elif options.runs and options.out:
         runs = [RunDir(path) for path in options.runs]
         config = load_config(runs[0].config)
-        if config.student.lora is None:
-            parser.error("the student has no adapter, and the gradients of all weights do not fit in memory")
+        if config.student.lora is None or not isinstance(config.align, GroupSettings):
+            parser.error("needs a run with groups and an adapter: many gradients of all weights do not fit")
         measured = measure(runs, config, options.groups, options.last_step)
         write_json(options.out, measured)
     else:
