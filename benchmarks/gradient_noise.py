@@ -64,9 +64,10 @@ class Estimate:
         return self.noise / self.signal if self.signal > 0 else None
 
     @property
-    def least_groups(self) -> float:
+    def least_groups(self) -> float | None:
         """The same at the upper end of the signal's interval of 95%."""
-        return self.noise / (self.signal + 1.96 * self.error)
+        greatest = self.signal + 1.96 * self.error
+        return self.noise / greatest if greatest > 0 else None
 
 
 def noise_scale(products: np.ndarray, prompts: Sequence[str], weights: np.ndarray) -> Estimate:
@@ -153,9 +154,9 @@ def table(measured: Mapping[str, Any]) -> str:
     lines = ["| a group counts | signal² | noise² of a group | groups at which they are equal |", "|---|---|---|---|"]
     for name, weight in WEIGHTS.items():
         found = noise_scale(products, measured["prompts"], weight(shares))
-        groups = "none found" if found.groups is None else f"{found.groups:.0f}"
+        groups, least = ("no signal" if n is None else f"{n:.0f}" for n in (found.groups, found.least_groups))
         interval = f"{found.signal:.3g} ± {1.96 * found.error:.2g}"
-        lines.append(f"| {name} | {interval} | {found.noise:.3g} | {groups}, at least {found.least_groups:.0f} |")
+        lines.append(f"| {name} | {interval} | {found.noise:.3g} | {groups}, at least {least} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from gradient_noise import WEIGHTS, StageTwoStart, mixed_groups, noise_scale, table
+from gradient_noise import WEIGHTS, Estimate, StageTwoStart, mixed_groups, noise_scale, table
 
 from purld.config.load import load_config
 from purld.runs.run_dir import RunDir
@@ -45,7 +45,7 @@ def test_the_jackknife_is_the_plain_one():
 def test_a_signal_that_is_not_found_has_no_number_of_groups():
     gradients = np.array([[1.0], [-1.0], [1.0]])
     estimate = noise_scale(gradients @ gradients.T, list("abc"), np.ones(3))
-    assert estimate.signal < 0 and estimate.groups is None
+    assert estimate.signal < 0 and estimate.groups is None and Estimate(-1.0, 0.1, 2.0).least_groups is None
     with pytest.raises(ValueError, match="three prompts"):
         noise_scale(np.ones((3, 3)), list("aab"), np.ones(3))
 
