@@ -154,10 +154,16 @@ def table(measured: Mapping[str, Any]) -> str:
     lines = ["| a group counts | signal² | noise² of a group | groups at which they are equal |", "|---|---|---|---|"]
     for name, weight in WEIGHTS.items():
         found = noise_scale(products, measured["prompts"], weight(shares))
-        groups, least = ("no signal" if n is None else f"{n:.0f}" for n in (found.groups, found.least_groups))
         interval = f"{found.signal:.3g} ± {1.96 * found.error:.2g}"
-        lines.append(f"| {name} | {interval} | {found.noise:.3g} | {groups}, at least {least} |")
+        lines.append(f"| {name} | {interval} | {found.noise:.3g} | {_groups_in_words(found)} |")
     return "\n".join(lines)
+
+
+def _groups_in_words(found: Estimate) -> str:
+    if found.least_groups is None:
+        return "no signal"
+    estimate = "not found" if found.groups is None else f"{found.groups:.0f}"
+    return f"{estimate}; at least {found.least_groups:.0f}"
 
 
 def main() -> None:

@@ -55,7 +55,7 @@ def test_the_table_weighs_groups_as_the_methods_do():
     lines = table(half).splitlines()[2:]
     assert len(lines) == len(WEIGHTS)
     assert [line.split("|")[2].strip() for line in lines] == ["1 ± 0", "1 ± 0", "0.25 ± 0"]
-    assert all("| 1, at least 1 |" in line for line in lines)
+    assert all("| 1; at least 1 |" in line for line in lines)
 
 
 def test_the_gradient_is_that_of_right_over_wrong_in_what_stage_two_trains(random_student, tmp_path):
