@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import shutil
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
@@ -32,7 +34,7 @@ from purld.model.load import Roles, load_encoder, load_model
 from purld.model.sample import Decoding, GenerateSampler, seed_from_content
 from purld.model.self_evaluation import GroupScores
 from purld.records import Anchor, Prompt
-from purld.runs.files import measure_seconds, read_rows
+from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.testbed.server import TEACHER, ChatMessage, reply_as
 from purld.testbed.world.world import (
@@ -85,6 +87,14 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         return _row(cell, facts, _measure_cell(cell, work.align, folder))
     finally:
         shutil.rmtree(work.path, ignore_errors=True)
+
+
+@contextmanager
+def _measure_seconds() -> Iterator[list[float]]:
+    """Yield a list that holds the seconds of the block once it has ended."""
+    seconds, began = list[float](), time.monotonic()
+    yield seconds
+    seconds.append(time.monotonic() - began)
 
 
 def _silence_libraries() -> None:
@@ -147,7 +157,7 @@ def _stage_one(cell: Cell, run: RunDir) -> dict[str, Any]:
     """Train p_sft unless it is finished, and return its facts."""
     with run.lock():
         if "sft" not in run.finished_stages():
-            with measure_seconds() as seconds:
+            with _measure_seconds() as seconds:
                 pairs = anchored_prompts(cell)
                 settings = stage_one_settings(cell.anchors)
                 facts = fine_tune(_context(cell, run), settings, pairs)
@@ -170,7 +180,7 @@ def _stage_two(cell: Cell, stage_one: RunDir, run: RunDir) -> dict[str, Any]:
     run.path.mkdir(parents=True)
     run.sft.symlink_to(stage_one.sft.resolve())
     pairs, settings, teacher = anchored_prompts(cell), _parse_settings(cell), TestbedTeacher()
-    with measure_seconds() as seconds:
+    with _measure_seconds() as seconds:
         align(
             _context(cell, run),
             settings,
@@ -317,7 +327,7 @@ def _measure_cell(cell: Cell, model: Path, folder: Path) -> dict[str, Any]:
             loaded.append(load_model(testbed_student(), model))
         return loaded[0]
 
-    with measure_seconds() as seconds:
+    with _measure_seconds() as seconds:
         samples = sample_answers(cell, problems, load, Decoding(1.0, 64), SAMPLES[cell.split], folder)
         greedy = (
             [] if cell.split == "validation" else sample_answers(cell, problems, load, Decoding(0.0, 64), 1, folder)
