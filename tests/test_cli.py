@@ -20,7 +20,7 @@ from purld.config.clients import OpenAIEndpoint
 from purld.config.load import load_config
 from purld.display.progress import Reporter
 from purld.pipeline.pipeline import Pipeline
-from purld.pipeline.stages import _collection_status
+from purld.pipeline.teacher_answers import _collection_status
 from purld.runs.run_dir import RunDir
 from purld.signals import Stopped
 from purld.tasks.registry import TASKS
