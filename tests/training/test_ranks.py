@@ -136,7 +136,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def after_stage_one(module_config, teacher, tmp_path_factory):
-    """Makes runs whose anchors and p_sft are there already, with or without an adapter."""
+    """Makes runs whose anchors and p_sft are there already, with or without an adapter, weights divided or whole."""
     done, count = {}, itertools.count()
 
     def make(overrides):
@@ -152,12 +152,12 @@ def after_stage_one(module_config, teacher, tmp_path_factory):
                 *overrides,
             ],
         )
-        adapter = LORA in overrides
-        if adapter not in done:
-            done[adapter] = RunDir(tmp_path_factory.mktemp("runs") / f"base-{adapter}")
-            Pipeline(config, done[adapter], Reporter()).execute(["anchors", "sft"])
-        path = done[adapter].path.with_name(f"alone{next(count)}") / "run"
-        shutil.copytree(done[adapter].path, path)
+        kind = LORA in overrides, SHARDED in overrides
+        if kind not in done:
+            done[kind] = RunDir(tmp_path_factory.mktemp("runs") / "base")
+            Pipeline(config, done[kind], Reporter()).execute(["anchors", "sft"])
+        path = done[kind].path.with_name(f"alone{next(count)}") / "run"
+        shutil.copytree(done[kind].path, path)
         return config, path
 
     return make
