@@ -25,12 +25,11 @@ from purld.evaluation.verdicts import collect_verdicts
 from purld.model.load import load_encoder
 from purld.pipeline.context import open_ledger
 from purld.pipeline.prompt_pools import load_prompt_pools
+from purld.pipeline.teacher_answers import read_opponent
 from purld.records import Prompt
 from purld.report.headline import compare_models
-from purld.runs.files import read_rows
 from purld.runs.open import final_model, open_run
 from purld.runs.run_dir import RunDir
-from purld.thinking import split_thinking
 
 _DECODING_KEYS = ("samples", "temperature", "top_p", "max_new_tokens")
 
@@ -192,10 +191,7 @@ def _common_opponent(a: ComparedModel, b: ComparedModel) -> tuple[dict[str, str]
     """Return the opponent's answers if both models have the same opponent and judge; else none, and a note on why."""
     if not a.answers.verdicts or not b.answers.verdicts:
         return {}, []
-    answers, other_answers = (
-        {row["prompt_id"]: split_thinking(row["text"]).answer for row in read_rows(side.run.opponent)}
-        for side in (a, b)
-    )
+    answers, other_answers = (read_opponent(side.run) for side in (a, b))
     if answers != other_answers:
         return {}, ["Win rates are not compared: the runs have different opponents."]
     if _judge_settings(a) != _judge_settings(b):

@@ -28,7 +28,7 @@ from purld.model.sample import Decoding
 from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext, open_ledger
 from purld.pipeline.self_comparison import compare_by_own_score, find_slice, why_not_compared
-from purld.pipeline.teacher_answers import complete_opponent, write_opponent
+from purld.pipeline.teacher_answers import complete_opponent, read_opponent, write_opponent
 from purld.records import Anchor, Generation, Prompt
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.open import final_model
@@ -217,9 +217,7 @@ def _opponent_answers(context: RunContext) -> tuple[dict[str, str], list[CapShor
             shortfalls = complete_opponent(context, ledger)
     else:
         write_opponent(context, _answers_in_file(opponent, context.pools.held_out))
-    # With anchors.thinking: keep, the teacher's answers still have it.
-    answers = {row["prompt_id"]: split_thinking(row["text"]).answer for row in read_rows(context.run.opponent)}
-    return answers, shortfalls
+    return read_opponent(context.run), shortfalls
 
 
 def _answers_in_file(file: AnswerFile, prompts: Sequence[Prompt]) -> list[Anchor]:

@@ -109,7 +109,8 @@ def split_of_older_run(config: Config, pools: PromptPools, run: RunDir) -> Stage
 
 
 def _split(pools: PromptPools, steps: Collection[str], models: Collection[str], answer_tokens: int) -> StageTwoSplit:
-    kept = {*steps, *models}
+    steps, models = set(steps), set(models)  # as lists from the manifest they would be searched for every prompt
+    kept = steps | models
     return StageTwoSplit(
         [p for p in pools.align if p.id not in kept],
         [p for p in pools.sft if p.id in steps],

@@ -22,7 +22,9 @@ from purld.config.clients import OpenAIEndpoint, Teacher, TeacherAnchors
 from purld.pipeline.context import RunContext, open_ledger
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows, write_rows
+from purld.runs.run_dir import RunDir
 from purld.runs.shortfalls import CapShortfall, find_shortfalls
+from purld.thinking import split_thinking
 
 
 def submit_together(context: RunContext, ledger: Ledger) -> None:
@@ -53,6 +55,11 @@ def buy_opponent(context: RunContext, ledger: Ledger) -> list[CapShortfall]:
     answers, shortfalls = _ask(context, ledger, "opponent", context.pools.held_out, "held-out prompts answered")
     write_opponent(context, answers)
     return shortfalls
+
+
+def read_opponent(run: RunDir) -> dict[str, str]:
+    """Return the opponent's answers by prompt id; with `anchors.thinking: keep` the file still has their thinking."""
+    return {row["prompt_id"]: split_thinking(row["text"]).answer for row in read_rows(run.opponent)}
 
 
 def complete_opponent(context: RunContext, ledger: Ledger) -> list[CapShortfall]:
