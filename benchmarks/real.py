@@ -28,7 +28,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from real_students.bench import Bench, Machine, Row
-from real_students.page import method_table
+from real_students.page import method_table, on_validation
 from real_students.plan import METHODS, QUICK, RATES, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.errors import UserError
@@ -187,6 +187,9 @@ def print_tables(rows: Sequence[Row]) -> None:
     """Print a table for every student and split that has rows."""
     for student, split in dict.fromkeys((row["student"], row["split"]) for row in rows):
         print(f"\n{student}, {split} problems\n\n{method_table(rows, student, split)}")
+        if split == "test":
+            told = f"{student}, validation problems, by the cells of the test"
+            print(f"\n{told}\n\n{method_table(on_validation(rows), student, split)}")
 
 
 def _figures(row: Row) -> str:

@@ -96,8 +96,8 @@ class Bench:
 
     def align_settings(self, cell: Cell) -> dict[str, Any]:
         """Return the keys of `align` that a cell sets."""
-        settings = {**METHODS[cell.method], **dict(cell.settings)}
-        return {"steps": self.size.steps, "prompts_per_step": self.size.prompts_per_step, **settings}
+        sizes = {name: getattr(self.size, name) for name in ("steps", "prompts_per_step", "candidates")}
+        return {**sizes, **METHODS[cell.method], **dict(cell.settings)}
 
     def write_config(self, cell: Cell) -> Path:
         """Write a family's problems and configuration, unless they are there, and return the configuration's path.
@@ -109,7 +109,7 @@ class Bench:
         train, validation = self.split_problems(cell.seed)
         if cell.pool == "same":
             train = train[: self.size.stage_one]
-        measured = validation if cell.split == "validation" else read_rows(self.test)[: self.size.measured]
+        measured = [*self.test_problems(cell.split), *validation]
         train_file, measured_file = (str((folder / f"{name}.jsonl").resolve()) for name in ("train", "measured"))
         fraction, micro_batch = self.size.stage_one / len(train), self.machine.micro_batch
         config = {
@@ -156,12 +156,17 @@ class Bench:
         count = self.size.stage_one + self.size.stage_two
         return rest[:count], validation[: self.size.measured]
 
+    def test_problems(self, split: str) -> list[Row]:
+        """Return the test problems that the cells of a split answer, before the validation problems: all or none."""
+        return read_rows(self.test)[: self.size.measured] if split == "test" else []
+
     def _row(self, cell: Cell, run: RunDir) -> Row:
         """Return what the tables are made of; right answers are means over each problem's answers."""
         results = read_json(run.results)
         name = "sft" if cell.method == "SFT" else next(m for m in results["models"] if m not in ("base", "sft"))
         steps = [row for row in read_rows(run.metrics) if row["stage"] == "align" and "eval_score" not in row]
         settings = read_yaml(run.config)["align"]
+        validation = self.split_problems(cell.seed)[1]
         return {
             "id": cell.id,
             "student": cell.student,
@@ -174,8 +179,8 @@ class Bench:
             "steps": steps[-1]["step"] if steps else 0,
             "prompts_per_step": settings.get("prompts_per_step", 0),
             "size": asdict(self.size),
-            "right": _right(run, name),
-            "greedy": _right(run, f"{name}.greedy"),
+            **_right_answers(run, name, self.test_problems(cell.split) or validation),
+            "validation": _right_answers(run, name, validation),
             "seconds": results["seconds"],
             "kl": steps[-1].get("kl") if steps else None,
             "gain": asdict(gain) if (gain := final_gain(steps)) else None,
@@ -185,12 +190,18 @@ class Bench:
         }
 
 
-def _right(run: RunDir, name: str) -> list[float]:
-    """Return the share of right answers to each problem."""
-    answers: dict[str, list[bool]] = {}
+def _right_answers(run: RunDir, name: str, problems: Sequence[Row]) -> dict[str, list[float]]:
+    """Return the share of right answers to each problem: of the sampled ones (`right`) and of the greedy one."""
+    return {"right": _right(run, name, problems), "greedy": _right(run, f"{name}.greedy", problems)}
+
+
+def _right(run: RunDir, name: str, problems: Sequence[Row]) -> list[float]:
+    """Return the share of right answers to each problem among those that a model drew."""
+    answers: dict[str, list[bool]] = {row["prompt"]: [] for row in problems}
     for row in read_rows(run.generations(name)):
-        answers.setdefault(row["prompt_id"], []).append(bool(row["correct"]))
-    return [round(sum(right) / len(right), 4) for right in answers.values()]
+        if row["prompt"] in answers:
+            answers[row["prompt"]].append(bool(row["correct"]))
+    return [round(sum(right) / len(right), 4) for right in answers.values() if right]
 
 
 def _copy_answers(leader: RunDir, run: RunDir) -> None:

@@ -40,6 +40,11 @@ def method_table(rows: Sequence[Row], student: str, split: str) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def on_validation(rows: Sequence[Row]) -> list[Row]:
+    """Return rows with their right answers to the validation problems in the place of those to the test problems."""
+    return [{**row, **row["validation"]} for row in rows if "validation" in row]
+
+
 def _lines(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> Iterator[list[str]]:
     """Yield the cells of every method with settings of its own, averaged over its seeds."""
     names = {(row["method"], _settings(row)): None for row in rows}

@@ -13,12 +13,13 @@ RATES = (3.0e-5, 1.0e-4, 3.0e-4)
 
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "SFT": {"method": "sft"},
+    "LDL-GRPO, by positives": {"method": "ldl_grpo", "skip_equal_scores": True, "group_weight": "positives"},
     "LDL-GRPO": {"method": "ldl_grpo"},
     "Anchor-GRPO": {"method": "anchor_grpo"},
     "SFT→SFT": {"method": "sft_sft"},
     "LDL-GRPO, the anchor in the group": {"method": "ldl_grpo", "anchor_in_group": True},
     "LDL-GRPO, equal scores skipped": {"method": "ldl_grpo", "skip_equal_scores": True},
-    "self-distillation": {"method": "self_distillation", "candidates": 8},
+    "self-distillation": {"method": "self_distillation"},
     "AnchorRank-DPO": {"method": "anchorrank_dpo"},
     "SinglePair-DPO": {"method": "singlepair_dpo"},
     "RLPR": {"method": "anchor_grpo", "score": "reference", "weak_signal": "continue"},
@@ -36,12 +37,13 @@ CHOSEN: Mapping[str, Mapping[str, Any]] = {method: {"learning_rate": RATES[1]} f
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: problems of Stage I and II, updates, prompts of an update, test problems, answers."""
+    """How much of everything: problems of Stage I and II, updates, their prompts and candidates, test problems, answers."""
 
     stage_one: int = 1000
     stage_two: int = 1400
     steps: int = 40
     prompts_per_step: int = 8
+    candidates: int = 16
     measured: int = 500
     samples: int = 4
 
@@ -56,7 +58,7 @@ class Cell:
     Attributes:
         student: the student's name.
         seed: draws the order of problems, the candidates and the answers.
-        split: `validation` or `test`.
+        split: `validation`, or `test`; the table's cells answer the validation problems as well.
         method: a row of `METHODS`.
         settings: further settings of `align`, sorted.
         pool: `other` problems than Stage I's, or the `same`.
