@@ -179,8 +179,8 @@ class Bench:
             "steps": steps[-1]["step"] if steps else 0,
             "prompts_per_step": settings.get("prompts_per_step", 0),
             "size": asdict(self.size),
-            **_right_answers(run, name, self.test_problems(cell.split) or validation),
-            "validation": _right_answers(run, name, validation),
+            **right_answers(run, name, self.test_problems(cell.split) or validation),
+            "validation": right_answers(run, name, validation),
             "seconds": results["seconds"],
             "kl": steps[-1].get("kl") if steps else None,
             "gain": asdict(gain) if (gain := final_gain(steps)) else None,
@@ -190,7 +190,7 @@ class Bench:
         }
 
 
-def _right_answers(run: RunDir, name: str, problems: Sequence[Row]) -> dict[str, list[float]]:
+def right_answers(run: RunDir, name: str, problems: Sequence[Row]) -> dict[str, list[float]]:
     """Return the share of right answers to each problem: of the sampled ones (`right`) and of the greedy one."""
     return {"right": _right(run, name, problems), "greedy": _right(run, f"{name}.greedy", problems)}
 

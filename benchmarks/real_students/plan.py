@@ -37,7 +37,17 @@ CHOSEN: Mapping[str, Mapping[str, Any]] = {method: {"learning_rate": RATES[1]} f
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: problems of Stage I and II, updates, their prompts and candidates, test problems, answers."""
+    """How much of everything.
+
+    Attributes:
+        stage_one: problems of Stage I.
+        stage_two: problems of Stage II.
+        steps: updates of Stage II.
+        prompts_per_step: prompts of an update.
+        candidates: candidates of a prompt, where a method draws a group of them.
+        measured: the most test problems, and validation problems, that are answered.
+        samples: answers sampled to each of them.
+    """
 
     stage_one: int = 1000
     stage_two: int = 1400

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 from real import finished_cells
-from real_students.bench import Bench
+from real_students.bench import Bench, right_answers
 from real_students.figures import draw_figures
-from real_students.page import method_table
+from real_students.page import method_table, on_validation
 from real_students.plan import CHOSEN, METHODS, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.config.load import load_config
 from purld.errors import UserError
 from purld.runs.files import read_rows, write_rows
+from purld.runs.run_dir import RunDir
 
 SIZE = Size(stage_one=60, stage_two=40, steps=4, measured=30, samples=2)
 
@@ -42,9 +43,14 @@ def test_nothing_is_measured_on_what_is_trained_on(bench: Bench, split: str):
         path = bench.write_config(type(cell)(cell.student, seed, split, cell.method, cell.settings))
         config = load_config(path, [f"align.{key}={value}" for key, value in bench.align_settings(cell).items()])
         train, measured = (read_rows(Path(name)) for name in (config.data.prompts, config.data.eval_prompts))
-        assert len(train) == 100 and len(measured) == 30 and config.data.sft_fraction == 0.6
+        assert len(train) == 100 and config.data.sft_fraction == 0.6
+        of_test = {row["prompt"] for row in bench.test_problems(split)}
+        others = [row for row in measured if row["prompt"] not in of_test]
+        assert others == bench.split_problems(seed)[1] and len(others) == 30
+        assert len(of_test) == (30 if split == "test" else 0)
         assert not {row["prompt"] for row in train} & {row["prompt"] for row in measured}
         assert (config.align.method, config.align.steps, config.seed) == ("ldl_grpo", 4, seed)
+        assert config.align.candidates == SIZE.candidates
 
 
 def test_stage_two_may_have_stage_ones_problems(bench: Bench):
@@ -57,6 +63,19 @@ def test_stage_two_may_have_stage_ones_problems(bench: Bench):
 def test_validation_problems_are_the_same_for_all_seeds(bench: Bench):
     parts = [bench.split_problems(seed) for seed in (0, 1)]
     assert parts[0][1] == parts[1][1] and parts[0][0] != parts[1][0]
+
+
+def test_answers_to_test_and_validation_problems_are_told_apart(tmp_path: Path):
+    run = RunDir(tmp_path)
+    for name, right in (("ldl_grpo", [True, False]), ("ldl_grpo.greedy", [True])):
+        rows = [{"prompt_id": p, "prompt": p, "correct": p == "a" and r} for p in ("a", "b", "c") for r in right]
+        run.generations(name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(run.generations(name), rows)
+    shares = right_answers(run, "ldl_grpo", [{"prompt": "c"}, {"prompt": "a"}])
+    assert shares == {"right": [0.0, 0.5], "greedy": [0.0, 1.0]}
+    assert right_answers(run, "ldl_grpo", [{"prompt": "b"}]) == {"right": [0.0], "greedy": [0.0]}
+    row = {"method": "SFT", "right": [1.0], "greedy": [1.0]}
+    assert on_validation([row, row | {"validation": shares}]) == [row | {"validation": shares} | shares]
 
 
 def test_the_table_has_paired_differences_over_problems_and_seeds():
