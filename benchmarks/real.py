@@ -6,6 +6,7 @@
     python benchmarks/real.py ... --list           # what is done and what is left
     python benchmarks/real.py ... --jobs 16 --dtype bfloat16 --answered 250 --micro-batch 64   # one GPU, 16 cores
     python benchmarks/real.py --table ROWS.jsonl --draw DIR   # the tables of finished rows, and the figures
+    python benchmarks/real.py --curves CURVES.jsonl --draw DIR   # the gain of Stage II over its updates
 
 Every cell is an ordinary `purld run`; those of one student and seed share its anchors, its Stage I and its base's and
 p_sft's answers. A finished cell is a row of `rows.jsonl` in the folder of `--out` and is not run again; a cell that was
@@ -38,8 +39,8 @@ from purld.runs.files import append_rows, read_json, read_rows, write_json
 def main() -> None:
     """Run, list or show tables, as the command line says."""
     options = parse_arguments()
-    if options.table:
-        show_rows(read_rows(options.table), options.draw)
+    if options.table or options.curves:
+        show_files(options)
         return
     bench = make_bench(options)
     cells = planned_cells(options, bench)
@@ -79,9 +80,12 @@ def parse_arguments() -> argparse.Namespace:
     action.add_argument("--quick", action="store_true", help="a small slice")
     parser.add_argument("--list", action="store_true", help="run nothing, show what is done and what is left")
     parser.add_argument("--table", type=Path, help="run nothing, show the tables of a file of rows")
-    parser.add_argument("--draw", type=Path, metavar="DIR", help="with --table: write the figures there")
+    parser.add_argument("--curves", type=Path, help="run nothing, draw a file of curves; --draw says where")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="with --table or --curves: write the figures there")
     options = parser.parse_args()
-    if not options.table and not (options.student and options.problems and options.test):
+    if options.curves and not options.draw:
+        parser.error("--curves needs --draw")
+    if not options.table and not options.curves and not (options.student and options.problems and options.test):
         parser.error("--student, --problems and --test are needed")
     if wrong := [entry for entry in options.student if "=" not in entry]:
         parser.error(f"--student {wrong[0]}: write NAME=DIR")
@@ -173,14 +177,18 @@ def describe_cells(cells: Sequence[Cell], done: Mapping[str, Row]) -> Iterator[s
         yield f"{cell.id}: {_figures(done[cell.id]) if cell.id in done else 'left'}"
 
 
-def show_rows(rows: Sequence[Row], folder: Path | None) -> None:
-    """Print the tables, and write the figures where a folder is given."""
-    print_tables(rows)
-    if folder is not None:
-        from real_students.figures import draw_figures
+def show_files(options: argparse.Namespace) -> None:
+    """Print the tables of a file of rows, and write the figures of it and of a file of curves."""
+    from real_students.figures import draw_figures, draw_gains
 
-        for student in dict.fromkeys(row["student"] for row in rows):
-            print(*draw_figures(rows, student, folder), sep="\n")
+    if options.curves:
+        draw_gains(read_rows(options.curves), options.draw / "results-real-gain.png")
+        print(options.draw / "results-real-gain.png")
+    if options.table:
+        rows = read_rows(options.table)
+        print_tables(rows)
+        for student in dict.fromkeys(row["student"] for row in rows) if options.draw else ():
+            print(*draw_figures(rows, student, options.draw), sep="\n")
 
 
 def print_tables(rows: Sequence[Row]) -> None:

@@ -260,6 +260,34 @@ def difference_table(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def accuracy_table(results: Results) -> str:
+    """Compare every method with SFT at the rate that had the most right answers to validation problems."""
+    if results.chosen_by_accuracy is None:
+        return "The settings are not chosen yet."
+    parts = []
+    for task in plan.TASKS:
+        rows, sft = [], results.of_method(task, "sft")
+        for method in (m for m in ALL_ROWS if m in plan.TUNED):
+            setting = results.chosen_by_accuracy[task][method]
+            experiment = results.of_method(task, method, settings=setting)
+            if not results.seeds(experiment):
+                continue
+            gains = [results.difference(experiment, sft, name) for name in ("accuracy", "raw")]
+            rows.append(
+                [
+                    row_title(method),
+                    format_settings(setting),
+                    format_mean(results.mean(experiment, "accuracy")),
+                    *(format_difference(gain, seeds=True) for gain in gains),
+                    _mean_of_last_steps(results, experiment, "kl", plan.SEEDS),
+                    str(len(results.seeds(experiment))),
+                ]
+            )
+        headers = [task, "setting", "accuracy", "accuracy − SFT", "Raw − SFT", "KL from p_sft", "seeds"]
+        parts.append(markdown_table(headers, rows))
+    return "\n\n".join(parts)
+
+
 def seed_table(results: Results) -> str:
     """Compare LDL-GRPO with SFT and Anchor-GRPO on each seed, with intervals over its problems."""
     if results.chosen is None:
@@ -432,6 +460,8 @@ def cells_by_suite(results: Results) -> dict[str, list[Cell]]:
     suites: dict[str, list[Cell]] = {"tuning": plan.tuning_cells()}
     if results.chosen is not None:
         suites["Tables 1 and 2"] = plan.main_cells(results.chosen)
+        assert results.chosen_by_accuracy is not None  # both choices need the same cells
+        suites["rates chosen by accuracy"] = plan.accuracy_cells(results.chosen_by_accuracy)
         suites["noise"] = plan.noise_cells()
         suites["forms of q"] = plan.form_cells(results.chosen)
         suites["beyond the grid"] = plan.edge_cells(results.chosen)
@@ -447,6 +477,7 @@ PARTS: Mapping[str, Callable[[Results], str]] = {
     "grids": grid_table,
     "table 1": table_one,
     "differences": difference_table,
+    "by accuracy": accuracy_table,
     "by seed": seed_table,
     "table 2": table_two,
     "findings": finding_table,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -65,11 +65,14 @@ def tuning_cells() -> list[Cell]:
     ]
 
 
-def choose_settings(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]] | None:
-    """Return the setting of the highest validation win rate, by task and method; None until all grids are done.
+def choose_settings(
+    rows: Mapping[str, Mapping[str, Any]], by: Literal["wins", "right"] = "wins"
+) -> dict[str, dict[str, dict[str, Any]]] | None:
+    """Return the best setting on validation problems, by task and method; None until all grids are done.
 
     Args:
         rows: finished cells by id.
+        by: what the best one has most of: answers that the judge prefers (Raw), or right answers.
     """
     if any(cell.id not in rows for cell in tuning_cells()):
         return None
@@ -78,7 +81,7 @@ def choose_settings(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
         chosen[task] = {}
         for method in TUNED:
             cells = {i: stage_two_cell(task, TUNING_SEED, "validation", method, s) for i, s in enumerate(GRID)}
-            best = max(cells, key=lambda i: float(np.mean(rows[cells[i].id]["measured"]["wins"])))
+            best = max(cells, key=lambda i: float(np.mean(rows[cells[i].id]["measured"][by])))
             chosen[task][method] = dict(GRID[best])
         # Anchor-GRPO with another scorer, included for its cost in teacher calls: it takes Anchor-GRPO's setting.
         chosen[task]["teacher_judge_grpo"] = chosen[task]["anchor_grpo"]
@@ -103,6 +106,16 @@ def main_cells(chosen: Chosen, seeds: Sequence[int] = SEEDS) -> list[Cell]:
     ]
     method = "teacher_judge_grpo"
     return cells + [stage_two_cell(task, seed, "test", method, chosen[task][method]) for task, seed in runs]
+
+
+def accuracy_cells(by_accuracy: Chosen) -> list[Cell]:
+    """Return the methods of Tables 1 and 2 at the settings with the most right answers, seed by seed."""
+    return [
+        stage_two_cell(task, seed, "test", method, by_accuracy[task][method])
+        for seed in SEEDS
+        for task in TASKS
+        for method in TUNED
+    ]
 
 
 def noise_cells() -> list[Cell]:
@@ -213,9 +226,9 @@ def sweep_cells(chosen: Chosen) -> list[Cell]:
 
 def all_cells(rows: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
     """Return all cells that are known to be needed given the finished rows, most important first."""
-    chosen = choose_settings(rows)
-    if chosen is None:
+    chosen, by_accuracy = choose_settings(rows), choose_settings(rows, "right")
+    if chosen is None or by_accuracy is None:
         return tuning_cells()
-    cells = tuning_cells() + main_cells(chosen) + noise_cells() + form_cells(chosen) + edge_cells(chosen)
-    cells += sweep_cells(chosen)
-    return list(dict.fromkeys(cells))
+    tables = main_cells(chosen) + accuracy_cells(by_accuracy)
+    others = noise_cells() + form_cells(chosen) + edge_cells(chosen) + sweep_cells(chosen)
+    return list(dict.fromkeys(tuning_cells() + tables + others))

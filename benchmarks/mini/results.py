@@ -31,6 +31,7 @@ class Results:
         self._rows = rows
         self._figures: dict[tuple[str, str], float] = {}
         self.chosen = plan.choose_settings(rows)
+        self.chosen_by_accuracy = plan.choose_settings(rows, "right")
 
     def __contains__(self, cell: Cell) -> bool:
         return cell.id in self._rows

@@ -1,4 +1,4 @@
-"""Draw the two figures of docs/results-real.md from the rows of finished cells."""
+"""Draw the figures of docs/results-real.md, from the rows of finished cells and from the curves of Stage II."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from real_students.plan import METHODS
 Row = Mapping[str, Any]
 
 _SMOOTHED = 5  # steps of a moving mean
-_COLOURS = dict(zip(METHODS, plt.get_cmap("tab20").colors, strict=False))
+_TONES = plt.get_cmap("tab20").colors  # pairs of a dark and a light tone
+_COLOURS = dict(zip(METHODS, (*_TONES[::2], *_TONES[1::2]), strict=False))
 
 
 def draw_figures(rows: Sequence[Row], student: str, folder: Path) -> list[Path]:
@@ -38,6 +39,45 @@ def draw_figures(rows: Sequence[Row], student: str, folder: Path) -> list[Path]:
             figure.savefig(written[-1], dpi=120, metadata={"Software": None})
         plt.close(figure)
     return written
+
+
+def draw_gains(curves: Sequence[Row], path: Path) -> None:
+    """Draw the gain of the methods that were run with several seeds: over the groups drawn, and against the KL.
+
+    Args:
+        curves: runs of Stage II with their method, seed, prompts of an update, and gain and KL by update; those without
+            a seed are left out.
+        path: the PNG file to write.
+    """
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (over_groups, against_kl) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    runs: dict[str, list[Row]] = {}
+    for curve in curves:
+        if "seed" in curve:
+            runs.setdefault(curve["method"], []).append(curve)
+    for method, of_seeds in runs.items():
+        gain, divergence = (_smoothed_mean([run[key] for run in of_seeds]) for key in ("gain", "kl"))
+        groups = of_seeds[0]["prompts_per_step"] * np.arange(_SMOOTHED, _SMOOTHED + len(gain))
+        over_groups.plot(groups, gain, label=method, color=_COLOURS[method], linewidth=1.8)
+        for run in of_seeds:
+            smooth = _smoothed_mean([run["gain"]])[: len(gain)]
+            over_groups.plot(groups, smooth, color=_COLOURS[method], linewidth=0.6, alpha=0.6)
+        against_kl.plot(divergence, gain, marker=".", color=_COLOURS[method], linewidth=1.0)
+    for axes in (over_groups, against_kl):
+        axes.axhline(0, color="0.7", linewidth=0.8)
+    over_groups.set_xlabel(f"groups drawn (mean of the last {_SMOOTHED} updates; thin: each seed)")
+    over_groups.set_ylabel("gain over p_sft in agreement\nwith the anchor, own estimate")
+    against_kl.set_xlabel("KL from p_sft, nats per answer")
+    over_groups.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _smoothed_mean(curves: Sequence[Sequence[float]]) -> Any:
+    """Return the moving mean of the mean of curves, over the updates that all of them have."""
+    length = min(map(len, curves))
+    mean = np.mean([curve[:length] for curve in curves], axis=0)
+    return np.convolve(mean, np.ones(_SMOOTHED) / _SMOOTHED, mode="valid")
 
 
 def _draw_updates(axes: Any, rows: Sequence[Row]) -> bool:

@@ -8,6 +8,7 @@ from mini import plan
 from mini.cells import Cell, stage_two_cell
 from mini.page import (
     PARTS,
+    accuracy_table,
     claim_verdict,
     difference_table,
     finding_table,
@@ -117,6 +118,27 @@ def test_table_one_has_the_figures_of_the_rows():
         assert [name, cells[0], *cells[2:5]] == ["**LDL-GRPO**", raw, right, if_right, "0.840"]
     assert text.count("| SFT | 0.400 [0.400, 0.400] |") == len(plan.TASKS)
     assert "| 256 | 30 | 5 |" in text
+
+
+def test_rates_chosen_by_accuracy_have_a_table_of_their_own():
+    """The judge likes the first rate best, and the third has the most right answers."""
+    rows = tuned(best=0)
+    for task in plan.TASKS:
+        for method in plan.TUNED:
+            rows[stage_two_cell(task, plan.TUNING_SEED, "validation", method, plan.GRID[2]).id]["measured"]["right"] = [
+                1.0
+            ]
+    by_accuracy = plan.choose_settings(rows, "right")
+    cells = plan.accuracy_cells(by_accuracy)
+    assert {dict(cell.settings)["learning_rate"] for cell in cells} == {plan.RATES[2]}
+    assert set(cells) <= set(plan.all_cells(rows)) and len(cells) == len(plan.TASKS) * len(plan.SEEDS) * len(plan.TUNED)
+    for cell in cells:
+        rows[cell.id], rows[cell.stage_one.id] = row(cell, 0.6), row(cell.stage_one, 0.4)
+    text = accuracy_table(Results(rows))
+    assert (
+        f"| LDL-GRPO | learning_rate={plan.RATES[2]:g} | 0.700 [0.700, 0.700] | +0.200 [+0.200, +0.200] (5/5) |" in text
+    )
+    assert "learning_rate=1.5e-05" not in text
 
 
 def test_differences_are_paired_by_seed():

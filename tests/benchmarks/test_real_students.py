@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from real import finished_cells
 from real_students.bench import Bench, right_answers
-from real_students.figures import draw_figures
+from real_students.figures import draw_figures, draw_gains
 from real_students.page import method_table, on_validation
 from real_students.plan import CHOSEN, METHODS, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
@@ -124,6 +124,14 @@ def test_the_figures_hold_what_was_measured_and_are_left_out_without_points(tmp_
         "results-real-a-updates.png",
         "results-real-a-auc.png",
     ]
+
+
+def test_the_figure_of_gains_needs_no_equally_long_runs(tmp_path: Path):
+    long, short = ([0.01 * n for n in range(count)] for count in (12, 9))
+    shared = {"method": "LDL-GRPO", "prompts_per_step": 8}
+    curves = [shared | {"seed": n, "gain": curve, "kl": curve} for n, curve in enumerate((long, short))]
+    draw_gains([*curves, shared | {"gain": [0.5], "kl": [0.5]}], tmp_path / "gain.png")
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_cells_of_another_size_are_not_taken_for_these(bench: Bench):
