@@ -302,7 +302,7 @@ def test_what_is_no_regular_file_is_not_read(tmp_path):
     ("student", "rates", "origin"),
     [
         ({}, (1e-5, 1e-6), "(default for all weights)"),
-        ({"lora": {}}, (1e-4, 1e-5), "(default for LoRA)"),
+        ({"lora": {}}, (1e-4, 5e-5), "(default for LoRA)"),
     ],
 )
 @pytest.mark.parametrize("method", ["ldl_grpo", "singlepair_dpo", "sft_sft"])
@@ -318,6 +318,6 @@ def test_a_configured_learning_rate_is_kept():
     values = with_values(student={"model": "m", "lora": {"r": 4}}, sft={"learning_rate": 1e-5, "epochs": 2})
     config = parse_config(values, "x")
     assert config.describe_rate("sft") == "learning rate 1e-05 (as configured)"
-    assert config.sft.epochs == 2 and config.align.learning_rate == 1e-5
+    assert config.sft.epochs == 2 and config.align.learning_rate == 5e-5
     alone = parse_config(with_values(student={"model": "m", "lora": {}}, align={"method": "sft"}), "x")
     assert alone.sft.learning_rate == 1e-4

@@ -25,9 +25,10 @@ class StageTwoSettings(Section):
 
     prompts_per_step: Count = 8
     steps: Count = 200  # updates of the policy, whatever the method
-    learning_rate: LearningRate = 1.0e-6  # for all weights; with student.lora 1e-5
+    learning_rate: LearningRate = 1.0e-6  # for all weights; with student.lora 5e-5
     warmup_ratio: Fraction = 0.05
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    # linear: falls to 0, so that what was noise of the early updates is given up at the end.
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear"
     max_grad_norm: Positive = 1.0
     # Members per backward pass, of one group or of several whole ones; changes memory and time, not the gradient.
     # auto: 8 on a CPU; on a GPU the groups that fill a pass, as far as half of its memory allows.

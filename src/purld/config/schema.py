@@ -190,7 +190,7 @@ Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio"]
 
 
 # An adapter's low rank needs larger steps than all weights to learn anything in as many.
-LORA_LEARNING_RATES = {"sft": 1.0e-4, "align": 1.0e-5}
+LORA_LEARNING_RATES = {"sft": 1.0e-4, "align": 5.0e-5}
 
 
 class Config(Section):
