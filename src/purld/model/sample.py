@@ -26,6 +26,7 @@ from purld.model.body_and_head import BodyAndHead
 from purld.model.cache import cache_argument, repeat_with_capacity
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import Encoder, pad_left
+from purld.model.merged_layers import merged_on_gpu
 from purld.model.processor import listed_ends
 from purld.model.self_check import can_share_prefix, count_exceeded_windows, refuse_sharing
 from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
@@ -98,7 +99,8 @@ class GenerateSampler:
                 )
             ]
 
-        return self._at_once(draw, len(prompts))
+        with merged_on_gpu(model):
+            return self._at_once(draw, len(prompts))
 
 
 @torch.no_grad()
