@@ -4,20 +4,25 @@
     python benchmarks/gpu.py --shape 7b --completion 1024 --output gpu.json
     python benchmarks/gpu.py --device cpu --shape toy --dtype float32 --prompt 48 --completion 16   tries the script
 
-Five parts:
+Six parts:
 
 1. 1, 2, 4 and 8 groups of short prompts in one pass (a student of 135 million weights);
 2. the update of a group at micro-batches of 1, 2, 4, ...: what fits, and what it takes;
-3. the phases of a step against forms that repeat the prompt, and one step against TRL's GRPOTrainer if it is installed;
-4. the peak memory of the update in both forms;
-5. a step of several prompts, in one process and in one per GPU, which torchrun starts: as they are, and with the
+3. whole steps of `--prompts-per-step` different prompts as the trainer takes them: the phases, the step against that of
+   TRL's GRPOTrainer if it is installed, both with their peak memory, and the phases with the prompt repeated;
+4. the same for one prompt, which leaves most GPUs idle: the phases of a step against forms that repeat the prompt, and
+   the step against TRL's;
+5. the peak memory of the update of one prompt in both forms;
+6. a step of several prompts, in one process and in one per GPU, which torchrun starts: as they are, and with the
    student's weights divided among them (`student.shard: fsdp`), with the seconds and the peak memory of a process.
 
 Each part runs in a process of its own, so that one which fails or runs out of memory does not end the others. A row is
 printed, and written to --output, as soon as it is measured. A part that takes more than its share of `--minutes` is
 ended, and what it had measured stays. Starting a part takes 15 to 30 seconds: Python, the libraries and a model.
 
-Part 5 needs two GPUs of one machine or more for the divided weights; they talk over NCCL, and over gloo on a CPU, where
+All compute in the precision of the trainer: under autocast on a GPU. Every form of a phase has a warm-up of its own.
+
+Part 6 needs two GPUs of one machine or more for the divided weights; they talk over NCCL, and over gloo on a CPU, where
 `--processes 2` tries it, without their peak. Meanwhile the student lies in the folder for temporary files: 3 GB for
 1.5b, 15 GB for 7b.
 """
@@ -38,7 +43,9 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,9 +54,13 @@ import psutil
 import torch
 import transformers
 from step import (
+    LORA,
     SHAPES,
+    WARM_UP_TOKENS,
     Bench,
     Cell,
+    ComparedStep,
+    Forms,
     bytes_in_use,
     format_ratio,
     make_optimizer,
@@ -65,33 +76,43 @@ from step import (
     steps_against_trl,
     time_call,
     update_rate,
+    warm_up_forms,
 )
 
 from purld import ranks
-from purld.config.schema import Lora, Student
+from purld.config.methods import AnchorGrpo
+from purld.config.schema import Student
+from purld.errors import PlainWarning
 from purld.methods.losses import GroupLoss, GroupTokens
 from purld.model.at_once import release_memory
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
 from purld.model.likelihood import AnchoredRows, in_context_scores
-from purld.model.load import default_device, load_roles
+from purld.model.load import Roles, default_device, load_roles
 from purld.model.out_of_memory import is_out_of_memory
-from purld.model.sample import Decoding, GenerateSampler
-from purld.model.self_evaluation import SelfEvaluator
+from purld.model.sample import Completion, Decoding, GenerateSampler
+from purld.model.self_check import refuse_sharing
+from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
-from purld.training.checkpoints import device_autocast
+from purld.training.align_trainer import stage_two_method
+from purld.training.checkpoints import device_arguments, device_autocast
 from purld.training.group_update import GroupUpdate, UnmeasuredGroup
+from purld.training.memory import form_of_update
+from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
+from purld.training.scoring import ScorerContext, make_scorer
 
 _NO_MEMORY = 3  # the exit status of a part that does not fit
+_OUT_OF_MEMORY = "out of memory"  # what a row then says
 _TURNS = 3  # of a measurement, fewer where they take long
 _TURN_SECONDS = 10.0  # after so many no other turn is begun
 _LEAST_SECONDS = 90.0  # a command is given, of which starting takes up to 30
 _RESERVED_SECONDS = 45.0  # that a command leaves to each of those after it, where it could use more than the least
-_WARM_UP_TOKENS = 8
 _ERROR_LINE = re.compile(r"(?m)^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .*)$")
 _OF_OTHERS = ("torch.distributed.elastic", "purld.ranks.PeerError")  # what torchrun and the other processes say
 _SHORT = Cell(prompt=100, completion=48, candidates=8)  # of the part on several groups; other prompts are shorter
 _GROUPS = 8
+_BETA = 0.04  # of the KL in steps of several prompts: the trainer measures p_sft whatever it is, so TRL's does as well
+_PHASES = ("sample", "score", "update")
 
 Row = dict[str, Any]
 
@@ -103,10 +124,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--completion", type=int, default=256, help="tokens of a candidate")
     parser.add_argument("--candidates", type=int, default=8)
-    parser.add_argument("--prompts-per-step", type=int, default=8, help="in the part with several processes")
+    parser.add_argument("--prompts-per-step", type=int, default=8, help="in the parts on several prompts")
     parser.add_argument("--all-weights", action="store_true", help="train all weights, not an adapter")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--dtype", help="of the weights; by default that of a run: float32 of trained ones, else bfloat16"
+    )
     parser.add_argument("--processes", type=int, nargs="+", help="how many, each; by default 1 and as many as GPUs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to measure")
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -116,6 +139,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.lora = not options.all_weights
+    options.dtype = options.dtype or ("bfloat16" if options.lora else "float32")
     return options
 
 
@@ -277,7 +301,7 @@ def describe_end(status: int, said: str) -> str | None:
     if status == 0:
         return None
     if status == _NO_MEMORY or "OutOfMemoryError" in said:  # torchrun ends with a status of its own
-        return "out of memory"
+        return _OUT_OF_MEMORY
     errors = [line for line in _ERROR_LINE.findall(said) if not line.startswith(_OF_OTHERS)]
     last = (errors or said.strip().splitlines() or ["no message"])[-1]
     return f"failed: {last[:200]}"
@@ -296,7 +320,11 @@ def measure_groups(options: argparse.Namespace) -> Iterator[Row]:
     ]
     encoded = [bench.encoder.encode_prompt(prompt) for prompt in prompts]
     name = f"{shape}: {_GROUPS} groups of {_SHORT.candidates} x {_SHORT.completion} tokens"
-    draw = partial(bench.sampler, bench.policy, encoded, _SHORT.candidates, range(_GROUPS))
+
+    def draw() -> None:
+        with device_autocast():
+            bench.sampler(bench.policy, encoded, _SHORT.candidates, range(_GROUPS))
+
     seconds = median_seconds(draw, bench.device)
     yield {"what": f"{name}, sampling", "result": f"{seconds:.3g} s", "figures": {"seconds": seconds}}
     groups = [UnmeasuredGroup(prompt, bench.completions) for prompt in encoded]
@@ -316,7 +344,7 @@ def measure_groups(options: argparse.Namespace) -> Iterator[Row]:
 
 def score_groups(bench: Bench, groups: Sequence[AnchoredRows], batch_size: int) -> None:
     """Score groups by their likelihood with the anchor in the context."""
-    with bench.roles.frozen() as model:
+    with bench.roles.frozen() as model, device_autocast():
         in_context_scores(model, bench.encoder, groups, batch_size)
 
 
@@ -360,17 +388,242 @@ def measure_micro_batches(options: argparse.Namespace) -> Iterator[Row]:
         size *= 2
 
 
-# --- 3. and 4. against plain forms and TRL --------------------------------------------------------------------
+# --- 3. steps of several prompts -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimedSteps:
+    """What steps took: the seconds of each phase, and on a GPU the most bytes beyond what is held between steps."""
+
+    phases: dict[str, list[float]]
+    peak_bytes: int | None
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """The median seconds of each phase."""
+        return {phase: statistics.median(seconds) for phase, seconds in self.phases.items()}
+
+
+class StudentStep:
+    """A step of several different prompts, by the parts of the trainer and in the form that it chooses: GRPO with a KL.
+
+    Args:
+        encoder: the student's encoder.
+        roles: the policy and p_sft.
+        optimizer: the policy's.
+        options: the sizes.
+
+    Attributes:
+        questions: the prompts, of 9/10 to 11/10 of `--prompt` tokens, with their anchors.
+        update: measures and updates groups; by default in the trainer's micro-batches.
+    """
+
+    def __init__(
+        self, encoder: Encoder, roles: Roles, optimizer: torch.optim.Optimizer, options: argparse.Namespace
+    ) -> None:
+        self._roles, self._optimizer, self._tokens = roles, optimizer, options.completion
+        self.device = next(roles.policy.parameters()).device
+        self.questions = make_questions(encoder, options)
+        settings = AnchorGrpo(
+            method="anchor_grpo",
+            score="expected",
+            candidates=options.candidates,
+            max_new_tokens=options.completion,
+            prompts_per_step=len(self.questions),
+            beta=_BETA,
+        )
+        student = Student(model="", lora=LORA if options.lora else None, max_anchor_tokens=options.completion)
+        form = form_of_update(settings, student, roles, self.questions, half=device_arguments()["bf16"])
+        self.update = GroupUpdate(
+            roles, form.micro_batch, encoder.pad, torch.Tensor.backward, device_autocast, recompute=form.recompute
+        )
+        method = stage_two_method(settings)
+        self._score = make_scorer(method, ScorerContext(encoder, roles, settings, True, device_autocast))
+        self._make = partial(RolloutMaker, method, settings, encoder)
+        self._loss = lambda signal, tokens: method.loss(tokens, signal, settings)
+        self._samplers = {n: GenerateSampler(encoder, Decoding(1.0, n)) for n in (WARM_UP_TOKENS, options.completion)}
+
+    def warm_up(self) -> None:
+        """Take a step of full size of which only the first tokens are drawn, in passes that fit."""
+        while True:
+            try:
+                self.take(drawn=WARM_UP_TOKENS)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.update.micro_batch_size == 1:
+                    raise
+            self._optimizer.zero_grad()
+            release_memory()
+            self.update = replace(self.update, micro_batch_size=self.update.micro_batch_size // 2)
+
+    def take(self, drawn: int | None = None) -> dict[str, float]:
+        """Take a step and return the seconds of its phases; `drawn` as in `add_gradient`."""
+        seconds = self.add_gradient(self.questions, drawn)
+        seconds["update"] += time_call(partial(take_step, self._roles.policy, self._optimizer), self.device)
+        return seconds
+
+    def add_gradient(self, questions: Sequence[AnchoredPrompt], drawn: int | None = None) -> dict[str, float]:
+        """Draw, score and measure groups, and add their gradient; return the seconds of each phase.
+
+        What the trainer does besides drawing and scoring, such as p_sft's log-probs, is part of the update.
+
+        Args:
+            questions: those of the step's prompts that this process takes.
+            drawn: how many tokens are drawn; repeated, they are as long as the options say. None: all are.
+        """
+        seconds = dict.fromkeys(_PHASES, 0.0)
+
+        def timed(phase: str, work: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any) -> Any:
+                started = read_clock(self.device)
+                found = work(*arguments)
+                seconds[phase] = read_clock(self.device) - started
+                return found
+
+            return run
+
+        sampler = timed("sample", partial(self._draw, drawn or self._tokens))
+        make = self._make(sampler=sampler, scorer=timed("score", self._score), update=self.update)
+        started = read_clock(self.device)
+        with device_autocast():
+            rollouts = make(self._roles.policy, questions, 0)
+        self._add_gradient([rollout for rollout in rollouts if rollout.usable])
+        whole = read_clock(self.device) - started
+        seconds["update"] = whole - seconds["sample"] - seconds["score"]
+        return seconds
+
+    def _draw(
+        self, tokens: int, model: CausalLM, prompts: Sequence[EncodedPrompt], count: int, seeds: Sequence[int]
+    ) -> list[list[Completion]]:
+        drawn = self._samplers[tokens](model, prompts, count, seeds)
+        if tokens == self._tokens:
+            return drawn
+        return [[Completion((c.ids * self._tokens)[: self._tokens], False) for c in group] for group in drawn]
+
+    def _add_gradient(self, rollouts: Sequence[Rollout]) -> None:
+        members = [rollout.members for rollout in rollouts if rollout.members is not None]
+        objectives = [partial(self._loss, rollout.signal) for rollout in rollouts]
+        self.update(self._roles.policy, members, objectives, 1.0 / len(self.questions))
+
+
+def make_questions(encoder: Encoder, options: argparse.Namespace) -> list[AnchoredPrompt]:
+    """Make the different prompts of a step, of about as many tokens as the options say, with their anchors."""
+    rng = random.Random(3)
+    template = len(encoder.encode_prompt(Prompt.from_text("")))
+    questions = []
+    for _ in range(options.prompts_per_step):
+        tokens = max(1, rng.randint(options.prompt * 9 // 10, options.prompt * 11 // 10) - template)
+        prompt, anchor = Prompt.from_text(random_words(tokens, rng)), random_words(options.completion, rng)
+        questions.append(AnchoredPrompt(prompt, anchor, encoder.encode_prompt(prompt)))
+    return questions
+
+
+def measure_prompts(options: argparse.Namespace) -> Iterator[Row]:
+    """Yield the rows on steps of several prompts: ours by phase, against TRL's, and with the prompt repeated."""
+    bench = make_bench(options)
+    step = StudentStep(bench.encoder, bench.roles, bench.optimizer, options)
+    what = f"step of {options.prompts_per_step} prompts"
+    shared = time_steps(step)
+    yield {
+        "what": what,
+        "result": f"{describe_phases(shared.medians)}; {describe_form(step, shared)}",
+        "figures": figures_of(step, shared),
+    }
+    seconds = sum(shared.medians.values())
+    yield compare_with_trl(bench, step, f"{what}, TRL / purld", _TURNS if seconds < _TURN_SECONDS / _TURNS else 1)
+    release_memory()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlainWarning)
+        for model in (bench.policy, bench.frozen):
+            refuse_sharing(model, "this is for comparison")
+    plain = time_steps(step)
+    repeated = sum(plain.medians.values())
+    each = ", ".join(f"{p} {plain.medians[p]:.3g} / {shared.medians[p]:.3g}" for p in _PHASES)
+    together = f"{repeated:.3g} / {seconds:.3g} s = {repeated / seconds:.2f}"
+    yield {
+        "what": f"{what}, prompt repeated / shared",
+        "result": f"{each}, together {together}; {describe_form(step, plain)}",
+        "figures": figures_of(step, plain),
+    }
+
+
+def time_steps(step: StudentStep) -> TimedSteps:
+    """Take some steps, after one to warm up."""
+    step.warm_up()
+    held, turns = bytes_in_use(step.device), list[dict[str, float]]()
+    while goes_on([sum(turn.values()) for turn in turns]):
+        turns.append(step.take())
+    peak = peak_bytes(step.device) - held if step.device.type == "cuda" else None
+    return TimedSteps({phase: [turn[phase] for turn in turns] for phase in _PHASES}, peak)
+
+
+def figures_of(step: StudentStep, timed: TimedSteps) -> dict[str, Any]:
+    """Return the figures of a row."""
+    form = {"micro_batch": step.update.micro_batch_size, "recompute": step.update.recompute}
+    return {**timed.phases, **form, **({} if timed.peak_bytes is None else {"peak_bytes": timed.peak_bytes})}
+
+
+def describe_phases(seconds: dict[str, float]) -> str:
+    """Return in words what the phases take, and all of them."""
+    listed = ", ".join(f"{phase} {seconds[phase]:.3g}" for phase in _PHASES)
+    return f"{listed}, together {sum(seconds.values()):.3g} s"
+
+
+def describe_form(step: StudentStep, timed: TimedSteps) -> str:
+    """Return in words the form of a step's update, and the memory of the step."""
+    again = ", layers computed again" if step.update.recompute else ""
+    peak = "" if timed.peak_bytes is None else f", at its peak {timed.peak_bytes / 2**30:.3g} GiB beyond what it holds"
+    return f"micro-batch {step.update.micro_batch_size}{again}{peak}"
+
+
+def compare_with_trl(bench: Bench, step: StudentStep, what: str, repeats: int) -> Row:
+    """Return the row on whole steps of TRL's, in the largest batches that fit, and ours, or on why there is none."""
+    rows: int | None = len(step.questions) * bench.cell.candidates
+    found: Row = {}
+    while rows is not None:
+        found = try_trl(bench, ComparedStep(step.questions, step.take, rows, _BETA), what, repeats)
+        if found["result"] != _OUT_OF_MEMORY:
+            return describe_trl(found, rows)
+        release_memory()
+        rows = next((size for size in range(rows // 2, 0, -1) if rows % size == 0), None)
+    return found
+
+
+def describe_trl(row: Row, batch: int) -> Row:
+    """Return a row with TRL's batch, and the peaks of both sides where they were read."""
+    if "figures" not in row:
+        return row
+    figures, told = row["figures"] | {"trl_batch": batch}, f"; TRL's batch {batch}"
+    if "trl_peak_bytes" in figures:
+        theirs, ours = (statistics.median(figures[f"{side}_peak_bytes"]) / 2**30 for side in ("trl", "purld"))
+        told += f"; at the peak {theirs:.3g} / {ours:.3g} GiB beyond what each holds"
+    return row | {"result": row["result"] + told, "figures": figures}
+
+
+def try_trl(bench: Bench, step: ComparedStep, what: str, repeats: int) -> Row:
+    """Return a row on whole steps of TRL's and ours, or on why there is none."""
+    try:
+        seconds = steps_against_trl(bench, step, repeats)
+    except Exception as error:  # any other version of TRL may raise anything
+        why = f"left out, TRL does not run here: {type(error).__name__}: {str(error)[:200]}"
+        return {"what": what, "result": _OUT_OF_MEMORY if is_out_of_memory(error) else why}
+    theirs, ours = (statistics.median(seconds[side]) for side in ("trl", "purld"))
+    result = f"{theirs:.3g} / {ours:.3g} s = {format_ratio(seconds['trl'], seconds['purld'])}"
+    return {"what": what, "result": result, "figures": seconds}
+
+
+# --- 4. and 5. one prompt: against plain forms and TRL ---------------------------------------------------------
 
 
 def measure_step(options: argparse.Namespace) -> Iterator[Row]:
     """Yield a row per phase, and one on whole steps of TRL's and ours, or on why there are none."""
     bench = make_bench(options)
     step_seconds = 0.0
-    for phase, forms in phase_forms(bench).items():
-        both = time_both(forms, bench.device)
+    every, warm_up = phase_forms(bench), warm_up_forms(bench)
+    for phase in ("score", "update", "sample"):  # what takes longest comes last
+        both = time_both(every[phase], warm_up[phase], bench.device)
         shared = statistics.median(both["shared"])
-        result = f"out of memory / {shared:.3g} s"
+        result = f"{_OUT_OF_MEMORY} / {shared:.3g} s"
         if both["plain"]:
             plain = statistics.median(both["plain"])
             result = f"{plain:.3g} / {shared:.3g} s = {format_ratio(both['plain'], both['shared'])}"
@@ -379,30 +632,31 @@ def measure_step(options: argparse.Namespace) -> Iterator[Row]:
             result += f"; {rate / 1e12:.3g} TFLOP/s"
         step_seconds += shared
         yield {"what": f"{phase}, plain / shared", "result": result, "figures": both}
-    what = "step, TRL / purld"
-    try:
-        seconds = steps_against_trl(bench, _TURNS if step_seconds < _TURN_SECONDS / _TURNS else 1)
-    except Exception as error:  # any other version of TRL may raise anything
-        why = f"left out, TRL does not run here: {type(error).__name__}: {str(error)[:200]}"
-        yield {"what": what, "result": "out of memory" if is_out_of_memory(error) else why}
-    else:
-        theirs, ours = (statistics.median(seconds[side]) for side in ("trl", "purld"))
-        result = f"{theirs:.3g} / {ours:.3g} s = {format_ratio(seconds['trl'], seconds['purld'])}"
-        yield {"what": what, "result": result, "figures": seconds}
+    repeats = _TURNS if step_seconds < _TURN_SECONDS / _TURNS else 1
+    yield try_trl(bench, ComparedStep.of_one_prompt(bench), "step, TRL / purld", repeats)
 
 
-def time_both(forms: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
-    """Return the seconds of both forms of a phase, which take turns; none of the plain form if it does not fit."""
-    forms["shared"]()  # warm-up, including the self-check
+def time_both(forms: Forms, warm_up: Forms, device: torch.device) -> dict[str, list[float]]:
+    """Return the seconds of both forms of a phase, which take turns; none of the plain form if it does not fit.
+
+    Args:
+        forms: the work that is timed.
+        warm_up: what each form does before its first turn.
+        device: where they work.
+    """
+    warm_up["shared"]()
     seconds: dict[str, list[float]] = {"plain": [], "shared": []}
-    while goes_on(seconds["shared"]) and sum(seconds["plain"]) < _TURN_SECONDS:
-        try:
-            seconds["plain"].append(time_call(forms["plain"], device))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            release_memory()
-            return {"plain": [], "shared": [time_call(forms["shared"], device)]}
+    try:
+        warm_up["plain"]()
+        while goes_on(seconds["shared"]) and sum(seconds["plain"]) < _TURN_SECONDS:
+            for form in ("plain", "shared"):
+                seconds[form].append(time_call(forms[form], device))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        seconds = {"plain": [], "shared": []}
+    if not seconds["plain"]:
+        release_memory()
         seconds["shared"].append(time_call(forms["shared"], device))
     return seconds
 
@@ -421,18 +675,18 @@ def measure_memory(options: argparse.Namespace) -> Iterator[Row]:
     }
 
 
-# --- 5. several processes ------------------------------------------------------------------------------------
+# --- 6. several processes ------------------------------------------------------------------------------------
 
 
 def measure_processes(options: argparse.Namespace) -> Iterator[Row]:
     """Take steps that the processes of a job share; in process 0 yield a row with the median seconds and the peak."""
     with ranks.together():
         job = Job(options)
-        job.take_step(_WARM_UP_TOKENS)
+        job.take_step(WARM_UP_TOKENS)
         bytes_in_use(job.device)  # resets the peak
         turns: list[tuple[float, float]] = []
         while ranks.on_first(lambda: goes_on([seconds for seconds, _ in turns])):
-            turns.append(job.take_step(options.completion))
+            turns.append(job.take_step())
         sizes = {"held_bytes": job.held_bytes()} | job.peak_bytes()
         sizes = {name: max(found[name] for found in ranks.gather_rows([sizes])) for name in sizes}
         if ranks.is_first():
@@ -467,31 +721,26 @@ class Job:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
-        self._encoder = Encoder(make_tokenizer(SHAPES[options.shape].vocabulary), max_anchor_tokens=options.completion)
+        encoder = Encoder(make_tokenizer(SHAPES[options.shape].vocabulary), max_anchor_tokens=options.completion)
         path = options.folder / "student"
-        ranks.on_first(lambda: write_student(options, self._encoder, path))
-        lora, shard = (Lora(r=16) if options.lora else None), ("fsdp" if options.divided else None)
+        ranks.on_first(lambda: write_student(options, encoder, path))
+        lora, shard = (LORA if options.lora else None), ("fsdp" if options.divided else None)
         self._roles = load_roles(Student(model=str(path), lora=lora, shard=shard), path)
         self._policy = self._roles.policy
         self._optimizer = make_optimizer(self._policy)
-        self._update = GroupUpdate(
-            self._roles, options.candidates, self._encoder.pad, torch.Tensor.backward, device_autocast
-        )
-        self._evaluator = SelfEvaluator(self._encoder, "expected", options.candidates + 1)
-        rng = random.Random(1)
-        self._prompt = Prompt.from_text(random_words(options.prompt, rng))
-        self._encoded = self._encoder.encode_prompt(self._prompt)
-        self._anchor = random_words(options.completion, rng)
+        self._step = StudentStep(encoder, self._roles, self._optimizer, options)
         self.device = default_device()
 
-    def take_step(self, tokens: int) -> tuple[float, float]:
-        """Draw so many tokens, score and update on this process's prompts; return the seconds, and those of summing."""
+    def take_step(self, drawn: int | None = None) -> tuple[float, float]:
+        """Draw, score and update on this process's prompts; return the seconds, and those of summing.
+
+        Args:
+            drawn: see `StudentStep.add_gradient`.
+        """
         ranks.barrier()
-        started, count = time.perf_counter(), self._options.prompts_per_step
-        with device_autocast():
-            groups = self._draw_and_score(range(count)[ranks.my_share(count)], tokens)
-        add_gradient(self._policy, self._update, groups, 1.0 / count)
-        read_clock(self.device)
+        started = time.perf_counter()
+        questions = self._step.questions
+        self._step.add_gradient(questions[ranks.my_share(len(questions))], drawn)
         summing = time.perf_counter()
         ranks.sum_gradients(self._policy.parameters())
         read_clock(self.device)
@@ -500,16 +749,6 @@ class Job:
         read_clock(self.device)
         ranks.barrier()
         return time.perf_counter() - started, summed
-
-    def _draw_and_score(self, numbers: Sequence[int], tokens: int) -> list[UnmeasuredGroup]:
-        sampler = GenerateSampler(self._encoder, Decoding(1.0, tokens))
-        drawn = sampler(self._policy, [self._encoded] * len(numbers), self._options.candidates, numbers)
-        groups = [UnmeasuredGroup(self._encoded, [c.ids for c in group]) for group in drawn]
-        with self._roles.frozen() as model:
-            for group in groups:
-                texts = [self._encoder.decode_text(ids) for ids in group.ids]
-                self._evaluator.score(model, self._prompt, self._anchor, texts)
-        return groups
 
     def peak_bytes(self) -> dict[str, int]:
         """Return as `peak_bytes` the most bytes since the peak was reset; on a CPU those of another step.
@@ -520,7 +759,7 @@ class Job:
             return {"peak_bytes": peak_bytes(self.device)}
         if self._options.divided:
             return {}
-        in_step = peak_allocated(lambda: self.take_step(self._options.completion))
+        in_step = peak_allocated(self.take_step)
         return {"peak_bytes": self.held_bytes() + in_step}
 
     def held_bytes(self) -> int:
@@ -552,7 +791,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
 
 def make_update(bench: Bench, micro_batch: int) -> GroupUpdate:
     """Return the update of the trainer, on the bench's models."""
-    return GroupUpdate(bench.roles, micro_batch, bench.encoder.pad, torch.Tensor.backward, contextlib.nullcontext)
+    return GroupUpdate(bench.roles, micro_batch, bench.encoder.pad, torch.Tensor.backward, device_autocast)
 
 
 def add_gradient(policy: CausalLM, update: GroupUpdate, groups: Sequence[UnmeasuredGroup], share: float) -> None:
@@ -577,11 +816,12 @@ def take_step(policy: Any, optimizer: torch.optim.Optimizer) -> None:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "groups": measure_groups,
     "micro-batches": measure_micro_batches,
+    "prompts": measure_prompts,
     "step": measure_step,
     "memory": measure_memory,
     "processes": measure_processes,
 }
-WEIGHTS = {"groups": 2.0, "micro-batches": 2.0, "step": 5.0, "memory": 2.0, "processes": 3.0}
+WEIGHTS = {"groups": 2.0, "micro-batches": 2.0, "prompts": 5.0, "step": 5.0, "memory": 2.0, "processes": 3.0}
 """How long a command of each part takes, as its share of --minutes."""
 
 

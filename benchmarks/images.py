@@ -143,10 +143,10 @@ def noise_image(side: int) -> Image:
 class ImageBench(Bench):
     """A bench whose steps start without cached image features."""
 
-    def sample_shared(self) -> list[list[int]]:
+    def sample_shared(self, tokens: int | None = None) -> list[list[int]]:
         """Sample K candidates, see `Bench`."""
         vision._feature_caches.clear()  # a run has other images at every step
-        return super().sample_shared()
+        return super().sample_shared(tokens)
 
 
 def make_bench(architecture: str, shape: Shape, cell: Cell, frozen: bool, options: argparse.Namespace) -> Bench:

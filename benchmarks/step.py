@@ -10,7 +10,8 @@ The model has random weights and the prompts are random words; the timings do no
 purld get the same model, prompts, number and length of candidates, loss and optimizer. TRL's reward function scores the
 K candidates and the anchor with a frozen copy as a competent user would write it: one padded batch of full texts, no
 gradients, logits at the closing positions only. TRL computes logits for completions only, as it does on a GPU. Both
-sides take turns in one process, after a warm-up that includes the self-check of prefix sharing. Ratios are of medians.
+sides take turns in one process, after a warm-up of each that includes the self-check of prefix sharing, and compute in
+the precision of purld's trainer: under autocast on a GPU. An adapter is purld's default one. Ratios are of medians.
 Memory is what the update takes beyond weights, gradients and optimizer state, as torch allocates it, each form in a
 process of its own.
 """
@@ -30,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
@@ -38,7 +40,6 @@ from unittest import mock
 
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -50,8 +51,9 @@ from transformers import (
     TrainerCallback,
 )
 
+from purld.config.schema import Lora, Student
 from purld.model.encode import Encoder, pad_left
-from purld.model.load import Roles
+from purld.model.load import Roles, make_trainable
 from purld.model.log_probs import RowGroup, make_prefixes, micro_batches
 from purld.model.memory import DecoderShape
 from purld.model.prefix import FullSequences, Prefixes
@@ -59,10 +61,14 @@ from purld.model.sample import Decoding, GenerateSampler
 from purld.model.self_evaluation import SelfEvaluator
 from purld.model.vision import EncodedPrompt, pixel_inputs
 from purld.records import Prompt
+from purld.training.checkpoints import device_arguments, device_autocast
+from purld.training.rollout import AnchoredPrompt
 
 _SPECIAL = ["[PAD]", "[UNK]", "<|turn|>", "<|end|>"]
 _CHAT = "{% for m in messages %}<|turn|> {{ m['role'] }} {{ m['content'] }} <|end|> {% endfor %}<|turn|> assistant "
 _MICRO_BATCH = 8  # sequences per backward pass, on every side
+WARM_UP_TOKENS = 8
+LORA = Lora(r=16)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class Bench:
         self.anchor = random_words(cell.completion, rng)
         self.prompt = prompt
         self.encoded_prompt = encoder.encode_prompt(prompt)
+        self.question = AnchoredPrompt(prompt, self.anchor, self.encoded_prompt)
         self.completions = [encoder.encode_literal(random_words(cell.completion, rng)) for _ in range(cell.candidates)]
         self.texts = [encoder.decode_text(c) for c in self.completions]
 
@@ -159,54 +166,79 @@ class Bench:
     def trainable(self) -> Any:
         """Return a model to train that starts from the base weights."""
         model = copy.deepcopy(self.base)
-        return get_peft_model(model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM")) if self.lora else model
+        return make_trainable(Student(model="", lora=LORA), model) if self.lora else model
 
-    def sample_shared(self) -> list[list[int]]:
-        """Sample K candidates, prefilling the prompt once."""
-        (group,) = self.sampler(self.policy, [self.encoded_prompt], self.cell.candidates, seeds=[0])
+    def sample_shared(self, tokens: int | None = None) -> list[list[int]]:
+        """Sample K candidates, prefilling the prompt once; of so many tokens, if not as long as the cell says."""
+        sampler = self.sampler if tokens is None else GenerateSampler(self.encoder, Decoding(1.0, tokens))
+        with device_autocast():
+            (group,) = sampler(self.policy, [self.encoded_prompt], self.cell.candidates, seeds=[0])
         return [c.ids for c in group]
 
     @torch.no_grad()
-    def sample_plain(self) -> None:
-        """Sample K candidates, prefilling the prompt K times."""
+    def sample_plain(self, tokens: int | None = None) -> None:
+        """Sample K candidates, prefilling the prompt K times; see `sample_shared`."""
         ids, mask = pad_left([self.encoded_prompt.ids], self.encoder.pad, self.device)
-        self.policy.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **pixel_inputs([self.encoded_prompt], ids),
-            num_return_sequences=self.cell.candidates,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=self.cell.completion,
-        )
+        with device_autocast():
+            self.policy.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                **pixel_inputs([self.encoded_prompt], ids),
+                num_return_sequences=self.cell.candidates,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=tokens or self.cell.completion,
+            )
 
     def score_shared(self, texts: Sequence[str]) -> list[float | None]:
         """Score the candidates, computing instruction, prompt and anchor once."""
-        with self.roles.frozen() as evaluator:
+        with self.roles.frozen() as evaluator, device_autocast():
             return self.evaluator.score(evaluator, self.prompt, self.anchor, texts).candidates
 
-    @torch.no_grad()
     def score_plain(self, texts: Sequence[str]) -> list[float]:
         """Compute the same scores from full texts, as a reward function would."""
-        frame = self.encoder.evaluation_frame(self.prompt, self.anchor)
+        (scores,) = self.score_full_texts([self.question], [texts])
+        return scores
+
+    @torch.no_grad()
+    def score_full_texts(
+        self, questions: Sequence[AnchoredPrompt], texts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Score several prompts' candidates, and each anchor against itself, in one padded batch of full texts.
+
+        Args:
+            questions: the prompts with their anchors.
+            texts: each prompt's candidates.
+        """
+        rows: list[list[int]] = []
+        prefixes: list[EncodedPrompt] = []
         opening = self.encoder.encode_literal("0.")
-        rows = [
-            frame.prefix.ids + self.encoder.encode_literal(t) + frame.suffix + opening for t in (self.anchor, *texts)
-        ]
+        for question, own in zip(questions, texts, strict=True):
+            frame = self.encoder.evaluation_frame(question.prompt, question.anchor)
+            ends = [self.encoder.encode_literal(text) + frame.suffix + opening for text in (question.anchor, *own)]
+            rows += [frame.prefix.ids + end for end in ends]
+            prefixes += [frame.prefix] * len(ends)
         ids, mask = pad_left(rows, self.encoder.pad, self.device)
-        extra_inputs = pixel_inputs([frame.prefix] * len(rows), ids)
-        logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3, **extra_inputs).logits.float()
+        extra_inputs = pixel_inputs(prefixes, ids)
+        with device_autocast():
+            logits = self.frozen(input_ids=ids, attention_mask=mask, logits_to_keep=3, **extra_inputs).logits.float()
+        scores = iter(self._expected_scores(logits))
+        return [[next(scores) for _ in ("", *own)][1:] for own in texts]
+
+    def _expected_scores(self, logits: Tensor) -> list[float]:
+        """Return the scores that (B, 3, V) logits at the closing positions mean."""
         zero, one = self.encoder.encode_literal("0")[0], self.encoder.encode_literal("1")[0]
         digits = torch.tensor([self.encoder.encode_literal(str(d))[0] for d in range(10)], device=self.device)
         leading = logits[:, 0, [zero, one]].softmax(dim=-1)
         fraction = logits[:, 2, digits].softmax(dim=-1) @ (torch.arange(10.0, device=self.device) / 10)
         scores: list[float] = (leading[:, 1] + leading[:, 0] * fraction).tolist()
-        return scores[1:]
+        return scores
 
     def update(self, prefix: Prefixes, completions: Sequence[Sequence[int]], advantages: Tensor) -> None:
         """Take one optimizer step of GRPO's clipped loss, per-sequence means, no KL term."""
         for rows in micro_batches(len(completions), _MICRO_BATCH):
-            log_probs, mask = prefix.token_log_probs(completions[rows])
+            with device_autocast():
+                log_probs, mask = prefix.token_log_probs(completions[rows])
             ratio = (log_probs - log_probs.detach()).exp()
             gain = advantages[rows].unsqueeze(1)
             clipped = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain)
@@ -235,7 +267,8 @@ class Bench:
 
     def shared_prefix(self, completions: Sequence[Sequence[int]]) -> Prefixes:
         """Return the prefix that all candidates of a group share."""
-        return make_prefixes(self.policy, [RowGroup(self.encoded_prompt, completions)], self.encoder.pad, cut=True)
+        with device_autocast():
+            return make_prefixes(self.policy, [RowGroup(self.encoded_prompt, completions)], self.encoder.pad, cut=True)
 
     def advantages(self) -> Tensor:
         """Return fixed advantages of both signs."""
@@ -306,10 +339,14 @@ def time_call(work: Callable[[], Any], device: torch.device) -> float:
     return read_clock(device) - start
 
 
-def phase_forms(bench: Bench) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return the work of each phase in both forms."""
+Forms = dict[str, Callable[[], Any]]
+"""The work of a phase, `plain` and `shared`."""
+
+
+def phase_forms(bench: Bench, tokens: int | None = None) -> dict[str, Forms]:
+    """Return the work of each phase in both forms; so many tokens are sampled, if not as many as the cell says."""
     return {
-        "sample": {"plain": bench.sample_plain, "shared": bench.sample_shared},
+        "sample": {"plain": partial(bench.sample_plain, tokens), "shared": partial(bench.sample_shared, tokens)},
         "score": {
             "plain": lambda: bench.score_plain(bench.texts),
             "shared": lambda: bench.score_shared(bench.texts),
@@ -318,11 +355,17 @@ def phase_forms(bench: Bench) -> dict[str, dict[str, Callable[[], Any]]]:
     }
 
 
+def warm_up_forms(bench: Bench) -> dict[str, Forms]:
+    """Return what each form of a phase does before it is timed, the self-check included: all but its later tokens."""
+    return phase_forms(bench, WARM_UP_TOKENS)
+
+
 def time_phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of each phase in both forms, which take turns."""
     forms = phase_forms(bench)
-    for both in forms.values():
-        both["shared"]()  # warm-up, including the self-check
+    for both in warm_up_forms(bench).values():
+        for work in both.values():
+            work()
     seconds: dict[str, dict[str, list[float]]] = {p: {"plain": [], "shared": []} for p in forms}
     for _ in range(repeats):
         for phase, both in forms.items():
@@ -331,8 +374,35 @@ def time_phases(bench: Bench, repeats: int) -> dict[str, dict[str, list[float]]]
     return seconds
 
 
-def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of whole steps, TRL's and ours in turn, and the mean candidate length on TRL's side.
+@dataclass(frozen=True)
+class ComparedStep:
+    """A step that TRL's trainer and ours take in turn.
+
+    Attributes:
+        questions: its prompts with their anchors.
+        ours: takes our step.
+        micro_batch: TRL's sequences per pass: in a backward pass exactly, in scoring about as many.
+        beta: the weight of the KL to the frozen model in TRL's loss; 0 leaves that model's pass out.
+    """
+
+    questions: Sequence[AnchoredPrompt]
+    ours: Callable[[], Any]
+    micro_batch: int
+    beta: float = 0.0
+
+    @classmethod
+    def of_one_prompt(cls, bench: Bench) -> ComparedStep:
+        """Return the bench's own step."""
+        sizes = [size for size in range(1, _MICRO_BATCH + 1) if bench.cell.candidates % size == 0]
+        return cls([bench.question], bench.step, max(sizes))
+
+
+def steps_against_trl(bench: Bench, step: ComparedStep, repeats: int) -> dict[str, list[float]]:
+    """Return what whole steps of TRL's and ours take in turn, and the mean candidate length on TRL's side.
+
+    Returns:
+        `trl` and `purld` (seconds), `trl_completion_tokens`; on a GPU also `trl_peak_bytes` and `purld_peak_bytes`,
+        beyond what is held between steps.
 
     Raises:
         ImportError: TRL is not installed.
@@ -340,68 +410,106 @@ def steps_against_trl(bench: Bench, repeats: int) -> dict[str, list[float]]:
     from datasets import Dataset
     from trl import GRPOTrainer
 
-    seconds: dict[str, list[float]] = {"trl": [], "purld": []}
-    lengths: list[int] = []
+    turns, lengths = _TurnTaking(bench.device, step.ours), list[int]()
 
-    def reward(completions: list[Any], **_: Any) -> list[float | None]:
+    def reward(prompts: list[Any], completions: list[Any], **_: Any) -> list[float | None]:
+        if [p[0]["content"] for p in prompts[:: bench.cell.candidates]] != [q.prompt.question for q in step.questions]:
+            raise ValueError("TRL scores the candidates in another order")
         texts = [c[0]["content"] for c in completions]
         lengths.extend(len(bench.encoder.encode_literal(t)) for t in texts)
-        return list[float | None](bench.score_plain(texts))
+        return list[float | None](score_for_trl(bench, step, texts))
 
-    class TakeTurns(TrainerCallback):
-        """Times TRL's step, then runs and times ours; the first of each is the warm-up."""
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.start = read_clock(bench.device)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            theirs = read_clock(bench.device) - self.start
-            ours = time_call(bench.step, bench.device)
-            if state.global_step > 1:
-                seconds["trl"].append(theirs)
-                seconds["purld"].append(ours)
-
-    cell = bench.cell
-    rows = [{"prompt": [{"role": "user", "content": bench.prompt.question}]}] * (repeats + 1)
-    with tempfile.TemporaryDirectory() as folder:
+    rows = [{"prompt": [{"role": "user", "content": q.prompt.question}]} for q in step.questions] * (repeats + 1)
+    with tempfile.TemporaryDirectory() as folder, _reference_of(bench, step):
         trainer = GRPOTrainer(
             model=bench.trainable(),
             reward_funcs=reward,
             processing_class=bench.encoder.tokenizer,
             train_dataset=Dataset.from_list(rows),
-            callbacks=[TakeTurns()],
-            args=trl_settings(folder, cell, repeats + 1, bench),
+            callbacks=[turns],
+            args=trl_settings(folder, bench, step, repeats + 1),
         )
         # Without Triton, TRL sends the prompt's positions through the LM head too, for compilers not used here.
         on_cpu = bench.device.type == "cpu"
         with mock.patch("trl.trainer.utils._use_triton", lambda _: True) if on_cpu else contextlib.nullcontext():
             trainer.train()
-    seconds["trl_completion_tokens"] = [statistics.mean(lengths)]
-    return seconds
+    return turns.figures | {"trl_completion_tokens": [statistics.mean(lengths)]}
 
 
-def trl_settings(folder: str, cell: Cell, steps: int, bench: Bench) -> Any:
-    """Return the GRPOConfig with which GRPOTrainer does what `Bench.step` does."""
+class _TurnTaking(TrainerCallback):
+    """Measures TRL's step, then takes and measures ours; the first of each is the warm-up."""
+
+    def __init__(self, device: torch.device, ours: Callable[[], Any]) -> None:
+        self._device = device
+        self._ours = ours
+        self.figures: dict[str, list[float]] = {"trl": [], "purld": []}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        self._begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop it, and take our turn."""
+        self._end("trl", state.global_step > 1)
+        self._begin()
+        self._ours()
+        self._end("purld", state.global_step > 1)
+
+    def _begin(self) -> None:
+        if self._device.type == "cuda":
+            self._held = bytes_in_use(self._device)
+        self._start = read_clock(self._device)
+
+    def _end(self, side: str, counts: bool) -> None:
+        seconds = read_clock(self._device) - self._start
+        if not counts:
+            return
+        self.figures[side].append(seconds)
+        if self._device.type == "cuda":
+            self.figures.setdefault(f"{side}_peak_bytes", []).append(peak_bytes(self._device) - self._held)
+
+
+def score_for_trl(bench: Bench, step: ComparedStep, texts: Sequence[str]) -> list[float]:
+    """Score a step's candidates, K of each prompt after those of the one before, in as large batches as fit."""
+    count, together = bench.cell.candidates, max(1, step.micro_batch // bench.cell.candidates)
+    groups = [texts[start : start + count] for start in range(0, len(texts), count)]
+    scores: list[float] = []
+    for part in micro_batches(len(groups), together):
+        for own in bench.score_full_texts(step.questions[part], groups[part]):
+            scores += own
+    return scores
+
+
+def _reference_of(bench: Bench, step: ComparedStep) -> contextlib.AbstractContextManager[Any]:
+    """Let TRL take a copy of the frozen model where it would load one; with an adapter it needs none."""
+    if bench.lora or not step.beta:
+        return contextlib.nullcontext()
+    load = "trl.trainer.grpo_trainer.create_model_from_path"
+    return mock.patch(load, lambda *_, **__: copy.deepcopy(bench.frozen))
+
+
+def trl_settings(folder: str, bench: Bench, step: ComparedStep, steps: int) -> Any:
+    """Return the GRPOConfig with which GRPOTrainer takes the step."""
     from trl import GRPOConfig
 
-    micro_batch_size = min(cell.candidates, _MICRO_BATCH)
+    cell, on_cpu = bench.cell, bench.device.type == "cpu"
     return GRPOConfig(
         output_dir=folder,
         max_steps=steps,
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=cell.candidates // micro_batch_size,
+        per_device_train_batch_size=step.micro_batch,
+        gradient_accumulation_steps=len(step.questions) * cell.candidates // step.micro_batch,
         num_generations=cell.candidates,
         max_completion_length=cell.completion,
         temperature=1.0,
-        beta=0.0,
+        beta=step.beta,
         loss_type="grpo",
         scale_rewards="group",
         learning_rate=1e-6,
         lr_scheduler_type="constant",
         gradient_checkpointing=False,
         shuffle_dataset=False,
-        bf16=False,
-        use_cpu=bench.device.type == "cpu",
+        bf16=not on_cpu and device_arguments()["bf16"],
+        use_cpu=on_cpu,
         dataloader_pin_memory=False,
         save_strategy="no",
         report_to="none",
@@ -492,7 +600,8 @@ def measure_cell(shape: Shape, cell: Cell, options: argparse.Namespace) -> dict[
         row["update_flops_per_second"] = update_rate(shape, cell, shared, options.lora)
         row["update_completion_tokens_per_second"] = cell.candidates * cell.completion / shared
     if "step" in options.parts:
-        row["step"] = steps_against_trl(Bench.for_text(shape, cell, options), options.repeats)
+        bench = Bench.for_text(shape, cell, options)
+        row["step"] = steps_against_trl(bench, ComparedStep.of_one_prompt(bench), options.repeats)
     if "peak_bytes" in options.parts:
         row["peak_bytes"] = measure_peaks(cell, options)
     return row

@@ -1,13 +1,20 @@
 """The script that measures GPUs, tried on a CPU with a toy: what it starts, what it says of a part that fails."""
 
 import json
+import random
 import sys
 import time
+from types import SimpleNamespace
 
 import gpu
 import pytest
+import torch
 from network_guard import LOG_VARIABLE
 from rank_processes import assert_only_own_name
+from step import score_for_trl
+
+from purld.model import log_probs
+from purld.model.self_evaluation import GroupTexts, SelfEvaluator
 
 TOY = ["--device", "cpu", "--shape", "toy", "--dtype", "float32", "--prompt", "48", "--completion", "8"]
 TOY += ["--candidates", "2", "--prompts-per-step", "3"]
@@ -96,7 +103,8 @@ def test_parts_after_the_time_are_left_out():
 def test_all_parts_fit_into_ten_minutes_though_each_takes_25_seconds_to_start(gpus, monkeypatch):
     """By what they take on a GPU that draws a token in 35 ms, and in three times that from divided weights."""
     draw = 256 * 0.035
-    seconds = {"groups": 25, "micro-batches": 15, "step": 5 * draw + 15 + 4 * draw, "memory": 10, "processes": 30}
+    seconds = {"groups": 25, "micro-batches": 15, "prompts": 8 * draw + 20, "step": 8 * draw + 15}
+    seconds |= {"memory": 10, "processes": 30}
     now, ended = 0.0, []
 
     def run_part(command, share):
@@ -112,19 +120,89 @@ def test_all_parts_fit_into_ten_minutes_though_each_takes_25_seconds_to_start(gp
     monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
     monkeypatch.setattr(gpu.torch.cuda, "device_count", lambda: gpus)
     rows = list(gpu.measure_all(gpu.parse_arguments([]), deadline=600.0))
-    assert ended == [True] * (5 if gpus == 1 else 7)
+    assert ended == [True] * (6 if gpus == 1 else 8)
     assert [row["result"] for row in rows] == ["left out: this takes two GPUs of one machine"] * (gpus == 1)
 
 
 def test_without_trl_the_phases_are_measured_and_the_row_says_so(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed
     rows = list(gpu.measure_step(gpu.parse_arguments(TOY)))
-    assert [row["what"] for row in rows] == [*(f"{p}, plain / shared" for p in ("sample", "score", "update")), STEP]
+    assert [row["what"] for row in rows] == [*(f"{p}, plain / shared" for p in ("score", "update", "sample")), STEP]
     assert all("figures" in row for row in rows[:3])
     assert rows[3]["result"].startswith("left out, TRL does not run here: ModuleNotFoundError: ")
 
 
 STEP = "step, TRL / purld"
+
+
+def test_steps_of_several_prompts_are_measured_with_the_prompt_shared_and_repeated(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    make_prefixes, passes = log_probs.make_prefixes, []
+
+    def note_pass(model, groups, *others):
+        found = make_prefixes(model, groups, *others)
+        passes.append((type(found).__name__, len(groups)))
+        return found
+
+    monkeypatch.setattr(log_probs, "make_prefixes", note_pass)
+    part = gpu.measure_prompts(gpu.parse_arguments(TOY))
+    shared, against_trl = next(part), next(part)
+    assert set(passes) == {("SharedPrefixes", 3)}, "all prompts of a step go through the student together"
+    passes.clear()
+    (repeated,) = part
+    assert set(passes) == {("FullSequences", 3)}
+    assert against_trl["result"].startswith("left out, TRL does not run here: ")
+    for row in (shared, repeated):
+        assert row["figures"]["micro_batch"] == 8, "as the trainer chooses on a CPU"
+        assert all(min(row["figures"][phase]) > 0 for phase in ("sample", "score", "update"))
+
+
+def test_trl_gets_the_largest_batch_that_fits(monkeypatch):
+    tried = []
+
+    def steps(bench, step, repeats):
+        tried.append(step.micro_batch)
+        if step.micro_batch > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"trl": [2.0], "purld": [1.0], "trl_peak_bytes": [2.0**31], "purld_peak_bytes": [2.0**30]}
+
+    monkeypatch.setattr(gpu, "steps_against_trl", steps)
+    monkeypatch.setattr(gpu, "release_memory", lambda: None)  # which takes a second among all that tests keep
+    bench = SimpleNamespace(cell=SimpleNamespace(candidates=4))
+    row = gpu.compare_with_trl(bench, SimpleNamespace(questions=[None] * 3, take=None), "step", 1)
+    assert tried == [12, 6, 3] and row["figures"]["trl_batch"] == 3
+    assert row["result"] == "2 / 1 s = 2.00; TRL's batch 3; at the peak 2 / 1 GiB beyond what each holds"
+
+
+def test_a_reward_function_gives_the_scores_of_the_trainers_own_scorer():
+    options = gpu.parse_arguments(TOY)
+    bench = gpu.make_bench(options)
+    questions = gpu.make_questions(bench.encoder, options)
+    assert len({question.prompt.id for question in questions}) == 3
+    texts = [gpu.random_words(8, random.Random(n)) for n in range(6)]
+    step = gpu.ComparedStep(questions, bench.step, micro_batch=4)
+    groups = [GroupTexts(q.prompt, q.anchor, texts[2 * n : 2 * n + 2]) for n, q in enumerate(questions)]
+    with bench.roles.frozen() as model:
+        scored = SelfEvaluator(bench.encoder, "expected", 16).score_groups(model, groups)
+    expected = [score for group in scored for score in group.candidates]
+    assert score_for_trl(bench, step, texts) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_each_form_of_a_phase_warms_up_before_its_first_turn(fits, monkeypatch):
+    monkeypatch.setattr(gpu, "release_memory", lambda: None)
+    done = []
+
+    def plain():
+        done.append("plain")
+        if not fits:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    forms = {"plain": plain, "shared": lambda: done.append("shared")}
+    warm_up = {"plain": lambda: done.append("first plain"), "shared": lambda: done.append("first shared")}
+    seconds = gpu.time_both(forms, warm_up, torch.device("cpu"))
+    assert done == ["first shared", "first plain", *(["plain", "shared"] * 3 if fits else ["plain", "shared"])]
+    assert [len(seconds[form]) for form in ("plain", "shared")] == ([3, 3] if fits else [0, 1])
 
 
 @pytest.mark.slow
@@ -144,7 +222,8 @@ def test_the_whole_table_of_a_toy_on_the_cpu(tmp_path, monkeypatch, capsys):
         f"{groups}, sampling",
         *(f"{groups}, {n} in a pass" for n in (1, 2, 4, 8)),
         *(f"update, micro-batch {n}" for n in (1, 2)),
-        *(f"{phase}, plain / shared" for phase in ("sample", "score", "update")),
+        *(f"step of 3 prompts{what}" for what in ("", ", TRL / purld", ", prompt repeated / shared")),
+        *(f"{phase}, plain / shared" for phase in ("score", "update", "sample")),
         STEP,
         "update's peak",
         "update's peak, plain / shared",
