@@ -174,6 +174,28 @@ def test_trl_gets_the_largest_batch_that_fits(monkeypatch):
     assert row["result"] == "2 / 1 s = 2.00; TRL's batch 3; at the peak 2 / 1 GiB beyond what each holds"
 
 
+def test_our_steps_take_passes_that_fit(monkeypatch):
+    step = gpu.StudentStep.__new__(gpu.StudentStep)
+    step.update = gpu.GroupUpdate(roles=None, micro_batch_size=8, pad=0, backward=None, autocast=None)
+    step._optimizer = SimpleNamespace(zero_grad=lambda: None)
+    tried = []
+
+    def take(drawn):
+        tried.append(step.update.micro_batch_size)
+        if tried[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(step, "take", take)
+    monkeypatch.setattr(gpu, "release_memory", lambda: None)
+    limit = 2
+    step.warm_up()
+    assert tried == [8, 4, 2]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        step.warm_up()
+    assert tried == [8, 4, 2, 2, 1]
+
+
 def test_a_reward_function_gives_the_scores_of_the_trainers_own_scorer():
     options = gpu.parse_arguments(TOY)
     bench = gpu.make_bench(options)
