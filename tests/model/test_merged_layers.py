@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from purld.model.encode import Encoder
+from purld.model.memory import FIT
 from purld.model.merged_layers import merged_layers
 from purld.model.sample import Decoding, GenerateSampler
 from purld.records import Prompt
@@ -94,9 +95,9 @@ def test_other_forms_of_adapters_are_left_beside_their_layers():
         assert torch.equal(logits_of(policy), before) and calls_of_adapters(policy, lambda: logits_of(policy)) > 0
 
 
-@pytest.mark.parametrize("room", [2, 1.9], ids=["room", "none"])
+@pytest.mark.parametrize("copies", [2.0, 1.9], ids=["room", "none"])
 def test_a_sampler_on_a_gpu_with_room_draws_the_same_without_the_adapters(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase, room: float
+    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase, copies: float
 ):
     policy, encoder = make_policy(["q_proj", "up_proj"], vocabulary=len(tokenizer)), Encoder(tokenizer, 64)
     sampler = GenerateSampler(encoder, Decoding(1.0, 6))
@@ -110,8 +111,9 @@ def test_a_sampler_on_a_gpu_with_room_draws_the_same_without_the_adapters(
     beside = calls_of_adapters(policy, draw)
     copied = sum(layer.base_layer.weight.nbytes for layer in policy.modules() if isinstance(layer, Linear))
     monkeypatch.setattr("purld.model.merged_layers.model_device", lambda _: torch.device("cuda"))
-    monkeypatch.setattr("purld.model.merged_layers.free_bytes", lambda _: int(room * copied))
-    assert beside > 0 and calls_of_adapters(policy, draw) == (0 if room == 2 else beside)
+    held = sum(weight.nbytes for weight in policy.parameters())
+    monkeypatch.setattr("purld.model.merged_layers.device_memory", lambda: (held + copies * copied) / FIT)
+    assert beside > 0 and calls_of_adapters(policy, draw) == (0 if copies == 2 else beside)
     assert drawn[0] == drawn[1] == drawn[2]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from purld import ranks
 from purld.model.at_once import release_memory
 from purld.model.causal_lm import CausalLM, model_device
+from purld.model.memory import FIT, device_memory
 from purld.model.out_of_memory import is_out_of_memory
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,23 +27,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def merged_on_gpu(model: CausalLM) -> AbstractContextManager[None]:
     """Return `merged_layers` of a model on a GPU with room for it; elsewhere a context that does nothing.
 
-    Half of the free memory is left to what is drawn. A CPU's decode step is bound by its arithmetic: there merging
-    gained 4 to 13%, which is not worth another rounding.
+    Room is for the model, the copy, and as much again for the caches of what is drawn. It goes by the device's whole
+    memory and not by what is free, so that a run that goes on draws as it did. A CPU's decode step is bound by its
+    arithmetic: there merging gained 4 to 13%, which is not worth another rounding.
     """
-    device = model_device(model)
-    if device.type != "cuda" or 2 * _copied_bytes(model) > free_bytes(device):
+    if model_device(model).type != "cuda":
         return contextlib.nullcontext()
-    return merged_layers(model)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes of a GPU that nothing holds: those its driver has left, and those that torch keeps unused."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
-
-
-def _copied_bytes(model: CausalLM) -> int:
-    return sum(cast(nn.Parameter, layer.base_layer.weight).nbytes for layer in _mergeable(model))
+    copied = sum(cast(nn.Parameter, layer.base_layer.weight).nbytes for layer in _mergeable(model))
+    held = sum(weight.nbytes for weight in model.parameters())
+    return merged_layers(model) if held + 2 * copied <= FIT * device_memory() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
