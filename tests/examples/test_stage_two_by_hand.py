@@ -38,7 +38,13 @@ def test_three_steps_by_hand_give_the_parameters_of_the_trainer(tiny_config, tmp
     """Equal to 1e-6, and the steps move the parameters by far more than that."""
     config = load_config(
         tiny_config,
-        [f"align.steps={STEPS}", "align.warmup_ratio=0", "align.prompts_per_step=2", "align.learning_rate=1e-4"],
+        [
+            f"align.steps={STEPS}",
+            "align.warmup_ratio=0",
+            "align.schedule=constant_with_warmup",
+            "align.prompts_per_step=2",
+            "align.learning_rate=1e-4",
+        ],
     )
     run = RunDir(tmp_path / "run")
     Pipeline(config, run, Reporter()).execute(["anchors", "sft", "align"])
