@@ -58,7 +58,7 @@ class Size:
     samples: int = 4
 
 
-QUICK = Size(stage_one=64, stage_two=32, steps=2, prompts_per_step=8, measured=24, samples=2)
+QUICK = Size(stage_one=64, stage_two=32, steps=2, prompts_per_step=8, candidates=4, measured=12, samples=2)
 
 
 @dataclass(frozen=True)
