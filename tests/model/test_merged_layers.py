@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from purld.errors import PlainWarning
 from purld.model.encode import Encoder
 from purld.model.memory import FIT
 from purld.model.merged_layers import merged_layers
@@ -117,18 +118,48 @@ def test_a_sampler_on_a_gpu_with_room_draws_the_same_without_the_adapters(
     assert drawn[0] == drawn[1] == drawn[2]
 
 
-def test_without_memory_for_a_copy_nothing_is_merged(monkeypatch: pytest.MonkeyPatch):
-    policy = make_policy(["q_proj", "k_proj"])
-    before, merge = logits_of(policy), Linear.get_delta_weight
-    merged: list[Linear] = []
+@pytest.mark.filterwarnings("default::purld.errors.PlainWarning")
+@pytest.mark.parametrize("where", ["merging", "drawing"])
+def test_without_memory_for_the_copy_it_goes_first_and_for_good(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase, where: str
+):
+    policy, encoder = make_policy(["q_proj", "k_proj"], vocabulary=len(tokenizer)), Encoder(tokenizer, 64)
+    prompts = [encoder.encode_prompt(Prompt.from_text(text)) for text in ("How many?", "Tell me about the fox.")]
+    expected = GenerateSampler(encoder, Decoding(1.0, 6))(policy, prompts, 3, seeds=[1, 2])
+    layers = [layer for layer in policy.modules() if isinstance(layer, Linear)]
+    merge, generate, tried = Linear.get_delta_weight, type(policy).generate, []
 
-    def third_fails(layer: Linear, name: str) -> Tensor:
-        if len(merged) == 2:
+    def merge_two(layer: Linear, name: str) -> Tensor:
+        tried.append(layer)
+        if where == "merging" and len(tried) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        merged.append(layer)
         return merge(layer, name)
 
-    monkeypatch.setattr(Linear, "get_delta_weight", third_fails)
+    def draw_unmerged(model: PeftModel, *arguments: Any, **named: Any) -> Any:
+        if where == "drawing" and any(layer.merged for layer in layers):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(model, *arguments, **named)
+
+    monkeypatch.setattr(Linear, "get_delta_weight", merge_two)
+    monkeypatch.setattr(type(policy), "generate", draw_unmerged)
+    monkeypatch.setattr("purld.model.sample.has_room_to_merge", lambda _: True)
+    sampler = GenerateSampler(encoder, Decoding(1.0, 6))
+    with pytest.warns(PlainWarning, match="drawn with the adapters beside the weights"):
+        assert sampler(policy, prompts, 3, seeds=[1, 2]) == expected
+    attempts = len(tried)
+    assert attempts > 2 and sampler(policy, prompts, 3, seeds=[1, 2]) == expected and len(tried) == attempts
+
+
+def test_all_active_adapters_are_merged_and_other_layers_keep_theirs():
+    """As Stage II's beside Stage I's; an embedding's adapter stays beside it."""
+    policy = make_policy(["q_proj", "embed_tokens"])
+    policy.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    policy.base_model.set_adapter(["default", "second"])
+    for name, weight in policy.named_parameters():
+        if "lora_B.second" in name or "lora_embedding_B" in name:
+            nn.init.normal_(weight, std=2.0)
+    before = logits_of(policy)
     with merged_layers(policy):
-        assert len(merged) == 2 and torch.equal(logits_of(policy), before)
-        assert calls_of_adapters(policy, lambda: logits_of(policy)) == 4
+        torch.testing.assert_close(logits_of(policy), before, rtol=1e-3, atol=1e-4)
+        assert calls_of_adapters(policy, lambda: logits_of(policy)) == 0
+    assert torch.equal(logits_of(policy), before)

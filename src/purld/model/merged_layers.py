@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -16,26 +15,23 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from purld import ranks
-from purld.model.at_once import release_memory
 from purld.model.causal_lm import CausalLM, model_device
 from purld.model.memory import FIT, device_memory
-from purld.model.out_of_memory import is_out_of_memory
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def merged_on_gpu(model: CausalLM) -> AbstractContextManager[None]:
-    """Return `merged_layers` of a model on a GPU with room for it; elsewhere a context that does nothing.
+def has_room_to_merge(model: CausalLM) -> bool:
+    """Return whether `merged_layers` is worth its memory: on a GPU that holds the model, the copy, and its size again.
 
-    Room is for the model, the copy, and as much again for the caches of what is drawn. It goes by the device's whole
-    memory and not by what is free, so that a run that goes on draws as it did. A CPU's decode step is bound by its
-    arithmetic: there merging gained 4 to 13%, which is not worth another rounding.
+    The latter is for the caches of what is drawn. It goes by the device's whole memory and not by what is free, so that
+    a run that goes on draws as it did. A CPU's decode step is bound by its arithmetic: there merging gained 4 to 13%
+    (docs/performance.md), which is not worth another rounding.
     """
     if model_device(model).type != "cuda":
-        return contextlib.nullcontext()
+        return False
     copied = sum(cast(nn.Parameter, layer.base_layer.weight).nbytes for layer in _mergeable(model))
-    held = sum(weight.nbytes for weight in model.parameters())
-    return merged_layers(model) if held + 2 * copied <= FIT * device_memory() else contextlib.nullcontext()
+    return copied > 0 and sum(weight.nbytes for weight in model.parameters()) + 2 * copied <= FIT * device_memory()
 
 
 @contextlib.contextmanager
@@ -44,24 +40,23 @@ def merged_layers(model: CausalLM) -> Iterator[None]:
 
     Layers that cannot be merged keep their adapters beside them: quantized ones, weights that processes divide, experts
     and other forms than a plain LoRA of a linear layer. Adapters that are switched off stay off. Takes a second copy of
-    the merged layers' weights for as long as it lasts; where that does not fit, nothing is merged.
+    the merged layers' weights for as long as it lasts.
     """
     originals: list[tuple[Linear, nn.Parameter]] = []
     try:
-        try:
-            for layer in _mergeable(model):
-                weight = cast(nn.Parameter, layer.base_layer.weight)
-                merged = nn.Parameter(_merged_weight(layer, weight), requires_grad=False)
-                originals.append((layer, weight))
-                _use(layer, merged, list(layer.active_adapters))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            _restore(originals)
-            release_memory()
+        _merge(model, originals)
         yield
     finally:
         _restore(originals)
+
+
+def _merge(model: CausalLM, originals: list[tuple[Linear, nn.Parameter]]) -> None:
+    """Merge what can be merged, and add each layer with its own weights to `originals` before it is changed."""
+    for layer in _mergeable(model):
+        weight = cast(nn.Parameter, layer.base_layer.weight)
+        merged = nn.Parameter(_merged_weight(layer, weight), requires_grad=False)
+        originals.append((layer, weight))
+        _use(layer, merged, list(layer.active_adapters))
 
 
 def _mergeable(model: CausalLM) -> list[Linear]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
-from purld.errors import NotFiniteError, reason_of
-from purld.model.at_once import AtOnce
+from purld.errors import NotFiniteError, PlainWarning, reason_of
+from purld.model.at_once import AtOnce, release_memory
 from purld.model.body_and_head import BodyAndHead
 from purld.model.cache import cache_argument, repeat_with_capacity
 from purld.model.causal_lm import CausalLM, model_device, unwrap_adapters
 from purld.model.encode import Encoder, pad_left
-from purld.model.merged_layers import merged_on_gpu
+from purld.model.merged_layers import has_room_to_merge, merged_layers
+from purld.model.out_of_memory import is_out_of_memory
 from purld.model.processor import listed_ends
 from purld.model.self_check import can_share_prefix, count_exceeded_windows, refuse_sharing
 from purld.model.vision import EncodedPrompt, pixel_inputs, vision_features
@@ -73,6 +75,7 @@ class GenerateSampler:
     def __init__(self, encoder: Encoder, decoding: Decoding) -> None:
         self._encoder = encoder
         self._decoding = decoding
+        self._merges = True
         self._at_once = AtOnce(
             None,
             "answers are drawn for fewer prompts at once",
@@ -89,6 +92,10 @@ class GenerateSampler:
             UserError: the device's memory is too small for one prompt.
         """
 
+        if count > 1:
+            # Before adapters are merged: what the check finds serves the updates too, where they are not.
+            can_share_prefix(model, *_trial_group(prompts, self._encoder), self._encoder.pad)
+
         def draw(size: int) -> list[list[Completion]]:
             parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
             return [
@@ -99,8 +106,19 @@ class GenerateSampler:
                 )
             ]
 
-        with merged_on_gpu(model):
-            return self._at_once(draw, len(prompts))
+        if self._merges and has_room_to_merge(model):
+            try:
+                with merged_layers(model):
+                    return draw(len(prompts))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # The copy of the weights goes first, before fewer prompts.
+            release_memory()
+            self._merges = False
+            told = "out of the device's memory: from here on candidates are drawn with the adapters beside the weights."
+            warnings.warn(told, PlainWarning, stacklevel=2)
+        return self._at_once(draw, len(prompts))
 
 
 @torch.no_grad()

@@ -202,8 +202,8 @@ def _numbers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the log-probs of the groups' rows, flat, and gradients of their sum.
 
-    The gradients are those at the prompts' embeddings, flat, and those at the first weights of vision modules that are
-    trained, flat; the latter are empty for prompts without images.
+    The gradients are those at the prompts' embeddings, flat, and those at the first two weights of vision modules that
+    are trained, flat; the latter are empty for prompts without images.
     """
     embedded: list[Tensor] = []
 
@@ -219,7 +219,8 @@ def _numbers(
     finally:
         handle.remove()
     # The first embeddings contain the prompts: (G, P, H), or with every continuation of one of them (R, P + C, H).
-    vision_weights = _trained_vision_weights(model)[:1] if any(prompt.images for prompt, _ in groups) else []
+    # Two, because an adapter's first factor has no gradient while its second is zero, as in a new one.
+    vision_weights = _trained_vision_weights(model)[:2] if any(prompt.images for prompt, _ in groups) else []
     inputs = [embedded[0], *vision_weights]
     gradient, *others = torch.autograd.grad(log_probs.sum(), inputs, allow_unused=True)
     vision_gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(vision_weights, others)]
