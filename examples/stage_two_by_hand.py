@@ -8,7 +8,7 @@ the trainer uses, and a test checks that three steps of this loop give the train
 
 What the trainer adds, and this page leaves out on purpose:
 - members of a group go backward in micro-batches, so that K does not set the memory (`purld.training.group_update`);
-- checkpoints, resume, mixed precision, learning-rate schedules, logs and the report;
+- checkpoints, resume, mixed precision, the learning rate's warm-up and its fall to 0, logs and the report;
 - candidates without a score (the `verbal` score) are left out of their group;
 - the other methods of the table, a critic, and several updates on the same candidates;
 - LoRA: with an adapter, `Roles.frozen()` is the policy with its adapter switched off, and no second copy is held.

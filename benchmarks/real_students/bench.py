@@ -21,7 +21,7 @@ from purld.pipeline.sweep import share_stage_one
 from purld.runs.files import read_json, read_rows, write_rows
 from purld.runs.run_dir import RunDir
 from purld.training.gain import final_gain
-from real_students.plan import METHODS, VALIDATION, Cell, Size
+from real_students.plan import METHODS, QUICK, VALIDATION, Cell, Size
 
 Row = dict[str, Any]
 
@@ -97,7 +97,9 @@ class Bench:
     def align_settings(self, cell: Cell) -> dict[str, Any]:
         """Return the keys of `align` that a cell sets."""
         sizes = {name: getattr(self.size, name) for name in ("steps", "prompts_per_step", "candidates")}
-        return {**sizes, **METHODS[cell.method], **dict(cell.settings)}
+        # The quick slice tries every part, whatever the scores of so small a Stage I are worth.
+        slice_settings = {"weak_signal": "continue"} if self.size == QUICK else {}
+        return {**sizes, **slice_settings, **METHODS[cell.method], **dict(cell.settings)}
 
     def write_config(self, cell: Cell) -> Path:
         """Write a family's problems and configuration, unless they are there, and return the configuration's path.

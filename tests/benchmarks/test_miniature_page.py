@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from mini import plan
@@ -196,6 +198,12 @@ def test_quick_table_pairs_a_method_with_its_own_p_sft():
 def page() -> str:
     parts = [f"<!-- {name}: made by benchmarks/miniature.py -->\nold\n<!-- end of {name} -->" for name in PARTS]
     return "By hand.\n\n" + "\n\nMore by hand.\n\n".join(parts) + "\n"
+
+
+def test_the_page_of_the_project_has_a_place_for_every_part():
+    text = (Path(__file__).parents[2] / "docs" / "miniature.md").read_text(encoding="utf-8")
+    for name in PARTS:
+        assert "new" in replace_part(text, name, "new", "docs/miniature.md")
 
 
 @pytest.mark.parametrize("rows", [{}, tuned(), with_tables(0.6, 0.4)], ids=["nothing", "tuned", "tables"])

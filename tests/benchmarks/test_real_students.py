@@ -8,7 +8,7 @@ from real import finished_cells
 from real_students.bench import Bench, right_answers
 from real_students.figures import draw_figures, draw_gains
 from real_students.page import method_table, on_validation
-from real_students.plan import CHOSEN, METHODS, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
+from real_students.plan import CHOSEN, METHODS, QUICK, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.config.load import load_config
 from purld.errors import UserError
@@ -51,6 +51,17 @@ def test_nothing_is_measured_on_what_is_trained_on(bench: Bench, split: str):
         assert not {row["prompt"] for row in train} & {row["prompt"] for row in measured}
         assert (config.align.method, config.align.steps, config.seed) == ("ldl_grpo", 4, seed)
         assert config.align.candidates == SIZE.candidates
+
+
+def test_the_quick_slice_goes_on_without_a_signal(bench: Bench):
+    cell = Cell("tiny", 0, "test", "LDL-GRPO")
+    assert "weak_signal" not in bench.align_settings(cell)
+    assert replace(bench, size=QUICK).align_settings(cell)["weak_signal"] == "continue"
+
+
+def test_the_rows_of_the_project_can_be_read():
+    for path in sorted((Path(__file__).parents[2] / "docs").glob("*.jsonl")):
+        assert read_rows(path), path
 
 
 def test_stage_two_may_have_stage_ones_problems(bench: Bench):

@@ -318,6 +318,9 @@ def test_a_configured_learning_rate_is_kept():
     values = with_values(student={"model": "m", "lora": {"r": 4}}, sft={"learning_rate": 1e-5, "epochs": 2})
     config = parse_config(values, "x")
     assert config.describe_rate("sft") == "learning rate 1e-05 (as configured)"
+    assert config.describe_rate("align") == "learning rate 5e-05, falling to 0 (default for LoRA)"
+    constant = parse_config(values | {"align": {"schedule": "constant_with_warmup", "learning_rate": 2e-5}}, "x")
+    assert constant.describe_rate("align") == "learning rate 2e-05 (as configured)"
     assert config.sft.epochs == 2 and config.align.learning_rate == 5e-5
     alone = parse_config(with_values(student={"model": "m", "lora": {}}, align={"method": "sft"}), "x")
     assert alone.sft.learning_rate == 1e-4

@@ -219,10 +219,11 @@ class Config(Section):
         return f"{keys} {verb} set aside: only other methods than {self.align.method} have such a setting."
 
     def describe_rate(self, section: Literal["sft", "align"]) -> str:
-        """Return a stage's learning rate and where it comes from."""
+        """Return a stage's learning rate, whether it falls to 0, and where it comes from."""
         origin = f"default for {'all weights' if self.student.lora is None else 'LoRA'}"
         rate = getattr(self, section).learning_rate
-        return f"learning rate {rate:g} ({origin if section in self._default_rates else 'as configured'})"
+        falls = ", falling to 0" if getattr(getattr(self, section), "schedule", None) in ("linear", "cosine") else ""
+        return f"learning rate {rate:g}{falls} ({origin if section in self._default_rates else 'as configured'})"
 
     @model_validator(mode="wrap")
     @classmethod
