@@ -14,6 +14,8 @@ from typing import IO
 import pytest
 
 PURLD = "from purld.cli import main; main()"
+# Before PURLD: no curves in reports, more than a second each, where a test is of something else.
+NO_FIGURES = "import purld.report.page; purld.report.page.draw_figures = lambda *_, **__: []; "
 
 
 def fork_context() -> ForkServerContext:

@@ -207,7 +207,7 @@ def test_the_page_of_the_project_has_a_place_for_every_part():
 
 
 @pytest.mark.parametrize("rows", [{}, tuned(), with_tables(0.6, 0.4)], ids=["nothing", "tuned", "tables"])
-def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
+def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path, monkeypatch):
     (tmp_path / "miniature.md").write_text(page())
     write_page(rows, tmp_path, tmp_path / "chosen.json")
     text = (tmp_path / "miniature.md").read_text()
@@ -215,6 +215,7 @@ def test_the_page_is_written_at_every_stage_and_prose_stays(rows, tmp_path):
     assert (tmp_path / "chosen.json").exists() == bool(rows)
     summary = read_rows(tmp_path / "miniature.jsonl")
     assert len(summary) == len(rows) and all(r["raw"] in (0.3, 0.4, 0.5, 0.6, 0.7) and "lc" in r for r in summary)
+    monkeypatch.setattr("mini.figures.draw_figures", lambda *_: None)  # they are drawn once
     write_page(rows, tmp_path)
     assert (tmp_path / "miniature.md").read_text() == text
 

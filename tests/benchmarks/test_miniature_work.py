@@ -33,16 +33,27 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("miniature")
 
 
+def shrink_cells(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(mini.work, "HELD_OUT", 6)
+    patch.setattr(mini.work, "STAGE_ONE_STEPS", 2)
+    patch.setattr(mini.work, "SAMPLES", {"test": 2, "validation": 2})
+
+
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(mini.work, "HELD_OUT", 6)
-    monkeypatch.setattr(mini.work, "STAGE_ONE_STEPS", 2)
-    monkeypatch.setattr(mini.work, "SAMPLES", {"test": 2, "validation": 2})
+    shrink_cells(monkeypatch)
 
 
-def test_a_stage_one_and_what_starts_from_it(folder, small):
+@pytest.fixture(scope="module")
+def p_sft(folder):
+    """The row of the Stage I from which the others start; its weights are in the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_cells(patch)
+        return run_cell(Cell("writing", 0, "test", "sft", anchors=8), folder)
+
+
+def test_a_stage_one_and_what_starts_from_it(folder, p_sft, small):
     """A row has a value per problem; a judging teacher is counted; the same cell gives the same row."""
-    p_sft = run_cell(Cell("writing", 0, "test", "sft", anchors=8), folder)
     assert [len(p_sft["measured"][key]) for key in ("right", "wins", "length", "greedy_right")] == [6] * 4
     assert p_sft["teacher_calls"] == 8
     cell = stage_two_cell("writing", 0, "test", "teacher_judge_grpo", SMALL, anchors=8)
@@ -55,8 +66,7 @@ def test_a_stage_one_and_what_starts_from_it(folder, small):
 
 
 @pytest.mark.parametrize("row", VARIANTS)
-def test_a_row_that_the_paper_does_not_have_runs_by_its_own_settings(row, folder, small):
-    run_cell(Cell("writing", 0, "test", "sft", anchors=8), folder)
+def test_a_row_that_the_paper_does_not_have_runs_by_its_own_settings(row, folder, p_sft, small):
     cell = stage_two_cell("writing", 0, "test", row, SMALL, anchors=8)
     result = run_cell(cell, folder)
     objectives = [step["objective"] for step in result["curve"]]
@@ -65,8 +75,7 @@ def test_a_row_that_the_paper_does_not_have_runs_by_its_own_settings(row, folder
     assert row in cell.title
 
 
-def test_noise_and_a_moving_evaluator_change_the_scores_and_nothing_before_them(folder, small):
-    run_cell(Cell("writing", 0, "test", "sft", anchors=8), folder)
+def test_noise_and_a_moving_evaluator_change_the_scores_and_nothing_before_them(folder, p_sft, small):
     plain, noisy, moving = (
         run_cell(stage_two_cell("writing", 0, "test", "ldl_grpo", SMALL, anchors=8, **more), folder)["curve"]
         for more in ({}, {"noise": 2.0}, {"evaluator": "moving"})

@@ -52,17 +52,18 @@ def test_real_instructions_and_answers_go_from_start_to_report(workplace, monkey
     (workplace / "instructions.jsonl").unlink()
     (workplace / "instructions.jsonl").symlink_to(REAL)
     config = next(path for path in CONFIGS if path.stem == "answers-file")
-    small = ["data.max_prompts=40", "student.max_prompt_tokens=128", "student.max_anchor_tokens=256"]
-    short = ["sft.epochs=1", "align.steps=2", "align.prompts_per_step=2", "align.max_new_tokens=32"]
+    small = ["data.max_prompts=24", "student.max_prompt_tokens=128", "student.max_anchor_tokens=128"]
+    short = ["sft.epochs=1", "align.steps=1", "align.prompts_per_step=1", "align.candidates=2"]
+    short += ["align.max_new_tokens=8"]
     # The tiny student cannot evaluate itself on real instructions, and the probe says so.
     short += ["align.score=in_context", "align.weak_signal=continue"]
-    brief = ["data.max_eval_prompts=4", "evaluate.max_new_tokens=32"]
+    brief = ["data.max_eval_prompts=2", "evaluate.max_new_tokens=8"]
     assert purld(monkeypatch, "run", config, *small, *short, *brief, "--run-dir", "run") == 0
     told = capsys.readouterr().err
     run = RunDir(workplace / "run")
     assert re.search(r"[1-9]\d* of \d+ training prompts have more than 128 tokens", told)
-    assert len(read_rows(run.anchors)) == 40
+    assert len(read_rows(run.anchors)) == 24
     cut = run.finished_stages()["sft"]["anchors_cut"]
-    assert cut and f"{cut} anchors were cut at 256 tokens (student.max_anchor_tokens)" in told
+    assert cut and f"{cut} anchors were cut at 128 tokens (student.max_anchor_tokens)" in told
     assert list(read_json(run.results)["models"]) == ["base", "sft", "ldl_grpo"]
     assert run.report.stat().st_size > 10_000

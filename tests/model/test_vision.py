@@ -347,8 +347,8 @@ def test_the_best_model_of_stage_one_is_the_one_that_is_saved(student, encoder, 
     prompts = [Prompt.from_text(f"{IMAGE}{n}?", images=(picture(24, 24, n),)) for n in range(24)]
     examples = [(p, Anchor(p.id, f"a{n * 7 % 5} b{n * 3 % 7}")) for n, p in enumerate(prompts)]
     run = RunDir(tmp_path)
-    steps = {"epochs": 20, "batch_size": 4, "micro_batch_size": 4, "checkpoint_steps": 4}
-    settings = Sft(learning_rate=2e-2, validation_fraction=0.3, **steps)
+    steps = {"epochs": 12, "batch_size": 4, "micro_batch_size": 4, "checkpoint_steps": 6}
+    settings = Sft(learning_rate=3e-2, validation_fraction=0.3, **steps)
     facts = fine_tune(StageContext(student, encoder, run, 0, lambda *_: None), settings, examples)
     assert facts.best_step < facts.steps
     held_out = [(p, a) for p, a in examples if in_validation_part(p, 0.3)]

@@ -8,6 +8,7 @@ import io
 import itertools
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,14 @@ class StoppingReporter(Reporter):
                     raise StoppedError
 
             yield stop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn() -> Iterator[None]:
+    """Put an empty figure into the place of each curve: drawing them is most of the time of many commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "figure_to_svg", lambda *_, **__: "<svg/>")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +221,6 @@ def test_a_kill_between_a_stage_and_its_record_costs_no_training(small_config, t
 @pytest.mark.parametrize("kind", ["finished", "stopped"])
 def test_every_file_of_a_run(runs, expected, small_config, monkeypatch, capsys, kind):
     """Half an hour; PURLD_TEST_CASES, see case_log.py."""
-    monkeypatch.setattr(figures, "figure_to_svg", lambda *_, **__: "<svg/>")  # drawing takes most of the time
     commands = COMMANDS if kind == "finished" else ("run", "report")
     cases = [(kind, *case) for case in itertools.product(harmed_files(runs / kind), HARMS, commands)]
     assert not wrong_cases(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from command_line import purld
-from forked import PURLD, ForkedPython
+from forked import NO_FIGURES, PURLD, ForkedPython
 
 from purld.config.load import load_config
 from purld.display.progress import Reporter
@@ -100,6 +100,7 @@ def test_method_sft_stops_after_stage_one(tiny_config, tmp_path, monkeypatch):
 def test_lora_and_verbal_scores_go_the_same_way(tiny_config, tmp_path, monkeypatch, shipped_student):
     run = RunDir(tmp_path / "run")
     overrides = ["student.lora={r: 2}", "align.score=verbal", "align.steps=2", f"student.model={shipped_student}"]
+    overrides += ["sft.epochs=1", "evaluate.samples=1"]
     assert purld(monkeypatch, "run", tiny_config, *overrides, "--run-dir", run.path) == 0
     assert (run.sft / "adapter_config.json").exists()
     assert (run.align / "adapter_config.json").exists()
@@ -114,9 +115,6 @@ def results_of(run):
     weights = [(folder / "model.safetensors").read_bytes() for folder in (run.sft, run.align)]
     files = {path.name: path.read_text() for path in sorted((run.path / "generations").glob("*.jsonl"))}
     return results, weights, files, read_rows(run.metrics)
-
-
-NO_FIGURES = "import purld.report.page; purld.report.page.draw_figures = lambda *_, **__: []; "
 
 
 def start(config, run):

@@ -40,6 +40,7 @@ def test_no_file_and_no_line_of_a_whole_run_holds_the_key(tiny_config, tmp_path)
         values = yaml.safe_load(tiny_config.read_text())
         endpoint = {"kind": "openai", "base_url": server.url, "model": "m", "api_key_env": "TEST_KEY"}
         values["teacher"] = endpoint
+        values["sft"]["epochs"], values["align"]["steps"], values["evaluate"]["samples"] = 1, 2, 1
         values["evaluate"] |= {"judge": endpoint, "opponent": {"kind": "teacher"}}
         tiny_config.write_text(yaml.safe_dump(values))
         process = ForkedPython(

@@ -24,7 +24,8 @@ def unmeasured(tiny_config):
     values = yaml.safe_load(tiny_config.read_text())
     values["data"]["check"] = "none"
     values["align"] |= {"score": "in_context", "steps": 2}
-    values["sft"]["validation_fraction"] = 0.5
+    values["sft"] |= {"validation_fraction": 0.5, "epochs": 1}
+    values["evaluate"]["samples"] = 1
     answers = Path(values["teacher"]["path"])
     rows = answers.read_text().splitlines(keepends=True)
     Path(values["data"]["prompts"] + ".all").write_text("".join(rows))

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from command_line import purld
-from forked import ForkedPopen
+from forked import NO_FIGURES, ForkedPopen
 
 from purld.clients.folder import FolderLedgers
 from purld.clients.ledger import CallResult, Caps, Ledger, Request, Usage, WorstCase
@@ -155,6 +155,8 @@ def testbed_config(tiny_config, monkeypatch):
         endpoint = {"kind": "openai", "base_url": server.base_url, "model": "testbed-teacher", "api_key_env": "KEY"}
         values["teacher"] = endpoint | {"max_calls": 16}
         values["align"] |= {"steps": 2}
+        values["sft"] |= {"epochs": 1}
+        values["evaluate"] |= {"samples": 1}
         tiny_config.write_text(yaml.safe_dump(values))
         yield tiny_config
 
@@ -168,6 +170,7 @@ def test_a_sweep_buys_each_anchor_once_trains_stage_one_once_and_goes_on(testbed
     """A sweep over two values of tau; the same command again changes nothing."""
     forks = SimpleNamespace(Popen=ForkedPopen, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(sweep, "subprocess", forks)
+    monkeypatch.setattr(sweep, "_PURLD", (*sweep._PURLD[:2], NO_FIGURES + sweep._PURLD[2]))
     folder = tmp_path / "sweep"
     arguments = ["sweep", testbed_config, "align.tau=0.6,1.2", "--jobs", 2, "--run-dir", folder]
     assert purld(monkeypatch, *arguments) == 0

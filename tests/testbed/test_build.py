@@ -215,7 +215,8 @@ def test_what_could_not_be_measured_is_absent_from_the_card() -> None:
 
 
 def test_a_toy_build_is_complete_and_repeatable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "LESSONS_PER_STEP", 16)
+    monkeypatch.setattr(corpus, "LESSONS_PER_STEP", 8)
+    monkeypatch.setattr(card, "MAX_NEW_TOKENS", 8)  # a student of a few steps seldom ends by itself
     updates: list[tuple] = []
     cards = [
         build.build_student(tmp_path / name, 7, scale=0.001, progress=lambda *update: updates.append(update))

@@ -232,6 +232,7 @@ BOTH_BUILT = pytest.mark.parametrize(
 def few_lessons() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scene_corpus, "LESSONS_PER_STEP", 12)
+        patch.setattr(card, "MAX_NEW_TOKENS", 8)  # a student of a few steps seldom ends by itself
         yield
 
 

@@ -15,6 +15,7 @@ from purld.errors import UserError
 from purld.evaluation.diagnostics import mean_label_divergence
 from purld.methods.table import METHODS
 from purld.model.load import load_model
+from purld.pipeline import probe
 from purld.pipeline.pipeline import Pipeline
 from purld.records import Prompt
 from purld.runs.files import read_json, read_rows
@@ -37,6 +38,14 @@ SEVERAL_UPDATES = [f"{name}+2" for name in ("anchor_grpo", "self_ppo", "ldl_grpo
 
 class KilledError(BaseException):
     """In the place of a SIGKILL: nothing catches it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_probe():
+    """Probe two prompts instead of eight: every run of this module has a probe of its own, and few look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "MIN_PROMPTS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +195,7 @@ def prompts_seen(pipeline):
 
 @pytest.mark.parametrize("method", ["sft_sft", "singlepair_dpo", "self_distillation", "teacher_judge_grpo"])
 def test_results_and_report_cope_with_every_method(method, after_stage_one):
-    pipeline = after_stage_one(method, "align.steps=2")
+    pipeline = after_stage_one(method, "align.steps=2", "evaluate.samples=1")
     pipeline.execute()
     results = read_json(pipeline.run.results)
     assert list(results["models"]) == ["base", "sft", method]
