@@ -100,6 +100,16 @@ def no_figures(monkeypatch) -> None:
     monkeypatch.setattr("purld.report.page.draw_figures", lambda *_, **__: [])
 
 
+@pytest.fixture(scope="module")
+def short_probe() -> Iterator[None]:
+    """Probe two prompts instead of eight, for modules whose many runs each have a probe that is not their subject."""
+    from purld.pipeline import probe
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "MIN_PROMPTS", 2)
+        yield
+
+
 @pytest.fixture
 def tiny_config(random_student, tmp_path) -> Path:
     """A whole run that takes seconds: 24 prompts whose answers are in a file, 8 of them held out."""

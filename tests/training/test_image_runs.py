@@ -25,6 +25,8 @@ from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 
+pytestmark = pytest.mark.usefixtures("short_probe")
+
 SECOND_STAGE = [name for name, method in METHODS.items() if method.stage_two]
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 

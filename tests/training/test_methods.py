@@ -15,12 +15,13 @@ from purld.errors import UserError
 from purld.evaluation.diagnostics import mean_label_divergence
 from purld.methods.table import METHODS
 from purld.model.load import load_model
-from purld.pipeline import probe
 from purld.pipeline.pipeline import Pipeline
 from purld.records import Prompt
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.align_trainer import AlignTrainer, RepeatedBatches
+
+pytestmark = pytest.mark.usefixtures("short_probe")
 
 AGAIN = ("label_divergence", "completions")
 SECOND_STAGE = [name for name, method in METHODS.items() if method.stage_two]
@@ -38,14 +39,6 @@ SEVERAL_UPDATES = [f"{name}+2" for name in ("anchor_grpo", "self_ppo", "ldl_grpo
 
 class KilledError(BaseException):
     """In the place of a SIGKILL: nothing catches it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_probe():
-    """Probe two prompts instead of eight: every run of this module has a probe of its own, and few look at it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "MIN_PROMPTS", 2)
-        yield
 
 
 @pytest.fixture(scope="module")
