@@ -116,6 +116,7 @@ def test_a_sampler_on_a_gpu_with_room_draws_the_same_without_the_adapters(
     monkeypatch.setattr("purld.model.merged_layers.device_memory", lambda: (held + copies * copied) / FIT)
     assert beside > 0 and calls_of_adapters(policy, draw) == (0 if copies == 2 else beside)
     assert drawn[0] == drawn[1] == drawn[2]
+    assert sampler(policy, [], 3, seeds=[]) == []  # as a process without a prompt of its own draws
 
 
 @pytest.mark.filterwarnings("default::purld.errors.PlainWarning")

@@ -92,10 +92,6 @@ class GenerateSampler:
             UserError: the device's memory is too small for one prompt.
         """
 
-        if count > 1:
-            # Before adapters are merged: what the check finds serves the updates too, where they are not.
-            can_share_prefix(model, *_trial_group(prompts, self._encoder), self._encoder.pad)
-
         def draw(size: int) -> list[list[Completion]]:
             parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
             return [
@@ -106,7 +102,10 @@ class GenerateSampler:
                 )
             ]
 
-        if self._merges and has_room_to_merge(model):
+        if self._merges and prompts and has_room_to_merge(model):
+            if count > 1:
+                # Before the adapters are merged: what the check finds serves the updates too, where they are not.
+                can_share_prefix(model, *_trial_group(prompts, self._encoder), self._encoder.pad)
             try:
                 with merged_layers(model):
                     return draw(len(prompts))
