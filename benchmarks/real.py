@@ -49,7 +49,8 @@ def main() -> None:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     deadline = time.monotonic() + 60 * options.minutes
-    failed = sum(run_cells(bench, part, options.jobs, deadline) for part in by_stage(cells))
+    jobs = options.jobs or (os.cpu_count() or 1 if options.quick else 1)
+    failed = sum(run_cells(bench, part, jobs, deadline) for part in by_stage(cells))
     rows = list(finished_cells(bench).values())
     if options.tune and not failed:
         write_json(bench.chosen, choose_settings(rows))
@@ -70,14 +71,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="updates of Stage II")
     parser.add_argument("--prompts-per-step", type=int, help="prompts of an update")
     parser.add_argument("--pool", choices=("other", "same"), default="other", help="Stage II's problems, by Stage I's")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    parser.add_argument("--jobs", type=int, help="cells at a time; by default one, with --quick one for every core")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after that many")
     parser.add_argument("--dtype", default=Machine.dtype, help="the precision of frozen weights")
     parser.add_argument("--answered", type=int, default=Machine.answered, help="test problems answered at a time")
     parser.add_argument("--micro-batch", type=int, default=Machine.micro_batch, help="candidates of a pass")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--tune", action="store_true", help="the learning rates, on validation problems")
-    action.add_argument("--quick", action="store_true", help="a small slice")
+    action.add_argument("--quick", action="store_true", help="a small slice, of the first seed")
     parser.add_argument("--list", action="store_true", help="run nothing, show what is done and what is left")
     parser.add_argument("--table", type=Path, help="run nothing, show the tables of a file of rows")
     parser.add_argument("--curves", type=Path, help="run nothing, draw a file of curves; --draw says where")
@@ -109,7 +110,7 @@ def planned_cells(options: argparse.Namespace, bench: Bench) -> list[Cell]:
         cells = tuning_cells(students, options.rates)
     else:
         chosen = read_json(bench.chosen) if bench.chosen.exists() else {}
-        cells = chosen_cells(students, chosen, options.seeds)
+        cells = chosen_cells(students, chosen, options.seeds[: 1 if options.quick else None])
     return [replace(cell, pool=options.pool) for cell in cells if cell.method in {"SFT", *options.methods}]
 
 
