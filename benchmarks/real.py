@@ -2,7 +2,7 @@
 
     python benchmarks/real.py --student smollm2=DIR --problems PROBLEMS.jsonl --test SVAMP.jsonl
     python benchmarks/real.py ... --tune           # the learning rates, on validation problems; writes chosen.json
-    python benchmarks/real.py ... --quick          # a small slice of everything, within 15 minutes on two cores
+    python benchmarks/real.py ... --quick          # a small slice of everything, within 20 minutes on two cores
     python benchmarks/real.py ... --list           # what is done and what is left
     python benchmarks/real.py ... --jobs 16 --dtype bfloat16 --answered 250 --micro-batch 64   # one GPU, 16 cores
     python benchmarks/real.py --table ROWS.jsonl --draw DIR   # the tables of finished rows, and the figures
