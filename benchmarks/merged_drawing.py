@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from step import LORA
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from purld.config.schema import Student
+from purld.model.load import make_trainable
 from purld.model.merged_layers import merged_layers
 
 _PROMPT, _STEPS = 20, 8
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="sequences that decode together")
     options = parser.parse_args()
     policy: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    policy = get_peft_model(policy, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    policy = make_trainable(Student(model="", lora=LORA), policy)
     time_steps(policy, options.rows)  # warms up
     print(f"beside: {count_operations(policy)} operations, {time_steps(policy, options.rows):.4f} s a step")
     started = time.process_time()

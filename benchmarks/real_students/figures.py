@@ -56,12 +56,12 @@ def draw_gains(curves: Sequence[Row], path: Path) -> None:
         if "seed" in curve:
             runs.setdefault(curve["method"], []).append(curve)
     for method, of_seeds in runs.items():
-        gain, divergence = (_smoothed_mean([run[key] for run in of_seeds]) for key in ("gain", "kl"))
-        groups = of_seeds[0]["prompts_per_step"] * np.arange(_SMOOTHED, _SMOOTHED + len(gain))
+        (updates, gain), (_, divergence) = (_smoothed_mean([run[key] for run in of_seeds]) for key in ("gain", "kl"))
+        groups = of_seeds[0]["prompts_per_step"] * updates
         over_groups.plot(groups, gain, label=method, color=_COLOURS[method], linewidth=1.8)
         for run in of_seeds:
-            smooth = _smoothed_mean([run["gain"]])[: len(gain)]
-            over_groups.plot(groups, smooth, color=_COLOURS[method], linewidth=0.6, alpha=0.6)
+            _, smooth = _smoothed_mean([run["gain"]])
+            over_groups.plot(groups, smooth[: len(gain)], color=_COLOURS[method], linewidth=0.6, alpha=0.6)
         against_kl.plot(divergence, gain, marker=".", color=_COLOURS[method], linewidth=1.0)
     for axes in (over_groups, against_kl):
         axes.axhline(0, color="0.7", linewidth=0.8)
@@ -73,11 +73,12 @@ def draw_gains(curves: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _smoothed_mean(curves: Sequence[Sequence[float]]) -> Any:
-    """Return the moving mean of the mean of curves, over the updates that all of them have."""
+def _smoothed_mean(curves: Sequence[Sequence[float]]) -> tuple[Any, Any]:
+    """Return the moving mean of the mean of curves, over the updates that all of them have, after each one's number."""
     length = min(map(len, curves))
     mean = np.mean([curve[:length] for curve in curves], axis=0)
-    return np.convolve(mean, np.ones(_SMOOTHED) / _SMOOTHED, mode="valid")
+    window = min(_SMOOTHED, length)
+    return np.arange(window, length + 1), np.convolve(mean, np.ones(window) / window, mode="valid")
 
 
 def _draw_updates(axes: Any, rows: Sequence[Row]) -> bool:
@@ -87,11 +88,7 @@ def _draw_updates(axes: Any, rows: Sequence[Row]) -> bool:
         if row["training_accuracy"]:
             curves.setdefault(row["method"], []).append([step["right"] for step in row["training_accuracy"]])
     for method, of_seeds in curves.items():
-        length = min(map(len, of_seeds))
-        mean = np.mean([curve[:length] for curve in of_seeds], axis=0)
-        window = min(_SMOOTHED, length)
-        smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-        axes.plot(np.arange(window, length + 1), smooth, label=method, color=_COLOURS[method])
+        axes.plot(*_smoothed_mean(of_seeds), label=method, color=_COLOURS[method])
     axes.set_xlabel(f"update (mean of the last {_SMOOTHED})")
     axes.set_ylabel("right candidates, on problems\nseen for the first time")
     if curves:

@@ -46,6 +46,11 @@ class StageTwoSettings(Section):
     patience: Count | None = None  # end the stage after so many validations in a row without a better one
 
     @property
+    def rate_falls(self) -> bool:
+        """Return whether the learning rate falls to 0 after its warm-up."""
+        return self.schedule != "constant_with_warmup"
+
+    @property
     def validation_steps(self) -> int | None:
         """Return the steps from one validation to the next, whole rollouts; None if the last step is kept anyway."""
         if self.validate_every is None:

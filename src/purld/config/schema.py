@@ -220,10 +220,11 @@ class Config(Section):
 
     def describe_rate(self, section: Literal["sft", "align"]) -> str:
         """Return a stage's learning rate, whether it falls to 0, and where it comes from."""
-        origin = f"default for {'all weights' if self.student.lora is None else 'LoRA'}"
-        rate = getattr(self, section).learning_rate
-        falls = ", falling to 0" if getattr(getattr(self, section), "schedule", None) in ("linear", "cosine") else ""
-        return f"learning rate {rate:g}{falls} ({origin if section in self._default_rates else 'as configured'})"
+        settings, origin = getattr(self, section), "as configured"
+        if section in self._default_rates:
+            origin = f"default for {'all weights' if self.student.lora is None else 'LoRA'}"
+        falls = ", falling to 0" if getattr(settings, "rate_falls", False) else ""
+        return f"learning rate {settings.learning_rate:g}{falls} ({origin})"
 
     @model_validator(mode="wrap")
     @classmethod

@@ -176,7 +176,7 @@ def _training(facts: CardFacts) -> str:
     if facts.stage == "align":
         # Methods differ in their settings, and a card tells what this one had.
         steps, rate = getattr(align, "steps", None), getattr(align, "learning_rate", None)
-        falls = "" if getattr(align, "schedule", None) == "constant_with_warmup" else ", falling to 0"
+        falls = ", falling to 0" if getattr(align, "rate_falls", False) else ""
         parts = [align.method, *([f"{steps} steps"] if steps is not None else [])]
         parts += [f"{name.replace('_', ' ')} {getattr(align, name)}" for name in _SHOWN if hasattr(align, name)]
         parts += [f"learning rate {rate:g}{falls}"] if rate is not None else []

@@ -220,6 +220,5 @@ def _advice(settings: StageTwoSettings) -> str:
     With `ratio` the sharpness is noise of the update; with the other forms it is what the policy knew before.
     """
     if getattr(settings, "q", None) == "ratio":
-        constant = settings.schedule == "constant_with_warmup"
-        return f"lower align.learning_rate{' or let it decay (align.schedule)' if constant else ''}"
+        return f"lower align.learning_rate{'' if settings.rate_falls else ' or let it decay (align.schedule)'}"
     return "raise align.gamma, lower align.tau, or use align.q=ratio"
