@@ -120,6 +120,26 @@ class BodyAndHead:
             self._owner._modules[self._name] = self._body
 
 
+@contextlib.contextmanager
+def body_states_at(model: CausalLM, positions: Tensor) -> Iterator[None]:
+    """Let the body return the hidden states at some positions only, (1, N, H), so that no others get logits.
+
+    Args:
+        model: a causal language model, bare or under adapters.
+        positions: (B, L) bool.
+    """
+
+    def choose(_body: nn.Module, _inputs: Any, output: BodyOutput) -> BodyOutput:
+        output.last_hidden_state = output.last_hidden_state[positions].unsqueeze(0)
+        return output
+
+    hook = unwrap_adapters(model).base_model.register_forward_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def chosen_log_probs(logits: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
     """Return (N,) float32 log-probs of N targets, a few tokens at a time, computed again in the backward pass.
 

@@ -23,6 +23,8 @@ from purld.records import IMAGE, Message, Prompt
 from purld.templates import IN_CONTEXT_TAIL, RATING_HEAD, SELF_EVALUATION_HEAD, SELF_EVALUATION_TAIL
 from purld.thinking import SplitReply, split_thinking
 
+IGNORED = -100  # the label of a token that is not trained on
+
 
 @dataclass(frozen=True)
 class EncodedAnswer:
@@ -334,15 +336,26 @@ def _placeholder_ids(processor: ProcessorMixin) -> list[int]:
 def training_batch(rows: Sequence[tuple[EncodedPrompt, Sequence[int]]], pad: int) -> dict[str, Tensor]:
     """Return prompts and their answers as one right-padded batch on the CPU, as a model's `forward` takes it.
 
-    Labels are (B, L), -100 on prompts and padding; the model shifts them.
+    Labels are (B, L), `IGNORED` on prompts and padding, and not shifted.
     """
     prompts = [prompt for prompt, _ in rows]
     ids, mask = pad_right([[*prompt.ids, *answer] for prompt, answer in rows], pad, torch.device("cpu"))
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORED)
     for row, (prompt, answer) in enumerate(rows):
         answered = slice(len(prompt), len(prompt) + len(answer))
         labels[row, answered] = ids[row, answered]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels} | pixel_inputs(prompts, ids)
+
+
+def next_token_targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions whose next token is an answer's, (B, L) bool, and those next tokens, (N,).
+
+    Args:
+        labels: those of a `training_batch`, (B, L).
+    """
+    positions = torch.zeros_like(labels, dtype=torch.bool)
+    positions[:, :-1] = labels[:, 1:] != IGNORED
+    return positions, labels[:, 1:][positions[:, :-1]]
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,9 @@ from purld import ranks
 from purld.config.schema import Sft
 from purld.errors import UserError
 from purld.model.at_once import AtOnce
+from purld.model.body_and_head import body_states_at
 from purld.model.causal_lm import model_device
-from purld.model.encode import Encoder, training_batch
+from purld.model.encode import Encoder, next_token_targets, training_batch
 from purld.model.load import load_model, make_trainable, save_model
 from purld.model.log_probs import micro_batches
 from purld.model.out_of_memory import is_out_of_memory
@@ -170,6 +171,23 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
                 ) from None
 
         return once if self._divides_gradients else work
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return TRL's loss of a micro-batch, from the logits of its answers' tokens alone.
+
+        Without Triton, TRL makes logits of the prompts' tokens too, which takes most of the time of a small model with
+        a large vocabulary.
+        """
+        positions, targets = next_token_targets(inputs.pop("labels"))
+        with body_states_at(self.model, positions):
+            answers = inputs | {"shift_labels": targets.unsqueeze(0)}
+            return super().compute_loss(model, answers, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
 
     def _own_dropout(self) -> AbstractContextManager[None]:
         """Give a rank random numbers of its own for the step; the state that checkpoints keep is that of all ranks."""

@@ -1,0 +1,58 @@
+"""Stage I's loss is the cross-entropy of the answers' tokens, and only these get logits."""
+
+import pytest
+import torch
+from trl.kernels import ChunkedLogProbFunction
+
+from purld.config.schema import Sft, Student
+from purld.model.encode import training_batch
+from purld.model.load import load_encoder, load_model
+from purld.records import Anchor, Prompt
+from purld.runs.files import read_rows
+from purld.runs.run_dir import RunDir
+from purld.training.context import StageContext
+from purld.training.sft import fine_tune
+
+EXAMPLES = [
+    (prompt, Anchor(prompt.id, answer))
+    for prompt, answer in (
+        (Prompt.from_text("What is 2 + 3? Think about it for as long as you like."), "5"),
+        (Prompt.from_text("Say it."), "It is this and that, and those, and all the others."),
+        (Prompt.from_text("And 4 + 4?"), "4 + 4 = 8."),
+    )
+]
+
+
+@pytest.fixture
+def rows_with_logits(monkeypatch):
+    """The number of positions of every pass for which TRL makes logits."""
+    counted = []
+
+    apply = ChunkedLogProbFunction.apply
+
+    def counting(hidden, *others):
+        counted.append(len(hidden))
+        return apply(hidden, *others)
+
+    monkeypatch.setattr(ChunkedLogProbFunction, "apply", counting)
+    return counted
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_a_step_is_on_the_cross_entropy_of_the_answers(random_student, tmp_path, rows_with_logits, lora, micro_batch):
+    student = Student(model=str(random_student), max_prompt_tokens=256, max_anchor_tokens=128, lora=lora)
+    encoder, run = load_encoder(student), RunDir(tmp_path)
+    settings = Sft(epochs=1, batch_size=3, micro_batch_size=micro_batch, validation_fraction=0)
+    fine_tune(StageContext(student, encoder, run, 0, lambda *_: None), settings, EXAMPLES)
+
+    rows = [(encoder.encode_prompt(p), encoder.encode_target(a.text).ids) for p, a in EXAMPLES]
+    model = load_model(student, student.model)
+    loss = model(**training_batch(rows, encoder.pad)).loss
+    step = next(row for row in read_rows(run.metrics))
+    assert step["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(rows_with_logits) == sum(len(answer) for _, answer in rows)
+    if lora is None:
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
