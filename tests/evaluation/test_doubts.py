@@ -2,6 +2,7 @@
 
 import pytest
 
+from purld.config.schema import Evaluate
 from purld.evaluation.doubts import result_doubts
 
 SOUND = {
@@ -12,12 +13,14 @@ MOVED = {"base": ["a", "b"], "sft": ["a", "c"], "ldl_grpo": ["d", "c"]}
 
 
 def doubts(answers=MOVED, **results):
-    return result_doubts(SOUND | results, answers, "greedy answers")
+    return result_doubts(SOUND | results, answers, "greedy answers", Evaluate(samples=4, max_new_tokens=48))
 
 
 def test_a_sound_result_has_no_doubts():
     assert doubts() == []
-    assert result_doubts({"models": {"base": {}, "sft": {}}}, {"base": [], "sft": []}, "drawn answers") == []
+    assert (
+        result_doubts({"models": {"base": {}, "sft": {}}}, {"base": [], "sft": []}, "drawn answers", Evaluate()) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,12 @@ def test_a_model_that_answers_as_before_is_named_with_the_keys_to_change(unmoved
     (sentence,) = doubts(MOVED | unmoved)
     assert words in sentence
     assert ("sft.learning_rate" if "sft" in unmoved else "align.learning_rate") in sentence
+
+
+def test_models_whose_answers_are_cut_off_are_named_and_the_base_is_not():
+    models = {name: {"n": 10, "unfinished": cut} for name, cut in {"base": 40, "sft": 38, "ldl_grpo": 4}.items()}
+    (sentence,) = doubts(models=models)
+    assert "cut off at evaluate.max_new_tokens=48 (sft 95%) and are" in sentence
 
 
 def test_a_judge_that_always_says_a_is_named():

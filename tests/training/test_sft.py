@@ -4,9 +4,13 @@ import pytest
 import torch
 from trl.kernels import ChunkedLogProbFunction
 
+from purld.config.load import load_config
 from purld.config.schema import Sft, Student
+from purld.display.progress import Reporter
 from purld.model.encode import training_batch
 from purld.model.load import load_encoder, load_model
+from purld.model.turn_end import TurnEnd
+from purld.pipeline.pipeline import Pipeline
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
@@ -44,15 +48,25 @@ def test_a_step_is_on_the_cross_entropy_of_the_answers(random_student, tmp_path,
     student = Student(model=str(random_student), max_prompt_tokens=256, max_anchor_tokens=128, lora=lora)
     encoder, run = load_encoder(student), RunDir(tmp_path)
     settings = Sft(epochs=1, batch_size=3, micro_batch_size=micro_batch, validation_fraction=0)
-    fine_tune(StageContext(student, encoder, run, 0, lambda *_: None), settings, EXAMPLES)
+    facts = fine_tune(StageContext(student, encoder, run, 0, lambda *_: None), settings, EXAMPLES)
 
     rows = [(encoder.encode_prompt(p), encoder.encode_target(a.text).ids) for p, a in EXAMPLES]
     model = load_model(student, student.model)
     loss = model(**training_batch(rows, encoder.pad)).loss
     step = next(row for row in read_rows(run.metrics))
     assert step["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert 0 < facts.turn_end < 1 and not facts.warnings
     assert sum(rows_with_logits) == sum(len(answer) for _, answer in rows)
     if lora is None:
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
         assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_student_that_will_not_end_its_answers_is_told_and_recorded(module_config, tmp_path, monkeypatch, capsys):
+    found = TurnEnd("<end_of_turn>", likeliest=1.0, probability=0.04)
+    monkeypatch.setattr("purld.training.sft.measure_turn_end", lambda *_: found)
+    run = RunDir(tmp_path / "run")
+    Pipeline(load_config(module_config, ["sft.epochs=1"]), run, Reporter()).execute(["anchors", "sft"])
+    assert run.training_warnings() == [found.warning]
+    assert "<end_of_turn> is mostly p_sft's likeliest token" in capsys.readouterr().err

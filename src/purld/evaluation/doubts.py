@@ -9,18 +9,29 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from purld.config.schema import Evaluate
+
+_UNFINISHED = 0.1  # of a model's answers
 _FLIPPING = 0.5  # of the pairs; a judge that tosses a coin for each order flips as many
 
 
-def result_doubts(results: Mapping[str, Any], answers: Mapping[str, Sequence[str]], kind: str) -> list[str]:
+def result_doubts(
+    results: Mapping[str, Any], answers: Mapping[str, Sequence[str]], kind: str, settings: Evaluate
+) -> list[str]:
     """List what puts the results of a run in doubt.
 
     Args:
         results: the content of results.json, without its warnings.
         answers: by model, from the base on, its answers to the held-out prompts, in one order.
         kind: what the answers are: "greedy answers" or "drawn answers".
+        settings: how answers were drawn.
     """
-    return [*_scores_against_gold(results), *_unmoved_models(answers, kind), *_judge_by_position(results["models"])]
+    return [
+        *_scores_against_gold(results),
+        *_unfinished_answers(results["models"], settings),
+        *_unmoved_models(answers, kind),
+        *_judge_by_position(results["models"]),
+    ]
 
 
 def _scores_against_gold(results: Mapping[str, Any]) -> list[str]:
@@ -32,6 +43,22 @@ def _scores_against_gold(results: Mapping[str, Any]) -> list[str]:
     return [
         f"against gold, the scores of Stage II {verdict}: AUC within prompts {quality['auc_within']:.2f} "
         f"[{low:.2f}, {high:.2f}], and chance is 0.5."
+    ]
+
+
+def _unfinished_answers(models: Mapping[str, Mapping[str, Any]], settings: Evaluate) -> list[str]:
+    """Name the trained models of which many drawn answers met the limit on their length."""
+    shares = {
+        name: metrics["unfinished"] / (metrics["n"] * settings.samples)
+        for name, metrics in models.items()
+        if name != "base" and metrics.get("unfinished")
+    }
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share > _UNFINISHED)
+    if not listed:
+        return []
+    return [
+        f"many drawn answers were cut off at evaluate.max_new_tokens={settings.max_new_tokens} ({listed}) and are "
+        "measured without their end; raise it, if the answers are worth more tokens."
     ]
 
 

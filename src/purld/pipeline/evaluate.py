@@ -90,12 +90,12 @@ def _write_results(
     kind = "greedy answers" if greedy else "drawn answers"
     doubts = [
         *describe_shortfalls(run, "evaluate", shortfalls),
-        *result_doubts(results, _shown_answers(context, models), kind),
+        *result_doubts(results, _shown_answers(context, models), kind, config.evaluate),
         *([] if compared else why_not_compared(context)),
     ]
     for doubt in doubts:
         context.reporter.warn(doubt)
-    results["warnings"] = [*finished.get("align", {}).get("warnings", []), *doubts]
+    results["warnings"] = [*run.training_warnings(), *doubts]
     write_json(run.results, {key: value for key, value in results.items() if value not in ({}, [])})
     return as_facts(shortfalls)
 

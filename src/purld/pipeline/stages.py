@@ -58,6 +58,8 @@ def run_sft(context: RunContext) -> dict[str, Any]:
         f"Trained on {facts.trained_on} anchors, validated on {facts.validated_on}; "
         f"kept the model of step {facts.best_step} of {facts.steps}."
     )
+    for warning in facts.warnings:
+        reporter.warn(warning)
     if facts.anchors_cut:
         limit = config.student.max_anchor_tokens
         reporter.say(f"{facts.anchors_cut} anchors were cut at {limit} tokens (student.max_anchor_tokens).")

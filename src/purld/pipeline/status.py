@@ -216,7 +216,7 @@ def _warnings(run: RunDir, finished: Mapping[str, Mapping[str, Any]]) -> list[st
     if "evaluate" in finished:
         found = list(read_json(run.results).get("warnings", []))
     else:
-        found = list(finished.get("align", {}).get("warnings", []))
+        found = run.training_warnings()
         if _found_no_signal(finished):
             found.append(finished["probe"]["verdict"])
     logs = sorted(run.path.glob("purld-error-*.log"))

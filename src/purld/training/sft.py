@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,13 +25,14 @@ from purld.config.schema import Sft
 from purld.errors import UserError
 from purld.model.at_once import AtOnce
 from purld.model.body_and_head import body_states_at
-from purld.model.causal_lm import model_device
+from purld.model.causal_lm import CausalLM, model_device
 from purld.model.encode import Encoder, next_token_targets, training_batch
 from purld.model.load import load_model, make_trainable, save_model
 from purld.model.log_probs import micro_batches
 from purld.model.out_of_memory import is_out_of_memory
 from purld.model.sample import seed_from_content, seeded_torch
 from purld.model.shard import divides_gradients
+from purld.model.turn_end import measure_turn_end
 from purld.model.vision import EncodedPrompt
 from purld.model.whole_weights import whole_weights
 from purld.records import Anchor, Prompt, content_hash
@@ -50,6 +51,7 @@ from purld.training.trackers import tracker_arguments
 
 TrainingExample = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
 
+_LAST_LOOK = 16  # answers after which the end of the turn is looked for
 _LOGGED = frozenset({"loss", "eval_loss", "learning_rate", "grad_norm", "epoch"})
 
 
@@ -62,6 +64,8 @@ class SftFacts:
     anchors_cut: int
     best_step: int
     steps: int
+    turn_end: float | None = None  # the probability of the end-of-turn token after an anchor
+    warnings: Sequence[str] = ()
 
 
 def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Prompt, Anchor]]) -> SftFacts:
@@ -101,11 +105,17 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     trainer.train_from(checkpoint.path)
     guard.check_weights(trainer.model.named_parameters(), trainer.state)
     guard.check_result(_final_loss(trainer.model, train[:1], encoder.pad), trainer.state)
+    with device_autocast():
+        turn_end = measure_turn_end(cast(CausalLM, trainer.model), encoder, [*held_out, *train][:_LAST_LOOK])
     model.config.use_cache = True
     whole = whole_weights(trainer.model)
     ranks.on_first(lambda: save_model(student, trainer.model, encoder, run.sft, whole))
     best = trainer.state.best_global_step or trainer.state.global_step
-    return SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step)
+    facts = SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step)
+    if turn_end is None:
+        return facts
+    warnings = [turn_end.warning] if turn_end.warning else []
+    return replace(facts, turn_end=turn_end.probability, warnings=warnings)
 
 
 class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
