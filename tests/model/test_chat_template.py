@@ -1,6 +1,7 @@
 """Chat templates as a run uses them: broken ones, refusals, system turns, variables, and thinking turned off."""
 
 import time
+from pathlib import Path
 
 import pytest
 from chat_families import FAMILIES
@@ -12,6 +13,7 @@ from purld.model.encode import Encoder
 from purld.model.template_trial import try_template
 from purld.records import Message, Prompt
 
+BASE_MODEL = Path(__file__).parents[2] / "configs" / "base-model.jinja"
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -150,6 +152,18 @@ def test_a_system_turn_that_is_not_taken_is_one_sentence_or_folded(fresh, shippe
 def test_a_variable_that_the_template_has_not_is_an_error(fresh):
     with pytest.raises(UserError, match=r"no variable 'enable_thinkin'; it has enable_thinking"):
         make(fresh, SWITCH, variables={"enable_thinkin": False})
+
+
+def test_a_base_model_ends_its_turns_as_its_documents(fresh):
+    fresh.add_special_tokens({"bos_token": "<|bos|>", "eos_token": "<|eos|>"})
+    encoder = make(fresh, BASE_MODEL.read_text(encoding="utf-8"))
+    system, user, assistant = (Message(role, text) for role, text in zip(("system", "user", "assistant"), "SQA"))
+    assert shown(encoder, Prompt((system, user))) == "<|bos|>S\nQuestion: Q\nAnswer: "
+    assert (
+        shown(encoder, Prompt((user, assistant, user))) == "<|bos|>Question: Q\nAnswer: A<|eos|>Question: Q\nAnswer: "
+    )
+    assert encoder.end == fresh.eos_token_id
+    assert encoder.encode_answer("A").ids == [*encoder.encode_literal("A"), encoder.end]
 
 
 def test_a_generation_prompt_that_the_template_forgets_is_added(fresh):
