@@ -40,15 +40,17 @@ def main() -> None:
     run, config = open_run(options.run)
     encoder = load_encoder(config.student)
     answers = {row["prompt"]: row[options.column] for row in read_rows(options.answers)}
-    held_out = [prompt for prompt in load_prompt_pools(config, encoder, print).held_out if prompt.text in answers]
-    texts = [answers[prompt.text] for prompt in held_out]
+    held_out = [prompt for prompt in load_prompt_pools(config, encoder, print).held_out if prompt.question in answers]
+    if not held_out:
+        parser.error(f"{options.answers} has no answer to any of the run's held-out prompts")
+    texts = [answers[prompt.question] for prompt in held_out]
     final = final_model(config.align.method)
     before: Values | None = None
     for name, folder in {"base": config.student.model, "sft": run.sft, final.name: final.folder(run)}.items():
         values = mean_log_probs(config.student, folder, encoder, held_out, texts)
         line = f"{name}: {values.mean():.4f} nats per token on {len(values)} prompts"
         if before is not None:
-            line += f", {format_difference(values - before)} than the one before"
+            line += f"; {format_difference(values - before)} against the one before"
         print(line, flush=True)
         before = values
 
@@ -59,7 +61,7 @@ def mean_log_probs(
     """Return each answer's mean log-prob per token under the model in a folder, in nats."""
     model = load_model(student, folder)
     groups = [
-        RowGroup(encoder.encode_prompt(prompt), [encoder.encode_answer(text).ids])
+        RowGroup(encoder.encode_prompt(prompt, direct=True), [encoder.encode_answer(text).ids])
         for prompt, text in zip(prompts, answers, strict=True)
     ]
     return np.array([rows[0].mean().item() for rows in group_log_probs(model, groups, encoder.pad, 4)])

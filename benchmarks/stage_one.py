@@ -52,8 +52,8 @@ def main() -> None:
     prompts = [Prompt.from_text(row["prompt"]) for row in rows]
     examples = [(p, Anchor(p.id, row["teacher"])) for p, row in zip(prompts, rows, strict=True)]
     seconds = {}
-    for side, changed in (("all tokens", True), ("answers alone", False)):
-        seconds[side], losses = time_steps(student, examples, changed)
+    for side, as_trl in (("all tokens", True), ("answers alone", False)):
+        seconds[side], losses = time_steps(student, examples, as_trl)
         print(f"{side}: {seconds[side]:.2f} s a step; losses {', '.join(f'{loss:.6f}' for loss in losses)}", flush=True)
     print(f"ratio {seconds['all tokens'] / seconds['answers alone']:.2f}")
 

@@ -158,12 +158,10 @@ def test_a_base_model_ends_its_turns_as_its_documents(fresh):
     fresh.add_special_tokens({"bos_token": "<|bos|>", "eos_token": "<|eos|>"})
     encoder = make(fresh, BASE_MODEL.read_text(encoding="utf-8"))
     system, user, assistant = (Message(role, text) for role, text in zip(("system", "user", "assistant"), "SQA"))
-    assert shown(encoder, Prompt((system, user))) == "<|bos|>S\nQuestion: Q\nAnswer: "
-    assert (
-        shown(encoder, Prompt((user, assistant, user))) == "<|bos|>Question: Q\nAnswer: A<|eos|>Question: Q\nAnswer: "
-    )
+    assert shown(encoder, Prompt((system, user))) == "<|bos|>S\nQuestion: Q\nAnswer:"
+    assert shown(encoder, Prompt((user, assistant, user))) == "<|bos|>Question: Q\nAnswer: A<|eos|>Question: Q\nAnswer:"
     assert encoder.end == fresh.eos_token_id
-    assert encoder.encode_answer("A").ids == [*encoder.encode_literal("A"), encoder.end]
+    assert encoder.encode_answer("A").ids == [*encoder.encode_literal(" A"), encoder.end]
 
 
 def test_a_generation_prompt_that_the_template_forgets_is_added(fresh):

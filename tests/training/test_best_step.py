@@ -128,7 +128,7 @@ def test_killed_before_a_new_best_checkpoint_counts_the_older_ones_are_still_the
 def test_killed_a_run_keeps_the_same_step_and_ends_with_the_same_bits(at, after_stage_one, monkeypatch):
     overrides = [*VALIDATED, "align.patience=2", "align.steps=6"]
     calm, killed = (after_stage_one(f"{name}{at}", *overrides) for name in ("calm", "killed"))
-    scores = iter([0.5, 0.1, 0.7, 0.2, 0.6])  # the first step, of rate 0, has the weights of p_sft
+    scores = iter([0.5, 0.5, 0.1, 0.7, 0.2, 0.6])
     by_weights = {}
 
     def measure(self, policy):

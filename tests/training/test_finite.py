@@ -17,6 +17,7 @@ from purld.pipeline.pipeline import Pipeline
 from purld.runs.files import read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.checkpoints import last_checkpoint
+from purld.training.schedule import NoIdleSteps
 
 EXPLODES = "learning_rate=1e30"
 
@@ -43,13 +44,20 @@ def assert_stopped(run, stage, rate, stages, pipeline):
     assert values and all(map(math.isfinite, values))
 
 
+@pytest.fixture
+def idle_first_step(monkeypatch):
+    """The first step, of rate 0, changes nothing, so that a stage that breaks down in its second has a checkpoint."""
+    monkeypatch.delattr(NoIdleSteps, "create_scheduler")
+
+
+@pytest.mark.usefixtures("idle_first_step")
 @pytest.mark.parametrize("fraction", ["0.2", "0.0"])
 def test_stage_one_stops(fraction, tiny_config, run):
     failing = pipeline(tiny_config, run, f"sft.{EXPLODES}", f"sft.validation_fraction={fraction}")
     assert_stopped(run, "Stage I", r"sft\.learning_rate", ["anchors", "sft"], failing)
     assert not (run.sft / "model.safetensors").exists()
     checkpoint = last_checkpoint(run, run.checkpoints("sft")).path
-    assert checkpoint is not None  # the warm-up's first step, at rate 0, changed nothing
+    assert checkpoint is not None
     assert torch.isfinite(load_model_at(checkpoint, tiny_config)).all()
 
 
@@ -61,6 +69,7 @@ def load_model_at(checkpoint, config):
         return model(input_ids=torch.tensor([[5, 6, 7]])).logits
 
 
+@pytest.mark.usefixtures("idle_first_step")
 def test_stage_two_stops(tiny_config, run):
     pipeline(tiny_config, run).execute(["anchors", "sft"])
     failing = pipeline(tiny_config, run, f"align.{EXPLODES}")

@@ -1,6 +1,6 @@
 """Say what puts the result of an evaluation in doubt, one sentence each; the sentences stand at the top of the report.
 
-Pure functions on results and answers.
+Pure functions on results, answers and the settings that these were drawn with.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _scores_against_gold(results: Mapping[str, Any]) -> list[str]:
 
 
 def _unfinished_answers(models: Mapping[str, Mapping[str, Any]], settings: Evaluate) -> list[str]:
-    """Name the trained models of which many drawn answers met the limit on their length."""
+    """Name the trained models of which many answers met the limit on their length."""
     shares = {
         name: metrics["unfinished"] / (metrics["n"] * settings.samples)
         for name, metrics in models.items()
@@ -57,8 +57,8 @@ def _unfinished_answers(models: Mapping[str, Mapping[str, Any]], settings: Evalu
     if not listed:
         return []
     return [
-        f"many drawn answers were cut off at evaluate.max_new_tokens={settings.max_new_tokens} ({listed}) and are "
-        "measured without their end; raise it, if the answers are worth more tokens."
+        f"many answers were cut off at evaluate.max_new_tokens={settings.max_new_tokens} ({listed}) and are measured "
+        "without their end; raise it, unless Stage I warned that answers will not end."
     ]
 
 

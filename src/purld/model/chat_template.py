@@ -245,8 +245,8 @@ def _own_template(processor: PreTrainedTokenizerBase | ProcessorMixin, name: str
         templates = templates["default"]
     if not templates:
         raise UserError(
-            f"{name}: the tokenizer has no chat template; give one by student.chat_template "
-            "(configs/base-model.jinja is one for base models, docs/data.md says why)."
+            f"{name}: the tokenizer has no chat template; give one by student.chat_template (for a base model see "
+            'docs/data.md, "Chat templates").'
         )
     return str(templates)
 

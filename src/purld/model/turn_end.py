@@ -16,9 +16,11 @@ import torch
 from purld.model.causal_lm import CausalLM
 from purld.model.encode import Encoder
 from purld.model.prefix import FullSequences
+from purld.model.sample import end_tokens
 from purld.model.vision import EncodedPrompt
 
-_LIKELIEST = 0.5  # of the answers: after fewer the student is undecided whether to end, which long answers may explain
+_MEASURED = 16  # answers
+_MOSTLY = 0.5  # of the answers: after fewer the student is undecided whether to end, which long answers may explain
 _IMPROBABLE = 0.2  # the likeliest token of a learned vocabulary is mostly far above it
 
 
@@ -28,24 +30,24 @@ class TurnEnd:
 
     Attributes:
         token: the token that ends a turn.
-        likeliest: the share of the answers after which it is the likeliest token.
-        probability: its mean probability there.
+        probabilities: how probable the end is after each answer after which it is the likeliest token.
+        answers: how many answers were measured.
     """
 
     token: str
-    likeliest: float
-    probability: float
+    probabilities: Sequence[float]
+    answers: int
 
     @property
     def warning(self) -> str | None:
         """Return a sentence if sampled answers will not end although greedy ones do; None otherwise."""
-        if self.likeliest < _LIKELIEST or self.probability > _IMPROBABLE:
+        if len(self.probabilities) < _MOSTLY * self.answers or fmean(self.probabilities) > _IMPROBABLE:
             return None
         return (
-            f"after an anchor {self.token} is mostly p_sft's likeliest token, but with a probability of only "
-            f"{self.probability:.2f}, so most sampled answers will not end; the base model has probably never learned "
-            "that token. Take a chat template that ends turns with a token it has learned, such as its own eos token "
-            "(student.chat_template)."
+            f"after {len(self.probabilities)} of {self.answers} anchors {self.token!r} is p_sft's likeliest token, but "
+            f"with a mean probability of only {fmean(self.probabilities):.2f}, so most sampled answers will not end. "
+            "The base model has probably never learned that token: take a chat template that ends turns with one it knows, "
+            "such as its own eos token (student.chat_template)."
         )
 
 
@@ -53,20 +55,20 @@ class TurnEnd:
 def measure_turn_end(
     model: CausalLM, encoder: Encoder, examples: Sequence[tuple[EncodedPrompt, Sequence[int]]]
 ) -> TurnEnd | None:
-    """Measure what follows the answers of some prompts; None if all of them were cut, or are empty.
+    """Measure what follows the first whole answers; None if all were cut or are empty.
 
     Args:
-        model: the student.
+        model: the student, without dropout.
         encoder: the run's encoder.
-        examples: prompts and the token ids of their answers, with the end-of-turn token.
+        examples: prompts and the token ids of their answers, with the end-of-turn token unless they were cut.
     """
-    found = []
-    for prompt, answer in examples:
-        if len(answer) > 1 and answer[-1] == encoder.end:
-            logits = FullSequences(model, [prompt], encoder.pad).closing_logits([answer[:-1]], 1).squeeze()
-            found.append((logits.argmax().item() == encoder.end, logits.softmax(-1)[encoder.end].item()))
-    if not found:
-        return None
-    likeliest, probabilities = zip(*found)
+    ends = sorted(end_tokens(model, encoder))
+    whole = [(prompt, answer) for prompt, answer in examples if len(answer) > 1 and answer[-1] == encoder.end]
+    likely = []
+    for prompt, answer in whole[:_MEASURED]:
+        before = FullSequences(model, [prompt.followed_by(answer[:-1])], encoder.pad)
+        logits = before.closing_logits([[]], 1).squeeze()
+        if logits.argmax().item() in ends:
+            likely.append(logits.softmax(-1)[ends].sum().item())
     token = str(encoder.tokenizer.convert_ids_to_tokens(encoder.end))
-    return TurnEnd(token, fmean(likeliest), fmean(probabilities))
+    return TurnEnd(token, likely, len(whole[:_MEASURED])) if whole else None

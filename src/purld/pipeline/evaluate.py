@@ -32,6 +32,7 @@ from purld.pipeline.teacher_answers import complete_opponent, read_opponent, wri
 from purld.records import Anchor, Generation, Prompt
 from purld.runs.files import read_rows, write_json, write_rows
 from purld.runs.open import final_model
+from purld.runs.results import training_warnings
 from purld.runs.shortfalls import CapShortfall, as_facts, describe_shortfalls, find_shortfalls
 from purld.templates import IN_CONTEXT_VERSION, JUDGE_VERSION, RATING_VERSION, SELF_EVALUATION_VERSION
 from purld.thinking import split_thinking
@@ -95,7 +96,7 @@ def _write_results(
     ]
     for doubt in doubts:
         context.reporter.warn(doubt)
-    results["warnings"] = [*run.training_warnings(), *doubts]
+    results["warnings"] = [*training_warnings(finished), *doubts]
     write_json(run.results, {key: value for key, value in results.items() if value not in ({}, [])})
     return as_facts(shortfalls)
 

@@ -24,6 +24,7 @@ from purld.errors import UserError
 from purld.pipeline.stage_progress import describe_done, describe_progress, describe_seconds
 from purld.runs.files import read_json
 from purld.runs.lock_holder import find_lock_holder
+from purld.runs.results import training_warnings
 from purld.runs.run_dir import STAGES, RunDir
 from purld.runs.shortfalls import may_ask_again, stage_shortfalls
 
@@ -216,7 +217,7 @@ def _warnings(run: RunDir, finished: Mapping[str, Mapping[str, Any]]) -> list[st
     if "evaluate" in finished:
         found = list(read_json(run.results).get("warnings", []))
     else:
-        found = run.training_warnings()
+        found = training_warnings(finished)
         if _found_no_signal(finished):
             found.append(finished["probe"]["verdict"])
     logs = sorted(run.path.glob("purld-error-*.log"))

@@ -12,6 +12,11 @@ from purld.runs.files import read_json
 from purld.runs.run_dir import RunDir
 
 
+def training_warnings(finished: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """List the warnings of the training stages, given the facts of the finished stages."""
+    return [warning for stage in ("sft", "align") for warning in finished.get(stage, {}).get("warnings", [])]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A measured value with its 95% interval."""

@@ -145,11 +145,6 @@ class RunDir:
         """Return the finished stages by name, with the facts that each recorded."""
         return dict(self._manifest()["finished"])
 
-    def training_warnings(self) -> list[str]:
-        """Return the warnings that the finished training stages recorded."""
-        finished = self.finished_stages()
-        return [warning for stage in ("sft", "align") for warning in finished.get(stage, {}).get("warnings", [])]
-
     def begun_stages(self) -> set[str]:
         """Return the names of all stages that were started, finished or not."""
         return set(self._manifest()["begun"])

@@ -42,6 +42,7 @@ from purld.training.memory import divided_memory_error, form_of_update, use_less
 from purld.training.metrics import StepMetrics, group_record
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
+from purld.training.schedule import NoIdleSteps
 from purld.training.scoring import Scorer, ScorerContext, make_scorer
 from purld.training.trackers import tracker_arguments
 from purld.training.validation import ValidationSet, Validator
@@ -53,7 +54,7 @@ _CRITIC_FILE = "critic.pt"
 _NOT_LOGGED = frozenset({"loss", "epoch", "total_flos", "num_input_tokens_seen"})
 
 
-class AlignTrainer(ModelNamedCheckpoints, Trainer):
+class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
     """A Trainer whose step is one update on the groups of `prompts_per_step` prompts, which the ranks of a job share.
 
     Args:

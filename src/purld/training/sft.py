@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,11 +47,11 @@ from purld.training.checkpoints import (
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
 from purld.training.memory import divided_memory_error, form_of_fine_tuning
+from purld.training.schedule import NoIdleSteps
 from purld.training.trackers import tracker_arguments
 
 TrainingExample = tuple[EncodedPrompt, list[int]]  # a prompt and the token ids of its answer
 
-_LAST_LOOK = 16  # answers after which the end of the turn is looked for
 _LOGGED = frozenset({"loss", "eval_loss", "learning_rate", "grad_norm", "epoch"})
 
 
@@ -64,7 +64,6 @@ class SftFacts:
     anchors_cut: int
     best_step: int
     steps: int
-    turn_end: float | None = None  # the probability of the end-of-turn token after an anchor
     warnings: Sequence[str] = ()
 
 
@@ -105,20 +104,17 @@ def fine_tune(context: StageContext, settings: Sft, examples: Sequence[tuple[Pro
     trainer.train_from(checkpoint.path)
     guard.check_weights(trainer.model.named_parameters(), trainer.state)
     guard.check_result(_final_loss(trainer.model, train[:1], encoder.pad), trainer.state)
-    with device_autocast():
-        turn_end = measure_turn_end(cast(CausalLM, trainer.model), encoder, [*held_out, *train][:_LAST_LOOK])
     model.config.use_cache = True
     whole = whole_weights(trainer.model)
     ranks.on_first(lambda: save_model(student, trainer.model, encoder, run.sft, whole))
     best = trainer.state.best_global_step or trainer.state.global_step
-    facts = SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step)
-    if turn_end is None:
-        return facts
-    warnings = [turn_end.warning] if turn_end.warning else []
-    return replace(facts, turn_end=turn_end.probability, warnings=warnings)
+    with device_autocast():
+        turn_end = measure_turn_end(cast(CausalLM, trainer.model), encoder, [*held_out, *train])
+    warnings = [turn_end.warning] if turn_end and turn_end.warning else []
+    return SftFacts(len(train), len(held_out), cut, best, trainer.state.global_step, warnings)
 
 
-class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
+class _SftTrainer(NoIdleSteps, ModelNamedCheckpoints, SFTTrainer):
     """TRL's trainer, whose step divides a whole batch among the ranks and, in each, into micro-batches.
 
     Every token weighs the same, so that neither the number of ranks nor the size of a micro-batch changes the gradient.
@@ -194,10 +190,12 @@ class _SftTrainer(ModelNamedCheckpoints, SFTTrainer):
         Without Triton, TRL makes logits of the prompts' tokens too, which takes most of the time of a small model with
         a large vocabulary.
         """
-        positions, targets = next_token_targets(inputs.pop("labels"))
+        positions, targets = next_token_targets(inputs["labels"])
+        others = {name: value for name, value in inputs.items() if name != "labels"}
         with body_states_at(self.model, positions):
-            answers = inputs | {"shift_labels": targets.unsqueeze(0)}
-            return super().compute_loss(model, answers, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+            return super().compute_loss(  # type: ignore[no-untyped-call]
+                model, others | {"shift_labels": targets.unsqueeze(0)}, return_outputs, num_items_in_batch
+            )
 
     def _own_dropout(self) -> AbstractContextManager[None]:
         """Give a rank random numbers of its own for the step; the state that checkpoints keep is that of all ranks."""
