@@ -46,8 +46,8 @@ class TurnEnd:
         return (
             f"after {len(self.probabilities)} of {self.answers} anchors {self.token!r} is p_sft's likeliest token, but "
             f"with a mean probability of only {fmean(self.probabilities):.2f}, so most sampled answers will not end. "
-            "The base model has probably never learned that token: take a chat template that ends turns with one it knows, "
-            "such as its own eos token (student.chat_template)."
+            "The base model has probably never learned that token: take a chat template that ends turns with one it "
+            "knows, such as its own eos token (student.chat_template)."
         )
 
 
