@@ -18,7 +18,7 @@ setup: .venv/installed
 demo: setup
 	@$(BIN)/purld demo
 
-# Hours; what is done is kept in runs/miniature and not done again. `make miniature QUICK=--quick` takes five minutes.
+# Hours; what is done is kept in runs/miniature and not done again. `make miniature QUICK=--quick` takes about ten minutes.
 miniature: setup
 	@$(BIN)/python benchmarks/miniature.py $(QUICK)
 

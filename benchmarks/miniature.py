@@ -1,7 +1,7 @@
 """Reproduce the paper in miniature: its tables, findings and sensitivity figures on the testbed, on a laptop's CPU.
 
     .venv/bin/python benchmarks/miniature.py                # everything; continues where it was stopped
-    .venv/bin/python benchmarks/miniature.py --quick        # one seed of Table 1, five minutes on two cores
+    .venv/bin/python benchmarks/miniature.py --quick        # one seed of Table 1, ten minutes on two cores
     .venv/bin/python benchmarks/miniature.py --list         # what is done and what is left
     .venv/bin/python benchmarks/miniature.py --page         # make docs/miniature.md's tables and figures again
 
