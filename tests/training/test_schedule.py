@@ -40,6 +40,6 @@ def test_no_step_has_a_rate_of_zero(tmp_path, schedule, steps):
 
 
 def test_a_linear_schedule_falls_by_equal_parts(tmp_path):
-    assert rates(tmp_path, "linear", 4, 0.2) == pytest.approx([1, 3 / 4, 2 / 4, 1 / 4])
+    assert rates(tmp_path, "linear", 4, 0.2) == pytest.approx([1 / 2, 1, 2 / 3, 1 / 3])
     assert rates(tmp_path, "linear", 5, 0.4) == pytest.approx([1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
     assert rates(tmp_path, "linear", 3, 0.0) == pytest.approx([1, 2 / 3, 1 / 3])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 
 
 class NoIdleSteps:
@@ -19,10 +19,10 @@ class NoIdleSteps:
     lr_scheduler: Any
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Make the schedule; one that warms up is that of one step more, begun after its first."""
-        idle = int(self.args.get_warmup_steps(num_training_steps) > 0)
-        scheduler: LambdaLR = super().create_scheduler(num_training_steps + idle, optimizer)  # type: ignore[misc]
-        if idle:
-            scheduler = LambdaLR(scheduler.optimizer, scheduler.lr_lambdas, last_epoch=scheduler.last_epoch)
-        self.lr_scheduler = scheduler
-        return scheduler
+        """Make the schedule; one that warms up does so for one step more, and is begun after its first."""
+        plain: LambdaLR = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
+        if warm_up := self.args.get_warmup_steps(num_training_steps):
+            kind = self.args.lr_scheduler_type
+            longer: Any = get_scheduler(kind, plain.optimizer, warm_up + 1, num_training_steps + 1)
+            self.lr_scheduler = LambdaLR(plain.optimizer, longer.lr_lambdas, last_epoch=0)
+        return cast(LambdaLR, self.lr_scheduler)
