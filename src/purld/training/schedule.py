@@ -19,7 +19,10 @@ class NoIdleSteps:
     lr_scheduler: Any
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Make the schedule; one that warms up does so for one step more, and is begun after its first."""
+        """Make the schedule; one that warms up does so for one step more, and is begun after its first.
+
+        W steps of warm-up have the rates 1/(W+1) to W/(W+1) of the configured one.
+        """
         plain: LambdaLR = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
         if warm_up := self.args.get_warmup_steps(num_training_steps):
             kind = self.args.lr_scheduler_type
