@@ -31,7 +31,7 @@ Values = NDArray[np.float64]
 
 
 def main() -> None:
-    """Print every model's mean, and the paired differences with their intervals over prompts."""
+    """Print the mean of the base and of every finished model, and paired differences with intervals over prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--answers", type=Path, required=True, help="rows of prompt and the other teacher's answer")
@@ -46,7 +46,9 @@ def main() -> None:
     texts = [answers[prompt.question] for prompt in held_out]
     final = final_model(config.align.method)
     before: Values | None = None
-    for name, folder in {"base": config.student.model, "sft": run.sft, final.name: final.folder(run)}.items():
+    folders = {"sft": run.sft, final.name: final.folder(run)}
+    finished = {name: folder for name, folder in folders.items() if folder.exists()}
+    for name, folder in {"base": Path(config.student.model), **finished}.items():
         values = mean_log_probs(config.student, folder, encoder, held_out, texts)
         line = f"{name}: {values.mean():.4f} nats per token on {len(values)} prompts"
         if before is not None:
@@ -56,7 +58,7 @@ def main() -> None:
 
 
 def mean_log_probs(
-    student: Student, folder: str | Path, encoder: Encoder, prompts: Sequence[Prompt], answers: Sequence[str]
+    student: Student, folder: Path, encoder: Encoder, prompts: Sequence[Prompt], answers: Sequence[str]
 ) -> Values:
     """Return each answer's mean log-prob per token under the model in a folder, in nats."""
     model = load_model(student, folder)
