@@ -19,9 +19,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from step import LORA
 from trl import SFTTrainer
 
-from purld.config.schema import Lora, Sft, Student
+from purld.config.schema import Sft, Student
 from purld.model.load import load_encoder
 from purld.records import Anchor, Prompt
 from purld.runs.files import read_rows
@@ -43,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
     student = Student(
         model=options.model,
-        lora=Lora(r=16),
+        lora=LORA,
         dtype="float32",
         max_anchor_tokens=128,
         chat_template=options.chat_template,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -63,12 +64,12 @@ def measure_turn_end(
         examples: prompts and the token ids of their answers, with the end-of-turn token unless they were cut.
     """
     ends = sorted(end_tokens(model, encoder))
-    whole = [(prompt, answer) for prompt, answer in examples if len(answer) > 1 and answer[-1] == encoder.end]
-    likely = []
-    for prompt, answer in whole[:_MEASURED]:
+    whole = ((prompt, answer) for prompt, answer in examples if len(answer) > 1 and answer[-1] == encoder.end)
+    measured, likely = list(islice(whole, _MEASURED)), []
+    for prompt, answer in measured:
         before = FullSequences(model, [prompt.followed_by(answer[:-1])], encoder.pad)
         logits = before.closing_logits([[]], 1).squeeze()
         if logits.argmax().item() in ends:
             likely.append(logits.softmax(-1)[ends].sum().item())
     token = str(encoder.tokenizer.convert_ids_to_tokens(encoder.end))
-    return TurnEnd(token, likely, len(whole[:_MEASURED])) if whole else None
+    return TurnEnd(token, likely, len(measured)) if measured else None
