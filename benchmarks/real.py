@@ -29,7 +29,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from real_students.bench import Bench, Machine, Row
-from real_students.page import method_table, on_validation
+from real_students.page import best_on_validation, method_table, on_validation
 from real_students.plan import METHODS, QUICK, RATES, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.errors import UserError
@@ -193,12 +193,17 @@ def show_files(options: argparse.Namespace) -> None:
 
 
 def print_tables(rows: Sequence[Row]) -> None:
-    """Print a table for every student and split that has rows."""
+    """Print a table for every student and split that has rows, and one of the settings that do best on validation."""
     for student, split in dict.fromkeys((row["student"], row["split"]) for row in rows):
         print(f"\n{student}, {split} problems\n\n{method_table(rows, student, split)}")
         if split == "test":
             told = f"{student}, validation problems, by the cells of the test"
             print(f"\n{told}\n\n{method_table(on_validation(rows), student, split)}")
+            tested = [row for row in rows if (row["student"], row["split"]) == (student, split)]
+            best = best_on_validation(tested)
+            if len(best) < len(tested):
+                told = f"{student}, test problems, each method with the settings that do best on validation problems"
+                print(f"\n{told}\n\n{method_table(best, student, split)}")
 
 
 def _figures(row: Row) -> str:

@@ -45,6 +45,20 @@ def on_validation(rows: Sequence[Row]) -> list[Row]:
     return [{**row, **row["validation"]} for row in rows if "validation" in row]
 
 
+def best_on_validation(rows: Sequence[Row]) -> list[Row]:
+    """Return p_sft's rows, and of each method those of the settings that answered most validation problems right.
+
+    Settings are compared by the mean over their seeds; answers to the test problems are not looked at.
+    """
+    shares: dict[tuple[str, str], dict[str, list[float]]] = {}
+    rows = [row for row in rows if "validation" in row]  # older cells have none
+    for row in rows:
+        of_method = shares.setdefault((row["student"], row["method"]), {})
+        of_method.setdefault(_settings(row), []).append(float(np.mean(row["validation"]["right"])))
+    best = {name: max(tried, key=lambda settings: np.mean(tried[settings])) for name, tried in shares.items()}
+    return [row for row in rows if _settings(row) == best[row["student"], row["method"]]]
+
+
 def _lines(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> Iterator[list[str]]:
     """Yield the cells of every method with settings of its own, averaged over its seeds."""
     names = {(row["method"], _settings(row)): None for row in rows}

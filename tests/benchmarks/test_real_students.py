@@ -7,7 +7,7 @@ import pytest
 from real import finished_cells
 from real_students.bench import Bench, right_answers
 from real_students.figures import draw_figures, draw_gains
-from real_students.page import method_table, on_validation
+from real_students.page import best_on_validation, method_table, on_validation
 from real_students.plan import CHOSEN, METHODS, QUICK, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.config.load import load_config
@@ -120,6 +120,16 @@ def test_the_settings_with_most_right_answers_to_validation_problems_are_chosen(
     assert chosen["a"] == {"LDL-GRPO": {"learning_rate": 0.2}, "RLPR": {"learning_rate": 0.1}}
     cells = {cell.method: dict(cell.settings) for cell in chosen_cells(["b"], chosen, [0])}
     assert cells["LDL-GRPO"] == {"learning_rate": 0.1} and cells["RLPR"] == CHOSEN["RLPR"] and cells["SFT"] == {}
+
+
+def test_settings_are_compared_by_all_seeds_on_validation_problems_alone():
+    def row(rate: float, validation: float, test: float):
+        own = {"changed": {"learning_rate": rate}, "validation": {"right": [validation]}, "right": [test]}
+        return {"student": "a", "method": "RLPR"} | own
+
+    p_sft = {"student": "a", "method": "SFT", "changed": {}, "validation": {"right": [0.9]}, "right": [0.9]}
+    steady, lucky = [row(0.1, 0.5, 0.1), row(0.1, 0.6, 0.1)], [row(0.2, 0.8, 1.0), row(0.2, 0.2, 1.0)]
+    assert best_on_validation([p_sft, *lucky, *steady]) == [p_sft, *steady]
 
 
 def test_the_figures_hold_what_was_measured_and_are_left_out_without_points(tmp_path: Path):

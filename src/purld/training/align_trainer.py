@@ -98,6 +98,7 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
         self._questions = questions
         self._settings = settings
         self._run = context.run
+        self._progress = context.progress
         self._divides_gradients = divides_gradients(context.student)
         self._metrics = StepMetrics()
         self._method = stage_two_method(settings)
@@ -303,6 +304,9 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
         """Measure the run's first groups under the current policy, if the method has a q to measure."""
         self.model.eval()
         groups = ranks.on_first(lambda: read_rows(self._run.groups))
+        if any(group.get("completions") for group in groups):  # minutes for a model on a CPU
+            steps = self.state.global_step
+            self._progress(steps, steps, "measuring the first groups under the final policy")
 
         def measure() -> list[dict[str, Any]]:
             return list(remeasure_groups(self.model, self._make_rollouts, self._questions, groups))
