@@ -105,7 +105,7 @@ def missing_gold(data: Data, held_out: Sequence[Prompt]) -> str | None:
         return None
     return (
         f"{len(lacking)} of {len(held_out)} held-out prompts have no {needed} to check answers against; "
-        "give them one, or set data.check=none."
+        "give them one (data.eval_prompts may name a file of its own), or set data.check=none."
     )
 
 
