@@ -166,7 +166,8 @@ class Bench:
         """Return what the tables are made of; right answers are means over each problem's answers."""
         results = read_json(run.results)
         name = "sft" if cell.method == "SFT" else next(m for m in results["models"] if m not in ("base", "sft"))
-        steps = [row for row in read_rows(run.metrics) if row["stage"] == "align" and "eval_score" not in row]
+        logged = [row for row in read_rows(run.metrics) if row["stage"] == "align"]
+        steps = [row for row in logged if not row.keys() & {"eval_score", "eval_unscored"}]
         settings = read_yaml(run.config)["align"]
         validation = self.split_problems(cell.seed)[1]
         return {

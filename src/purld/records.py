@@ -116,7 +116,8 @@ class GroupRecord:
 
     Every list has length K; an item that is `None` belongs to a candidate without a score. A field that the method does
     not use (labels, in a method that learns from advantages) is `None`. `label_divergence` is KL(D || q) of the group.
-    `completions` holds the candidates as token ids, only for groups that are measured again at the end.
+    `completions` holds the candidates as token ids, only for groups that are measured again at the end. `left_out` says
+    that no update learned from the group, because its scores gave no signal.
     """
 
     step: int
@@ -133,6 +134,7 @@ class GroupRecord:
     advantages: Sequence[float | None] | None = None
     label_divergence: float | None = None
     completions: Sequence[Mapping[str, Any]] | None = None
+    left_out: bool = False
 
 
 @dataclass(frozen=True)

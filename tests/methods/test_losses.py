@@ -63,6 +63,14 @@ def test_hand_derived_ldl():
     assert ratio.metrics["ldl"].item() == pytest.approx(0.016417, abs=1e-6)
 
 
+@pytest.mark.parametrize(("labels", "share"), [([0.2] * 5, 1.0), ([0.75, 0.25], 0.811278), ([1.0], None)])
+def test_uniformity_is_the_labels_entropy_over_that_of_as_many_equal_ones(labels, share):
+    log_labels = torch.tensor(labels).log()
+    log_probs = torch.full((len(labels), 1), -1.0)
+    found = ldl_loss(members(log_probs, log_probs), log_labels, form="ratio", beta=0.0).metrics.get("label_uniformity")
+    assert (found is None) if share is None else found.item() == pytest.approx(share, abs=1e-6)
+
+
 def test_mean_form_divides_by_length():
     log_q = log_policy_distribution(torch.tensor([-4.0, -9.0]), torch.zeros(2), torch.tensor([2.0, 3.0]), "mean")
     assert log_q.exp().tolist() == pytest.approx(torch.softmax(torch.tensor([-2.0, -3.0]), 0).tolist())

@@ -341,6 +341,25 @@ def test_q_stands_before_and_after_where_it_was_measured_again(build: Build, tmp
         assert page.errors == []
 
 
+def test_a_group_that_no_update_learned_from_says_so(build: Build, tmp_path: Path) -> None:
+    run = build(held_out=0, groups=2)
+    absent = dict.fromkeys(("confidences", "labels", "policy_before", "label_divergence"))
+    first, second = read_rows(run.groups)
+    unscored = {"scores": [None] * 8, "margins": None, "anchor_score": None}
+    write_rows(run.groups, [row | absent | {"left_out": True} for row in (first, second | unscored)])
+    run.revisited.unlink()
+    write_report([run], run.report)
+    with Page(tmp_path / "profile") as page:
+        open_on_all(page, run)
+        shown = page.run(DETAIL)
+        assert "No update learned from this group" in shown and "8 candidates, best score first" in shown
+        assert "label distribution" not in shown
+        page.run("[...document.querySelectorAll('.list button')].at(1).click()")
+        shown = page.run(DETAIL)
+        assert "8 candidates" in shown and "best score first" not in shown and shown.count("unscored") == 8
+        assert page.errors == []
+
+
 def test_a_group_shows_what_its_method_has(build: Build, tmp_path: Path) -> None:
     """Advantages and no labels (GRPO); then no score at all, and one candidate (SinglePair-DPO)."""
     run = build(held_out=0, groups=2)

@@ -44,6 +44,7 @@ def lights(unlogged: RunData) -> Any:
         ("Entropy of D", {"entropy_labels": [0.8 * LN_K] * 5}, "green"),
         ("Entropy of D", {"entropy_labels": [0.995 * LN_K] * 5}, "amber"),
         ("Entropy of D", {"entropy_labels": [0.9999 * LN_K] * 5}, "red"),
+        ("Entropy of D", {"entropy_labels": [math.log(5)] * 5, "label_uniformity": [1.0] * 5}, "red"),  # 5 of 8 scored
         ("Entropy of D", {"entropy_labels": [0.1 * LN_K] * 5}, "amber"),
         ("Entropy of D", {"entropy_labels": [0.01 * LN_K] * 5}, "red"),
         ("KL from SFT", {"kl": [1.0] * 5, "length": [20.0] * 5}, "green"),

@@ -23,7 +23,7 @@ from purld.runs.run_dir import RunDir
 from purld.tasks.checks import find_check
 from purld.training import align, checkpoints
 from purld.training.best_step import BestStep
-from purld.training.validation import METRIC, Validator
+from purld.training.validation import METRIC, UNSCORED, ValidationFacts, Validator, validation_metrics
 
 VALIDATED = ["align.validate_every=1", "align.steps=4", "align.checkpoint_steps=3", "align.method=sft_sft"]
 BASE = ["sft.validation_fraction=0.4", "sft.epochs=1", "student.lora={r: 2}", "data.check=exact"]
@@ -48,6 +48,11 @@ def after_stage_one(module_config, tmp_path_factory):
     return make
 
 
+def row_of(value):
+    """Return the row of a validation; None is one of which too few answers got a score."""
+    return {UNSCORED: 9.0} if value is None else {UNSCORED: 0.0, METRIC: value}
+
+
 @pytest.fixture
 def measured_as(monkeypatch):
     """Lets validations measure given numbers, and keeps the weights that they saw."""
@@ -58,7 +63,7 @@ def measured_as(monkeypatch):
         def measure(self, policy):
             weights = get_peft_model_state_dict(policy)
             seen[len(seen)] = {name: weight.clone() for name, weight in weights.items()}
-            return values[len(seen) - 1]
+            return row_of(values[len(seen) - 1])
 
         monkeypatch.setattr(Validator, "__call__", measure)
         return seen
@@ -77,6 +82,9 @@ def saved(run):
     [
         ([0.2, 0.9, 0.3, 0.9, 0.1], 3, 4),  # of equal ones the later
         ([0.2, 0.9, 0.2, "never"], 1, 2),  # patience
+        ([0.2, 0.6, None, 0.5, None], 1, 4),
+        ([0.2, 0.9, None, "never"], 1, 2),
+        ([0.2, None, None, None, None], 4, 4),
     ],
 )
 def test_the_best_step_is_saved_and_the_record_says_which(values, kept, steps, after_stage_one, measured_as, capsys):
@@ -88,9 +96,15 @@ def test_the_best_step_is_saved_and_the_record_says_which(values, kept, steps, a
         assert torch.equal(weight, seen[kept][key]), key
     facts = pipeline.run.finished_stages()["align"]
     assert (facts["validation"]["kept_step"], facts["steps"]) == (kept, steps)
-    assert facts["validation"]["steps"] == [*range(steps + 1)]
-    assert facts["validation"]["scores"] == values[: steps + 1]
-    assert f"Kept the policy of step {kept}: in_context {values[kept]:.3f}" in capsys.readouterr().err
+    told = {step: value for step, value in enumerate(values[: steps + 1]) if value is not None}
+    assert dict(zip(facts["validation"]["steps"], facts["validation"]["scores"], strict=True)) == told
+    assert facts["validation"]["unmeasured"] == [step for step in range(steps + 1) if step not in told]
+    said = capsys.readouterr().err
+    if kept in told:
+        assert f"Kept the policy of step {kept}: in_context {values[kept]:.3f}" in said
+    else:
+        assert "At no step of Stage II did half of the answers" in said
+    assert ("under half of the answers" in said) == (None in values)
     assert not pipeline.run.checkpoints("align").exists()
 
 
@@ -136,7 +150,7 @@ def test_killed_a_run_keeps_the_same_step_and_ends_with_the_same_bits(at, after_
         weights = str([p.double().sum().item() for p in policy.parameters() if p.requires_grad])
         if weights not in by_weights:
             by_weights[weights] = next(scores)
-        return by_weights[weights]
+        return row_of(by_weights[weights])
 
     def kill(*_, **__):
         raise KilledError
@@ -176,7 +190,7 @@ def test_validation_prompts_are_trained_on_by_no_stage_and_the_results_say_what_
     found = read_json(pipeline.run.results)["validation"]
     rows = [r for r in read_rows(pipeline.run.metrics) if METRIC in r]
     assert [row["step"] for row in rows] == found["steps"] == [0, 1, 2]
-    assert [row[METRIC] for row in rows] == found["scores"]
+    assert [row[METRIC] for row in rows] == found["scores"] and all(row[UNSCORED] == 0 for row in rows)
     best = max((1, 2), key=lambda step: (found["scores"][step], step))
     assert (found["kept_step"], found["prompts"], found["measure"]) == (best, len(chosen), "expected")
 
@@ -262,7 +276,7 @@ def test_a_run_that_was_in_stage_two_before_steps_were_compared_goes_on_without(
 
 
 def test_patience_counts_from_the_best_step():
-    best = BestStep(2, 2, lambda: None)
+    best = BestStep(2, 2, dict)
     state = TrainerState(global_step=0, max_steps=100)
     for step, value, over in [(2, 0.5, False), (4, 0.4, False), (6, 0.6, False), (8, 0.6, False), (10, 0.1, True)]:
         state.global_step = step
@@ -271,3 +285,19 @@ def test_patience_counts_from_the_best_step():
         best.decide(state, control, {METRIC: value})
         assert control.should_training_stop == over
     assert state.best_global_step == 8
+
+
+def test_answers_without_a_score_are_counted_and_half_of_them_must_have_one():
+    assert validation_metrics([0.9, None, 0.5]) == {UNSCORED: 1.0, METRIC: 0.7}
+    assert validation_metrics([0.9, None]) == {UNSCORED: 1.0, METRIC: 0.9}
+    assert validation_metrics([0.9] * 5 + [None] * 95) == {UNSCORED: 95.0}
+    assert validation_metrics([None, None]) == {UNSCORED: 2.0}
+
+
+def test_one_warning_tells_of_all_validations_that_could_not_be_compared():
+    facts = ValidationFacts("verbal", 100, 50, [0, 50], [0.6, 0.66], [100, 150])
+    (warning,) = facts.warnings
+    assert "at 2 of 4 validations (first at step 100)" in warning and "align.score" in warning
+    lost = ValidationFacts("verbal", 100, 150, [0], [0.6], [50, 100, 150])
+    assert len(lost.warnings) == 1, "none was measured, so none is worse than p_sft"
+    assert ValidationFacts("verbal", 100, 50, [0, 50], [0.6, 0.66]).warnings == []

@@ -10,7 +10,14 @@ from transformers import TrainerControl, TrainerState
 
 from purld.runs.files import append_rows
 from purld.runs.run_dir import RunDir
-from purld.training.checkpoints import RunCallback, find_log_damage, last_checkpoint, mark_complete, remove_older
+from purld.training.checkpoints import (
+    RunCallback,
+    find_log_damage,
+    last_checkpoint,
+    mark_complete,
+    remove_older,
+    unmark_checkpoint,
+)
 
 
 @pytest.fixture
@@ -110,13 +117,48 @@ def test_every_file_is_on_disk_before_the_marker(run, monkeypatch):
     assert {".", "..", "adapter", "model.safetensors", "adapter/optimizer.pt", "trainer_state.json"} <= before
 
 
+def save_with_best(run, **best_steps):
+    """Let Stage II save checkpoints, each with the best step of its time; `_4=2` is step 4, with 2 as the best."""
+    for name, best in best_steps.items():
+        step = int(name[1:])
+        folder = run.checkpoints("align") / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(b"w" * 1000)
+        (folder / "trainer_state.json").write_text(json.dumps({"best_global_step": best}))
+        state = TrainerState(global_step=step, best_global_step=best)
+        arguments = SimpleNamespace(output_dir=folder.parent)
+        RunCallback(run, "align", lambda key: True, lambda *_: None).on_save(arguments, state, TrainerControl())
+
+
 @pytest.mark.parametrize(
-    ("needed", "left"), [({6, 2}, [2, 6]), ({6, None}, [4, 6]), ({6}, [4, 6]), ({6, 4, 2}, [2, 4, 6])]
+    ("saved", "left"),
+    [
+        ({"_2": None, "_4": None, "_6": None}, [4, 6]),
+        ({"_2": 2, "_4": 2, "_6": 2, "_8": 2}, [2, 6, 8]),
+        ({"_2": 2, "_4": 2, "_6": 6}, [2, 4, 6]),  # 2 is the best of 4
+        ({"_2": 2, "_4": 2, "_6": 6, "_8": 6}, [6, 8]),
+    ],
 )
-def test_two_are_kept_the_best_models_among_them(run, needed, left):
+def test_the_newest_two_are_kept_with_the_best_models_that_they_name(saved, left, tmp_path):
+    run = RunDir(tmp_path / "run")
+    save_with_best(run, **saved)
+    assert sorted(path.name for path in run.checkpoints("align").iterdir()) == [f"checkpoint-{step}" for step in left]
+
+
+@pytest.mark.parametrize("best", [50, 150])
+def test_whatever_the_newest_has_lost_the_one_before_it_can_be_used(best, tmp_path):
+    run = RunDir(tmp_path / "run")
+    save_with_best(run, _50=50, _100=50, _150=best)
+    unmark_checkpoint(run.checkpoints("align"), 150)
+    assert (newest(run).step, newest(run).set_aside) == (100, None)
+
+
+def test_where_a_trainer_state_cannot_be_read_the_newest_two_are_left(run):
     folder = run.checkpoints("align")
-    remove_older(folder, needed)
-    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{step}" for step in left]
+    (folder / "checkpoint-4" / "trainer_state.json").write_text("[")
+    (folder / "checkpoint-6" / "trainer_state.json").unlink()
+    remove_older(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-4", "checkpoint-6"]
 
 
 def test_no_checkpoint(tmp_path):

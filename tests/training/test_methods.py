@@ -1,7 +1,9 @@
 """Every method through the real pipeline with a tiny student: same prompts and updates, the same bits after a kill."""
 
 import itertools
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +17,15 @@ from purld.errors import UserError
 from purld.evaluation.diagnostics import mean_label_divergence
 from purld.methods.table import METHODS
 from purld.model.load import load_model
+from purld.model.self_evaluation import GroupScores
 from purld.pipeline.pipeline import Pipeline
 from purld.records import Prompt
+from purld.report.answer_browser import answer_browser
+from purld.report.run_data import read_run
 from purld.runs.files import read_json, read_rows
 from purld.runs.run_dir import RunDir
 from purld.training.align_trainer import AlignTrainer, RepeatedBatches
+from purld.training.scoring import SCORERS
 
 pytestmark = pytest.mark.usefixtures("short_probe")
 
@@ -232,6 +238,43 @@ def test_a_teacher_that_gives_no_score_leaves_candidates_unscored(after_stage_on
 def test_pairs_that_never_differ_enough_are_told(after_stage_one):
     with pytest.raises(UserError, match=r"lower align\.margin"):
         after_stage_one("anchorrank_dpo", "align.margin=1.0", "align.steps=1").execute(["align"])
+
+
+def test_a_group_that_is_left_out_is_recorded_counted_and_not_measured_again(after_stage_one, monkeypatch):
+    entry = SCORERS["expected"]
+
+    def is_left_out(prompt_id):
+        return int(prompt_id, 16) % 2 == 0
+
+    def make(context):
+        def score(groups):
+            alike = GroupScores(0.9, [0.5, 0.5, 0.5])
+            return [
+                alike if is_left_out(group.prompt.id) else scores
+                for group, scores in zip(groups, entry.make(context)(groups), strict=True)
+            ]
+
+        return score
+
+    monkeypatch.setitem(SCORERS, "expected", replace(entry, make=make))
+    pipeline = after_stage_one("ldl_grpo", "align.skip_equal_scores=true")
+    pipeline.execute(["align", "evaluate"])
+    run, results = pipeline.run, read_json(pipeline.run.results)
+    groups = read_rows(run.groups)
+    assert [group["left_out"] for group in groups] == [is_left_out(group["prompt_id"]) for group in groups]
+    learned, left_out = ([g for g in groups if g["left_out"] is told] for told in (False, True))
+    assert len(learned) + len(left_out) == 8 and learned and left_out
+    for group in left_out:
+        optional = set().union(*RECORDED.values())
+        assert {column for column in optional if group[column] is not None} == {"scores", "margins"}
+        assert len(group["candidates"]) == 3
+    again = [(row["step"], row["prompt_id"]) for row in read_rows(run.revisited)]
+    assert again == [(group["step"], group["prompt_id"]) for group in learned]
+    assert [step["n"] for step in results["training_accuracy"]] == [6, 6, 6, 6]
+    assert results["score_quality"]["n"] == 24 and results["label_divergence"]["groups"] == len(learned)
+    entries = json.loads(answer_browser([read_run(run)]).json)["entries"]
+    shown = {entry["id"]: entry["group"].get("left_out", False) for entry in entries if "group" in entry}
+    assert shown == {group["prompt_id"]: group["left_out"] for group in groups}
 
 
 def test_repeated_batches_are_whole_and_follow_the_epoch():

@@ -9,6 +9,7 @@ then sends members backward in micro-batches, and the sum is the exact gradient 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -157,6 +158,8 @@ def ldl_loss(
         "entropy_policy": entropy_policy,
         "sharper_than_labels": (entropy_policy < entropy_labels).float(),
     }
+    if log_labels.numel() > 1:
+        metrics["label_uniformity"] = entropy_labels / math.log(log_labels.numel())
     q = log_q.exp()
     if (correlation := _correlation(q.detach(), tokens.lengths)) is not None:
         metrics["length_correlation"] = correlation

@@ -29,7 +29,7 @@ from purld.runs.files import nearest_folder
 from purld.training.memory import UpdateForm, choose_form, describe_need, fits, update_sizes
 
 _PROCESSES = (2, 4, 8)  # for which the plan says what each needs where they divide the weights
-_CHECKPOINTS = 3  # two are kept, and the next one is complete before the oldest is deleted
+_CHECKPOINTS = 4  # three at most are kept, and the next one is complete before the oldest is deleted
 
 
 @dataclass(frozen=True)

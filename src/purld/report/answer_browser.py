@@ -204,6 +204,8 @@ def _group_fields(group: Row) -> dict[str, Any]:
     names = [name for name, values in columns.items() if values is not None]
     candidates = [dict(zip(names, map(_rounded, row))) for row in zip(*(columns[name] for name in names))]
     fields = {"step": group["step"], "anchor_score": _rounded(group["anchor_score"]), "candidates": candidates}
+    if group.get("left_out"):
+        fields["left_out"] = True
     if "policy_after" in group:
         fields["divergence"] = [_rounded(group["label_divergence"]), _rounded(group["label_divergence_after"])]
     return fields

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from purld.evaluation.recorded import Row
 from purld.methods.label_limits import UNIFORM_ENTROPY
 from purld.report.run_data import RunData
-from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL
+from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL, label_uniformity
 
 Colour = Literal["green", "amber", "red", "grey"]
 
@@ -97,9 +97,8 @@ def _against_start(rows: Sequence[Row], key: str) -> float | None:
 
 
 def _label_entropy(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
-    entropy = _latest(rows, "entropy_labels")
     group = align.get("candidates", 0) + align.get("anchor_in_group", False)  # the anchor has a label of its own
-    return None if entropy is None or group < 2 else entropy / math.log(group)
+    return _latest([{"share": label_uniformity(row, group)} for row in rows], "share")
 
 
 def _kl_per_token(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:

@@ -6,7 +6,6 @@ This module runs the stage from p_sft to the saved policy and says what to look 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,10 +24,10 @@ from purld.training.align_trainer import AlignTrainer
 from purld.training.checkpoints import resume_point
 from purld.training.context import StageContext
 from purld.training.gain import GainFacts, final_gain
-from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL
+from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL, label_uniformity
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
-from purld.training.validation import METRIC, ValidationFacts, ValidationSet
+from purld.training.validation import METRIC, UNSCORED, ValidationFacts, ValidationSet
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class AlignFacts:
     def warnings(self) -> list[str]:
         """Return what the user should look at, one sentence each."""
         warnings = []
-        if self.validation is not None and self.validation.warning is not None:
-            warnings.append(self.validation.warning)
+        if self.validation is not None:
+            warnings += self.validation.warnings
         if self.truncated > MOST_TRUNCATED * self.candidates:
             warnings.append(f"{self.truncated} of {self.candidates} candidates met the limit align.max_new_tokens.")
         if self.unscored:
@@ -136,7 +135,7 @@ def align(
     trainer.train_from(checkpoint.path)
     trainer.check_policy()
     logged = ranks.on_first(lambda: [row for row in read_rows(run.metrics) if row["stage"] == "align"])
-    rows = [row for row in logged if METRIC not in row]
+    rows = [row for row in logged if METRIC not in row and UNSCORED not in row]
     if not any("objective" in row for row in rows):
         raise UserError(_no_signal(rows, settings))
     trainer.remeasure()
@@ -149,7 +148,8 @@ def align(
 def _validated(rows: Sequence[dict[str, Any]], validation: ValidationSet, kept_step: int) -> ValidationFacts:
     measured = [row for row in rows if METRIC in row]
     steps, scores = ([row[key] for row in measured] for key in ("step", METRIC))
-    return ValidationFacts(validation.measure, len(validation.examples), kept_step, steps, scores)
+    unmeasured = [row["step"] for row in rows if UNSCORED in row and METRIC not in row]
+    return ValidationFacts(validation.measure, len(validation.examples), kept_step, steps, scores, unmeasured)
 
 
 def _no_signal(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> str:
@@ -174,7 +174,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         dropped_groups=int(_total(rows, "dropped_groups")),
         sharper_than_labels=_total(rows, "sharper_than_labels") / max(1, len(rows)),
         against_flattening=_advice(settings),
-        label_entropy=_label_entropy(rows, settings),
+        label_entropy=_mean_label_entropy(rows, settings),
         spread_kept=_spread_kept(kept),
         kl=_final_kl(kept),
         engine_gap=_engine_gap(rows),
@@ -182,10 +182,11 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
     )
 
 
-def _label_entropy(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> float | None:
+def _mean_label_entropy(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> float | None:
     """Return the mean entropy of the labels over that of uniform ones; None for a method without labels."""
-    entropies = [row["entropy_labels"] for row in rows if "entropy_labels" in row]
-    return sum(entropies) / len(entropies) / math.log(settings.drawn + settings.anchor_joins) if entropies else None
+    members = settings.drawn + settings.anchor_joins
+    entropies = [share for row in rows if (share := label_uniformity(row, members)) is not None]
+    return sum(entropies) / len(entropies) if entropies else None
 
 
 def _spread_kept(rows: Sequence[dict[str, Any]]) -> float | None:

@@ -160,7 +160,8 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
 
     def _measure_start(self) -> None:
         """Measure p_sft, which the steps are compared with."""
-        if self._best is not None and (metrics := self._best.measure()) and ranks.is_first():
+        metrics = {} if self._best is None else self._best.measure()
+        if metrics and ranks.is_first():
             self._run.log_metrics("align", 0, metrics)
 
     def _is_over(self, state: TrainerState) -> bool:
@@ -217,9 +218,10 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
                 objective += share * loss.value
                 from_sft = not self._method.anchored_reference
                 self._metrics.add_update(loss, tokens, len(rollout.member_candidates), from_sft)
-                if is_fresh and rollout.completions:
-                    early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
-                    records.append(group_record(self.state.global_step + 1, rollout, loss, keep_ids=early))
+            if is_fresh and rollout.completions:
+                early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
+                loss_of_group = None if found is None else found[0]
+                records.append(group_record(self.state.global_step + 1, rollout, loss_of_group, keep_ids=early))
         self._update.roles.check_trained()
         ranks.sum_gradients(self._trained_weights())
         if is_fresh:

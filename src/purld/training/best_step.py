@@ -6,6 +6,7 @@ every checkpoint. So a resumed run knows the best step, and how many validations
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from purld.config.methods import StageTwoSettings
-from purld.training.validation import METRIC
+from purld.training.validation import METRIC, UNSCORED
 
 _STATE = "trainer_state.json"
 
@@ -30,10 +31,10 @@ class BestStep(TrainerCallback):
     Args:
         every: steps from one validation to the next; the last step is validated too.
         patience: validations in a row without a better one that end the training; None to train on.
-        measure: measures the policy as it is; None if that gave no number.
+        measure: measures the policy as it is, as a row of metrics.
     """
 
-    def __init__(self, every: int, patience: int | None, measure: Callable[[], float | None]) -> None:
+    def __init__(self, every: int, patience: int | None, measure: Callable[[], dict[str, float]]) -> None:
         self._every, self._patience, self._measure = every, patience, measure
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -42,14 +43,14 @@ class BestStep(TrainerCallback):
             control.should_evaluate = True
 
     def measure(self) -> dict[str, float]:
-        """Measure the policy, as a row of metrics; empty if that gave no number."""
-        value = self._measure()
-        return {} if value is None else {METRIC: value}
+        """Measure the policy, as a row of metrics."""
+        return self._measure()
 
     def decide(self, state: TrainerState, control: TrainerControl, metrics: dict[str, float]) -> None:
         """Note whether this step is the best so far, save it if so, and stop if the patience is at its end.
 
-        Of equal steps the later one is kept: it has learnt from more prompts.
+        Of equal steps the later one is kept: it has learnt from more prompts. One that could not be measured is never
+        the best.
         """
         value = metrics.get(METRIC)
         if value is not None and (state.best_metric is None or value >= state.best_metric):
@@ -62,9 +63,10 @@ class BestStep(TrainerCallback):
         """Return whether training is finished: by its steps, or because nothing was better for too long."""
         if state.global_step >= state.max_steps:
             return True
-        values = [row[METRIC] for row in state.log_history if METRIC in row]
+        rows = [row for row in state.log_history if METRIC in row or UNSCORED in row]
+        values = [row.get(METRIC, -math.inf) for row in rows]  # one that could not be measured is not better
         best = [max(values[: end + 1]) for end in range(len(values))]
-        since_better = len(values) - best.index(best[-1]) - 1 if values else 0
+        since_better = len(values) - best.index(best[-1]) - 1 if max(values, default=-math.inf) > -math.inf else 0
         return self._patience is not None and since_better >= self._patience
 
 

@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from purld.training.context import Progress
 
 _TRAINER_STATE = "trainer_state.json"
 _COMPLETE = "complete"  # written last: the records of the checkpoint's files and of the run's logs
-_KEPT = 2  # checkpoints, the best model's among them
+_KEPT = 2  # checkpoints, beside those of the best models that they name
 _SHOWN = ("loss", "eval_loss", "objective", "score")
 
 
@@ -97,15 +97,21 @@ def _examine(run: RunDir, path: Path) -> tuple[str | None, Mapping[str, Any] | N
         records = _read_marker(run, path)
         if problem := _find_damage(path, records):
             return problem, None
-        state = json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8"))
-        best = path.with_name(f"checkpoint-{state.get('best_global_step')}")
-        if state.get("best_global_step") and best != path and (problem := _find_damage(best, _read_marker(run, best))):
+        step = _best_step(path)
+        best = path.with_name(f"checkpoint-{step}")
+        if step and best != path and (problem := _find_damage(best, _read_marker(run, best))):
             return problem, None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: is damaged ({reason_of(error)})", None
     if records is None:
         return None, None
     return run.find_log_damage(records["logs"]), records["logs"]
+
+
+def _best_step(path: Path) -> int | None:
+    """Return the best step so far by the trainer's state in a checkpoint; None if it names none."""
+    step: int | None = json.loads((path / _TRAINER_STATE).read_text(encoding="utf-8")).get("best_global_step")
+    return step
 
 
 def find_log_damage(run: RunDir) -> str | None:
@@ -157,17 +163,22 @@ def unmark_checkpoint(folder: Path, step: int) -> None:
     (folder / f"checkpoint-{step}" / _COMPLETE).unlink(missing_ok=True)
 
 
-def remove_older(folder: Path, needed: Container[int | None]) -> None:
-    """Remove the oldest checkpoints but those of the `needed` steps, until two are left.
+def remove_older(folder: Path) -> None:
+    """Remove all checkpoints but the newest two and those of the best models that these name.
 
-    A Trainer would remove them before the newest one counts as complete: after a kill in between, what is left may be
-    far behind, or lack the best model that it refers to. So trainers get no `save_total_limit`.
+    The older of the two is there for a newest one that turns out to be damaged, and cannot be used without its own best
+    model. A Trainer would remove checkpoints before the newest one counts as complete: after a kill in between, what is
+    left may be far behind, or lack the best model that it refers to. So trainers get no `save_total_limit`.
     """
     steps = sorted(int(n) for path in folder.glob("checkpoint-*") if (n := path.name.rpartition("-")[2]).isdigit())
-    removable = [step for step in steps if step not in needed]
-    for step in removable[: max(0, len(steps) - _KEPT)]:
-        unmark_checkpoint(folder, step)  # first: half a checkpoint must not count
-        shutil.rmtree(folder / f"checkpoint-{step}")
+    needed: set[int | None] = {*steps[-_KEPT:]}
+    for step in steps[-_KEPT:]:
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):  # damaged: it is not used in any case
+            needed.add(_best_step(folder / f"checkpoint-{step}"))
+    for step in steps:
+        if step not in needed:
+            unmark_checkpoint(folder, step)  # first: half a checkpoint must not count
+            shutil.rmtree(folder / f"checkpoint-{step}")
 
 
 class RunCallback(TrainerCallback):
@@ -205,7 +216,7 @@ class RunCallback(TrainerCallback):
         values = {key: float(value) for key, value in (logs or {}).items() if self._is_logged(key)}
         # The trainer's closing summary repeats the last step without any of these.
         if (
-            not values.keys() & {"loss", "eval_loss", "eval_score", "objective", "dropped_groups"}
+            not values.keys() & {"loss", "eval_loss", "eval_score", "eval_unscored", "objective", "dropped_groups"}
             or not ranks.is_first()
         ):
             return
@@ -222,7 +233,7 @@ class RunCallback(TrainerCallback):
             folder = Path(args.output_dir or "")
             mark_complete(self._run, folder / f"checkpoint-{state.global_step}")
             self._run.note_seconds(self._stage)
-            remove_older(folder, {state.global_step, state.best_global_step})
+            remove_older(folder)
         _find_best(args, state)
 
 

@@ -97,24 +97,26 @@ def _combine(name: str, values: list[float]) -> float:
     return sum(values) if name in _SUMMED else sum(values) / len(values)
 
 
-def group_record(step: int, rollout: Rollout, loss: GroupLoss, keep_ids: bool) -> GroupRecord:
+def group_record(step: int, rollout: Rollout, loss: GroupLoss | None, keep_ids: bool) -> GroupRecord:
     """Make the record of one group that the log keeps and the report shows.
 
     Args:
-        step: the update that the group was first part of.
+        step: the update that the group was first part of, or was drawn for.
         rollout: the group.
-        loss: the objective on it.
+        loss: the objective on it; None if it is left out.
         keep_ids: keep token ids, so that the group can be measured again: a text does not always encode to its own.
     """
     scores, anchor_score = rollout.scores.candidates, rollout.scores.anchor
-    optional: dict[str, Any] = dict(member_columns(rollout, loss.members))
-    if (divergence := logged_label_divergence(loss)) is not None:
-        optional["label_divergence"] = divergence
-    if keep_ids and Q_COLUMN in loss.members:
-        optional["completions"] = [{"ids": c.ids, "finished": c.finished} for c in rollout.completions]
+    optional: dict[str, Any] = {"left_out": True}
+    if loss is not None:
+        optional = dict(member_columns(rollout, loss.members))
+        if (divergence := logged_label_divergence(loss)) is not None:
+            optional["label_divergence"] = divergence
+        if keep_ids and Q_COLUMN in loss.members:
+            optional["completions"] = [{"ids": c.ids, "finished": c.finished} for c in rollout.completions]
     if anchor_score is not None:
         optional["margins"] = [None if s is None else s - anchor_score for s in scores]
-    if any(s is not None for s in scores):
+    if loss is None or any(s is not None for s in scores):  # a method without scores leaves nothing out
         optional["scores"] = scores
     return GroupRecord(
         step=step,

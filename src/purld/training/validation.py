@@ -29,6 +29,8 @@ from purld.training.scoring import GroupToScore, Scorer, ScorerContext, find_sco
 
 GOLD = "gold"
 METRIC = "eval_score"  # of the rows in metrics.jsonl
+UNSCORED = "eval_unscored"  # the number of answers without a score, in every row of a validation
+_LEAST_SCORED = 0.5  # of the answers: the mean of fewer is of other prompts than at the other steps
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ValidationFacts:
         kept_step: the step whose policy is kept.
         steps: the validated steps; 0 is p_sft.
         scores: what was measured at them, the mean over prompts.
+        unmeasured: the steps at which too few answers got a score, so that they were not compared.
     """
 
     measure: str
@@ -72,12 +75,16 @@ class ValidationFacts:
     kept_step: int
     steps: Sequence[int]
     scores: Sequence[float]
+    unmeasured: Sequence[int] = ()
 
     def describe(self) -> str:
         """Describe which step is kept and why."""
         by_step = dict(zip(self.steps, self.scores, strict=True))
         if self.kept_step not in by_step:
-            return f"No answer to the {self.prompts} validation prompts got a score; the last step is kept."
+            return (
+                f"At no step of Stage II did half of the answers to the {self.prompts} validation prompts get a score; "
+                "the last step is kept."
+            )
         others = [f"{by_step[0]:.3f} before Stage II"] if 0 in by_step else []
         if self.steps[-1] != self.kept_step:
             others.append(f"{self.scores[-1]:.3f} at step {self.steps[-1]}")
@@ -87,16 +94,23 @@ class ValidationFacts:
         )
 
     @property
-    def warning(self) -> str | None:
-        """Return a sentence if no step was better than p_sft; None otherwise."""
+    def warnings(self) -> list[str]:
+        """Return a sentence if no step was better than p_sft, and one if steps could not be compared."""
         by_step = dict(zip(self.steps, self.scores, strict=True))
-        if 0 not in by_step or by_step.get(self.kept_step, 0.0) > by_step[0]:
-            return None
-        return (
-            f"no step of Stage II was better than p_sft on the {self.prompts} validation prompts ({self.measure} "
-            f"{by_step.get(self.kept_step, by_step[0]):.3f} against {by_step[0]:.3f}); the best of them is kept, and "
-            "`purld export --stage sft` exports p_sft."
-        )
+        warnings = []
+        if 0 in by_step and self.kept_step in by_step and by_step[self.kept_step] <= by_step[0]:
+            warnings.append(
+                f"no step of Stage II was better than p_sft on the {self.prompts} validation prompts ({self.measure} "
+                f"{by_step[self.kept_step]:.3f} against {by_step[0]:.3f}); the best of them is kept, and "
+                "`purld export --stage sft` exports p_sft."
+            )
+        if self.unmeasured:
+            warnings.append(
+                f"under half of the answers to the {self.prompts} validation prompts got a score at "
+                f"{len(self.unmeasured)} of {len(self.steps) + len(self.unmeasured)} validations (first at step "
+                f"{self.unmeasured[0]}), and none of these could be kept as the best; use another align.score."
+            )
+        return warnings
 
 
 class Validator:
@@ -125,8 +139,8 @@ class Validator:
         self._batch = largest_share(settings) * max(1, settings.drawn)  # as many sequences as a step draws here at once
 
     @torch.no_grad()
-    def __call__(self, policy: CausalLM) -> float | None:
-        """Return the mean score of greedy answers, which the ranks share; None if none of them got a score."""
+    def __call__(self, policy: CausalLM) -> dict[str, float]:
+        """Return the row of metrics for greedy answers, which the ranks share; see `validation_metrics`."""
         scores: list[float | None] = []
         mine = self._questions[ranks.my_share(len(self._questions))]
         for rows in micro_batches(len(mine), self._batch):
@@ -135,11 +149,23 @@ class Validator:
                 drawn = self._sampler(policy, [question.encoded for question in batch], 1, [0] * len(batch))
             groups = [self._to_score(question, completions) for question, completions in zip(batch, drawn)]
             scores += [scored.candidates[0] for scored in self._scorer(groups)]
-        known = [score for score in ranks.gather_rows(scores) if score is not None]
-        return sum(known) / len(known) if known else None
+        return validation_metrics(ranks.gather_rows(scores))
 
     def _to_score(self, question: AnchoredPrompt, completions: Sequence[Completion]) -> GroupToScore:
         return candidates_to_score(self._encoder, question, completions)
+
+
+def validation_metrics(scores: Sequence[float | None]) -> dict[str, float]:
+    """Return how many of the answers have no score, and the mean of the others, without which a step is not compared.
+
+    The mean is left out where under half have a score: a policy whose answers mostly get none would be told by the few
+    that do.
+    """
+    known = [score for score in scores if score is not None]
+    metrics = {UNSCORED: float(len(scores) - len(known))}
+    if known and len(known) >= _LEAST_SCORED * len(scores):
+        metrics[METRIC] = sum(known) / len(known)
+    return metrics
 
 
 def validation_rows(settings: StageTwoSettings) -> BatchSize:

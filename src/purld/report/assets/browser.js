@@ -13,6 +13,7 @@
 
   const NOTE = "u is the confidence that a candidate is as good as the anchor, D the label distribution over the " +
     "group, q the policy's own distribution over it.";
+  const LEFT_OUT = "No update learned from this group: its scores gave no signal.";
   const TWICE = "q before belongs to the policy that drew the candidates, q after to the final policy.";
 
   // The two models that every run compares, by name where they are the same in all runs.
@@ -213,9 +214,10 @@
     const sorted = [...group.candidates].sort((a, b) => (b.score ?? -Infinity) - (a.score ?? -Infinity) || 0);
     const largest = Math.max(...sorted.flatMap((c) => [c.D ?? 0, c.q ?? 0, c.after ?? 0]));
     const heading = sorted.length === 1 ? "The student's candidate" : `The student's ${sorted.length} candidates`;
-    const order = sorted.length > 1 && sorted[0].score !== undefined ? ", best score first" : "";
+    const order = sorted.length > 1 && typeof sorted[0].score === "number" ? ", best score first" : "";
     return [
       el("h3", { textContent: heading + order }),
+      group.left_out ? el("p", { class: "note", textContent: LEFT_OUT }) : null,
       sorted[0].D === undefined ? null : el("p", { class: "note", textContent: group.divergence ? `${NOTE} ${TWICE}` : NOTE }),
       group.divergence ? el("div", { class: "chips" }, divergenceChip(...group.divergence)) : null,
       el("ol", { class: "candidates" }, ...sorted.map((c) =>
