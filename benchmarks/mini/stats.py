@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
+from purld.t_distribution import t_quantile, two_sided_p
+
 LEVEL = 0.95
-_POINTS = 2_001  # nodes of Simpson's rule
 
 
 @dataclass(frozen=True)
@@ -64,37 +64,6 @@ def over_seeds(values: Sequence[float]) -> Mean:
     half = t_quantile(0.5 + LEVEL / 2, n - 1) * error
     p = two_sided_p(mean / error, n - 1) if error > 0 else (1.0 if mean == 0 else 0.0)
     return Mean(mean, mean - half, mean + half, p, tuple(map(float, x)))
-
-
-def two_sided_p(t: float, degrees: int) -> float:
-    """Return P(|T| > |t|) for Student's t.
-
-    With T = sqrt(v) tan(a) the density becomes cos(a)^(v-1) on (-pi/2, pi/2), which Simpson's rule integrates.
-    """
-    start = math.atan(abs(t) / math.sqrt(degrees))
-    return _cosines(start, degrees) / _cosines(0.0, degrees)
-
-
-def _cosines(start: float, degrees: int) -> float:
-    """Return the integral of cos^(degrees - 1) from `start` to pi/2."""
-    angles, step = np.linspace(start, math.pi / 2, _POINTS, retstep=True)
-    heights = np.cos(angles).clip(min=0.0) ** (degrees - 1)
-    weights = np.ones(_POINTS)
-    weights[1:-1:2], weights[2:-1:2] = 4.0, 2.0
-    return float(step) / 3 * float(weights @ heights)
-
-
-@lru_cache
-def t_quantile(level: float, degrees: int) -> float:
-    """Return the t below which Student's distribution has a share `level` > 0.5, by bisection."""
-    low, high = 0.0, 1e3
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 1 - two_sided_p(middle, degrees) / 2 < level:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def adjust_by_holm(p_values: Mapping[str, float], tests: int) -> dict[str, float]:

@@ -62,6 +62,36 @@ def test_a_score_that_is_the_probability_is_calibrated_and_the_interval_holds_th
     assert quality.auc_within_ci[1] - quality.auc_within_ci[0] < 0.06
 
 
+def random_groups(rng: np.random.Generator, prompts: int, gap: float = 0.0) -> list[CheckedGroup]:
+    """Eight candidates of each prompt, right and wrong ones among them; right ones score higher by `gap`."""
+    groups: list[CheckedGroup] = []
+    while len(groups) < prompts:
+        right = rng.uniform(size=8) < 0.4
+        if right.any() and not right.all():
+            scores = rng.normal(size=8) + gap * right
+            groups.append(CheckedGroup(str(len(groups)), 1, scores.tolist(), right.tolist()))
+    return groups
+
+
+def share_told_apart(prompts: int, gap: float = 0.0) -> tuple[float, float]:
+    """The shares of 400 intervals that lie below and above chance."""
+    rng = np.random.default_rng(prompts)
+    intervals = np.array([score_quality(random_groups(rng, prompts, gap)).auc_within_ci for _ in range(400)])
+    return float((intervals[:, 1] < 0.5).mean()), float((intervals[:, 0] > 0.5).mean())
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 4, 8])
+def test_random_scores_of_a_few_prompts_seldom_seem_worse_or_better_than_chance(prompts: int) -> None:
+    """2.5% on either side is meant; of a plain bootstrap's intervals 20% of two prompts and 9% of four lie there."""
+    below, above = share_told_apart(prompts)
+    assert below < 0.05 and above < 0.05
+
+
+def test_scores_that_rank_wrong_answers_first_are_still_found_with_few_prompts() -> None:
+    """Right answers score lower by 1.2 standard deviations: an AUC of 0.2."""
+    assert share_told_apart(8, gap=-1.2)[0] > 0.7
+
+
 def test_several_groups_of_one_prompt_are_one_unit() -> None:
     rng = np.random.default_rng(1)
     drawn = [(rng.uniform(size=6), rng.uniform(size=6) < 0.5) for _ in range(40)]

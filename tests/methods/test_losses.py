@@ -117,6 +117,19 @@ def test_weighed_by_its_positives_a_group_has_the_gradient_of_reinforce(right):
     assert torch.allclose(coefficients.flatten(), (scores.mean() - scores) / 8, atol=1e-9)
 
 
+@pytest.mark.parametrize("right", [0, 3])
+def test_an_anchor_in_the_group_counts_as_one_of_its_positives(right):
+    """The anchor and the m right ones of K candidates are m + 1 positives of K + 1 members, all pulled up alike."""
+    scores = (torch.arange(9) <= right).double()  # the anchor's first
+    labels = pu_labels(scores, 1.0, gamma=60.0, tau=1.2)
+    assert labels.positives == pytest.approx((right + 1) / 9)
+    group = members(torch.full((9, 1), -3.0, dtype=torch.float64))
+    _, coefficients, _ = loss_coefficients(
+        lambda t: ldl_loss(t, labels.log_distribution, form="ratio", beta=0.0, drawn=8, weight=labels.positives), group
+    )
+    assert torch.allclose(coefficients.flatten(), (scores.mean() - scores) / 9, atol=1e-9)
+
+
 def test_extreme_log_likelihoods_stay_finite():
     log_probs = torch.tensor([[-5.0], [-5000.0], [-900.0]])
     log_labels = torch.tensor([-2000.0, 0.0, -1500.0])

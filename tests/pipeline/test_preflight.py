@@ -1,12 +1,17 @@
-"""What is checked before anything is paid for: that the longest self-evaluation fits the student's context."""
+"""What is checked before anything is paid for: that self-evaluation fits the context, and that its scores can teach."""
 
 from __future__ import annotations
 
 import pytest
 
 from purld.config.load import load_config
+from purld.display.progress import Reporter
 from purld.errors import UserError
-from purld.pipeline.preflight import TEMPLATE_TOKENS, check_context
+from purld.model.load import load_encoder
+from purld.pipeline.chosen_score import with_chosen_score
+from purld.pipeline.pipeline import Pipeline
+from purld.pipeline.preflight import TEMPLATE_TOKENS, check_context, check_scoring
+from purld.runs.run_dir import RunDir
 
 CONTEXT = 2048  # of the random student
 LIMITS = ["student.max_prompt_tokens=200", "align.max_new_tokens=44", "evaluate.max_new_tokens=30"]
@@ -28,3 +33,34 @@ def test_the_longest_self_evaluation_fits_to_the_token(settings, answer, tiny_co
     check_context(load_config(tiny_config, [*LIMITS, f"student.max_anchor_tokens={anchor}", *settings]))
     with pytest.raises(UserError, match="or the anchor itself, add up to"):
         check_context(load_config(tiny_config, [*LIMITS, f"student.max_anchor_tokens={anchor + 1}", *settings]))
+
+
+@pytest.mark.parametrize(
+    ("score", "check", "refused"),
+    [
+        ("in_context", "none", "in_context"),
+        ("reference", "math", "reference"),
+        ("auto", "none", "in_context"),
+        ("auto", "math", None),
+        ("agreement", "math", None),
+        ("expected", "none", None),
+    ],
+)
+def test_groups_are_not_weighed_by_positives_that_a_score_does_not_have(score, check, refused, tiny_config):
+    chosen = [f"align.score={score}", f"data.check={check}"]
+    weighed = with_chosen_score(load_config(tiny_config, [*chosen, "align.group_weight=positives"]))
+    encoder = load_encoder(weighed.student)
+    if refused is None:
+        check_scoring(weighed, encoder)
+        return
+    with pytest.raises(UserError, match=rf"align\.group_weight=positives .* with align\.score={refused} .*=equal"):
+        check_scoring(weighed, encoder)
+    check_scoring(with_chosen_score(load_config(tiny_config, chosen)), encoder)
+
+
+def test_a_run_that_cannot_be_weighed_so_is_refused_before_anything_is_bought(tiny_config, tmp_path):
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"align\.group_weight=positives"):
+        config = load_config(tiny_config, ["align.score=auto", "data.check=none", "align.group_weight=positives"])
+        Pipeline(config, run, Reporter())
+    assert not run.path.exists()

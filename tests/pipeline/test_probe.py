@@ -165,6 +165,36 @@ def test_the_command_measures_every_scorer_of_a_random_student(tiny_config, tmp_
     assert all(0 <= row["label_entropy"] <= 1.0001 for row in probe["scorers"])
 
 
+def test_a_spread_that_is_rounding_is_not_scaled_up_to_that_of_a_signal(tiny_config, run, scorers):
+    """Scores whose order within the group changes them by as much as they differ."""
+
+    def rounding(groups):
+        return [GroupScores(0.5, [0.5 + 3e-8 * (i % 2) for i in range(len(g.candidates))]) for g in groups]
+
+    scorers(in_context=rounding)
+    with pytest.raises(UserError, match="which is rounding"):
+        pipeline(tiny_config, run, "align.score=in_context").execute(["align"])
+    pipeline(tiny_config, run, "align.score=in_context", "align.weak_signal=continue").execute(["align"])
+    finished = run.finished_stages()
+    assert finished["align"]["margin_scale"] == 1.0
+    assert finished["probe"]["scorers"][0]["label_entropy"] == pytest.approx(1.0)
+
+
+def test_the_scale_is_the_probes_where_the_spread_is_more_than_rounding():
+    settings = LdlGrpo(margin_scale="calibrated")
+    assert module.labels_scale(settings, "expected", 0.03, 0.0099) == pytest.approx(10.0)
+    assert module.labels_scale(settings, "expected", 0.03, 0.01) == 1.0
+
+
+def test_what_the_labels_depend_on_asks_for_another_probe(tiny_config):
+    def fingerprint(*overrides):
+        return module.probe_fingerprint(load_config(tiny_config, ["align.method=ldl_grpo", *overrides]))
+
+    assert fingerprint("align.anchor_in_group=true") != fingerprint()
+    assert fingerprint("align.gamma=7") != fingerprint()
+    assert fingerprint("align.learning_rate=1e-3") == fingerprint()
+
+
 @pytest.mark.parametrize("joins", [False, True])
 def test_labels_are_those_that_stage_two_makes_the_anchors_own_among_them(joins):
     settings = LdlGrpo(anchor_in_group=joins, margin_scale="literal")

@@ -39,11 +39,16 @@ def test_a_group_that_is_left_out_counts_as_zero_where_its_scores_are_equal_and_
 
 def test_the_last_quarter_counts_with_the_interval_of_its_mean():
     facts = final_gain(rows(*[-1.0] * 30, *[0.04, 0.06] * 5))
-    error = 1.96 * math.sqrt(10 * 0.01**2 / 9) / math.sqrt(10)
-    assert (facts.gain, facts.low, facts.high) == pytest.approx((0.05, 0.05 - error, 0.05 + error))
+    error = 2.2622 * math.sqrt(10 * 0.01**2 / 9) / math.sqrt(10)  # Student's t, 9 degrees of freedom
+    assert (facts.gain, facts.low, facts.high) == pytest.approx((0.05, 0.05 - error, 0.05 + error), rel=1e-5)
     assert facts.warning is None and facts.describe() == (
-        "Gain in score over the SFT model, by its own estimate: +0.050 [+0.043, +0.057]."
+        "Gain in score over the SFT model, by its own estimate: +0.050 [+0.042, +0.058]."
     )
+
+
+def test_eight_steps_have_the_interval_of_students_t():
+    facts = final_gain(rows(*[0.04, 0.06] * 4))
+    assert facts.high - facts.gain == pytest.approx(2.3646 * math.sqrt(8 * 0.01**2 / 7) / math.sqrt(8), rel=1e-4)
 
 
 def test_a_loss_is_a_warning_with_a_remedy_and_what_is_not_told_apart_from_zero_says_so():

@@ -182,6 +182,16 @@ def test_the_critic_reads_the_state_before_each_token(roles, group):
             assert torch.allclose(row[: len(completion)], alone[len(head) - 1 : -1], atol=1e-4)
 
 
+def test_values_are_float32_under_autocast_as_without(roles, group, critic):
+    """Those of the draw are computed within the trainer's autocast and those of the update outside of it."""
+    head, ids = group
+    (members,) = updating(roles, 8, critic).members(roles.policy, [UnmeasuredGroup(head, ids)], keep_old=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = critic(members.states)
+        assert torch.equal(critic(members.states.bfloat16()), critic(members.states.bfloat16().float()))
+    assert values.dtype == torch.float32 and torch.equal(values, critic(members.states))
+
+
 def test_lora_switched_off_is_the_reference_bit_for_bit(random_student, group):
     """One copy of the weights: the policy moves, and without its adapter it is still p_sft."""
     head, ids = group

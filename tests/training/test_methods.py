@@ -235,6 +235,22 @@ def test_a_teacher_that_gives_no_score_leaves_candidates_unscored(after_stage_on
         teacher.default = usual
 
 
+def test_a_teacher_that_is_never_understood_is_not_paid_for_the_whole_stage(after_stage_one, teacher, monkeypatch):
+    """Of 20 steps of 6 candidates the sixth is the last, in a run that was killed too, and its replies stay bought."""
+    run = after_stage_one("teacher_judge_grpo", "align.steps=20", "teacher.max_calls=200")
+    before = len(teacher.arrived)
+    teacher.default, usual = lambda handler: handler.reply(completion("I would give 8/10.")), teacher.default
+    try:
+        killed_at(run, 3, monkeypatch)
+        for _ in range(2):
+            with pytest.raises(UserError, match="never answered with a score between 0 and 1"):
+                Pipeline(run.config, run.run, Reporter()).execute(["align"])
+            assert len(teacher.arrived) - before == 6 * 6
+    finally:
+        teacher.default = usual
+    assert max(row["step"] for row in read_rows(run.run.metrics) if row["stage"] == "align") == 5
+
+
 def test_pairs_that_never_differ_enough_are_told(after_stage_one):
     with pytest.raises(UserError, match=r"lower align\.margin"):
         after_stage_one("anchorrank_dpo", "align.margin=1.0", "align.steps=1").execute(["align"])

@@ -191,7 +191,8 @@ class LdlGrpo(GroupSettings, SelfScoringSettings, RepeatingSettings):
     beta: NonNegative = 0.01  # weight of KL(p || p_sft), as in every method that has one
     anchor_in_group: bool = False  # the anchor is a member beside the K candidates, with the label of its own score
     # equal: every group counts as in Eq. 4, which weighs a prompt by the inverse of its share of good candidates;
-    # positives: by that share, which makes the gradient at p_sft that of the expected label (REINFORCE).
+    # positives: by that share, which makes the gradient at p_sft that of the expected label (REINFORCE), unless the
+    # anchor is in the group, where it counts as one of the positives. Not for scores with a unit of their own.
     group_weight: Literal["equal", "positives"] = "equal"
     # Leave out a group whose scores are all equal: its labels are uniform, which holds the policy at p_sft there.
     skip_equal_scores: bool = False

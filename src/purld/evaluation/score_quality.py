@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from purld.evaluation.intervals import Array, Interval, bca_interval, bootstrap_values, constant_interval
+from purld.evaluation.intervals import Array, Interval, ratio_interval
 from purld.records import Prompt
 from purld.tasks.checks import Check, gold_check
 
@@ -57,7 +57,7 @@ class ScoreQuality:
         right: share of right candidates.
         auc: probability that a right candidate outscores a wrong one, over all pairs; None if there is no such pair.
         auc_within: the same over pairs within one group, each pair with equal weight; None if there is no such pair.
-        auc_within_ci: 95% interval of `auc_within`, by a bootstrap over prompts.
+        auc_within_ci: 95% interval of `auc_within`, by `ratio_interval` over prompts.
         ece: expected calibration error: |mean score - share right|, averaged over the bins with weight n. None for
             scores outside [0, 1], such as differences of log-probs, which are no probabilities.
         bins: the non-empty bins, from low scores to high; empty where `ece` is None.
@@ -195,8 +195,4 @@ def _auc_within_groups(groups: Sequence[CheckedGroup], seed: int) -> tuple[float
     if not sums:
         return None, None
     won, pairs_of = np.array(list(sums.values())).T
-    estimate = float(won.sum() / pairs_of.sum())
-    if np.ptp(won / pairs_of) == 0:
-        return estimate, constant_interval(estimate, len(won), (0.0, 1.0))
-    resampled = bootstrap_values(lambda index: won[index].sum(axis=1) / pairs_of[index].sum(axis=1), len(won), seed)
-    return estimate, bca_interval(estimate, resampled, won - estimate * pairs_of)
+    return float(won.sum() / pairs_of.sum()), ratio_interval(won, pairs_of, seed)

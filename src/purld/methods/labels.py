@@ -28,7 +28,8 @@ class PuLabels:
     def positives(self) -> Tensor:
         """Return the mean confidence in units of the anchor's, 1/2: the group's soft share of positives, () in [0, 2].
 
-        It is m/K where m of K members score as the anchor does and the others far below it.
+        It is m/K where m of K members, the anchor among them if it is one, score as the anchor does and the others far
+        below it. Where the anchor's own score lies far above every candidate's, it is about 0 and says nothing.
         """
         return self.confidences.mean() / 0.5
 

@@ -31,7 +31,9 @@ class ValueHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return (K, C) float32 values of (K, C, H) hidden states."""
-        values: Tensor = self.linear(states).squeeze(-1)
+        # Values with and without autocast are compared, and bfloat16's rounding would pass for a change of the critic.
+        with torch.autocast(states.device.type, enabled=False):
+            values: Tensor = self.linear(states.float()).squeeze(-1)
         return values
 
 

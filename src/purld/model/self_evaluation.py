@@ -30,7 +30,16 @@ from purld.model.sample import Decoding, generate_completions
 from purld.model.vision import EncodedPrompt
 from purld.records import Prompt
 
-_NUMBER = re.compile(r"\s*(1(?:\.0+)?|0(?:\.\d+)?|\.\d+)(?![\d.]*\d)")
+_EMPHASIS = r"[\s*_`]*"
+_LABEL = rf"(?:(?:final|overall|scalar)\s+)?(?:score|rating){_EMPHASIS}[:=]"
+# On another scale, with a decimal comma, or followed by a second number a number is no score.
+_OTHER_SCALE = r"%|(?:/|(?:out\s+)?of\b)(?!\s*1(?:\.0+)?(?![\d.]*\d))"
+_SECOND_NUMBER = r"(?:[-–]|(?:to|or|and)\b)[ \t]*\.?\d"
+_SCORE = re.compile(
+    rf"{_EMPHASIS}(?:{_LABEL}{_EMPHASIS})?(1(?:\.0+)?|0(?:\.\d+)?|\.\d+)"
+    rf"(?![\d.]*\d|,\d|[ \t*_`(]*(?:{_OTHER_SCALE}|{_SECOND_NUMBER}))",
+    re.IGNORECASE,
+)
 VERBAL_TOKENS = 8
 SCORE_OPENING = "0."  # the beginning of a score that `expected` puts into the evaluator's mouth
 
@@ -142,8 +151,12 @@ def score_rows_at_once(batch_size: BatchSize) -> AtOnce:
 
 
 def parse_score(reply: str) -> float | None:
-    """Return the score that a reply begins with, or None if it does not begin with a number in [0, 1]."""
-    match = _NUMBER.match(reply)
+    """Return the score that a reply begins with, or None if it does not begin with a number in [0, 1].
+
+    A label ("Score: 0.8") or emphasis ("**0.85**") may stand before it. A number on another scale ("1/10", "0,85") or
+    one of several ("0.8 or 0.9") is none.
+    """
+    match = _SCORE.match(reply)
     return float(match.group(1)) if match else None
 
 

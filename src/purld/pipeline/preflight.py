@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from purld.clients.ledger import LedgerView, check_not_lost, describe_lost_calls, is_blank
 from purld.config.clients import AnswerFile, LocalModel, OpenAIEndpoint, TeacherAnchors
-from purld.config.methods import SelfScoringSettings, StageTwoSettings, TeacherJudgeGrpo
+from purld.config.methods import LdlGrpo, SelfScoringSettings, StageTwoSettings, TeacherJudgeGrpo
 from purld.config.schema import Config
 from purld.errors import UserError
 from purld.model.directory import check_model_directory
@@ -95,16 +95,23 @@ def _longest_scored(config: Config) -> int:
 
 
 def check_scoring(config: Config, encoder: Encoder) -> None:
-    """Check that the student can score as `align.score` asks.
+    """Check that the student can score as `align.score` asks, and that the method can learn from such scores.
 
     Raises:
-        UserError: its tokenizer does not spell numbers as `expected` needs, or the run has no check of answers, which
-            `agreement` needs.
+        UserError: its tokenizer does not spell numbers as `expected` needs, the run has no check of answers, which
+            `agreement` needs, or groups would be weighed by positives that such scores do not have.
     """
-    if isinstance(config.align, SelfScoringSettings):
-        check = find_scorer(config.align.score).check
-        if check is not None:
-            check(encoder, find_comparison(config.data))
+    if not isinstance(config.align, SelfScoringSettings):
+        return
+    scorer = find_scorer(config.align.score)
+    if scorer.check is not None:
+        scorer.check(encoder, find_comparison(config.data))
+    if isinstance(config.align, LdlGrpo) and config.align.group_weight == "positives" and scorer.has_own_unit:
+        raise UserError(
+            "align.group_weight=positives weighs a group by its candidates that score as the anchor does, and with "
+            f"align.score={config.align.score} the anchor's own score lies far above all of them, so that no group "
+            "would count; set align.group_weight=equal, or align.score=agreement or expected."
+        )
 
 
 def check_local_models(config: Config) -> None:

@@ -23,6 +23,7 @@ from purld.errors import UserError
 from purld.evaluation.known_pairs import spoil_answer
 from purld.evaluation.score_quality import CheckedGroup, score_quality
 from purld.evaluation.signal import (
+    NOISE_FACTOR,
     ScorerMeasures,
     mean_length_correlation,
     measures_as_results,
@@ -139,12 +140,13 @@ def measure_scorer(
             pairs.setdefault(kind, ([], []))[0].append(better)
             pairs[kind][1].append(worse)
     rates = {kind: rate for kind, (better, worse) in pairs.items() if (rate := pair_rate(better, worse))}
+    noise = _noise(scorer, groups[:_NOISE_GROUPS], [s.candidates for s in scored], context)
     return ScorerMeasures(
         name=name,
         pairs=rates,
         spread=pooled_spread(drawn),
-        noise=_noise(scorer, groups[:_NOISE_GROUPS], [s.candidates for s in scored], context),
-        label_entropy=_label_entropy(name, drawn, [scores.anchor for scores in scored], settings),
+        noise=noise,
+        label_entropy=_label_entropy(name, drawn, [scores.anchor for scores in scored], settings, noise),
         length_correlation=mean_length_correlation(drawn, [[len(c.ids) for c in g.completions] for g in groups]),
         unscored=sum(s is None for s in everything) / len(everything),
         seconds=seconds,
@@ -213,11 +215,15 @@ def _auc_within(
 
 
 def _label_entropy(
-    scorer: str, groups: Sequence[Sequence[float | None]], anchors: Sequence[float | None], settings: StageTwoSettings
+    scorer: str,
+    groups: Sequence[Sequence[float | None]],
+    anchors: Sequence[float | None],
+    settings: StageTwoSettings,
+    noise: float = 0.0,
 ) -> float:
     """Return the mean entropy of D over ln K, with LDL-GRPO's default gamma and tau for another method."""
     labels = settings if isinstance(settings, LdlGrpo) else LdlGrpo()
-    scale = labels_scale(labels, scorer, pooled_spread(groups))
+    scale = labels_scale(labels, scorer, pooled_spread(groups), noise)
     ratios = []
     for group, anchor in zip(groups, anchors, strict=True):
         scores = torch.tensor([s for s in group if s is not None], dtype=torch.float64)
@@ -228,12 +234,15 @@ def _label_entropy(
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def labels_scale(settings: LdlGrpo, scorer: str, spread: float) -> float:
-    """Return the factor of the margins for a scorer of this name and spread, as `align.margin_scale` says."""
+def labels_scale(settings: LdlGrpo, scorer: str, spread: float, noise: float) -> float:
+    """Return the factor of the margins for a scorer of this name and spread, as `align.margin_scale` says.
+
+    A spread that is rounding is left as it is: brought to the spread of a signal, it would be learned like one.
+    """
     calibrated = settings.margin_scale == "calibrated"
     if settings.margin_scale == "auto":
         calibrated = find_scorer(scorer).has_own_unit
-    return margin_scale(spread) if calibrated else 1.0
+    return margin_scale(spread) if calibrated and spread > NOISE_FACTOR * noise else 1.0
 
 
 # --- the stage -----------------------------------------------------------------------------------------------
@@ -295,7 +304,8 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
 
 def probe_fingerprint(config: Config) -> str:
     """Return a hash of the settings that the probe depends on; other settings may change without a new probe."""
-    kept = ("method", "score", "candidates", "temperature", "top_p", "max_new_tokens", "gamma", "tau", "margin_scale")
+    drawing = ("method", "score", "candidates", "temperature", "top_p", "max_new_tokens")
+    kept = (*drawing, "gamma", "tau", "margin_scale", "anchor_in_group")
     return content_hash({key: getattr(config.align, key, None) for key in kept})
 
 
@@ -336,7 +346,8 @@ def probed_scale(settings: StageTwoSettings, probe: Mapping[str, Any] | None) ->
     """Return the factor of the margins for the run's scorer, from the spread that the probe measured; 1 without one."""
     if probe is None or not isinstance(settings, LdlGrpo):
         return 1.0
-    return labels_scale(settings, probe["chosen"], chosen_measures(probe)["spread"])
+    measures = chosen_measures(probe)
+    return labels_scale(settings, probe["chosen"], measures["spread"], measures["noise"])
 
 
 def _scorers_to_measure(settings: SelfScoringSettings, every_scorer: bool) -> list[str]:

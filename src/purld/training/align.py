@@ -12,7 +12,7 @@ from typing import Any
 
 from purld import ranks
 from purld.clients.base import Client
-from purld.config.methods import AnchorRankDpo, SelfScoringSettings, StageTwoSettings
+from purld.config.methods import AnchorRankDpo, StageTwoSettings
 from purld.errors import UserError
 from purld.methods.label_limits import UNIFORM_ENTROPY
 from purld.model.load import load_roles, save_policy
@@ -23,6 +23,7 @@ from purld.runs.files import read_rows
 from purld.training.align_trainer import AlignTrainer
 from purld.training.checkpoints import resume_point
 from purld.training.context import StageContext
+from purld.training.first_score import describe_no_score
 from purld.training.gain import GainFacts, final_gain
 from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL, label_uniformity
 from purld.training.rollout import AnchoredPrompt
@@ -113,7 +114,8 @@ def align(
         validation: the prompts that steps are compared on.
 
     Raises:
-        UserError: there are no anchors, no group ever gave a signal, or a number is not finite.
+        UserError: there are no anchors, no group ever gave a signal, the first candidates all have no score, or a
+            number is not finite.
     """
     if not examples:
         raise UserError("Stage II: there are no anchors to align with.")
@@ -156,9 +158,7 @@ def _no_signal(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> st
     if any("score" in row for row in rows):
         remedy = "lower align.margin" if isinstance(settings, AnchorRankDpo) else "use another align.score"
         return f"Stage II: no two candidates of a prompt ever had scores that differ enough; {remedy}."
-    if isinstance(settings, SelfScoringSettings):
-        return "Stage II: the evaluator never gave a score; use align.score=expected with this student."
-    return "Stage II: the teacher never answered with a score between 0 and 1; purld ledger shows what it said."
+    return describe_no_score(settings)
 
 
 def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: int, kept_step: int) -> AlignFacts:

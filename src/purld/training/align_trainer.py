@@ -37,13 +37,14 @@ from purld.training.best_step import BestStep, load_state
 from purld.training.checkpoints import ModelNamedCheckpoints, RunCallback, make_arguments
 from purld.training.context import StageContext
 from purld.training.finite import FiniteGuard
+from purld.training.first_score import FirstScore
 from purld.training.group_update import GroupUpdate, UnmeasuredGroup
 from purld.training.memory import divided_memory_error, form_of_update, use_less_memory
 from purld.training.metrics import StepMetrics, group_record
 from purld.training.remeasure import REMEASURED_GROUPS, remeasure_groups
 from purld.training.rollout import AnchoredPrompt, Rollout, RolloutMaker
 from purld.training.schedule import NoIdleSteps
-from purld.training.scoring import Scorer, ScorerContext, make_scorer
+from purld.training.scoring import Scorer, ScorerContext, awaits_scores, make_scorer
 from purld.training.trackers import tracker_arguments
 from purld.training.validation import ValidationSet, Validator
 
@@ -130,6 +131,7 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
             margin_scale,
         )
         self._rollouts: list[Rollout] = []
+        self._first_score = FirstScore(settings, awaits_scores(self._method, settings))
         self._best: BestStep | None = None
         if validation is not None and settings.validation_steps is not None:
             validator = Validator(validation, settings, parts, engine_sampler)
@@ -149,6 +151,8 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
             ranks.check_same_weights(self.model.parameters())
             if checkpoint is None:
                 self._measure_start()
+            else:
+                self._first_score.continue_from(ranks.on_first(self._logged_steps))
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.kept_step != self.state.global_step:
             self._load_from_checkpoint(str(Path(self.args.output_dir or "") / f"checkpoint-{self.kept_step}"))
@@ -157,6 +161,9 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
     def kept_step(self) -> int:
         """The step whose policy is kept: the best one, or the last where none were compared."""
         return self.state.best_global_step or self.state.global_step
+
+    def _logged_steps(self) -> list[dict[str, Any]]:
+        return [row for row in read_rows(self._run.metrics) if row["stage"] == "align"]
 
     def _measure_start(self) -> None:
         """Measure p_sft, which the steps are compared with."""
@@ -205,6 +212,7 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
             meets = self._method.across is not None or self._method.scorer == "teacher"
             draw = partial(self._draw, model, mine, seed)
             self._rollouts = draw() if meets and ranks.count() > 1 else self._within_memory(draw, with_graph=False)
+            self._first_score.note([rollout.scores for rollout in self._rollouts])
             for rollout in self._rollouts:
                 self._metrics.add_rollout(rollout, scored=self._method.scorer is not None)
         share = 1.0 / len(inputs["questions"])  # of a group, in the step of all ranks

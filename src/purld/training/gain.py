@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from purld.t_distribution import t_quantile
+
 METRIC = "gain"
 """The metric of a step: the mean over its groups of `purld.methods.score_gain.score_gain`, before the update."""
 _LEAST_STEPS = 8  # whose spread tells how sure their mean is
@@ -51,5 +53,6 @@ def final_gain(rows: Sequence[Mapping[str, Any]]) -> GainFacts | None:
     last = gains[-max(_LEAST_STEPS, len(gains) // 4) :]
     if len(last) < _LEAST_STEPS:
         return None
-    mean, error = statistics.fmean(last), 1.96 * statistics.stdev(last) / math.sqrt(len(last))
+    mean, n = statistics.fmean(last), len(last)
+    error = t_quantile(0.975, n - 1) * statistics.stdev(last) / math.sqrt(n)
     return GainFacts(mean, mean - error, mean + error)

@@ -291,12 +291,14 @@ class ScorerEntry:
             model is run, or none of the student's.
         has_own_unit: whether scores have a unit of their own, such as nats, so that `align.margin_scale: auto`
             calibrates their margins; False for scores whose 0 and 1 have a meaning.
+        by_prompt: whether a prompt's candidates have a score all or none, as its anchor decides.
     """
 
     make: Callable[[ScorerContext], Scorer]
     check: Callable[[Encoder, Check | None], None] | None = None
     count_tokens: CountTokens | None = None
     has_own_unit: bool = False
+    by_prompt: bool = False
 
 
 SCORERS: dict[str, ScorerEntry] = {
@@ -312,7 +314,7 @@ SCORERS: dict[str, ScorerEntry] = {
         count_tokens=reference_tokens,
         has_own_unit=True,
     ),
-    "agreement": ScorerEntry(_make_agreement_scorer, _check_agreement),
+    "agreement": ScorerEntry(_make_agreement_scorer, _check_agreement, by_prompt=True),
     "teacher": ScorerEntry(_make_teacher_scorer),
 }
 """Every scorer by name. To add one, add its entry here and its name to `purld.config.methods.ScoreName`."""
@@ -327,6 +329,11 @@ def make_scorer(method: StageTwoMethod[Any], context: ScorerContext) -> Scorer:
     if method.scorer is None:
         return score_nothing
     return find_scorer(scorer_name(method, context.settings)).make(context)
+
+
+def awaits_scores(method: StageTwoMethod[Any], settings: StageTwoSettings) -> bool:
+    """Return whether a method's candidates are scored one by one, so that many without a score say that none will."""
+    return method.scorer is not None and not find_scorer(scorer_name(method, settings)).by_prompt
 
 
 def scorer_name(method: StageTwoMethod[Any], settings: StageTwoSettings) -> str:
