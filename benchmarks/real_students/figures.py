@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from real_students.page import best_on_validation, mean_difference, on_validation, pairs_with_p_sft
 from real_students.plan import METHODS
 
 Row = Mapping[str, Any]
@@ -32,7 +33,7 @@ def draw_figures(rows: Sequence[Row], student: str, folder: Path) -> list[Path]:
     chosen = [row for row in rows if row["student"] == student and row["split"] == "test"]
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     written = []
-    for name, draw in (("updates", _draw_updates), ("auc", _draw_auc)):
+    for name, draw in (("updates", _draw_updates), ("auc", _draw_auc), ("differences", _draw_differences)):
         figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
         if draw(axes, chosen):
             written.append(folder / f"results-real-{student}-{name}.png")
@@ -94,6 +95,43 @@ def _draw_updates(axes: Any, rows: Sequence[Row]) -> bool:
     if curves:
         axes.legend(frameon=False, fontsize=7)
     return bool(curves)
+
+
+def _draw_differences(axes: Any, rows: Sequence[Row]) -> bool:
+    """Draw each method's difference from p_sft with its interval, with the settings that do best on validation."""
+    chosen = best_on_validation(rows)
+    methods = [method for method in METHODS if method != "SFT" and any(row["method"] == method for row in chosen)]
+    series = [
+        ("validation problems, sampled", on_validation(chosen), "right", "o", "tab:blue", "tab:blue"),
+        ("validation problems, greedy", on_validation(chosen), "greedy", "o", "tab:blue", "white"),
+        ("SVAMP, sampled", chosen, "right", "s", "tab:orange", "tab:orange"),
+        ("SVAMP, greedy", chosen, "greedy", "s", "tab:orange", "white"),
+    ]
+    for number, (label, measured, key, marker, colour, face) in enumerate(series):
+        p_sft = {(row["seed"], row["pool"]): row for row in measured if row["method"] == "SFT"}
+        for place, method in enumerate(methods):
+            pairs = pairs_with_p_sft([row for row in measured if row["method"] == method], p_sft)
+            found = mean_difference(pairs, key)
+            low, high = found.interval
+            axes.errorbar(
+                found.mean,
+                place + 0.17 * (number - 1.5),
+                xerr=[[found.mean - low], [high - found.mean]],
+                fmt=marker,
+                color=colour,
+                markerfacecolor=face,
+                markersize=4,
+                linewidth=1.0,
+                label=label if place == 0 else None,
+            )
+    seeds = {method: len({row["seed"] for row in chosen if row["method"] == method}) for method in methods}
+    axes.set_yticks(range(len(methods)), [f"{method}\n({seeds[method]} seeds)" for method in methods])
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.7", linewidth=0.8)
+    axes.set_xlabel("share of right answers, minus SFT's (95% over problems)")
+    if methods:
+        axes.legend(frameon=False, fontsize=7)
+    return bool(methods)
 
 
 def _draw_auc(axes: Any, rows: Sequence[Row]) -> bool:

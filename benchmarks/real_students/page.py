@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from mini.stats import over_seeds
 
-from purld.evaluation.accuracy import paired_difference
+from purld.evaluation.accuracy import PairedDifference, paired_difference
 
 Row = Mapping[str, Any]
 
@@ -73,13 +73,29 @@ def _settings(row: Row) -> str:
     return ", ".join(f"{key}={value}" for key, value in row["changed"].items())
 
 
+def mean_difference(pairs: Sequence[tuple[Row, Row]], key: str) -> PairedDifference:
+    """Return the difference of two cells' shares of right answers, means over seeds, paired over problems.
+
+    Args:
+        pairs: a cell and p_sft's of its seed, of every seed.
+        key: `right` for the sampled answers, `greedy` for the greedy one.
+    """
+    ours, theirs = (np.mean([pair[side][key] for pair in pairs], axis=0)[:, None] for side in (0, 1))
+    return paired_difference(ours, theirs)
+
+
+def pairs_with_p_sft(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> list[tuple[Row, Row]]:
+    """Return the cells of a method, by seed, each with p_sft's cell that it started from."""
+    of_seed = sorted(rows, key=lambda row: row["seed"])
+    return [(row, p_sft[row["seed"], row["pool"]]) for row in of_seed if (row["seed"], row["pool"]) in p_sft]
+
+
 def _differences(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> list[str]:
     """Return the paired difference from p_sft over problems, over seeds, and of every seed."""
-    pairs = [(row, p_sft[row["seed"], row["pool"]]) for row in rows if (row["seed"], row["pool"]) in p_sft]
+    pairs = pairs_with_p_sft(rows, p_sft)
     if not pairs or rows[0]["method"] == "SFT":
         return ["", "", ""]
-    ours, theirs = (np.mean([pair[side]["right"] for pair in pairs], axis=0)[:, None] for side in (0, 1))
-    paired = paired_difference(ours, theirs)
+    paired = mean_difference(pairs, "right")
     by_seed = [float(np.mean(row["right"]) - np.mean(base["right"])) for row, base in pairs]
     mean = over_seeds(by_seed)
     seeds = "" if mean.low is None else f"[{mean.low:+.3f}, {mean.high:+.3f}]"

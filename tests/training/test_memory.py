@@ -200,7 +200,7 @@ def test_a_validation_draws_no_more_at_once_than_a_step_and_every_process_has_it
     chosen = ValidationSet([(p, Anchor(p.id, "1.")) for p in prompts], "gold", lambda prompt, text: True)
     settings = LdlGrpo(prompts_per_step=4, candidates=2 if processes == 1 else 4)
     context = ScorerContext(encoder, None, settings, True, contextlib.nullcontext)
-    assert Validator(chosen, settings, context, lambda decoding: sampler)(None) == 1.0
+    assert Validator(chosen, settings, context, lambda decoding: sampler)(None)["eval_score"] == 1.0
     assert drawn == batches
 
 
