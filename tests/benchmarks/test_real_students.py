@@ -145,6 +145,9 @@ def test_the_figures_hold_what_was_measured_and_are_left_out_without_points(tmp_
         "results-real-a-updates.png",
         "results-real-a-auc.png",
     ]
+    measured = {"changed": {}, "greedy": [0.0, 1.0], "validation": {"right": [0.5, 1.0], "greedy": [1.0, 1.0]}}
+    figures = draw_figures([row | measured for row in rows], "a", tmp_path)
+    assert [path.name for path in figures][2:] == ["results-real-a-differences.png"]
 
 
 def test_the_figure_of_gains_needs_no_equally_long_runs(tmp_path: Path):
