@@ -197,11 +197,13 @@ def print_tables(rows: Sequence[Row]) -> None:
     for student, split in dict.fromkeys((row["student"], row["split"]) for row in rows):
         print(f"\n{student}, {split} problems\n\n{method_table(rows, student, split)}")
         if split == "test":
-            told = f"{student}, validation problems, by the cells of the test"
-            print(f"\n{told}\n\n{method_table(on_validation(rows), student, split)}")
             tested = [row for row in rows if (row["student"], row["split"]) == (student, split)]
+            validated = on_validation(tested)
+            if validated:
+                told = f"{student}, validation problems, by the cells of the test"
+                print(f"\n{told}\n\n{method_table(validated, student, split)}")
             best = best_on_validation(tested)
-            if len(best) < len(tested):
+            if len(best) < len(validated):
                 told = f"{student}, test problems, each method with the settings that do best on validation problems"
                 print(f"\n{told}\n\n{method_table(best, student, split)}")
 

@@ -185,7 +185,7 @@ class Bench:
             **right_answers(run, name, self.test_problems(cell.split) or validation),
             "validation": right_answers(run, name, validation),
             "seconds": results["seconds"],
-            "kl": steps[-1].get("kl") if steps else None,
+            "kl": run.finished_stages().get("align", {}).get("kl"),
             "gain": asdict(gain) if (gain := final_gain(steps)) else None,
             "score_quality": results.get("score_quality"),
             "training_accuracy": results.get("training_accuracy"),

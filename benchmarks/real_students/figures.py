@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from real_students.page import best_on_validation, mean_difference, on_validation, pairs_with_p_sft
+from real_students.page import best_on_validation, differences_from_p_sft
 from real_students.plan import METHODS
 
 Row = Mapping[str, Any]
@@ -100,29 +100,22 @@ def _draw_updates(axes: Any, rows: Sequence[Row]) -> bool:
 def _draw_differences(axes: Any, rows: Sequence[Row]) -> bool:
     """Draw each method's difference from p_sft with its interval, with the settings that do best on validation."""
     chosen = best_on_validation(rows)
-    methods = [method for method in METHODS if method != "SFT" and any(row["method"] == method for row in chosen)]
-    series = [
-        ("validation problems, sampled", on_validation(chosen), "right", "o", "tab:blue", "tab:blue"),
-        ("validation problems, greedy", on_validation(chosen), "greedy", "o", "tab:blue", "white"),
-        ("SVAMP, sampled", chosen, "right", "s", "tab:orange", "tab:orange"),
-        ("SVAMP, greedy", chosen, "greedy", "s", "tab:orange", "white"),
-    ]
-    for number, (label, measured, key, marker, colour, face) in enumerate(series):
-        p_sft = {(row["seed"], row["pool"]): row for row in measured if row["method"] == "SFT"}
-        for place, method in enumerate(methods):
-            pairs = pairs_with_p_sft([row for row in measured if row["method"] == method], p_sft)
-            found = mean_difference(pairs, key)
-            low, high = found.interval
+    found = differences_from_p_sft(chosen)
+    methods = [method for method in METHODS if method in found]
+    for place, method in enumerate(methods):
+        for number, (answers, difference) in enumerate(found[method].items()):
+            low, high = difference.interval
+            colour = "tab:orange" if answers.startswith("test") else "tab:blue"
             axes.errorbar(
-                found.mean,
+                difference.mean,
                 place + 0.17 * (number - 1.5),
-                xerr=[[found.mean - low], [high - found.mean]],
-                fmt=marker,
+                xerr=[[difference.mean - low], [high - difference.mean]],
+                fmt="s" if answers.startswith("test") else "o",
                 color=colour,
-                markerfacecolor=face,
+                markerfacecolor="white" if answers.endswith("greedy") else colour,
                 markersize=4,
                 linewidth=1.0,
-                label=label if place == 0 else None,
+                label=answers if place == 0 else None,
             )
     seeds = {method: len({row["seed"] for row in chosen if row["method"] == method}) for method in methods}
     axes.set_yticks(range(len(methods)), [f"{method}\n({seeds[method]} seeds)" for method in methods])

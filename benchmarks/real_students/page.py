@@ -34,7 +34,7 @@ def method_table(rows: Sequence[Row], student: str, split: str) -> str:
         split: `validation` or `test`.
     """
     chosen = [row for row in rows if row["student"] == student and row["split"] == split]
-    p_sft = {(row["seed"], row["pool"]): row for row in chosen if row["method"] == "SFT"}
+    p_sft = p_sft_by_seed(chosen)
     lines = [" | ".join(HEADER), " | ".join(["---"] * len(HEADER))]
     lines += [" | ".join(cells) for cells in _lines(chosen, p_sft)]
     return "\n".join(f"| {line} |" for line in lines)
@@ -45,18 +45,46 @@ def on_validation(rows: Sequence[Row]) -> list[Row]:
     return [{**row, **row["validation"]} for row in rows if "validation" in row]
 
 
-def best_on_validation(rows: Sequence[Row]) -> list[Row]:
-    """Return p_sft's rows, and of each method those of the settings that answered most validation problems right.
+def p_sft_by_seed(rows: Sequence[Row]) -> dict[tuple[int, str], Row]:
+    """Return p_sft's cells of one student and split by seed and pool, which every difference is from.
 
-    Settings are compared by the mean over their seeds; answers to the test problems are not looked at.
+    Raises:
+        ValueError: two cells have the same seed and pool, so that it is not known which one a method started from.
     """
-    shares: dict[tuple[str, str], dict[str, list[float]]] = {}
-    rows = [row for row in rows if "validation" in row]  # older cells have none
+    cells = [row for row in rows if row["method"] == "SFT"]
+    found = {(row["seed"], row["pool"]): row for row in cells}
+    if len(found) < len(cells):
+        raise ValueError(f"two cells of SFT on one seed among {[row['id'] for row in cells]}")
+    return found
+
+
+def best_on_validation(rows: Sequence[Row]) -> list[Row]:
+    """Return p_sft's rows, and of each method those of the settings that answer most validation problems right.
+
+    Answers to the test problems are not looked at. Settings are compared on the seeds that all of a method's settings
+    have: the seeds' p_sft differ.
+
+    Args:
+        rows: cells of one student and split; older ones without answers to validation problems are left out.
+    """
+    rows = [row for row in rows if "validation" in row]
+    shares: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:
-        of_method = shares.setdefault((row["student"], row["method"]), {})
-        of_method.setdefault(_settings(row), []).append(float(np.mean(row["validation"]["right"])))
-    best = {name: max(tried, key=lambda settings: np.mean(tried[settings])) for name, tried in shares.items()}
-    return [row for row in rows if _settings(row) == best[row["student"], row["method"]]]
+        of_settings = shares.setdefault(row["method"], {}).setdefault(_settings(row), {})
+        of_settings[row["seed"]] = float(np.mean(row["validation"]["right"]))
+    best = {method: _best_settings(tried) for method, tried in shares.items()}
+    return [row for row in rows if _settings(row) == best[row["method"]]]
+
+
+def _best_settings(tried: Mapping[str, Mapping[int, float]]) -> str:
+    """Return the settings with the highest mean over the seeds that all settings have.
+
+    Without such a seed these are the settings with the most seeds.
+    """
+    shared = set.intersection(*(set(by_seed) for by_seed in tried.values()))
+    if not shared:
+        return max(tried, key=lambda settings: len(tried[settings]))
+    return max(tried, key=lambda settings: np.mean([tried[settings][seed] for seed in shared]))
 
 
 def _lines(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> Iterator[list[str]]:
@@ -88,6 +116,22 @@ def pairs_with_p_sft(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) 
     """Return the cells of a method, by seed, each with p_sft's cell that it started from."""
     of_seed = sorted(rows, key=lambda row: row["seed"])
     return [(row, p_sft[row["seed"], row["pool"]]) for row in of_seed if (row["seed"], row["pool"]) in p_sft]
+
+
+def differences_from_p_sft(rows: Sequence[Row]) -> dict[str, dict[str, PairedDifference]]:
+    """Return each method's differences from p_sft, by the problems and the way of answering them.
+
+    Args:
+        rows: cells of one student on the test problems, of one setting for every method.
+    """
+    found: dict[str, dict[str, PairedDifference]] = {}
+    for problems, measured in (("validation", on_validation(rows)), ("test", rows)):
+        p_sft = p_sft_by_seed(measured)
+        for method in dict.fromkeys(row["method"] for row in measured if row["method"] != "SFT"):
+            pairs = pairs_with_p_sft([row for row in measured if row["method"] == method], p_sft)
+            for answers, key in (("sampled", "right"), ("greedy", "greedy")):
+                found.setdefault(method, {})[f"{problems} problems, {answers}"] = mean_difference(pairs, key)
+    return found
 
 
 def _differences(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> list[str]:

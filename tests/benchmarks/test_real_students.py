@@ -7,7 +7,7 @@ import pytest
 from real import finished_cells
 from real_students.bench import Bench, right_answers
 from real_students.figures import draw_figures, draw_gains
-from real_students.page import best_on_validation, method_table, on_validation
+from real_students.page import best_on_validation, differences_from_p_sft, method_table, on_validation
 from real_students.plan import CHOSEN, METHODS, QUICK, SEEDS, Cell, Size, choose_settings, chosen_cells, tuning_cells
 
 from purld.config.load import load_config
@@ -123,13 +123,35 @@ def test_the_settings_with_most_right_answers_to_validation_problems_are_chosen(
 
 
 def test_settings_are_compared_by_all_seeds_on_validation_problems_alone():
-    def row(rate: float, validation: float, test: float):
+    def row(rate: float, seed: int, validation: float, test: float):
         own = {"changed": {"learning_rate": rate}, "validation": {"right": [validation]}, "right": [test]}
-        return {"student": "a", "method": "RLPR"} | own
+        return {"method": "RLPR", "seed": seed} | own
 
-    p_sft = {"student": "a", "method": "SFT", "changed": {}, "validation": {"right": [0.9]}, "right": [0.9]}
-    steady, lucky = [row(0.1, 0.5, 0.1), row(0.1, 0.6, 0.1)], [row(0.2, 0.8, 1.0), row(0.2, 0.2, 1.0)]
-    assert best_on_validation([p_sft, *lucky, *steady]) == [p_sft, *steady]
+    p_sft = {"method": "SFT", "seed": 0, "changed": {}, "validation": {"right": [0.9]}, "right": [0.9]}
+    steady, lucky = [row(0.1, 0, 0.5, 0.1), row(0.1, 1, 0.6, 0.1)], [row(0.2, 0, 0.8, 1.0), row(0.2, 1, 0.2, 1.0)]
+    assert best_on_validation([p_sft, *lucky, *steady, {"method": "RLPR"}]) == [p_sft, *steady]
+    # Seed 2 is an easy one, and only the other rate was run on it.
+    assert best_on_validation([*steady, row(0.2, 1, 0.5, 1.0), row(0.2, 2, 1.0, 1.0)]) == steady
+    assert best_on_validation([*steady, row(0.2, 2, 1.0, 1.0)]) == steady
+
+
+def test_differences_are_from_the_same_seeds_p_sft_and_tell_answers_and_problems_apart():
+    def row(method: str, seed: int, test: tuple[float, float], validation: tuple[float, float]):
+        keys = ("right", "greedy")
+        own = {"validation": {key: [value, value] for key, value in zip(keys, validation, strict=True)}}
+        shared = {"method": method, "seed": seed, "pool": "other", "changed": {}, "id": f"{method}{seed}"}
+        return shared | own | {key: [value, value] for key, value in zip(keys, test, strict=True)}
+
+    p_sft = [row("SFT", 0, (0.25, 0.5), (0.5, 0.5)), row("SFT", 1, (0.0, 1.0), (0.25, 0.0))]
+    found = differences_from_p_sft([*p_sft, row("RLPR", 1, (0.5, 0.75), (1.0, 0.5))])
+    assert {answers: difference.mean for answers, difference in found["RLPR"].items()} == {
+        "validation problems, sampled": 0.75,
+        "validation problems, greedy": 0.5,
+        "test problems, sampled": 0.5,
+        "test problems, greedy": -0.25,
+    }
+    with pytest.raises(ValueError, match="two cells of SFT"):
+        differences_from_p_sft([*p_sft, p_sft[0]])
 
 
 def test_the_figures_hold_what_was_measured_and_are_left_out_without_points(tmp_path: Path):
