@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from purld.model import self_evaluation
 from purld.model.encode import Encoder
-from purld.model.self_evaluation import GroupTexts, SelfEvaluator, parse_score
+from purld.model.sample import Completion
+from purld.model.self_evaluation import VERBAL_TOKENS, GroupTexts, SelfEvaluator, parse_score
 from purld.records import Prompt
 
 PROMPT = Prompt.from_text("How many?")
@@ -81,46 +83,98 @@ def test_the_anchor_as_candidate_scores_like_the_anchor(model, encoder):
     assert scores.candidates[0] == pytest.approx(scores.anchor, abs=1e-6)
 
 
+REPLIES = [
+    ("0.95", 0.95),
+    (" 1.00\n", 1.0),
+    ("1", 1.0),
+    ("0", 0.0),
+    (".5 because", 0.5),
+    ("0.85.", 0.85),
+    ("0.8\n\n0.9", 0.8),
+    ("0.8 - good", 0.8),
+    ("0.8 / 1.0", 0.8),
+    ("Score: 0.8", 0.8),
+    ("Scalar Score:0.25", 0.25),
+    ("**Score:** 0.8", 0.8),
+    ("final rating = .7", 0.7),
+    ("**0.85**", 0.85),
+    ("`0.7`", 0.7),
+    ("The score is 0.5", None),
+    ("1.5", None),
+    ("10", None),
+    ("2", None),
+    ("-0.5", None),
+    ("8/10", None),
+    ("1/10", None),
+    ("**1**/10", None),
+    ("Score: 1 out of 5", None),
+    ("1 (of 5)", None),
+    ("1%", None),
+    ("0,85", None),
+    ("0.8 or 0.9", None),
+    ("Score: 0.8-0.9", None),
+    ("I would give 0.8", None),
+    ("I would give 0.8 or 0.9", None),
+    ("Answer: 1", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("reply", "score"), REPLIES)
+def test_verbal_reply_opens_with_a_number_or_is_unscored(reply, score):
+    assert parse_score(reply) == score
+
+
+@pytest.mark.parametrize("reply", [*(reply for reply, _ in REPLIES), "0.8 to 0.9", "**1** (out of 10)", "1 and .5"])
+def test_a_reply_that_is_cut_anywhere_has_its_score_or_none(reply):
+    assert {parse_score(reply[:end], cut=True) for end in range(len(reply))} <= {parse_score(reply), None}
+
+
 @pytest.mark.parametrize(
     ("reply", "score"),
     [
-        ("0.95", 0.95),
-        (" 1.00\n", 1.0),
-        ("1", 1.0),
-        ("0", 0.0),
-        (".5 because", 0.5),
-        ("0.85.", 0.85),
-        ("0.8\n\n0.9", 0.8),
-        ("0.8 - good", 0.8),
-        ("0.8 / 1.0", 0.8),
-        ("Score: 0.8", 0.8),
-        ("Scalar Score:0.25", 0.25),
-        ("**Score:** 0.8", 0.8),
-        ("final rating = .7", 0.7),
-        ("**0.85**", 0.85),
-        ("`0.7`", 0.7),
-        ("The score is 0.5", None),
-        ("1.5", None),
-        ("10", None),
-        ("2", None),
-        ("-0.5", None),
-        ("8/10", None),
-        ("1/10", None),
-        ("**1**/10", None),
-        ("Score: 1 out of 5", None),
-        ("1 (of 5)", None),
-        ("1%", None),
-        ("0,85", None),
-        ("0.8 or 0.9", None),
-        ("Score: 0.8-0.9", None),
-        ("I would give 0.8", None),
-        ("I would give 0.8 or 0.9", None),
-        ("Answer: 1", None),
-        ("", None),
+        ("0.85 because", 0.85),
+        ("**0.85**\n", 0.85),
+        ("Score: 1. It", 1.0),
+        ("0.8 / 1.0\n", 0.8),
+        ("0.8 / 1.0", None),
+        ("0.8", None),
+        ("**0.8**", None),
+        ("1 out of 1", None),
+        ("0.8 \ufffd", None),  # the first bytes of a dash
     ],
 )
-def test_verbal_reply_opens_with_a_number_or_is_unscored(reply, score):
-    assert parse_score(reply) == score
+def test_a_cut_reply_has_a_score_once_nothing_can_change_it(reply, score):
+    assert parse_score(reply, cut=True) == score
+
+
+class Said:
+    """In the place of the evaluator's decoding: it says one text, up to the limit that it is given."""
+
+    def __init__(self, encoder, text):
+        self.ids = encoder.encode_literal(text)
+
+    def __call__(self, model, encoder, prompts, count, decoding, *_):
+        limit = decoding.max_new_tokens
+        return [[Completion(self.ids[:limit], len(self.ids) < limit)] for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"), [("0.85", 0.85), ("1/10", None), ("1 out of 10", None), ("0.85 because it is so", 0.85)]
+)
+def test_no_score_is_read_off_a_number_that_the_limit_cuts(reply, score, model, encoder, monkeypatch):
+    """The reply begins further to the right each time, until the limit leaves nothing of it."""
+    found = []
+    for before in range(VERBAL_TOKENS + 1):
+        monkeypatch.setattr(self_evaluation, "generate_completions", Said(encoder, "\n" * before + reply))
+        found += SelfEvaluator(encoder, "verbal", 4).score(model, PROMPT, None, ["It is 4."]).candidates
+    assert found[0] == score and found[-1] is None
+    assert set(found) == {score, None}
+
+
+def test_a_label_in_emphasis_and_its_number_fit_the_limit(model, encoder, monkeypatch):
+    monkeypatch.setattr(self_evaluation, "generate_completions", Said(encoder, "**Score:** 0.9"))
+    assert SelfEvaluator(encoder, "verbal", 4).score(model, PROMPT, None, ["It is 4."]).candidates == [0.9]
 
 
 def test_verbal_score_of_a_model_that_writes_none_is_none(model, encoder):

@@ -46,16 +46,17 @@ def test_the_longest_self_evaluation_fits_to_the_token(settings, answer, tiny_co
         ("expected", "none", None),
     ],
 )
-def test_groups_are_not_weighed_by_positives_that_a_score_does_not_have(score, check, refused, tiny_config):
+def test_groups_are_not_weighed_by_positives_that_a_score_does_not_have(score, check, refused, tiny_config, tmp_path):
     chosen = [f"align.score={score}", f"data.check={check}"]
     weighed = with_chosen_score(load_config(tiny_config, [*chosen, "align.group_weight=positives"]))
     encoder = load_encoder(weighed.student)
+    run = RunDir(tmp_path / "run")
     if refused is None:
-        check_scoring(weighed, encoder)
+        check_scoring(weighed, encoder, run)
         return
     with pytest.raises(UserError, match=rf"align\.group_weight=positives .* with align\.score={refused} .*=equal"):
-        check_scoring(weighed, encoder)
-    check_scoring(with_chosen_score(load_config(tiny_config, chosen)), encoder)
+        check_scoring(weighed, encoder, run)
+    check_scoring(with_chosen_score(load_config(tiny_config, chosen)), encoder, run)
 
 
 def test_a_run_that_cannot_be_weighed_so_is_refused_before_anything_is_bought(tiny_config, tmp_path):
@@ -64,3 +65,14 @@ def test_a_run_that_cannot_be_weighed_so_is_refused_before_anything_is_bought(ti
         config = load_config(tiny_config, ["align.score=auto", "data.check=none", "align.group_weight=positives"])
         Pipeline(config, run, Reporter())
     assert not run.path.exists()
+
+
+def test_a_run_that_is_in_stage_two_with_such_weights_goes_on(tiny_config, tmp_path):
+    weighed = ["align.score=in_context", "data.check=none", "align.group_weight=positives", "align.steps=1"]
+    run = RunDir(tmp_path / "run")
+    config = load_config(tiny_config, [*weighed[:2], "align.steps=1"])
+    Pipeline(config, run, Reporter()).execute(["anchors", "sft"])
+    with pytest.raises(UserError, match=r"align\.group_weight=positives"):  # its Stage II is still to begin
+        Pipeline(load_config(tiny_config, weighed), run, Reporter())
+    run.begin("align")
+    Pipeline(load_config(tiny_config, weighed), run, Reporter())

@@ -17,7 +17,7 @@ from purld.methods.labels import distribution_entropy, pu_labels
 from purld.model.self_evaluation import GroupScores
 from purld.pipeline import probe as module
 from purld.pipeline.pipeline import Pipeline
-from purld.runs.files import read_json, read_rows
+from purld.runs.files import read_json, read_rows, write_json
 from purld.runs.run_dir import RunDir
 from purld.training import scoring
 from purld.training.scoring import ScorerEntry
@@ -178,6 +178,46 @@ def test_a_spread_that_is_rounding_is_not_scaled_up_to_that_of_a_signal(tiny_con
     finished = run.finished_stages()
     assert finished["align"]["margin_scale"] == 1.0
     assert finished["probe"]["scorers"][0]["label_entropy"] == pytest.approx(1.0)
+
+
+class KilledError(BaseException):
+    """In the place of a SIGKILL: nothing catches it."""
+
+
+@pytest.fixture
+def in_stage_two(tiny_config, run, scorers, monkeypatch):
+    """Returns a run that was killed when its Stage II had begun, and what goes on with it."""
+
+    def kill(*_, **__):
+        raise KilledError
+
+    scorers(in_context=overlap)
+    stage_two = pipeline(tiny_config, run, "align.score=in_context", "align.weak_signal=continue")
+    with monkeypatch.context() as patch:
+        patch.setattr("purld.training.align.align", kill)
+        with pytest.raises(KilledError):
+            stage_two.execute(["align"])
+    return run, stage_two
+
+
+def test_stage_two_keeps_the_scale_that_it_began_with(in_stage_two, monkeypatch):
+    run, stage_two = in_stage_two
+    begun = run.begin_facts("align")["margin_scale"]
+    assert begun == pytest.approx(0.3 / run.finished_stages()["probe"]["scorers"][0]["spread"])
+    monkeypatch.setattr(module, "labels_scale", lambda *_: 7.0)  # the rule of another version
+    stage_two.execute(["align"])
+    assert run.finished_stages()["align"]["margin_scale"] == begun
+
+
+def test_a_stage_two_that_an_older_version_began_keeps_the_scale_of_a_spread_that_is_rounding(in_stage_two):
+    run, stage_two = in_stage_two
+    manifest = {key: value for key, value in read_json(run.manifest).items() if key != "hash"}
+    measured = manifest["finished"]["probe"]["scorers"][0]
+    measured |= {"spread": 0.003, "noise": 0.002}
+    del manifest["begun"]["align"]["margin_scale"]
+    write_json(run.manifest, manifest)
+    stage_two.execute(["align"])
+    assert run.finished_stages()["align"]["margin_scale"] == pytest.approx(100.0)
 
 
 def test_the_scale_is_the_probes_where_the_spread_is_more_than_rounding():

@@ -298,6 +298,12 @@ def test_one_warning_tells_of_all_validations_that_could_not_be_compared():
     facts = ValidationFacts("verbal", 100, 50, [0, 50], [0.6, 0.66], [100, 150])
     (warning,) = facts.warnings
     assert "at 2 of 4 validations (first at step 100)" in warning and "align.score" in warning
+    assert "none of these could be kept as the best" in warning
     lost = ValidationFacts("verbal", 100, 150, [0], [0.6], [50, 100, 150])
-    assert len(lost.warnings) == 1, "none was measured, so none is worse than p_sft"
+    (warning,) = lost.warnings  # none was measured, so none is worse than p_sft
+    assert (
+        "at 3 of 4 validations (first at step 50), and the last step, which could not be compared with p_sft" in warning
+    )
+    assert "is kept, and `purld export --stage sft` exports p_sft; use another align.score." in warning
+    assert "none of these could be kept" not in warning
     assert ValidationFacts("verbal", 100, 50, [0, 50], [0.6, 0.66]).warnings == []

@@ -18,7 +18,15 @@ def unscored(count):
     return [GroupScores(None, [None] * count)]
 
 
-@pytest.mark.parametrize(("settings", "words"), [(TEACHER, "purld ledger RUN --export"), (VERBAL, "score=expected")])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (TEACHER, "purld ledger RUN --export FILE writes what it said, or that it did not answer"),
+        (VERBAL, "align.score=expected"),
+        (LdlGrpo(score="reference"), "align.score=expected"),
+        (LdlGrpo(score="expected"), "align.score=in_context"),
+    ],
+)
 def test_thirty_two_without_a_score_end_the_stage(settings, words):
     first = FirstScore(settings, awaited=True)
     first.note(unscored(31))
@@ -36,7 +44,7 @@ def test_a_stage_that_goes_on_counts_what_it_has_logged():
     again = FirstScore(TEACHER, awaited=True)
     again.continue_from([{"step": 1, "unscored": 16.0}, {"step": 1, "eval_score": 0.5}, {"step": 2, "unscored": 8.0}])
     again.note(unscored(7))
-    with pytest.raises(UserError, match="never answered"):
+    with pytest.raises(UserError, match="no candidate got a score from the teacher"):
         again.note(unscored(1))
     scored = FirstScore(TEACHER, awaited=True)
     scored.continue_from([{"step": 1, "unscored": 40.0, "score": 0.5}])
@@ -46,7 +54,7 @@ def test_a_stage_that_goes_on_counts_what_it_has_logged():
 def test_candidates_of_all_ranks_count_and_a_score_of_any(monkeypatch):
     others = [False] * 24
     monkeypatch.setattr(ranks, "gather_rows", lambda rows: [*rows, *others])
-    with pytest.raises(UserError, match="never answered"):
+    with pytest.raises(UserError, match="no candidate got a score from the teacher"):
         FirstScore(TEACHER, awaited=True).note(unscored(8))
     others[3] = True
     first = FirstScore(TEACHER, awaited=True)

@@ -1,9 +1,10 @@
-"""Scorers that need no model: agreement with the anchor's result."""
+"""Scorers that need no model: agreement with the anchor's result, and the teacher."""
 
+from purld.clients.base import Reply
 from purld.config.schema import Data
 from purld.records import Prompt
 from purld.tasks.checks import find_check
-from purld.training.scoring import AgreementScorer, GroupToScore
+from purld.training.scoring import AgreementScorer, GroupToScore, TeacherScorer
 
 MATH, CHOICE = (find_check(Data(prompts="unused", check=name)) for name in ("math", "choice"))
 
@@ -42,3 +43,21 @@ def test_an_anchor_that_chooses_no_option_leaves_its_group_unscored():
     groups = [group(anchor, "A", "eleven", metadata=choices) for anchor in ("I cannot say.", "The answer is A.")]
     scored = AgreementScorer(CHOICE)([*groups, group("The answer is A.", "A")])
     assert [s.candidates for s in scored] == [[None, None], [1.0, 0.0], [None]]
+
+
+class Replying:
+    """A teacher's client with replies of its own."""
+
+    def __init__(self, *replies):
+        self.replies = replies
+
+    def ask(self, prompts, on_reply=None):
+        assert len(prompts) == len(self.replies)
+        return list(self.replies)
+
+
+def test_a_teachers_number_that_its_limit_cuts_is_no_score():
+    texts = ["**Score**: 0.", "Score: 1 out of 1", "<think>It is.</think>\n0.8", "0.8 because the", "0.8"]
+    replies = [Reply("truncated", text, "length") for text in texts[:4]] + [Reply("answered", texts[4], "stop")]
+    (scores,) = TeacherScorer(Replying(*replies))([group("10", *"abcde")])
+    assert scores.candidates == [None, None, None, 0.8, 0.8]

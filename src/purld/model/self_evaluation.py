@@ -40,7 +40,12 @@ _SCORE = re.compile(
     rf"(?![\d.]*\d|,\d|[ \t*_`(]*(?:{_OTHER_SCALE}|{_SECOND_NUMBER}))",
     re.IGNORECASE,
 )
-VERBAL_TOKENS = 8
+# What may stand behind a number while it can still turn out longer, on another scale or the first of two.
+_UNDECIDED = re.compile(
+    r"[.,]+|[ \t*_`(]*(?:(?:[-–/\ufffd]|out?|(?:out\s+)?of?|to?|or|an?d?)\s*[\d.]*)?",  # U+FFFD: half of a dash
+    re.IGNORECASE,
+)
+VERBAL_TOKENS = 16  # a label, emphasis around it, the number and the beginning of what follows
 SCORE_OPENING = "0."  # the beginning of a score that `expected` puts into the evaluator's mouth
 
 
@@ -132,7 +137,7 @@ class SelfEvaluator:
         for part in micro_batches(len(group.rows), size):
             prompts = [EncodedPrompt([*row]) for row in group.rows[part]]
             replies = generate_completions(model, self._encoder, prompts, 1, greedy, group.prompt)
-            scores += [parse_score(self._encoder.decode_text(reply.ids)) for (reply,) in replies]
+            scores += [parse_score(self._encoder.decode_text(r.ids), cut=not r.finished) for (r,) in replies]
         return scores
 
 
@@ -150,14 +155,21 @@ def score_rows_at_once(batch_size: BatchSize) -> AtOnce:
     )
 
 
-def parse_score(reply: str) -> float | None:
+def parse_score(reply: str, cut: bool = False) -> float | None:
     """Return the score that a reply begins with, or None if it does not begin with a number in [0, 1].
 
     A label ("Score: 0.8") or emphasis ("**0.85**") may stand before it. A number on another scale ("1/10", "0,85") or
     one of several ("0.8 or 0.9") is none.
+
+    Args:
+        reply: the reply.
+        cut: whether the reply met its limit. What is missing could then be more of the number or its scale, so it has
+            a score only if what follows the number rules that out ("0.8" and "1 out of 1" are none, "0.8 because" is).
     """
     match = _SCORE.match(reply)
-    return float(match.group(1)) if match else None
+    if match is None or (cut and _UNDECIDED.fullmatch(reply, match.end(1))):
+        return None
+    return float(match.group(1))
 
 
 class _ScoreReader:

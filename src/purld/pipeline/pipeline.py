@@ -26,7 +26,7 @@ from purld.pipeline.chosen_score import with_chosen_score
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
 from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
-from purld.pipeline.probe import check_signal, probe_fingerprint, run_probe, takes_probe
+from purld.pipeline.probe import check_signal, probe_fingerprint, probed_scale, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
 from purld.pipeline.stage_two_split import lacks_record, plan_split, split_of_older_run
 from purld.pipeline.stages import run_align, run_anchors, run_report, run_sft
@@ -189,12 +189,18 @@ class Pipeline:
             if damaged and self._repaired(stage, damaged, context) and not again:
                 return False
         self._check_start(stage)
-        split = plan_split(self.config, context.pools).to_facts() if stage == "align" else {}
-        self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out), **split)
+        fixed = self._fixed_for_stage_two(context) if stage == "align" else {}
+        self.run.begin(stage, prompts=len(context.pools.train), held_out=len(context.pools.held_out), **fixed)
         self.reporter.headline(STAGE_TITLES[stage])
         if stage == "sft":
             self._warn_of_caps("anchors")
         return True
+
+    def _fixed_for_stage_two(self, context: RunContext) -> dict[str, Any]:
+        """Return what Stage II goes by from its beginning to its end, also where another version goes on with it."""
+        assert isinstance(self.config.align, StageTwoSettings)
+        scale = probed_scale(self.config.align, self.run.finished_stages().get("probe"))
+        return plan_split(self.config, context.pools).to_facts() | {"margin_scale": scale}
 
     def _warn_of_caps(self, stage: str) -> None:
         """Say what caps left out of a finished stage."""

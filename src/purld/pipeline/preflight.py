@@ -37,7 +37,7 @@ def check_before_spending(config: Config, run: RunDir) -> tuple[Encoder, Student
     encoder = load_encoder(config.student)
     check_local_models(config)
     check_context(config)
-    check_scoring(config, encoder)
+    check_scoring(config, encoder, run)
     check_validation(config)
     sizes = check_student(config.student, encoder)
     if "sft" not in run.finished_stages():
@@ -94,8 +94,10 @@ def _longest_scored(config: Config) -> int:
     return drawn if reads_results(config.data) and not named else max(drawn, config.student.max_anchor_tokens)
 
 
-def check_scoring(config: Config, encoder: Encoder) -> None:
+def check_scoring(config: Config, encoder: Encoder, run: RunDir) -> None:
     """Check that the student can score as `align.score` asks, and that the method can learn from such scores.
+
+    A run that is in Stage II keeps the weights of groups that it began with, because that key can no longer change.
 
     Raises:
         UserError: its tokenizer does not spell numbers as `expected` needs, the run has no check of answers, which
@@ -106,7 +108,8 @@ def check_scoring(config: Config, encoder: Encoder) -> None:
     scorer = find_scorer(config.align.score)
     if scorer.check is not None:
         scorer.check(encoder, find_comparison(config.data))
-    if isinstance(config.align, LdlGrpo) and config.align.group_weight == "positives" and scorer.has_own_unit:
+    by_positives = isinstance(config.align, LdlGrpo) and config.align.group_weight == "positives"
+    if by_positives and scorer.has_own_unit and "align" not in run.begun_stages():
         raise UserError(
             "align.group_weight=positives weighs a group by its candidates that score as the anchor does, and with "
             f"align.score={config.align.score} the anchor's own score lies far above all of them, so that no group "

@@ -342,12 +342,32 @@ def check_signal(settings: StageTwoSettings, probe: Mapping[str, Any] | None) ->
         )
 
 
-def probed_scale(settings: StageTwoSettings, probe: Mapping[str, Any] | None) -> float:
-    """Return the factor of the margins for the run's scorer, from the spread that the probe measured; 1 without one."""
+def probed_scale(settings: StageTwoSettings, probe: Mapping[str, Any] | None, spares_rounding: bool = True) -> float:
+    """Return the factor of the margins for the run's scorer, from the spread that the probe measured; 1 without one.
+
+    Args:
+        settings: the method's settings.
+        probe: the facts of the run's probe.
+        spares_rounding: whether a spread that is rounding is left as it is; see `labels_scale`.
+    """
     if probe is None or not isinstance(settings, LdlGrpo):
         return 1.0
     measures = chosen_measures(probe)
-    return labels_scale(settings, probe["chosen"], measures["spread"], measures["noise"])
+    return labels_scale(settings, probe["chosen"], measures["spread"], measures["noise"] if spares_rounding else 0.0)
+
+
+def begun_scale(settings: StageTwoSettings, probe: Mapping[str, Any] | None, begun: Mapping[str, Any]) -> float:
+    """Return the factor of the margins that Stage II began with, so that it does not change midway.
+
+    An older version recorded none when it began, and scaled up any spread.
+
+    Args:
+        settings: the method's settings.
+        probe: the facts of the run's probe; None without one.
+        begun: what the manifest holds of Stage II's beginning; see `RunDir.begin_facts`.
+    """
+    recorded: float | None = begun.get("margin_scale")
+    return probed_scale(settings, probe, spares_rounding=False) if recorded is None else recorded
 
 
 def _scorers_to_measure(settings: SelfScoringSettings, every_scorer: bool) -> list[str]:

@@ -18,7 +18,7 @@ from purld.config.clients import TeacherAnchors
 from purld.config.methods import StageTwoSettings, TeacherJudgeGrpo
 from purld.pipeline.context import RunContext, examples_of_pool, open_ledger
 from purld.pipeline.evaluate import SPEND_KEYS
-from purld.pipeline.probe import probed_scale, weak_signal_warnings
+from purld.pipeline.probe import begun_scale, weak_signal_warnings
 from purld.pipeline.stage_two_split import split_stage_two
 from purld.pipeline.teacher_answers import ask_for_anchors, buy_opponent, submit_together
 from purld.pipeline.validation import make_validation_set
@@ -77,7 +77,7 @@ def run_align(context: RunContext) -> dict[str, Any]:
     probe, begun = ranks.on_first(
         lambda: (context.run.finished_stages().get("probe"), context.run.begin_facts("align"))
     )
-    scale, split = probed_scale(config.align, probe), split_stage_two(config, context.pools, begun)
+    scale, split = begun_scale(config.align, probe, begun), split_stage_two(config, context.pools, begun)
     with _judging_teacher(context) as teacher, reporter.progress("steps") as progress:
         training = _training_context(context, progress)
         examples = examples_of_pool(context.run, split.training)

@@ -17,10 +17,11 @@ ENOUGH_ASKED = 32
 def describe_no_score(settings: StageTwoSettings) -> str:
     """Say that no candidate of the stage got a score, and what to do."""
     if isinstance(settings, SelfScoringSettings):
-        return "Stage II: the evaluator never gave a score; use align.score=expected with this student."
+        other = "in_context" if settings.score == "expected" else "expected"
+        return f"Stage II: the evaluator never gave a score; use align.score={other} with this student."
     return (
-        "Stage II: the teacher never answered with a score between 0 and 1 (purld ledger RUN --export FILE writes what "
-        "it said); raise align.max_tokens_per_score, or take another teacher."
+        "Stage II: no candidate got a score from the teacher: purld ledger RUN --export FILE writes what it said, or "
+        "that it did not answer; raise align.max_tokens_per_score, or take another teacher."
     )
 
 

@@ -238,8 +238,9 @@ def rating_prompt(prompt: Prompt, candidate: str) -> Prompt:
 
 
 def _score_of(reply: Reply) -> float | None:
-    unscored = reply.text is None or reply.state == "refused"
-    return None if unscored else parse_score(split_thinking(reply.text or "").answer)
+    if reply.text is None or reply.state == "refused":
+        return None
+    return parse_score(split_thinking(reply.text).answer, cut=reply.state == "truncated")
 
 
 def _make_self_scorer(context: ScorerContext) -> Scorer:

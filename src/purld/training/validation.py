@@ -105,10 +105,16 @@ class ValidationFacts:
                 "`purld export --stage sft` exports p_sft."
             )
         if self.unmeasured:
+            outcome = "none of these could be kept as the best"
+            if self.kept_step in self.unmeasured:
+                outcome = (
+                    "the last step, which could not be compared with p_sft, is kept, and `purld export --stage sft` "
+                    "exports p_sft"
+                )
             warnings.append(
                 f"under half of the answers to the {self.prompts} validation prompts got a score at "
                 f"{len(self.unmeasured)} of {len(self.steps) + len(self.unmeasured)} validations (first at step "
-                f"{self.unmeasured[0]}), and none of these could be kept as the best; use another align.score."
+                f"{self.unmeasured[0]}), and {outcome}; use another align.score."
             )
         return warnings
 
