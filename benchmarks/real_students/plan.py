@@ -61,7 +61,7 @@ class Size:
     samples: int = 4
 
 
-QUICK = Size(stage_one=32, stage_two=16, steps=2, prompts_per_step=4, candidates=4, measured=8, samples=2)
+QUICK = Size(stage_one=32, stage_two=16, steps=2, prompts_per_step=4, candidates=4, measured=4, samples=2)
 
 
 @dataclass(frozen=True)
