@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from real_students.page import best_on_validation, differences_from_p_sft
+from real_students.page import best_on_validation, differences_from_p_sft, p_sft_by_seed, pairs_with_p_sft
 from real_students.plan import METHODS
 
 Row = Mapping[str, Any]
@@ -129,12 +129,11 @@ def _draw_differences(axes: Any, rows: Sequence[Row]) -> bool:
 
 def _draw_auc(axes: Any, rows: Sequence[Row]) -> bool:
     """Draw each cell's gain over p_sft of its seed against its score's AUC within a prompt."""
-    p_sft = {(row["seed"], row["pool"]): np.mean(row["right"]) for row in rows if row["method"] == "SFT"}
     points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        auc, base = (row["score_quality"] or {}).get("auc_within"), p_sft.get((row["seed"], row["pool"]))
-        if auc is not None and base is not None:
-            points.setdefault(row["method"], []).append((auc, float(np.mean(row["right"]) - base)))
+    for row, base in pairs_with_p_sft(rows, p_sft_by_seed(rows)):
+        auc = (row["score_quality"] or {}).get("auc_within")
+        if auc is not None:
+            points.setdefault(row["method"], []).append((auc, float(np.mean(row["right"]) - np.mean(base["right"]))))
     for method, pairs in points.items():
         axes.scatter(*zip(*pairs, strict=True), label=method, color=_COLOURS[method], s=18)
     axes.axhline(0, color="0.7", linewidth=0.8)

@@ -113,7 +113,7 @@ def mean_difference(pairs: Sequence[tuple[Row, Row]], key: str) -> PairedDiffere
 
 
 def pairs_with_p_sft(rows: Sequence[Row], p_sft: Mapping[tuple[int, str], Row]) -> list[tuple[Row, Row]]:
-    """Return the cells of a method, by seed, each with p_sft's cell that it started from."""
+    """Return cells, by seed, each with p_sft's cell that it started from; those without one are left out."""
     of_seed = sorted(rows, key=lambda row: row["seed"])
     return [(row, p_sft[row["seed"], row["pool"]]) for row in of_seed if (row["seed"], row["pool"]) in p_sft]
 
