@@ -218,3 +218,26 @@ def test_a_file_may_take_the_place_of_a_teacher_that_was_asked(config, server, r
     purld("evaluate", *file)
     assert run.damaged_files_of("anchors") == [] and run.recorded(run.opponent) is not None
     assert "done before" in purld("evaluate", *file)
+
+
+def test_settings_that_bought_nothing_can_be_corrected(config, server, run, purld):
+    """The remedy of a refused request is another setting; with the first answer the run is bound to its settings."""
+    answer, server.default = server.default, error(400)
+    offline = ("evaluate.judge=null", "evaluate.opponent=null")
+    with pytest.raises(UserError, match="http_400"):
+        purld("anchors", *offline)
+    assert run.begun_stages() == {"anchors"}
+    server.default = answer
+    corrected = ("teacher.token_limit_field=max_completion_tokens", "teacher.model=n")
+    purld("anchors", *offline, *corrected)
+    assert "max_completion_tokens" in json.loads(server.bodies[-1])
+    with pytest.raises(UserError, match="teacher.model: n, and now it is m"):
+        purld("anchors", *offline)
+
+
+def test_a_field_of_a_request_does_not_change_because_a_cap_has_its_name(config, run, purld):
+    """Caps and addresses may change in a run that has begun; what the answers were asked with may not."""
+    asked = ("evaluate.judge=null", "evaluate.opponent=null", "teacher.max_calls=5")
+    purld("anchors", *asked, "teacher.extra_body.reasoning.max_tokens=100")
+    with pytest.raises(UserError, match=r"teacher.extra_body.reasoning.max_tokens: 100, and now it is 200"):
+        purld("anchors", *asked, "teacher.extra_body.reasoning.max_tokens=200")

@@ -117,6 +117,18 @@ def test_win_rates_are_compared_before_the_same_judge_and_opponent_alone(evaluat
     assert "different judges" in compare_runs(a, strict, judge=False, reporter=Reporter()).notes[0]
 
 
+def test_judges_of_one_name_at_two_addresses_are_noted(evaluated):
+    """They may be two models; a judge that moved is one, so the win rates stay."""
+    a, b = evaluated("a", {0}, wins=range(15)), evaluated("b", {0}, wins=range(5))
+    for path, host in ((a, "one"), (b, "two")):
+        values = yaml.safe_load(RunDir(path).config.read_text())
+        values["evaluate"]["judge"] = {"kind": "openai", "base_url": f"https://{host}.example/v1", "model": "judge"}
+        RunDir(path).config.write_text(yaml.safe_dump(values))
+    comparison = compare_runs(a, b, judge=False, reporter=Reporter())
+    assert comparison.difference["win_rate"] == 0.5
+    assert "at different addresses: https://one.example/v1 and https://two.example/v1" in comparison.notes[0]
+
+
 def test_the_thinking_of_an_opponent_is_no_part_of_its_length(evaluated):
     found = []
     for text in ("them", "<think>I wonder what is wanted here.</think>them"):

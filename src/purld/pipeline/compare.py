@@ -196,7 +196,15 @@ def _common_opponent(a: ComparedModel, b: ComparedModel) -> tuple[dict[str, str]
         return {}, ["Win rates are not compared: the runs have different opponents."]
     if _judge_settings(a) != _judge_settings(b):
         return {}, ["Win rates are not compared: the runs have different judges."]
-    return answers, []
+    return answers, _address_notes(a, b)
+
+
+def _address_notes(a: ComparedModel, b: ComparedModel) -> list[str]:
+    """Return a note if the judges have one name at two addresses, where they need not be the same model."""
+    ours, theirs = (getattr(side.config.evaluate.judge, "base_url", None) for side in (a, b))
+    if ours == theirs:
+        return []
+    return [f"The judges have the same name, and answered at different addresses: {ours} and {theirs}."]
 
 
 def _judge_settings(side: ComparedModel) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from purld.clients.ledger import BUDGETS, Ledger, LedgerView, Role
+from purld.clients.ledger import BUDGETS, Ledger, LedgerView, Role, is_blank
 from purld.config.clients import OpenAIEndpoint
 from purld.errors import UserError
 from purld.runs.open import open_run
@@ -28,6 +28,15 @@ def ledger_totals(run_path: Path, export_to: Path | None) -> list[dict[str, Any]
             ledger.export(export_to)
         totals = [{"role": role} | ledger.totals(role) for role in BUDGETS]
     return [row for row in totals if row["role"] != "scorer" or row["prompts"]]
+
+
+def may_have_bought(run: RunDir) -> bool:
+    """Return whether a request of a run was answered, may have been billed, or is under way."""
+    if is_blank(run.ledger):
+        return False
+    with LedgerView(run.ledger) as ledger:
+        totals = [ledger.totals(role) for role in BUDGETS]
+    return any(total[state] for total in totals for state in ("answered", "unknown", "under_way"))
 
 
 def list_open_batches(run_path: Path) -> list[str]:

@@ -25,6 +25,7 @@ from purld.errors import UserError
 from purld.pipeline.chosen_score import with_chosen_score
 from purld.pipeline.context import RunContext
 from purld.pipeline.evaluate import run_evaluate
+from purld.pipeline.ledger_totals import may_have_bought
 from purld.pipeline.preflight import check_before_spending, check_judging, check_ledger
 from purld.pipeline.probe import check_signal, probe_fingerprint, probed_scale, run_probe, takes_probe
 from purld.pipeline.prompt_pools import PromptPools, load_prompt_pools
@@ -299,16 +300,27 @@ class Pipeline:
         text = yaml.safe_dump(new, sort_keys=False)
         self._check_adoptable(text)
         if (recorded := self._recorded_config()) is not None:
-            old, begun = recorded.model_dump(mode="json"), run.begun_stages()
+            old, begun = recorded.model_dump(mode="json"), self._binding_stages()
             free = TRANSPORT | ({"near_duplicates"} if splits_without_near_copies(run) else set())
             for key, before, after in _differences(old, new):
-                section, *_, leaf = key.split(".")
-                if section != "report_to" and _FIRST_STAGE[section] in begun and leaf not in free:
+                section, *between, leaf = key.split(".")
+                # What is in extra_body is part of the request, whatever its name.
+                is_free = section == "report_to" or (leaf in free and "extra_body" not in between)
+                if not is_free and _FIRST_STAGE[section] in begun:
                     raise UserError(
                         f"{run.path} holds a run with {key}: {_brief(before)}, and now it is {_brief(after)}; "
                         "give this one another --run-dir."
                     )
         return text
+
+    def _binding_stages(self) -> set[str]:
+        """Return the stages that have begun and bind the run to their settings.
+
+        Anchors that were asked for in vain do not: what a refused request needs is another setting.
+        """
+        begun = self.run.begun_stages()
+        in_vain = begun == {"anchors"} and not self.run.finished_stages() and not may_have_bought(self.run)
+        return set() if in_vain else begun
 
     def _recorded_config(self) -> Config | None:
         """Return the configuration that the run was last continued with; None if it has none that can be read.
