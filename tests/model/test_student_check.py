@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,24 @@ def test_other_architectures_pass_and_take_the_adapters_they_can(other):
 def test_modules_that_take_no_adapter_are_told_with_those_that_do(modules, words, random_student):
     with pytest.raises(UserError, match=rf"^student\.lora: {words}"):
         check(random_student, Lora(r=2, target_modules=modules))
+
+
+def test_trained_weights_are_not_kept_in_bfloat16(folder):
+    with pytest.raises(UserError, match=r"^student\.dtype: .* round to nothing; leave it out, or set student\.lora"):
+        check_student(Student(model=str(folder), dtype="bfloat16"), load_encoder(Student(model=str(folder))))
+    student = Student(model=str(folder), dtype="bfloat16", lora=Lora(r=2))
+    assert check_student(student, load_encoder(student)).trained > 0
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_on_a_tensor_that_two_modules_share_is_refused(module, tied, tokenizer, tmp_path):
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=tied, **SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    refused = pytest.raises(UserError, match=r"^student\.lora: .* has one tensor for its embeddings and its LM head")
+    with refused if tied else nullcontext():
+        check(tmp_path, Lora(r=2, target_modules=["q_proj", module]))
 
 
 def test_quantized_weights_are_not_quantized_again(folder, monkeypatch):

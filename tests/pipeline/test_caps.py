@@ -231,7 +231,7 @@ def test_settings_that_bought_nothing_can_be_corrected(config, server, run, purl
     corrected = ("teacher.token_limit_field=max_completion_tokens", "teacher.model=n")
     purld("anchors", *offline, *corrected)
     assert "max_completion_tokens" in json.loads(server.bodies[-1])
-    with pytest.raises(UserError, match="teacher.model: n, and now it is m"):
+    with pytest.raises(UserError, match=r"teacher\.model: n, and now it is m"):
         purld("anchors", *offline)
 
 

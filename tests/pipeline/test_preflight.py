@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from purld.config.load import load_config
@@ -57,6 +59,16 @@ def test_groups_are_not_weighed_by_positives_that_a_score_does_not_have(score, c
     with pytest.raises(UserError, match=rf"align\.group_weight=positives .* with align\.score={refused} .*=equal"):
         check_scoring(weighed, encoder, run)
     check_scoring(with_chosen_score(load_config(tiny_config, chosen)), encoder, run)
+
+
+@pytest.mark.parametrize(("score", "refused"), [("reference", True), ("in_context", False), ("expected", False)])
+def test_an_anchor_whose_score_lies_far_above_all_is_no_member_of_the_group(score, refused, tiny_config, tmp_path):
+    chosen = [f"align.score={score}", "data.check=none", "align.anchor_in_group=true"]
+    config, run = load_config(tiny_config, chosen), RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"^align\.anchor_in_group .* leave it out") if refused else nullcontext():
+        check_scoring(config, load_encoder(config.student), run)
+    run.begin("align")
+    check_scoring(config, load_encoder(config.student), run)
 
 
 def test_a_run_that_cannot_be_weighed_so_is_refused_before_anything_is_bought(tiny_config, tmp_path):

@@ -14,6 +14,16 @@ def test_a_policy_that_hardly_moved_is_told_and_an_estimate_below_zero_is_no_sig
     assert any("hardly moved" in warning for warning in facts.warnings) is unmoved
 
 
+def test_scores_that_agree_at_last_have_not_collapsed():
+    """The spread of right and wrong goes where nearly all are right; of other scores it says that they say nothing."""
+    steps = [{"step": n, "objective": 0.5, "score_spread": 0.5 if n < 5 else 0.01} for n in range(1, 9)]
+    told = {
+        score: any("scores collapsed" in warning for warning in _facts(steps, LdlGrpo(score=score), 4, 8).warnings)
+        for score in ("agreement", "in_context")
+    }
+    assert told == {"agreement": False, "in_context": True}
+
+
 def test_uniform_labels_are_told_whatever_number_of_candidates_has_a_score():
     """Steps of groups of 5 of 8, with the share of ln 5; a step of an earlier version has nats alone."""
     row = {"step": 1, "objective": 0.5, "entropy_labels": math.log(5)}

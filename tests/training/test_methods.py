@@ -114,6 +114,26 @@ def test_killed_in_stage_two_a_run_ends_with_the_same_bits(method, teacher, afte
     assert calm.run.revisited.exists() == method.startswith("ldl_grpo")
 
 
+@pytest.mark.parametrize(
+    ("method", "changed", "measured"),
+    [
+        ("ldl_grpo", (), {"kl": [1, 2, 3, 4], "gain": [1, 2, 3, 4]}),
+        ("ldl_grpo+2", (), {"kl": [1, 3], "gain": [1, 3]}),  # the others' candidates are an older policy's
+        ("ldl_grpo", ("align.temperature=0.7",), {"kl": [], "gain": []}),
+        ("anchorrank_dpo", ("align.margin=0.01",), {"kl": [1, 2, 3, 4], "gain": []}),  # leaves small differences out
+        ("self_ppo+2", (), {"kl": [1, 3], "gain": []}),
+    ],
+)
+def test_what_is_an_expectation_over_the_policy_is_measured_on_its_own_draws_alone(
+    method, changed, measured, after_stage_one
+):
+    pipeline = after_stage_one(method, *changed)
+    pipeline.execute(["align"])
+    steps = [row for row in read_rows(pipeline.run.metrics) if row["stage"] == "align" and "objective" in row]
+    assert len(steps) == 4
+    assert {key: [row["step"] for row in steps if key in row] for key in measured} == measured
+
+
 def test_killed_after_its_last_step_a_run_takes_no_other_and_measures_again(after_stage_one, monkeypatch):
     def kill(*_):
         raise KilledError

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from purld.evaluation.intervals import Array, Interval, mean_interval, wilson_interval
+from purld.evaluation.intervals import Array, Interval, Z, mean_interval, wilson_interval
+from purld.t_distribution import t_quantile
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ def accuracy_with_interval(correct: ArrayLike) -> tuple[float, Interval]:
     """Return the share of right answers and its 95% interval, clustered by prompt.
 
     Samples of one prompt are not independent, so Wilson's interval is computed for the effective number of trials:
-    the number of independent answers whose mean would vary as much as the mean over prompts does (Korn and Graubard
-    1998). With one sample per prompt that is the number of prompts, and the interval is plain Wilson. Unlike
-    mean ± 1.96 standard errors, it keeps its coverage and its width near 0 and 1.
+    the number of independent answers whose mean would vary as much as the mean over prompts does, less what few prompts
+    leave unknown of that, by Student's t (Korn and Graubard 1998). It is never below the number of prompts, which it is
+    with one sample per prompt: then the interval is plain Wilson. Unlike mean ± 1.96 standard errors, it keeps its
+    coverage and its width near 0 and 1.
 
     Args:
         correct: (prompts,) or (prompts, samples), right or wrong.
@@ -46,8 +48,10 @@ def accuracy_with_interval(correct: ArrayLike) -> tuple[float, Interval]:
     prompts, samples = right.shape
     share = float(right.mean())
     within, between = share * (1 - share), float(right.mean(axis=1).var())
-    trials = min(prompts * within / between, prompts * samples) if between > 0 else prompts
-    return share, wilson_interval(share, trials)
+    if between == 0:
+        return share, wilson_interval(share, prompts)
+    effective = prompts * within / between * (Z / t_quantile(0.975, prompts - 1)) ** 2
+    return share, wilson_interval(share, min(max(effective, prompts), prompts * samples))
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, seed: int = 0) -> PairedDifference:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -19,6 +20,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from purld.config.schema import Lora, Student
 from purld.errors import UserError, reason_of
+from purld.model.causal_lm import unwrap_adapters
 from purld.model.encode import Encoder
 from purld.model.load import count_parameters, make_trainable
 from purld.model.pretrained import load_part
@@ -54,6 +56,11 @@ def check_student(student: Student, encoder: Encoder) -> StudentSizes:
         UserError: it cannot; the message says what to change.
     """
     check_quantizing(student)
+    if student.lora is None and student.dtype == "bfloat16":
+        raise UserError(
+            "student.dtype: in bfloat16 the updates of weights that are trained round to nothing; leave it out, or set "
+            "student.lora, whose adapter is trained in float32."
+        )
     try:
         config = load_part(AutoConfig, student.model)
         quantized = _check_quantized(student, config)
@@ -155,7 +162,23 @@ def _check_training(student: Student, skeleton: Any, build: Callable[[], Any]) -
                 f"student.lora: no adapter can be made on {name}, which {student.model} does not have; "
                 f"its linear layers are {', '.join(layers)}."
             )
+    _check_tied(student, model)
     return model
+
+
+def _check_tied(student: Student, model: Any) -> None:
+    """Check that no adapter lies on weights that embedding and LM head share: merged, it would change both.
+
+    Raises:
+        UserError: one does.
+    """
+    bare: Any = unwrap_adapters(model)
+    ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
+    if bare.config.get_text_config().tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+        raise UserError(
+            f"student.lora: {student.model} has one tensor for its embeddings and its LM head, and an adapter on one "
+            "of them cannot be merged without changing the other; leave them out of student.lora.target_modules."
+        )
 
 
 def _linear_layers(skeleton: Any) -> list[str]:

@@ -97,11 +97,12 @@ def _longest_scored(config: Config) -> int:
 def check_scoring(config: Config, encoder: Encoder, run: RunDir) -> None:
     """Check that the student can score as `align.score` asks, and that the method can learn from such scores.
 
-    A run that is in Stage II keeps the weights of groups that it began with, because that key can no longer change.
+    A run that is in Stage II keeps the groups that it began with, because their keys can no longer change.
 
     Raises:
         UserError: its tokenizer does not spell numbers as `expected` needs, the run has no check of answers, which
-            `agreement` needs, or groups would be weighed by positives that such scores do not have.
+            `agreement` needs, or groups would be weighed by positives that such scores do not have, or hold an anchor
+            that such scores put far above all candidates.
     """
     if not isinstance(config.align, SelfScoringSettings):
         return
@@ -114,6 +115,12 @@ def check_scoring(config: Config, encoder: Encoder, run: RunDir) -> None:
             "align.group_weight=positives weighs a group by its candidates that score as the anchor does, and with "
             f"align.score={config.align.score} the anchor's own score lies far above all of them, so that no group "
             "would count; set align.group_weight=equal, or align.score=agreement or expected."
+        )
+    if config.align.anchor_joins and config.align.score == "reference" and "align" not in run.begun_stages():
+        raise UserError(
+            "align.anchor_in_group gives the anchor the label of its own score, and with align.score=reference, which "
+            "is how likely the anchor is, that is nearly the whole of D; leave it out, or set align.score=agreement, "
+            "in_context or expected."
         )
 
 

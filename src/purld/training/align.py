@@ -175,7 +175,7 @@ def _facts(rows: Sequence[dict[str, Any]], settings: StageTwoSettings, prompts: 
         sharper_than_labels=_total(rows, "sharper_than_labels") / max(1, len(rows)),
         against_flattening=_advice(settings),
         label_entropy=_mean_label_entropy(rows, settings),
-        spread_kept=_spread_kept(kept),
+        spread_kept=_spread_kept(kept, settings),
         kl=_final_kl(kept),
         engine_gap=_engine_gap(rows),
         gain=final_gain(kept),
@@ -189,8 +189,13 @@ def _mean_label_entropy(rows: Sequence[dict[str, Any]], settings: StageTwoSettin
     return sum(entropies) / len(entropies) if entropies else None
 
 
-def _spread_kept(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Return the mean spread of scores in the last quarter of the steps over that in the first; None if unknown."""
+def _spread_kept(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> float | None:
+    """Return the mean spread of scores in the last quarter of the steps over that in the first; None if unknown.
+
+    Agreement with the anchor loses its spread by success, when nearly all candidates agree.
+    """
+    if getattr(settings, "score", None) == "agreement":
+        return None
     spreads = [row["score_spread"] for row in rows if "score_spread" in row]
     quarter = len(spreads) // 4
     if quarter == 0 or sum(spreads[:quarter]) == 0:

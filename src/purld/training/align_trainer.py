@@ -103,7 +103,8 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
         self._divides_gradients = divides_gradients(context.student)
         self._metrics = StepMetrics()
         self._method = stage_two_method(settings)
-        self._measures_gain = _measures_gain(self._method, settings)
+        self._measures_kl = _draws_of_policy(settings) and not self._method.anchored_reference
+        self._measures_gain = self._measures_kl and _scores_every_draw(self._method, settings)
         self._critic = _make_critic(roles.policy) if self._method.critic else None
         accelerator, encoder = self.accelerator, context.encoder
         form = form_of_update(settings, context.student, roles, questions, half=self.args.bf16)
@@ -224,8 +225,7 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
             if found is not None:
                 loss, tokens = found
                 objective += share * loss.value
-                from_sft = not self._method.anchored_reference
-                self._metrics.add_update(loss, tokens, len(rollout.member_candidates), from_sft)
+                self._metrics.add_update(loss, tokens, len(rollout.member_candidates), is_fresh and self._measures_kl)
             if is_fresh and rollout.completions:
                 early = self.state.global_step * self._settings.prompts_per_step < REMEASURED_GROUPS
                 loss_of_group = None if found is None else found[0]
@@ -397,10 +397,17 @@ def stage_two_method(settings: StageTwoSettings) -> StageTwoMethod[Any]:
     return row
 
 
-def _measures_gain(method: StageTwoMethod[Any], settings: StageTwoSettings) -> bool:
-    """Say whether groups tell what the policy gained over p_sft: they have scores, and the policy drew them."""
-    own_draws = isinstance(settings, GroupSettings) and settings.temperature == settings.top_p == 1
-    return own_draws and method.scorer is not None and not method.anchored_reference
+def _draws_of_policy(settings: StageTwoSettings) -> bool:
+    """Say whether candidates are drawn from the policy as it is, so that their means are its expectations."""
+    return isinstance(settings, SamplingSettings) and settings.temperature == settings.top_p == 1
+
+
+def _scores_every_draw(method: StageTwoMethod[Any], settings: StageTwoSettings) -> bool:
+    """Say whether groups tell what the policy gained over p_sft: they have scores, and none is left out by a margin.
+
+    A margin leaves out the groups whose scores differ least, whose gain is small.
+    """
+    return isinstance(settings, GroupSettings) and method.scorer is not None and not getattr(settings, "margin", 0)
 
 
 def _is_logged(key: str) -> bool:

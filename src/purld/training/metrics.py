@@ -46,10 +46,11 @@ class StepMetrics:
             self._values["anchor_score"].append(rollout.scores.anchor)
             self._values["margin"] += [s - rollout.scores.anchor for s in scores]
 
-    def add_update(self, loss: GroupLoss, tokens: GroupTokens, candidates: int, from_sft: bool = True) -> None:
-        """Note the objective of one group, whose last `candidates` members were drawn from the policy.
+    def add_update(self, loss: GroupLoss, tokens: GroupTokens, candidates: int, measures_kl: bool) -> None:
+        """Note the objective of one group, whose last `candidates` members are candidates.
 
-        `from_sft` says that the reference is p_sft on the bare prompt, so that the log-ratios are the distance to it.
+        `measures_kl` says that the policy as it is drew them, and that the reference is p_sft on the bare prompt: then
+        their mean log-ratio is the divergence from it.
         """
         self._values["objective"].append(loss.value.item())
         for name, metric in loss.metrics.items():
@@ -57,7 +58,7 @@ class StepMetrics:
         if (gaps := sampling_gaps(tokens)) is not None:
             self._values["engine_gap"].append(gaps.mean().item())
             self._values["engine_gap_max"].append(gaps.max().item())
-        if candidates and from_sft:
+        if candidates and measures_kl:
             log_ratios = tokens.sequences(tokens.policy - tokens.reference)[-candidates:]
             self._values["kl"].append(log_ratios.mean().item())
 
