@@ -58,6 +58,13 @@ def ask(endpoint, ledger):
     return ask
 
 
+def ask_later(endpoint, ledger, prompts=PROMPTS, **settings):
+    """Ask with `--resend-unknown` in a later command, which opens the ledger anew."""
+    ledger.close()
+    with Ledger(ledger.path) as later:
+        return BatchClient(endpoint(**settings), later, "teacher", resend_unknown=True).ask(prompts)
+
+
 def texts(replies):
     return [reply.text for reply in replies]
 
@@ -176,25 +183,39 @@ def test_a_creation_without_a_clear_reply_is_looked_up_and_not_made_twice(server
     assert ledger.totals("teacher")["calls"] == 6
 
 
-def test_where_the_endpoint_lists_no_batches_a_lost_creation_is_unknown(server, ledger, ask):
+def test_where_the_endpoint_lists_no_batches_a_lost_creation_is_unknown(server, ledger, endpoint, ask):
     server.store.listed = False
     server.faults["create"] = [lost_after]
     assert states(ask()) == ["unknown"] * 6
     assert states(ask()) == ["unknown"] * 6 and set(server.executed.values()) == {1}
     assert ledger.booked_spend("teacher").calls == 6, "they may be billed"
-    assert texts(ask(resend_unknown=True)) == TEXTS and set(server.executed.values()) == {2}
+    assert texts(ask_later(endpoint, ledger)) == TEXTS and set(server.executed.values()) == {2}
 
 
-def test_what_a_command_loses_itself_is_not_bought_again_by_it(server, ledger, ask):
+@pytest.mark.parametrize("submitted", [True, False])
+def test_what_a_command_loses_itself_is_not_bought_again_by_it(server, ledger, endpoint, ask, submitted):
     """`resend_unknown` is about what was lost before; an endpoint that loses everything would be paid without end."""
     server.store.listed = False
     server.faults["create"] = [lost_after] * 3
-    assert states(ask(resend_unknown=True)) == ["unknown"] * 6
-    assert states(ask(resend_unknown=True)) == ["unknown"] * 6 and set(server.executed.values()) == {2}
-    server.faults = {"retrieve": [error(404)] * 3}
-    with pytest.raises(UserError, match=r"does not know batch_\w+ of this run"):
-        ask(resend_unknown=True)
-    assert set(server.executed.values()) == {3}
+    if submitted:  # as commands do before they ask
+        BatchClient(endpoint(), ledger, "teacher", resend_unknown=True).submit(PROMPTS)
+    for _ in range(2):
+        assert states(ask(resend_unknown=True)) == ["unknown"] * 6 and set(server.executed.values()) == {1}
+    single = EndpointClient(endpoint(batch=False), ledger, "teacher", resend_unknown=True)
+    assert states(single.ask(PROMPTS)) == ["unknown"] * 6 and not server.arrived
+    assert states(ask_later(endpoint, ledger)) == ["unknown"] * 6 and set(server.executed.values()) == {2}
+
+
+@pytest.mark.parametrize("submitted", [True, False])
+def test_a_batch_of_this_command_that_nobody_knows_is_not_bought_again_by_it(server, ledger, endpoint, submitted):
+    server.faults["retrieve"] = [error(404)] * 2
+    client = BatchClient(endpoint(), ledger, "teacher", resend_unknown=True)
+    if submitted:
+        client.submit(PROMPTS)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"does not know batch_\w+ of this run"):
+            client.ask(PROMPTS)
+    assert set(server.executed.values()) == {1}
 
 
 def test_calls_that_are_free_are_made_again(server, ask):
@@ -273,14 +294,14 @@ def test_lines_are_read_like_single_replies(server, ledger, ask):
     assert server.routes.count("create") == 3
 
 
-def test_paid_replies_without_an_answer_are_asked_again_once(server, ledger, ask):
+def test_paid_replies_without_an_answer_are_asked_again_once(server, ledger, endpoint, ask):
     server.answers = {"question 0": [(200, completion("")), (200, completion("at last"))]}
     server.answers["question 1"] = [(200, completion(""))] * 9
     assert texts(ask()) == ["at last", None, *TEXTS[2:]]
     assert texts(ask()) == ["at last", None, *TEXTS[2:]]
     assert server.executed["question 0"] == server.executed["question 1"] == 2
     assert ledger.totals("teacher")["calls"] == 8
-    ask([Prompt.from_text("question 1")], resend_unknown=True, unusable_retries=0)
+    ask_later(endpoint, ledger, [Prompt.from_text("question 1")], unusable_retries=0)
     assert server.executed["question 1"] == 3
 
 
@@ -464,8 +485,9 @@ def test_a_batch_at_another_address_or_of_another_account_is_not_forgotten(serve
     server.store.batches.clear()
     with pytest.raises(UserError, match=r"does not know batch_\w+ of this run"):
         ask()
-    assert texts(ask(resend_unknown=True)) == TEXTS
-    assert ledger.booked_spend("teacher").calls == 12
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    with LedgerView(ledger.path) as view:
+        assert view.totals("teacher")["calls"] == 12
 
 
 def test_runs_in_one_folder_do_not_buy_what_is_in_a_batch(server, endpoint, tmp_path):

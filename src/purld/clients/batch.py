@@ -176,7 +176,6 @@ class _BatchWork:
         self.collector = collector
         self.pending: deque[str] = deque()  # keys to ask
         self.waiting: set[str] = set()  # keys in open batches
-        self.asked: set[str] = set()  # keys in batches of this call; what it loses itself, it does not buy again
         self.capped: dict[str, str] = {}  # keys that wait for room under a cap, with the cap
         self.elsewhere: dict[str, str] = {}  # keys that other runs are asking, with their ledgers
         self.repeats: Counter[str] = Counter()
@@ -204,11 +203,15 @@ class _BatchWork:
                 self.waiting.add(key)
             elif result is None:
                 self.pending.append(key)
-            elif known := settled_reply(result, self.client.resend_unknown):
+            elif known := settled_reply(result, self._may_resend(key)):
                 self.collector.add_reply(key, known)
             else:
                 repeated.append(key)
         self.pending.extend(repeated)
+
+    def _may_resend(self, key: str) -> bool:
+        """Return whether a lost request may be sent again: no command buys again what it has lost itself."""
+        return self.client.resend_unknown and not self.ledger.sent_here(key)
 
     def needed(self, wait: bool) -> bool:
         """Return whether there is anything to submit, or to wait for."""
@@ -295,7 +298,6 @@ class _BatchWork:
             if reserved.batch is None:
                 continue
             self.waiting.update(reserved.calls)
-            self.asked.update(reserved.calls)
             content = b"".join(lines[key] for key in reserved.calls)
             self._settle_submission(await self.submitter.submit(reserved, content))
             if self.interrupted:
@@ -360,8 +362,7 @@ class _BatchWork:
     def _deliver_known(self, key: str) -> None:
         """Deliver what the ledger knows of a request, or ask for it again."""
         result = self.ledger.find_result(key)
-        again = self.client.resend_unknown and key not in self.asked
-        reply = settled_reply(result, again) if result else None
+        reply = settled_reply(result, self._may_resend(key)) if result else None
         if reply:
             self.collector.add_reply(key, reply)
         else:
@@ -406,9 +407,8 @@ class _BatchWork:
         return None
 
     def _note_gone(self, batch: BatchRecord, said: str) -> None:
-        """Stop at a batch that the endpoint does not know; with `resend_unknown`, ask one of an earlier call again."""
-        of_this_call = not self.asked.isdisjoint(self.ledger.open_calls(batch.id))
-        if of_this_call or not self.client.resend_unknown:
+        """Stop at a batch that the endpoint does not know; with `resend_unknown`, ask an earlier command's again."""
+        if not self._may_give_up(batch):
             self.stop = (
                 f"{self.endpoint.base_url}: does not know {batch.name} of this run ({said}); use the key of the "
                 "account that submitted it, or ask again with --resend-unknown."
@@ -417,6 +417,10 @@ class _BatchWork:
         keys = self.ledger.end_batch(batch.id, "gone", CallResult("unknown", error="output_gone"))
         self.waiting.difference_update(keys)
         self.pending.extend(key for key in keys if key in self.prompts)
+
+    def _may_give_up(self, batch: BatchRecord) -> bool:
+        """Return whether what is lost of a batch may be asked again: with `resend_unknown`, of an earlier command."""
+        return self.client.resend_unknown and not any(map(self.ledger.sent_here, self.ledger.open_calls(batch.id)))
 
     def _show(self, batch: BatchRecord, status: BatchStatus) -> None:
         before = self.statuses.get(batch.id)
