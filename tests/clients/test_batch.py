@@ -528,6 +528,34 @@ def test_the_state_of_a_batch_is_shown(server, ledger, endpoint):
     assert {state[:2] for state in shown} == {(0, 6)}
 
 
+@pytest.mark.parametrize("word", [f"denied for {SECRET}", "a word\x1b[31m", "x" * 41, "", "secretkey"])
+def test_a_status_that_is_no_word_is_neither_shown_nor_kept(server, ledger, endpoint, monkeypatch, word):
+    if word == "secretkey":
+        server.key = word
+        monkeypatch.setenv("TEST_KEY", word)
+    shown, kept = [], []
+
+    def on_wait(done, total, text):
+        shown.append(re.sub(r"batch_\w+", "B", text))
+        kept.extend(batch.status for batch in ledger.open_batches())
+
+    server.faults["retrieve"] = [lambda handler: handler.reply({**handler.served()[0], "status": word})]
+    assert texts(BatchClient(endpoint(), ledger, "teacher", on_wait=on_wait).ask(PROMPTS)) == TEXTS
+    assert (shown[0], kept[0]) == ("B: unknown, 0 of 6 done", "unknown")
+    assert "B: completed, 6 of 6 done" in shown
+
+
+def test_an_id_of_a_file_that_holds_the_key_is_neither_shown_nor_kept(server, ledger, ask, monkeypatch):
+    server.key = SECRET.replace("/", "-")
+    monkeypatch.setenv("TEST_KEY", server.key)
+    server.faults["upload"] = [lambda handler: handler.reply({"id": f"file-{server.key}"})]
+    with pytest.raises(UserError, match="did not take the file of a batch") as refused:
+        ask()
+    assert server.key not in str(refused.value) and not server.executed
+    with LedgerView(ledger.path) as view:
+        assert not any(server.key in str(tuple(row)) for row in view._db.execute("SELECT * FROM batches"))
+
+
 @pytest.mark.parametrize(
     ("base_url", "path"),
     [
