@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import threading
+from collections import Counter
 
 import pytest
 from batch_server import SECRET, ask_in_process, lost_after, lost_before, running_batch_server, wait_until
@@ -16,6 +17,7 @@ from faulty_server import completion, error
 from purld.clients import batch as batch_module
 from purld.clients import batch_submit, rate_limit
 from purld.clients.batch import BatchClient
+from purld.clients.batch_format import ENDED
 from purld.clients.endpoint import EndpointClient
 from purld.clients.folder import FolderLedgers
 from purld.clients.ledger import Ledger, LedgerView
@@ -342,6 +344,61 @@ def test_an_output_that_is_deleted(server, ask):
     replies = ask()
     assert states(replies) == ["unknown"] * 6
     assert replies[0].detail == "the endpoint has deleted the results of the batch"
+
+
+def name_files_late(server, looks, **counts):
+    """Let the server name the files of a batch only after so many looks at it once it has ended."""
+    retrieve, seen = server.store.retrieve, Counter()
+
+    def late(identity):
+        described = retrieve(identity)
+        if described["status"] in ENDED:
+            seen[identity] += 1
+            if seen[identity] <= looks:
+                described |= {"output_file_id": None, "error_file_id": None}
+            described["request_counts"] = described["request_counts"] | counts
+        return described
+
+    server.store.retrieve = late
+
+
+@pytest.mark.parametrize("most", [6, 2, 1])
+@pytest.mark.parametrize("status", ["completed", "expired"])
+def test_files_that_are_named_late_are_waited_for(server, ledger, ask, monkeypatch, most, status):
+    """Of several batches each is waited for, and also one that has ended before it was complete."""
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", most)
+    server.store.ending = lambda made: server.store.finish(made, status)
+    name_files_late(server, batch_module.EMPTY_POLLS - 1)
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+def test_a_batch_that_names_no_files_of_what_it_executed_stays_until_it_does(server, ledger, ask):
+    name_files_late(server, 99)
+    for resend_unknown in (False, True):
+        with pytest.raises(UserError, match=r"has ended with 6 executed requests and names no file .*--resend"):
+            ask(resend_unknown=resend_unknown)
+    assert len(ledger.open_batches()) == 1 and ledger.totals("teacher")["under_way"] == 6
+    del server.store.retrieve
+    assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
+
+
+def test_a_batch_that_never_names_its_files_is_given_up_by_a_later_command_alone(server, ledger, endpoint, ask):
+    name_files_late(server, 99)
+    with pytest.raises(UserError, match="names no file"):
+        ask()
+    del server.store.retrieve
+    [first], retrieve = server.store.batches, server.store.retrieve
+    nothing = {"output_file_id": None, "error_file_id": None}
+    server.store.retrieve = lambda identity: retrieve(identity) | (nothing if identity == first else {})
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    assert set(server.executed.values()) == {2}
+
+
+def test_a_batch_that_tells_no_counts_and_no_files_is_lost_after_some_looks(server, ledger, ask):
+    name_files_late(server, 99, completed=None)
+    assert states(ask()) == ["unknown"] * 6
+    assert server.routes.count("retrieve") == 1 + batch_module.EMPTY_POLLS and not ledger.open_batches()
 
 
 def test_a_batch_that_is_refused_after_it_was_created(server, ledger, ask):

@@ -38,7 +38,7 @@ from purld.signals import DeferredSignals, deferred_signals
 
 FIRST_POLL, LONGEST_POLL, POLL_GROWTH = 2.0, 60.0, 1.3  # seconds between looks at batches
 MAX_FAILED_POLLS = 15  # in a row, with growing waits: about ten minutes
-EMPTY_POLLS = 3  # looks at a completed batch that names no file yet
+EMPTY_POLLS = 3  # looks at a batch that has ended and names no file yet
 SOON, AGAIN = 90.0, 300.0  # seconds after a change, or after the last time, in which a state is shown again
 GRACE_SECONDS = 20.0  # how long a signal to stop waits while a batch is being created
 NONE_ANSWERED = 10  # requests from which on a batch without any answer ends the run
@@ -184,6 +184,7 @@ class _BatchWork:
         self.most = MAX_REQUESTS  # in one batch
         self.one_at_a_time = False
         self.statuses: dict[int, BatchStatus] = {}
+        self.empty_looks: Counter[int] = Counter()  # at batches that have ended and name no file
         self.seen_running: set[int] = set()  # batches that had not ended when this process looked
         self.refused: list[str] = []  # keys of a batch that the endpoint refused after it was created
         self.display = _WaitDisplay(client.on_wait)
@@ -370,7 +371,7 @@ class _BatchWork:
 
     async def _wait_for_one(self) -> None:
         """Wait until a batch has ended and collect it; without one, wait some time for what other runs are asking."""
-        wait, failures, empty = FIRST_POLL, 0, 0
+        wait, failures = FIRST_POLL, 0
         while not self.stop:
             open_batches = self.client.open_batches()
             for batch in open_batches:
@@ -378,9 +379,10 @@ class _BatchWork:
                 failures = failures + 1 if status is None else 0
                 if status is None or not status.ended:
                     continue
-                empty += 1
-                if status.status == "completed" and not status.files and empty < EMPTY_POLLS:
-                    continue
+                if status.lacks_files:
+                    self.empty_looks[batch.id] += 1
+                    if self.empty_looks[batch.id] < EMPTY_POLLS:
+                        continue
                 await self._finish(batch, status)
                 return
             if failures >= MAX_FAILED_POLLS * len(open_batches) > 0:
@@ -436,7 +438,7 @@ class _BatchWork:
         """Collect a batch that has ended, and decide how to go on."""
         collector = BatchCollector(self.api, self.ledger, self.priced, self.redactor)
         try:
-            collected = await collector.collect(batch, status, self._on_outcome)
+            collected = await collector.collect(batch, status, self._on_outcome, self._may_give_up(batch))
         except UserError as unreadable:
             self.stop = str(unreadable)
             return
@@ -466,6 +468,8 @@ class _BatchWork:
         elif outcome.repeat and self.repeats[key] < self.endpoint.retries:
             self.repeats[key] += 1
             self.failed[key] = outcome.result
+            self.pending.append(key)
+        elif outcome.result.state == "unknown" and self._may_resend(key):
             self.pending.append(key)
         else:
             self.collector.add_reply(key, reply_from_result(outcome.result))

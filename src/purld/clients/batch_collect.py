@@ -68,12 +68,27 @@ class BatchCollector:
         self._endpoint = endpoint
         self._redactor = redactor
 
-    async def collect(self, batch: BatchRecord, status: BatchStatus, on_outcome: OnOutcome) -> Collected:
+    async def collect(
+        self, batch: BatchRecord, status: BatchStatus, on_outcome: OnOutcome, give_up: bool = False
+    ) -> Collected:
         """Settle every call of a batch that has ended.
 
+        Args:
+            batch: the batch.
+            status: what the endpoint says of it.
+            on_outcome: called at the end of each call.
+            give_up: end the calls of which the results are missing, too.
+
         Raises:
-            UserError: a file cannot be read now; the batch stays open, and what was read is stored.
+            UserError: results are missing, or a file cannot be read now; the batch stays open, and what was read is
+                stored.
         """
+        if status.lacks_files and status.completed and not give_up:
+            raise UserError(
+                f"{self._endpoint.base_url}: {batch.name} has ended with {status.completed:,} executed requests and "
+                "names no file of their results; the same command looks again, a later one with --resend-unknown gives "
+                "them up and asks again."
+            )
         calls = self._ledger.open_calls(batch.id)
         collected, executed, gone = Collected(), set[str](), False
         for file_id in status.files:

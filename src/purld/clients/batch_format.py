@@ -72,6 +72,11 @@ class BatchStatus:
         return self.status in ENDED
 
     @property
+    def lacks_files(self) -> bool:
+        """Return whether the batch has ended, may have executed requests, and names no file of their results."""
+        return self.ended and self.status != "failed" and not self.files and self.completed != 0
+
+    @property
     def too_much(self) -> bool:
         """Return whether the batch failed because it is too large now; a smaller or later one may pass."""
         words = f"{' '.join(self.codes)} {self.errors}".lower()
