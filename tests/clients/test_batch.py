@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -65,6 +66,22 @@ def ask_later(endpoint, ledger, prompts=PROMPTS, **settings):
     ledger.close()
     with Ledger(ledger.path) as later:
         return BatchClient(endpoint(**settings), later, "teacher", resend_unknown=True).ask(prompts)
+
+
+def name_files_late(server, looks, **counts):
+    """Let the server name the files of a batch only after so many looks at it once it has ended."""
+    retrieve, seen = server.store.retrieve, Counter()
+
+    def late(identity):
+        described = retrieve(identity)
+        if described["status"] in ENDED:
+            seen[identity] += 1
+            if seen[identity] <= looks:
+                described |= {"output_file_id": None, "error_file_id": None}
+            described["request_counts"] = described["request_counts"] | counts
+        return described
+
+    server.store.retrieve = late
 
 
 def texts(replies):
@@ -307,8 +324,8 @@ def test_paid_replies_without_an_answer_are_asked_again_once(server, ledger, end
     assert server.executed["question 1"] == 3
 
 
-def test_garbage_among_the_lines(server, ledger, ask):
-    """A cut line keeps its request; a line that names none leaves its request unknown, as does a missing one."""
+def test_garbage_among_the_lines(server, ledger, endpoint, ask):
+    """A cut line keeps its request; a line that names none leaves its request open, as does a missing one."""
 
     def ending(made):
         server.store.finish(made, "completed")
@@ -331,12 +348,101 @@ def test_garbage_among_the_lines(server, ledger, ask):
         )
 
     server.store.ending = ending
-    replies = ask()
-    assert states(replies)[1:] == ["unknown", "unknown", "answered", "unknown", "answered"]
-    assert replies[0].state == "failed" and replies[0].text is None
-    assert replies[2].detail.startswith("the response is longer than purld reads")
-    assert replies[4].detail == "the results of the batch have no line for this request"
-    assert ledger.totals("teacher")["calls"] == 6
+    with pytest.raises(UserError, match=r"results of batch_\w+ cannot be read \(lines are missing\); they stay there"):
+        ask()
+    calls = {row["prompt_id"]: row["calls"][-1] for row in ledger.iter_requests()}
+    cut, nameless, large, twice, missing, good = (calls[prompt.id] for prompt in PROMPTS)
+    assert (cut["error"], large["error"].partition(":")[0]) == ("invalid_response", "too_large")
+    assert [call["state"] for call in (cut, large, twice, good)] == ["failed", "unknown", "answered", "answered"]
+    assert nameless["state"] == missing["state"] == "sent" and len(calls) == 6
+    server.store.ending = lambda made: server.store.finish(made, "completed")
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    executed = [server.executed[f"question {n}"] for n in range(6)]
+    assert executed == [2, 2, 2, 1, 2, 1], "what is missing is given up and asked again, and nothing else"
+
+
+def send_without_length(cut):
+    """Send part of a file, and no length by which the end could be noticed, as a proxy that dies does."""
+
+    def send(handler):
+        data, _ = handler.served()
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(cut(data))
+        handler.close_connection = True
+
+    return send
+
+
+def in_a_line(data):
+    return data[: data.rindex(b'"choices"') + 40]
+
+
+def in_an_id(data):
+    return data[: data.rindex(b'"custom_id"') + 30]
+
+
+def between_lines(data):
+    return data[: data.index(b"\n") + 1]
+
+
+def all_of_it(data):
+    return data.removesuffix(b"\n")
+
+
+CUTS = [in_a_line, in_an_id, between_lines]
+
+
+@pytest.mark.parametrize("cut", [*CUTS, all_of_it])
+def test_results_that_arrive_short_are_read_again(server, ledger, ask, cut):
+    server.faults["content"] = [send_without_length(cut)] * 2
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+    assert server.routes.count("content") == (1 if cut is all_of_it else 3)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_results_that_stay_short_stay_at_the_endpoint(server, ledger, endpoint, ask, cut):
+    server.faults["content"] = [send_without_length(cut)] * 8
+    for resend_unknown in (False, True):
+        with pytest.raises(UserError, match=r"lines are missing\); they stay there.* with --resend-unknown"):
+            ask(resend_unknown=resend_unknown)
+    assert server.routes.count("content") == 8 and len(ledger.open_batches()) == 1
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_results_that_stay_short_are_given_up_by_a_later_command(server, ledger, endpoint, ask, cut):
+    server.faults["content"] = [send_without_length(cut)] * 8
+    with pytest.raises(UserError, match="lines are missing"):
+        ask()
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    again = 5 if cut is between_lines else 1
+    assert sorted(server.executed.values()) == [1] * (6 - again) + [2] * again
+    with LedgerView(ledger.path) as view:
+        totals = view.totals("teacher")
+    assert (totals["answered"], totals["calls"], totals["unknown"]) == (6, 6 + again, 0)
+
+
+@pytest.mark.parametrize("cut", [in_a_line, in_an_id])
+def test_results_without_counts_are_short_where_a_line_breaks_off(server, ledger, ask, cut):
+    name_files_late(server, 0, completed=None)
+    server.faults["content"] = [send_without_length(cut)]
+    assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
+
+
+@pytest.mark.parametrize("members", [2, 6])
+def test_results_that_are_compressed_in_parts(server, ledger, ask, members):
+    def send(handler):
+        lines = handler.served()[0].splitlines(keepends=True)
+        size = len(lines) // members
+        parts = [b"".join(lines[at : at + size]) for at in range(0, len(lines), size)]
+        handler.reply(b"".join(map(gzip.compress, parts)) + bytes(20), headers={"Content-Encoding": "gzip"})
+
+    server.faults["content"] = [send]
+    assert texts(ask()) == TEXTS and server.routes.count("content") == 1
 
 
 def test_an_output_that_is_deleted(server, ask):
@@ -344,22 +450,6 @@ def test_an_output_that_is_deleted(server, ask):
     replies = ask()
     assert states(replies) == ["unknown"] * 6
     assert replies[0].detail == "the endpoint has deleted the results of the batch"
-
-
-def name_files_late(server, looks, **counts):
-    """Let the server name the files of a batch only after so many looks at it once it has ended."""
-    retrieve, seen = server.store.retrieve, Counter()
-
-    def late(identity):
-        described = retrieve(identity)
-        if described["status"] in ENDED:
-            seen[identity] += 1
-            if seen[identity] <= looks:
-                described |= {"output_file_id": None, "error_file_id": None}
-            described["request_counts"] = described["request_counts"] | counts
-        return described
-
-    server.store.retrieve = late
 
 
 @pytest.mark.parametrize("most", [6, 2, 1])
@@ -393,6 +483,8 @@ def test_a_batch_that_never_names_its_files_is_given_up_by_a_later_command_alone
     server.store.retrieve = lambda identity: retrieve(identity) | (nothing if identity == first else {})
     assert texts(ask_later(endpoint, ledger)) == TEXTS
     assert set(server.executed.values()) == {2}
+    with LedgerView(ledger.path) as view:
+        assert {row["calls"][0]["error"] for row in view.iter_requests()} == {"no_line"}
 
 
 def test_a_batch_that_tells_no_counts_and_no_files_is_lost_after_some_looks(server, ledger, ask):

@@ -623,11 +623,17 @@ def test_an_error_whose_body_never_ends_in_time_is_classified_by_its_status(serv
     assert ask(endpoint(timeout=0.5), ledger, ["q"])[0].state == "answered"
 
 
+WHOLE = json.dumps(completion("A")).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "encoding", "state", "detail"),
     [
-        (gzip.compress(json.dumps(completion("A")).encode()), "gzip", "answered", ""),
-        (zlib.compress(json.dumps(completion("A")).encode()), "deflate", "answered", ""),
+        (gzip.compress(WHOLE), "gzip", "answered", ""),
+        (zlib.compress(WHOLE), "deflate", "answered", ""),
+        (gzip.compress(WHOLE[:40]) + gzip.compress(WHOLE[40:]) + bytes(9), "gzip", "answered", ""),
+        (gzip.compress(WHOLE) + b"no member", "gzip", "answered", ""),
+        (gzip.compress(b" " * 2**19) * 8, "gzip", "unknown", "the response is longer than purld reads: 1 MiB"),
         (gzip.compress(b" " * 2**22), "gzip", "unknown", "the response is longer than purld reads: 1 MiB"),
         (b"no gzip", "gzip", "unknown", "gzip, damaged"),
         (b"x", "br", "unknown", ": br"),
@@ -640,7 +646,16 @@ def test_compression_is_not_asked_for_and_a_bomb_stays_small(
     server.script["q"] = [compressed(content, encoding)]
     [reply] = ask(endpoint(), ledger, ["q"])
     assert reply.state == state and reply.detail.endswith(detail)
-    assert server.headers[0]["accept-encoding"] == "identity"
+    assert server.headers[0]["accept-encoding"] == "identity" and len(server.arrived) == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 10**6])
+def test_members_of_a_compressed_body_may_be_cut_anywhere(size):
+    inflater = transport.Inflater()
+    content = b"".join(map(gzip.compress, (b"one, ", b"", b"two", b"x" * 10**6))) + bytes(9)
+    pieces = [piece for at in range(0, len(content), size) for piece in inflater.pieces(content[at : at + size])]
+    assert b"".join(pieces) == b"one, two" + b"x" * 10**6
+    assert max(map(len, pieces)) <= 64 * 2**10
 
 
 def test_an_answer_that_repeats_itself_holds_up_no_other(server, endpoint, ledger):
