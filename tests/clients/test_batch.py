@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
 import re
 import signal
 import threading
+from collections import Counter
 
 import pytest
 from batch_server import SECRET, ask_in_process, lost_after, lost_before, running_batch_server, wait_until
@@ -16,6 +18,7 @@ from faulty_server import completion, error
 from purld.clients import batch as batch_module
 from purld.clients import batch_submit, rate_limit
 from purld.clients.batch import BatchClient
+from purld.clients.batch_format import ENDED
 from purld.clients.endpoint import EndpointClient
 from purld.clients.folder import FolderLedgers
 from purld.clients.ledger import Ledger, LedgerView
@@ -56,6 +59,29 @@ def ask(endpoint, ledger):
         return BatchClient(endpoint(**settings), ledger, "teacher", resend_unknown).ask(prompts)
 
     return ask
+
+
+def ask_later(endpoint, ledger, prompts=PROMPTS, **settings):
+    """Ask with `--resend-unknown` in a later command, which opens the ledger anew."""
+    ledger.close()
+    with Ledger(ledger.path) as later:
+        return BatchClient(endpoint(**settings), later, "teacher", resend_unknown=True).ask(prompts)
+
+
+def name_files_late(server, looks, **counts):
+    """Let the server name the files of a batch only after so many looks at it once it has ended."""
+    retrieve, seen = server.store.retrieve, Counter()
+
+    def late(identity):
+        described = retrieve(identity)
+        if described["status"] in ENDED:
+            seen[identity] += 1
+            if seen[identity] <= looks:
+                described |= {"output_file_id": None, "error_file_id": None}
+            described["request_counts"] = described["request_counts"] | counts
+        return described
+
+    server.store.retrieve = late
 
 
 def texts(replies):
@@ -176,25 +202,39 @@ def test_a_creation_without_a_clear_reply_is_looked_up_and_not_made_twice(server
     assert ledger.totals("teacher")["calls"] == 6
 
 
-def test_where_the_endpoint_lists_no_batches_a_lost_creation_is_unknown(server, ledger, ask):
+def test_where_the_endpoint_lists_no_batches_a_lost_creation_is_unknown(server, ledger, endpoint, ask):
     server.store.listed = False
     server.faults["create"] = [lost_after]
     assert states(ask()) == ["unknown"] * 6
     assert states(ask()) == ["unknown"] * 6 and set(server.executed.values()) == {1}
     assert ledger.booked_spend("teacher").calls == 6, "they may be billed"
-    assert texts(ask(resend_unknown=True)) == TEXTS and set(server.executed.values()) == {2}
+    assert texts(ask_later(endpoint, ledger)) == TEXTS and set(server.executed.values()) == {2}
 
 
-def test_what_a_command_loses_itself_is_not_bought_again_by_it(server, ledger, ask):
+@pytest.mark.parametrize("submitted", [True, False])
+def test_what_a_command_loses_itself_is_not_bought_again_by_it(server, ledger, endpoint, ask, submitted):
     """`resend_unknown` is about what was lost before; an endpoint that loses everything would be paid without end."""
     server.store.listed = False
     server.faults["create"] = [lost_after] * 3
-    assert states(ask(resend_unknown=True)) == ["unknown"] * 6
-    assert states(ask(resend_unknown=True)) == ["unknown"] * 6 and set(server.executed.values()) == {2}
-    server.faults = {"retrieve": [error(404)] * 3}
-    with pytest.raises(UserError, match=r"does not know batch_\w+ of this run"):
-        ask(resend_unknown=True)
-    assert set(server.executed.values()) == {3}
+    if submitted:  # as commands do before they ask
+        BatchClient(endpoint(), ledger, "teacher", resend_unknown=True).submit(PROMPTS)
+    for _ in range(2):
+        assert states(ask(resend_unknown=True)) == ["unknown"] * 6 and set(server.executed.values()) == {1}
+    single = EndpointClient(endpoint(batch=False), ledger, "teacher", resend_unknown=True)
+    assert states(single.ask(PROMPTS)) == ["unknown"] * 6 and not server.arrived
+    assert states(ask_later(endpoint, ledger)) == ["unknown"] * 6 and set(server.executed.values()) == {2}
+
+
+@pytest.mark.parametrize("submitted", [True, False])
+def test_a_batch_of_this_command_that_nobody_knows_is_not_bought_again_by_it(server, ledger, endpoint, submitted):
+    server.faults["retrieve"] = [error(404)] * 2
+    client = BatchClient(endpoint(), ledger, "teacher", resend_unknown=True)
+    if submitted:
+        client.submit(PROMPTS)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"does not know batch_\w+ of this run"):
+            client.ask(PROMPTS)
+    assert set(server.executed.values()) == {1}
 
 
 def test_calls_that_are_free_are_made_again(server, ask):
@@ -273,19 +313,19 @@ def test_lines_are_read_like_single_replies(server, ledger, ask):
     assert server.routes.count("create") == 3
 
 
-def test_paid_replies_without_an_answer_are_asked_again_once(server, ledger, ask):
+def test_paid_replies_without_an_answer_are_asked_again_once(server, ledger, endpoint, ask):
     server.answers = {"question 0": [(200, completion("")), (200, completion("at last"))]}
     server.answers["question 1"] = [(200, completion(""))] * 9
     assert texts(ask()) == ["at last", None, *TEXTS[2:]]
     assert texts(ask()) == ["at last", None, *TEXTS[2:]]
     assert server.executed["question 0"] == server.executed["question 1"] == 2
     assert ledger.totals("teacher")["calls"] == 8
-    ask([Prompt.from_text("question 1")], resend_unknown=True, unusable_retries=0)
+    ask_later(endpoint, ledger, [Prompt.from_text("question 1")], unusable_retries=0)
     assert server.executed["question 1"] == 3
 
 
-def test_garbage_among_the_lines(server, ledger, ask):
-    """A cut line keeps its request; a line that names none leaves its request unknown, as does a missing one."""
+def test_garbage_among_the_lines(server, ledger, endpoint, ask):
+    """A cut line keeps its request; a line that names none leaves its request open, as does a missing one."""
 
     def ending(made):
         server.store.finish(made, "completed")
@@ -308,12 +348,101 @@ def test_garbage_among_the_lines(server, ledger, ask):
         )
 
     server.store.ending = ending
-    replies = ask()
-    assert states(replies)[1:] == ["unknown", "unknown", "answered", "unknown", "answered"]
-    assert replies[0].state == "failed" and replies[0].text is None
-    assert replies[2].detail.startswith("the response is longer than purld reads")
-    assert replies[4].detail == "the results of the batch have no line for this request"
-    assert ledger.totals("teacher")["calls"] == 6
+    with pytest.raises(UserError, match=r"results of batch_\w+ cannot be read \(lines are missing\); they stay there"):
+        ask()
+    calls = {row["prompt_id"]: row["calls"][-1] for row in ledger.iter_requests()}
+    cut, nameless, large, twice, missing, good = (calls[prompt.id] for prompt in PROMPTS)
+    assert (cut["error"], large["error"].partition(":")[0]) == ("invalid_response", "too_large")
+    assert [call["state"] for call in (cut, large, twice, good)] == ["failed", "unknown", "answered", "answered"]
+    assert nameless["state"] == missing["state"] == "sent" and len(calls) == 6
+    server.store.ending = lambda made: server.store.finish(made, "completed")
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    executed = [server.executed[f"question {n}"] for n in range(6)]
+    assert executed == [2, 2, 2, 1, 2, 1], "what is missing is given up and asked again, and nothing else"
+
+
+def send_without_length(cut):
+    """Send part of a file, and no length by which the end could be noticed, as a proxy that dies does."""
+
+    def send(handler):
+        data, _ = handler.served()
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(cut(data))
+        handler.close_connection = True
+
+    return send
+
+
+def in_a_line(data):
+    return data[: data.rindex(b'"choices"') + 40]
+
+
+def in_an_id(data):
+    return data[: data.rindex(b'"custom_id"') + 30]
+
+
+def between_lines(data):
+    return data[: data.index(b"\n") + 1]
+
+
+def all_of_it(data):
+    return data.removesuffix(b"\n")
+
+
+CUTS = [in_a_line, in_an_id, between_lines]
+
+
+@pytest.mark.parametrize("cut", [*CUTS, all_of_it])
+def test_results_that_arrive_short_are_read_again(server, ledger, ask, cut):
+    server.faults["content"] = [send_without_length(cut)] * 2
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+    assert server.routes.count("content") == (1 if cut is all_of_it else 3)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_results_that_stay_short_stay_at_the_endpoint(server, ledger, endpoint, ask, cut):
+    server.faults["content"] = [send_without_length(cut)] * 8
+    for resend_unknown in (False, True):
+        with pytest.raises(UserError, match=r"lines are missing\); they stay there.* with --resend-unknown"):
+            ask(resend_unknown=resend_unknown)
+    assert server.routes.count("content") == 8 and len(ledger.open_batches()) == 1
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_results_that_stay_short_are_given_up_by_a_later_command(server, ledger, endpoint, ask, cut):
+    server.faults["content"] = [send_without_length(cut)] * 8
+    with pytest.raises(UserError, match="lines are missing"):
+        ask()
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    again = 5 if cut is between_lines else 1
+    assert sorted(server.executed.values()) == [1] * (6 - again) + [2] * again
+    with LedgerView(ledger.path) as view:
+        totals = view.totals("teacher")
+    assert (totals["answered"], totals["calls"], totals["unknown"]) == (6, 6 + again, 0)
+
+
+@pytest.mark.parametrize("cut", [in_a_line, in_an_id])
+def test_results_without_counts_are_short_where_a_line_breaks_off(server, ledger, ask, cut):
+    name_files_late(server, 0, completed=None)
+    server.faults["content"] = [send_without_length(cut)]
+    assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
+
+
+@pytest.mark.parametrize("members", [2, 6])
+def test_results_that_are_compressed_in_parts(server, ledger, ask, members):
+    def send(handler):
+        lines = handler.served()[0].splitlines(keepends=True)
+        size = len(lines) // members
+        parts = [b"".join(lines[at : at + size]) for at in range(0, len(lines), size)]
+        handler.reply(b"".join(map(gzip.compress, parts)) + bytes(20), headers={"Content-Encoding": "gzip"})
+
+    server.faults["content"] = [send]
+    assert texts(ask()) == TEXTS and server.routes.count("content") == 1
 
 
 def test_an_output_that_is_deleted(server, ask):
@@ -321,6 +450,47 @@ def test_an_output_that_is_deleted(server, ask):
     replies = ask()
     assert states(replies) == ["unknown"] * 6
     assert replies[0].detail == "the endpoint has deleted the results of the batch"
+
+
+@pytest.mark.parametrize("most", [6, 2, 1])
+@pytest.mark.parametrize("status", ["completed", "expired"])
+def test_files_that_are_named_late_are_waited_for(server, ledger, ask, monkeypatch, most, status):
+    """Of several batches each is waited for, and also one that has ended before it was complete."""
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", most)
+    server.store.ending = lambda made: server.store.finish(made, status)
+    name_files_late(server, batch_module.EMPTY_POLLS - 1)
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+def test_a_batch_that_names_no_files_of_what_it_executed_stays_until_it_does(server, ledger, ask):
+    name_files_late(server, 99)
+    for resend_unknown in (False, True):
+        with pytest.raises(UserError, match=r"has ended with 6 executed requests and names no file .*--resend"):
+            ask(resend_unknown=resend_unknown)
+    assert len(ledger.open_batches()) == 1 and ledger.totals("teacher")["under_way"] == 6
+    del server.store.retrieve
+    assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
+
+
+def test_a_batch_that_never_names_its_files_is_given_up_by_a_later_command_alone(server, ledger, endpoint, ask):
+    name_files_late(server, 99)
+    with pytest.raises(UserError, match="names no file"):
+        ask()
+    del server.store.retrieve
+    [first], retrieve = server.store.batches, server.store.retrieve
+    nothing = {"output_file_id": None, "error_file_id": None}
+    server.store.retrieve = lambda identity: retrieve(identity) | (nothing if identity == first else {})
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    assert set(server.executed.values()) == {2}
+    with LedgerView(ledger.path) as view:
+        assert {row["calls"][0]["error"] for row in view.iter_requests()} == {"no_line"}
+
+
+def test_a_batch_that_tells_no_counts_and_no_files_is_lost_after_some_looks(server, ledger, ask):
+    name_files_late(server, 99, completed=None)
+    assert states(ask()) == ["unknown"] * 6
+    assert server.routes.count("retrieve") == 1 + batch_module.EMPTY_POLLS and not ledger.open_batches()
 
 
 def test_a_batch_that_is_refused_after_it_was_created(server, ledger, ask):
@@ -464,8 +634,9 @@ def test_a_batch_at_another_address_or_of_another_account_is_not_forgotten(serve
     server.store.batches.clear()
     with pytest.raises(UserError, match=r"does not know batch_\w+ of this run"):
         ask()
-    assert texts(ask(resend_unknown=True)) == TEXTS
-    assert ledger.booked_spend("teacher").calls == 12
+    assert texts(ask_later(endpoint, ledger)) == TEXTS
+    with LedgerView(ledger.path) as view:
+        assert view.totals("teacher")["calls"] == 12
 
 
 def test_runs_in_one_folder_do_not_buy_what_is_in_a_batch(server, endpoint, tmp_path):
@@ -504,6 +675,34 @@ def test_the_state_of_a_batch_is_shown(server, ledger, endpoint):
     notes = [re.sub(r"batch_\w+", "B", note) for _, _, note in shown]
     assert list(dict.fromkeys(notes)) == ["B: in progress, 0 of 6 done", "B: completed, 6 of 6 done"]
     assert {state[:2] for state in shown} == {(0, 6)}
+
+
+@pytest.mark.parametrize("word", [f"denied for {SECRET}", "a word\x1b[31m", "x" * 41, "", "secretkey"])
+def test_a_status_that_is_no_word_is_neither_shown_nor_kept(server, ledger, endpoint, monkeypatch, word):
+    if word == "secretkey":
+        server.key = word
+        monkeypatch.setenv("TEST_KEY", word)
+    shown, kept = [], []
+
+    def on_wait(done, total, text):
+        shown.append(re.sub(r"batch_\w+", "B", text))
+        kept.extend(batch.status for batch in ledger.open_batches())
+
+    server.faults["retrieve"] = [lambda handler: handler.reply({**handler.served()[0], "status": word})]
+    assert texts(BatchClient(endpoint(), ledger, "teacher", on_wait=on_wait).ask(PROMPTS)) == TEXTS
+    assert (shown[0], kept[0]) == ("B: unknown, 0 of 6 done", "unknown")
+    assert "B: completed, 6 of 6 done" in shown
+
+
+def test_an_id_of_a_file_that_holds_the_key_is_neither_shown_nor_kept(server, ledger, ask, monkeypatch):
+    server.key = SECRET.replace("/", "-")
+    monkeypatch.setenv("TEST_KEY", server.key)
+    server.faults["upload"] = [lambda handler: handler.reply({"id": f"file-{server.key}"})]
+    with pytest.raises(UserError, match="did not take the file of a batch") as refused:
+        ask()
+    assert server.key not in str(refused.value) and not server.executed
+    with LedgerView(ledger.path) as view:
+        assert not any(server.key in str(tuple(row)) for row in view._db.execute("SELECT * FROM batches"))
 
 
 @pytest.mark.parametrize(

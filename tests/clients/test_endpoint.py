@@ -367,9 +367,23 @@ def test_unknown_is_sent_again_only_when_told_to(server, endpoint, ledger):
     assert ask(endpoint(), ledger, ["q"])[0].state == "unknown"
     assert ask(endpoint(), ledger, ["q"])[0].state == "unknown"
     assert len(server.arrived) == 1
-    assert ask(endpoint(), ledger, ["q"], resend_unknown=True)[0].text == "An answer."
-    totals = ledger.totals("teacher")
+    ledger.close()
+    with Ledger(ledger.path) as later:
+        assert ask(endpoint(), later, ["q"], resend_unknown=True)[0].text == "An answer."
+        totals = later.totals("teacher")
     assert (totals["unknown"], totals["answered"], totals["calls"]) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("fault", [hang_up, answer("")])
+def test_what_a_command_loses_itself_is_not_sent_again_by_it(server, endpoint, ledger, fault):
+    """One question is asked several times where models give the same answer, which a judge is asked about."""
+    server.script["q"] = [fault] * 9
+    states = [ask(endpoint(unusable_retries=0), ledger, ["q"], resend_unknown=True)[0].state for _ in range(3)]
+    assert len(server.arrived) == 1 and len(set(states)) == 1
+    ledger.close()
+    with Ledger(ledger.path) as later:
+        ask(endpoint(unusable_retries=0), later, ["q"], resend_unknown=True)
+    assert len(server.arrived) == 2
 
 
 def test_connection_refused_is_repeated_and_counts_as_no_call(endpoint, ledger):
@@ -609,11 +623,17 @@ def test_an_error_whose_body_never_ends_in_time_is_classified_by_its_status(serv
     assert ask(endpoint(timeout=0.5), ledger, ["q"])[0].state == "answered"
 
 
+WHOLE = json.dumps(completion("A")).encode()
+
+
 @pytest.mark.parametrize(
     ("content", "encoding", "state", "detail"),
     [
-        (gzip.compress(json.dumps(completion("A")).encode()), "gzip", "answered", ""),
-        (zlib.compress(json.dumps(completion("A")).encode()), "deflate", "answered", ""),
+        (gzip.compress(WHOLE), "gzip", "answered", ""),
+        (zlib.compress(WHOLE), "deflate", "answered", ""),
+        (gzip.compress(WHOLE[:40]) + gzip.compress(WHOLE[40:]) + bytes(9), "gzip", "answered", ""),
+        (gzip.compress(WHOLE) + b"no member", "gzip", "answered", ""),
+        (gzip.compress(b" " * 2**19) * 8, "gzip", "unknown", "the response is longer than purld reads: 1 MiB"),
         (gzip.compress(b" " * 2**22), "gzip", "unknown", "the response is longer than purld reads: 1 MiB"),
         (b"no gzip", "gzip", "unknown", "gzip, damaged"),
         (b"x", "br", "unknown", ": br"),
@@ -626,7 +646,16 @@ def test_compression_is_not_asked_for_and_a_bomb_stays_small(
     server.script["q"] = [compressed(content, encoding)]
     [reply] = ask(endpoint(), ledger, ["q"])
     assert reply.state == state and reply.detail.endswith(detail)
-    assert server.headers[0]["accept-encoding"] == "identity"
+    assert server.headers[0]["accept-encoding"] == "identity" and len(server.arrived) == 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 10**6])
+def test_members_of_a_compressed_body_may_be_cut_anywhere(size):
+    inflater = transport.Inflater()
+    content = b"".join(map(gzip.compress, (b"one, ", b"", b"two", b"x" * 10**6))) + bytes(9)
+    pieces = [piece for at in range(0, len(content), size) for piece in inflater.pieces(content[at : at + size])]
+    assert b"".join(pieces) == b"one, two" + b"x" * 10**6
+    assert max(map(len, pieces)) <= 64 * 2**10
 
 
 def test_an_answer_that_repeats_itself_holds_up_no_other(server, endpoint, ledger):
@@ -646,7 +675,9 @@ def test_an_answer_that_cannot_be_read_is_bought_once(server, endpoint, ledger):
     assert len(server.arrived) == 1
     [row] = ledger.iter_requests()
     assert json.loads(row["calls"][0]["raw"])["choices"][0]["message"]["content"] == {"new": "format"}
-    assert ask(endpoint(), ledger, ["q"], resend_unknown=True)[0].text == "An answer."
+    ledger.close()
+    with Ledger(ledger.path) as later:
+        assert ask(endpoint(), later, ["q"], resend_unknown=True)[0].text == "An answer."
 
 
 def test_prompts_that_failed_before_are_asked_last(server, endpoint, ledger):
@@ -659,8 +690,10 @@ def test_prompts_that_failed_before_are_asked_last(server, endpoint, ledger):
 def test_a_lost_call_keeps_its_idempotency_key_and_a_failed_one_gets_another(server, endpoint, ledger):
     server.script["q"] = [error(503), hang_up]
     ask(endpoint(), ledger, ["q"])
-    ask(endpoint(), ledger, ["q"], resend_unknown=True)
-    [row] = ledger.iter_requests()
+    ledger.close()
+    with Ledger(ledger.path) as later:
+        ask(endpoint(), later, ["q"], resend_unknown=True)
+        [row] = later.iter_requests()
     keys = [headers["idempotency-key"] for headers in server.headers]
     assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-1"]
 

@@ -38,7 +38,7 @@ from purld.signals import DeferredSignals, deferred_signals
 
 FIRST_POLL, LONGEST_POLL, POLL_GROWTH = 2.0, 60.0, 1.3  # seconds between looks at batches
 MAX_FAILED_POLLS = 15  # in a row, with growing waits: about ten minutes
-EMPTY_POLLS = 3  # looks at a completed batch that names no file yet
+EMPTY_POLLS = 3  # looks at a batch that has ended and names no file yet
 SOON, AGAIN = 90.0, 300.0  # seconds after a change, or after the last time, in which a state is shown again
 GRACE_SECONDS = 20.0  # how long a signal to stop waits while a batch is being created
 NONE_ANSWERED = 10  # requests from which on a batch without any answer ends the run
@@ -176,7 +176,6 @@ class _BatchWork:
         self.collector = collector
         self.pending: deque[str] = deque()  # keys to ask
         self.waiting: set[str] = set()  # keys in open batches
-        self.asked: set[str] = set()  # keys in batches of this call; what it loses itself, it does not buy again
         self.capped: dict[str, str] = {}  # keys that wait for room under a cap, with the cap
         self.elsewhere: dict[str, str] = {}  # keys that other runs are asking, with their ledgers
         self.repeats: Counter[str] = Counter()
@@ -185,6 +184,7 @@ class _BatchWork:
         self.most = MAX_REQUESTS  # in one batch
         self.one_at_a_time = False
         self.statuses: dict[int, BatchStatus] = {}
+        self.empty_looks: Counter[int] = Counter()  # at batches that have ended and name no file
         self.seen_running: set[int] = set()  # batches that had not ended when this process looked
         self.refused: list[str] = []  # keys of a batch that the endpoint refused after it was created
         self.display = _WaitDisplay(client.on_wait)
@@ -204,11 +204,15 @@ class _BatchWork:
                 self.waiting.add(key)
             elif result is None:
                 self.pending.append(key)
-            elif known := settled_reply(result, self.client.resend_unknown):
+            elif known := settled_reply(result, self._may_resend(key)):
                 self.collector.add_reply(key, known)
             else:
                 repeated.append(key)
         self.pending.extend(repeated)
+
+    def _may_resend(self, key: str) -> bool:
+        """Return whether a lost request may be sent again: no command buys again what it has lost itself."""
+        return self.client.resend_unknown and not self.ledger.sent_here(key)
 
     def needed(self, wait: bool) -> bool:
         """Return whether there is anything to submit, or to wait for."""
@@ -295,7 +299,6 @@ class _BatchWork:
             if reserved.batch is None:
                 continue
             self.waiting.update(reserved.calls)
-            self.asked.update(reserved.calls)
             content = b"".join(lines[key] for key in reserved.calls)
             self._settle_submission(await self.submitter.submit(reserved, content))
             if self.interrupted:
@@ -360,8 +363,7 @@ class _BatchWork:
     def _deliver_known(self, key: str) -> None:
         """Deliver what the ledger knows of a request, or ask for it again."""
         result = self.ledger.find_result(key)
-        again = self.client.resend_unknown and key not in self.asked
-        reply = settled_reply(result, again) if result else None
+        reply = settled_reply(result, self._may_resend(key)) if result else None
         if reply:
             self.collector.add_reply(key, reply)
         else:
@@ -369,7 +371,7 @@ class _BatchWork:
 
     async def _wait_for_one(self) -> None:
         """Wait until a batch has ended and collect it; without one, wait some time for what other runs are asking."""
-        wait, failures, empty = FIRST_POLL, 0, 0
+        wait, failures = FIRST_POLL, 0
         while not self.stop:
             open_batches = self.client.open_batches()
             for batch in open_batches:
@@ -377,9 +379,10 @@ class _BatchWork:
                 failures = failures + 1 if status is None else 0
                 if status is None or not status.ended:
                     continue
-                empty += 1
-                if status.status == "completed" and not status.files and empty < EMPTY_POLLS:
-                    continue
+                if status.lacks_files:
+                    self.empty_looks[batch.id] += 1
+                    if self.empty_looks[batch.id] < EMPTY_POLLS:
+                        continue
                 await self._finish(batch, status)
                 return
             if failures >= MAX_FAILED_POLLS * len(open_batches) > 0:
@@ -406,9 +409,8 @@ class _BatchWork:
         return None
 
     def _note_gone(self, batch: BatchRecord, said: str) -> None:
-        """Stop at a batch that the endpoint does not know; with `resend_unknown`, ask one of an earlier call again."""
-        of_this_call = not self.asked.isdisjoint(self.ledger.open_calls(batch.id))
-        if of_this_call or not self.client.resend_unknown:
+        """Stop at a batch that the endpoint does not know; with `resend_unknown`, ask an earlier command's again."""
+        if not self._may_give_up(batch):
             self.stop = (
                 f"{self.endpoint.base_url}: does not know {batch.name} of this run ({said}); use the key of the "
                 "account that submitted it, or ask again with --resend-unknown."
@@ -417,6 +419,10 @@ class _BatchWork:
         keys = self.ledger.end_batch(batch.id, "gone", CallResult("unknown", error="output_gone"))
         self.waiting.difference_update(keys)
         self.pending.extend(key for key in keys if key in self.prompts)
+
+    def _may_give_up(self, batch: BatchRecord) -> bool:
+        """Return whether what is lost of a batch may be asked again: with `resend_unknown`, of an earlier command."""
+        return self.client.resend_unknown and not any(map(self.ledger.sent_here, self.ledger.open_calls(batch.id)))
 
     def _show(self, batch: BatchRecord, status: BatchStatus) -> None:
         before = self.statuses.get(batch.id)
@@ -432,7 +438,7 @@ class _BatchWork:
         """Collect a batch that has ended, and decide how to go on."""
         collector = BatchCollector(self.api, self.ledger, self.priced, self.redactor)
         try:
-            collected = await collector.collect(batch, status, self._on_outcome)
+            collected = await collector.collect(batch, status, self._on_outcome, self._may_give_up(batch))
         except UserError as unreadable:
             self.stop = str(unreadable)
             return
@@ -462,6 +468,8 @@ class _BatchWork:
         elif outcome.repeat and self.repeats[key] < self.endpoint.retries:
             self.repeats[key] += 1
             self.failed[key] = outcome.result
+            self.pending.append(key)
+        elif outcome.result.state == "unknown" and self._may_resend(key):
             self.pending.append(key)
         else:
             self.collector.add_reply(key, reply_from_result(outcome.result))

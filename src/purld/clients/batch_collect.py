@@ -1,7 +1,9 @@
 """Read the files of a batch that has ended into the ledger, line by line.
 
 A line is settled durably before its answer is used, so that a process killed while it reads goes on where it was. A
-request without a line is `failed` if the endpoint's counts say that it was not executed, else `unknown`.
+request without a line is `failed` if the endpoint's counts say that it was not executed. If they say that lines are
+missing, or a file breaks off, it is read again, and the batch stays open; only one that is given up leaves requests
+`unknown`, and one without counts, or whose files were deleted.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from purld.clients.batch_api import ApiReply, BatchApi
 from purld.clients.batch_format import OVERHEAD_BYTES, BatchStatus, read_line, unexecuted
 from purld.clients.batch_records import BatchRecord
+from purld.clients.completion import parse_json
 from purld.clients.faults import CallOutcome
 from purld.clients.ledger import CallResult, Ledger
 from purld.clients.rate_limit import backoff_seconds
@@ -52,6 +55,38 @@ class Collected:
             self.cause = outcome.result
 
 
+@dataclass
+class _Reading:
+    """What was read of the files of a batch.
+
+    Attributes:
+        calls: the calls that no line has been read for, by request key.
+        on_outcome: called at the end of each call.
+        executed: the keys of the requests that were executed, as lines say.
+        collected: what the batch brought.
+        gone: the endpoint has deleted a file.
+        broken_off: a file ended in the middle of a line.
+    """
+
+    calls: dict[str, int]
+    on_outcome: OnOutcome
+    executed: set[str] = field(default_factory=set)
+    collected: Collected = field(default_factory=Collected)
+    gone: bool = False
+    broken_off: bool = False
+
+    def lacks_lines(self, status: BatchStatus) -> bool:
+        """Return whether calls have no line although there must be more lines than were read."""
+        more = self.broken_off or (status.completed or 0) > len(self.executed)
+        return bool(self.calls) and not self.gone and more
+
+
+def _breaks_off(line: Line) -> bool:
+    """Return whether a line is the last and only the beginning of an object, which may arrive whole next time."""
+    whole = line.ended or line.too_long or parse_json(line.content.decode("utf-8", "replace")) is not None
+    return not whole and line.content.lstrip().startswith(b"{")
+
+
 class BatchCollector:
     """Collects the results of batches.
 
@@ -68,32 +103,60 @@ class BatchCollector:
         self._endpoint = endpoint
         self._redactor = redactor
 
-    async def collect(self, batch: BatchRecord, status: BatchStatus, on_outcome: OnOutcome) -> Collected:
+    async def collect(
+        self, batch: BatchRecord, status: BatchStatus, on_outcome: OnOutcome, give_up: bool = False
+    ) -> Collected:
         """Settle every call of a batch that has ended.
 
-        Raises:
-            UserError: a file cannot be read now; the batch stays open, and what was read is stored.
-        """
-        calls = self._ledger.open_calls(batch.id)
-        collected, executed, gone = Collected(), set[str](), False
-        for file_id in status.files:
-            problem = await self._read_file(file_id, calls, executed, collected, on_outcome)
-            if problem and problem.status in (404, 410):
-                gone = True
-            elif problem:
-                raise UserError(
-                    f"{self._endpoint.base_url}: the results of {batch.name} cannot be read ({problem.said}); "
-                    "they stay there, and the same command collects them."
-                )
-        rest = self._rest(status, len(executed), gone)
-        for key in self._ledger.end_batch(batch.id, status.status, rest.result):
-            collected.add(rest)
-            on_outcome(key, rest)
-        return collected
+        Args:
+            batch: the batch.
+            status: what the endpoint says of it.
+            on_outcome: called at the end of each call.
+            give_up: end the calls of which the results are missing, too.
 
-    async def _read_file(
-        self, file_id: str, calls: dict[str, int], executed: set[str], collected: Collected, on_outcome: OnOutcome
-    ) -> ApiReply | None:
+        Raises:
+            UserError: results are missing, or a file cannot be read now; the batch stays open, and what was read is
+                stored.
+        """
+        if status.lacks_files and status.completed and not give_up:
+            raise UserError(
+                f"{self._endpoint.base_url}: {batch.name} has ended with {status.completed:,} executed requests and "
+                "names no file of their results; the same command looks again, a later one with --resend-unknown gives "
+                "them up and asks again."
+            )
+        reading = _Reading(self._ledger.open_calls(batch.id), on_outcome)
+        for attempt in range(self._endpoint.retries + 1):
+            await self._read_files(batch, status, reading)
+            short = bool(status.files) and reading.lacks_lines(status)
+            if not short or attempt == self._endpoint.retries:
+                break
+            await asyncio.sleep(backoff_seconds(attempt, None))
+        if short and not give_up:
+            otherwise = "; a later one with --resend-unknown gives up what is missing and asks again"
+            raise self._unreadable(batch, "lines are missing", otherwise)
+        rest = self._rest(status, reading)
+        for key in self._ledger.end_batch(batch.id, status.status, rest.result):
+            reading.collected.add(rest)
+            on_outcome(key, rest)
+        return reading.collected
+
+    async def _read_files(self, batch: BatchRecord, status: BatchStatus, reading: _Reading) -> None:
+        """Settle the calls that the files of a batch have lines for."""
+        reading.broken_off = False
+        for file_id in status.files:
+            problem = await self._read_file(file_id, reading)
+            if problem and problem.status in (404, 410):
+                reading.gone = True
+            elif problem:
+                raise self._unreadable(batch, problem.said)
+
+    def _unreadable(self, batch: BatchRecord, said: str, otherwise: str = "") -> UserError:
+        return UserError(
+            f"{self._endpoint.base_url}: the results of {batch.name} cannot be read ({said}); "
+            f"they stay there, and the same command collects them{otherwise}."
+        )
+
+    async def _read_file(self, file_id: str, reading: _Reading) -> ApiReply | None:
         """Settle the calls that a file has lines for; return why it could not be read to its end, or None."""
         problem: ApiReply | None = None
         for attempt in range(self._endpoint.retries + 1):
@@ -101,37 +164,37 @@ class BatchCollector:
             async for item in self._api.lines(file_id):
                 if isinstance(item, ApiReply):
                     problem = item
+                elif _breaks_off(item):
+                    reading.broken_off = True
                 else:
-                    self._settle_line(item, calls, executed, collected, on_outcome)
+                    self._settle_line(item, reading)
             if problem is None or not problem.passing:
                 break
             await asyncio.sleep(backoff_seconds(attempt, problem.retry_after))
         return problem
 
-    def _settle_line(
-        self, line: Line, calls: dict[str, int], executed: set[str], collected: Collected, on_outcome: OnOutcome
-    ) -> None:
+    def _settle_line(self, line: Line, reading: _Reading) -> None:
         limit = body_limit(self._endpoint) + OVERHEAD_BYTES
         read = read_line(line.content, line.too_long, limit, self._endpoint, time.time(), self._redactor)
         if read is None:
             return
         if read.executed:
-            executed.add(read.key)
-        call = calls.pop(read.key, None)
+            reading.executed.add(read.key)
+        call = reading.calls.pop(read.key, None)
         if call is None:  # settled before, by an earlier attempt or process
             return
         self._ledger.settle(call, read.outcome.result)
-        collected.add(read.outcome)
-        on_outcome(read.key, read.outcome)
+        reading.collected.add(read.outcome)
+        reading.on_outcome(read.key, read.outcome)
 
-    def _rest(self, status: BatchStatus, executed: int, gone: bool) -> CallOutcome:
+    def _rest(self, status: BatchStatus, reading: _Reading) -> CallOutcome:
         """Return the end of the calls for which no line was found."""
         if status.status == "failed" and not status.files:
             said = f"batch_failed: {status.errors}" if status.errors else "batch_failed"
             return CallOutcome(CallResult("failed", error=said, billable=False, left=False), suspect=True)
-        if gone:
+        if reading.gone:
             return CallOutcome(CallResult("unknown", error="output_gone"), suspect=True)
-        if status.completed is not None and status.completed <= executed:
+        if status.completed is not None and not reading.lacks_lines(status):
             left_out = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
             return unexecuted(left_out.get(status.status, "no_line"))
         return CallOutcome(CallResult("unknown", error="no_line"), suspect=True)

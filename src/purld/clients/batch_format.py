@@ -35,6 +35,7 @@ _SYNONYMS = {
     "canceled": "cancelled", "canceling": "cancelling", "progress": "in_progress", "running": "in_progress",
     "succeeded": "completed", "success": "completed", "done": "completed", "timeout": "expired",
 }  # fmt: skip
+_WORD = re.compile(r"[a-z_]{1,40}")  # a status is shown and stored, so a text of the server's is none
 # Codes of a batch that is too large now: for the tokens that an account may have queued, or for one file.
 TOO_MUCH = ("token_limit_exceeded", "too_many_tasks", "enqueued_token_limit_exceeded", "file_too_large")
 _CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*"([0-9a-f]{64})"')
@@ -47,7 +48,7 @@ class BatchStatus:
 
     Attributes:
         id: the endpoint's id.
-        status: one of OpenAI's statuses, or another word of the server.
+        status: one of OpenAI's statuses, another word of the server, or `unknown`.
         files: the ids of the output file and the error file, as far as there are any.
         completed: the number of requests that were executed; None if it is not told.
         done: the number that were executed or failed.
@@ -71,6 +72,11 @@ class BatchStatus:
         return self.status in ENDED
 
     @property
+    def lacks_files(self) -> bool:
+        """Return whether the batch has ended, may have executed requests, and names no file of their results."""
+        return self.ended and self.status != "failed" and not self.files and self.completed != 0
+
+    @property
     def too_much(self) -> bool:
         """Return whether the batch failed because it is too large now; a smaller or later one may pass."""
         words = f"{' '.join(self.codes)} {self.errors}".lower()
@@ -81,7 +87,7 @@ class BatchStatus:
     def described(self) -> str:
         """Return the status as a line of progress shows it."""
         counts = f", {self.done:,} of {self.total:,} done" if self.total else ""
-        return f"{batch_name(self.id)}: {one_line(self.status.replace('_', ' '), 40)}{counts}"
+        return f"{batch_name(self.id)}: {self.status.replace('_', ' ')}{counts}"
 
 
 def input_line(request: Request) -> bytes:
@@ -109,7 +115,6 @@ def read_batch(data: object, redactor: KeyRedactor) -> BatchStatus | None:
     identity = read_id(data.get("id"))
     if identity is None or redactor.redact(identity) != identity:
         return None
-    name = status.strip().lower()
     files = (read_id(data.get("output_file_id")), read_id(data.get("error_file_id")))
     counts = data.get("request_counts")
     counts = counts if isinstance(counts, dict) else {}
@@ -117,7 +122,7 @@ def read_batch(data: object, redactor: KeyRedactor) -> BatchStatus | None:
     message, codes = _read_errors(data.get("errors"))
     return BatchStatus(
         identity,
-        _SYNONYMS.get(name, name),
+        _read_status(status, redactor),
         tuple(file for file in files if file),
         completed,
         (completed or 0) + (failed or 0),
@@ -125,6 +130,13 @@ def read_batch(data: object, redactor: KeyRedactor) -> BatchStatus | None:
         redactor.redact(message),
         codes,
     )
+
+
+def _read_status(said: str, redactor: KeyRedactor) -> str:
+    """Return a status in OpenAI's words; another single word as it is, and `unknown` for anything else."""
+    word = said.strip().lower()
+    word = _SYNONYMS.get(word, word)
+    return word if word in ENDED or (_WORD.fullmatch(word) and redactor.redact(said) == said) else "unknown"
 
 
 def _read_errors(errors: object) -> tuple[str, tuple[str, ...]]:

@@ -66,7 +66,7 @@ class BatchSubmitter:
             self._end_unrun(reserved.batch, "not_submitted")
             raise
         file_id = read_id((uploaded.data or {}).get("id"))
-        if file_id is not None:
+        if file_id is not None and self._redactor.redact_answer(file_id) == file_id:  # it is stored, and may be shown
             self._ledger.mark_batch_sent(reserved.batch, file_id)
             [batch] = [record for record in self._ledger.open_batches() if record.id == reserved.batch]
             return await self._create(batch)

@@ -80,7 +80,7 @@ class EndpointClient:
             result = self.ledger.find_result(key)
             if result is None:
                 pending.append(prompts[index])
-            elif known := settled_reply(result, self.resend_unknown):
+            elif known := settled_reply(result, self.resend_unknown and not self.ledger.sent_here(key)):
                 collector.add_reply(key, known)
             else:
                 repeated.append(prompts[index])

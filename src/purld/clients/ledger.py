@@ -416,6 +416,8 @@ class Ledger(LedgerView):
     On opening, calls that a dead process had sent become `unknown`, and those it had only reserved are deleted. Calls
     of a batch that was submitted stay in flight; those of one that was only prepared become `failed`.
 
+    While it is open, it tells the calls that it has sent from those of earlier commands (`sent_here`).
+
     Args:
         path: the ledger; created if this run has none yet.
         others: the ledgers of the other runs in the folder, with which this one shares results; closed with it.
@@ -443,6 +445,7 @@ class Ledger(LedgerView):
                 self._recorded = _count_recorded(self._db)
                 _check_recorded(self.path, self._recorded)
                 self._recover()
+                self._last_before = self._find_last_call()
             self._mark = CallMark(self.path, self._recorded)
         except BaseException:
             self._lock.close()
@@ -462,6 +465,15 @@ class Ledger(LedgerView):
     def unreadable_ledgers(self) -> list[Path]:
         """The other ledgers that could not be read, so that what they hold may be bought again."""
         return sorted(self._others.unreadable) if self._others else []
+
+    def sent_here(self, key: str) -> bool:
+        """Return whether a call of a request was sent since this ledger was opened."""
+        query = "SELECT 1 FROM calls WHERE key = ? AND id > ? AND sent_at IS NOT NULL"
+        with self._mutex, _database_errors_named(self.path):
+            return self._db.execute(query, (key, self._last_before)).fetchone() is not None
+
+    def _find_last_call(self) -> int:
+        return int(self._db.execute("SELECT COALESCE(MAX(id), 0) FROM calls").fetchone()[0])
 
     def import_results(self, keys: Iterable[str], role: Role) -> None:
         """Copy the answers and lost calls of these requests from the other ledgers.

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -32,6 +32,7 @@ BYTES_PER_TOKEN = 128
 ERROR_BODY_BYTES = 64 * 2**10
 ERROR_BODY_SECONDS = 5.0
 _PIECE_BYTES = 64 * 2**10
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,14 @@ async def exchange(http: AsyncClient, request: HttpRequest, deadline: float, lim
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a response without its line break; of one that is longer than the limit, its start."""
+    """A line of a response without its line break; of one that is longer than the limit, its start.
+
+    `ended` is False for a last line without a line break, with which the response may have broken off.
+    """
 
     content: bytes
     too_long: bool = False
+    ended: bool = True
 
 
 async def read_lines(http: AsyncClient, request: HttpRequest, limit: int) -> AsyncIterator[Line | Response]:
@@ -160,7 +165,7 @@ async def read_lines(http: AsyncClient, request: HttpRequest, limit: int) -> Asy
             for line in splitter.feed(piece):
                 yield line
         if last := splitter.rest():
-            yield last
+            yield replace(last, ended=False)
     finally:
         with contextlib.suppress(Exception):
             await response.aclose()
@@ -169,14 +174,43 @@ async def read_lines(http: AsyncClient, request: HttpRequest, limit: int) -> Asy
 async def _decoded_pieces(response: HttpResponse) -> AsyncIterator[bytes]:
     """Yield the content of a response, decompressed, in pieces of bounded size."""
     plain = response.headers.get("content-encoding", "").strip().lower() in ("", "identity")
-    decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    inflater = Inflater()
     async for chunk in response.aiter_raw():
-        if plain:
-            yield chunk
-            continue
+        for piece in [chunk] if plain else inflater.pieces(chunk):
+            yield piece
+
+
+class Inflater:
+    """Decompresses gzip or zlib, also gzip in several members, as servers that compress part by part send it.
+
+    What follows a member and is none, such as padding, is left out.
+    """
+
+    def __init__(self) -> None:
+        self._decoder = _new_decoder()
+        self._between = b""  # what has come since the last member, as far as another may begin with it
+
+    def pieces(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield what a chunk decompresses to, in pieces of bounded size.
+
+        Raises:
+            zlib.error: it cannot be decompressed.
+        """
         while chunk:
-            yield decoder.decompress(chunk, _PIECE_BYTES)
-            chunk = decoder.unconsumed_tail
+            if self._decoder.eof:
+                chunk, self._between = self._between + chunk, b""
+                if chunk == _GZIP_MAGIC[:1]:
+                    self._between = chunk
+                    return
+                if not chunk.startswith(_GZIP_MAGIC):
+                    return
+                self._decoder = _new_decoder()
+            yield self._decoder.decompress(chunk, _PIECE_BYTES)
+            chunk = self._decoder.unused_data if self._decoder.eof else self._decoder.unconsumed_tail
+
+
+def _new_decoder() -> zlib._Decompress:
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # finds gzip or zlib by itself
 
 
 class _LineSplitter:
@@ -246,8 +280,7 @@ class _BoundedBody:
     def __init__(self, limit: int, encoding: str) -> None:
         self.content = bytearray()
         self._limit = limit
-        plain = encoding.strip().lower() in ("", "identity")
-        self._decoder = None if plain else zlib.decompressobj(zlib.MAX_WBITS | 32)  # finds gzip or zlib by itself
+        self._inflater = None if encoding.strip().lower() in ("", "identity") else Inflater()
 
     def add(self, chunk: bytes) -> bool:
         """Add a piece as sent; return False if it goes beyond the limit.
@@ -255,8 +288,9 @@ class _BoundedBody:
         Raises:
             zlib.error: it cannot be decompressed.
         """
-        room = self._limit - len(self.content)
-        if self._decoder is not None:
-            chunk = self._decoder.decompress(chunk, room + 1)
-        self.content += chunk[:room]
-        return len(chunk) <= room
+        for piece in self._inflater.pieces(chunk) if self._inflater else [chunk]:
+            room = self._limit - len(self.content)
+            self.content += piece[:room]
+            if len(piece) > room:
+                return False
+        return True
