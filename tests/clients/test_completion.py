@@ -200,3 +200,28 @@ def test_usage_in_other_words():
     result = read({**completion("A"), "usage": {"input_tokens": 3, "output_tokens": 4}})
     assert result is not None and result.usage is not None
     assert (result.usage.input_tokens, result.usage.output_tokens) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 941}, (32, 909)),
+        ({"prompt_tokens": 32, "completion_tokens": 909, "total_tokens": 941}, (32, 909)),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 20}, (32, 9)),
+        ({"prompt_tokens": 32, "completion_tokens": 0, "total_tokens": 41}, (32, 9)),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": "941"}, (32, 9)),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 2**60}, (32, 9)),
+        ({"prompt_tokens": 0, "completion_tokens": 9, "total_tokens": 9}, None),
+        ({"prompt_tokens": 32, "completion_tokens": 0, "total_tokens": 32}, None),
+    ],
+)
+def test_tokens_that_only_the_total_has_are_output_and_a_usage_that_cannot_be_true_is_none(usage, counted):
+    for payload in (completion("A"), completion(None, refusal="No."), completion(42), completion("", reasoning="I")):
+        result = read({**payload, "usage": usage})
+        assert result is not None
+        assert (result.usage and (result.usage.input_tokens, result.usage.output_tokens)) == counted
+
+
+def test_an_answer_without_text_may_have_no_output():
+    result = read({**completion(""), "usage": {"prompt_tokens": 32, "completion_tokens": 0}})
+    assert result is not None and result.usage is not None and result.usage.output_tokens == 0

@@ -488,6 +488,19 @@ def test_a_server_that_reports_no_usage_is_booked_at_the_worst(server, endpoint,
     assert ledger.booked_spend("teacher").tokens == WORST
 
 
+HIDDEN = {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 941}  # 900 tokens of thinking
+NOTHING = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+@pytest.mark.parametrize("usage", [HIDDEN, NOTHING])
+def test_a_cap_holds_where_the_usage_leaves_tokens_out(server, endpoint, ledger, usage):
+    server.default = lambda handler: handler.reply({**completion(), "usage": usage})
+    config = endpoint(max_cost=0.05, input_price=3.0, output_price=15.0, max_tokens_per_answer=1024)
+    replies = EndpointClient(config, ledger, "teacher").ask(numbered(20))
+    assert {reply.state for reply in replies} == {"answered", "capped"}
+    assert len(server.arrived) * (32 * 3.0 + 909 * 15.0) / 1e6 <= 0.05
+
+
 def test_cost_follows_the_reported_usage(server, endpoint, ledger):
     ask(endpoint(input_price=3.0, output_price=15.0), ledger, ["q"])
     assert ledger.totals("teacher")["cost"] == pytest.approx((10 * 3 + 5 * 15) / 1e6)

@@ -21,6 +21,7 @@ from purld.errors import one_line
 MAX_RAW = 20_000  # characters kept of the body of a failed call
 # Parts of a content that hold what the model thought before it answered.
 THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought", "summary_text")
+_WRITTEN = ("content", "refusal", "reasoning_content", "reasoning")  # what of a message takes output tokens
 _EVENT = re.compile(r"^data:", re.MULTILINE)
 _COMPLETION = re.compile(r'"choices"\s*:\s*\[|"object"\s*:\s*"(chat\.)?completion|"finish_reason"')
 MAX_DEPTH = 4  # of parts within parts
@@ -101,6 +102,8 @@ def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallRe
     message = _message_of(choice)
     content = _read_message(message)
     content.unreadable += [name for name in ("tool_calls", "function_call", "audio") if message.get(name)]
+    if usage and not usage.output_tokens and (content.unreadable or any(message.get(name) for name in _WRITTEN)):
+        usage = None  # it was written by a model, so it took tokens
     return _to_result(content, _finish_reason(choice, usage, endpoint), body, usage)
 
 
@@ -194,14 +197,20 @@ def _finish_reason(choice: Mapping[str, Any], usage: Usage | None, endpoint: Ope
 
 
 def _read_usage(usage: object, endpoint: OpenAIEndpoint) -> Usage | None:
-    """Return the reported usage, or None if it is not two counts; the worst case then stays booked."""
+    """Return the reported usage, or None if it is not two counts that can be true; the worst case then stays booked.
+
+    Some servers count thinking, which they bill as output, in the total alone.
+    """
     if not isinstance(usage, dict):
         return None
     input_tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
     output_tokens = usage.get("completion_tokens", usage.get("output_tokens"))
-    if _is_count(input_tokens) and _is_count(output_tokens):
-        return Usage(input_tokens, output_tokens, token_cost(endpoint, input_tokens, output_tokens))
-    return None
+    if not (_is_count(input_tokens) and _is_count(output_tokens)) or input_tokens == 0:
+        return None
+    total = usage.get("total_tokens")
+    if _is_count(total):
+        output_tokens = max(output_tokens, total - input_tokens)
+    return Usage(input_tokens, output_tokens, token_cost(endpoint, input_tokens, output_tokens))
 
 
 def _is_count(value: object) -> TypeGuard[int]:
