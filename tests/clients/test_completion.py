@@ -10,6 +10,7 @@ from faulty_server import completion
 
 from purld.clients.base import Reply, reply_from_result
 from purld.clients.completion import parse_body, parse_json, read_completion
+from purld.clients.faults import classify_response
 from purld.clients.ledger import CallResult
 from purld.config.clients import OpenAIEndpoint
 
@@ -185,6 +186,42 @@ def test_the_whole_message_at_the_end_of_a_stream_is_no_piece_of_it(last, text):
     result = read_completion(parse_body(body), body, ENDPOINT)
     assert result is not None
     assert (result.state, result.text, result.finish_reason) == ("answered", text, "stop")
+
+
+def streamed(*texts: str) -> list[dict[str, Any]]:
+    pieces = [{"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    return [*pieces, {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": completion()["usage"]}]
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_only_line_feeds_and_carriage_returns_end_a_line_of_a_stream(mark, separator):
+    events = [json.dumps(piece, ensure_ascii=False) for piece in streamed("The total is ", f"not{mark} ", "12.")]
+    body = "".join(f"data: {event}{separator * 2}" for event in events) + f"data: [DONE]{separator}"
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None and (result.text, result.finish_reason) == (f"The total is not{mark} 12.", "stop")
+
+
+@pytest.mark.parametrize("damage", ['"not ', "\n", "\x00"])
+def test_a_stream_with_a_damaged_event_is_no_whole_answer(damage):
+    body = events(*streamed("The total is ", "not ", "12.")).replace('"not "', f'"not {damage}')
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None and result.usage is not None and result.usage.output_tokens == 5
+    found = reply_from_result(result)
+    assert (found.state, found.text) == ("truncated", "The total is "), "what follows the gap is no part of the text"
+    assert "finish reason damaged_stream" in found.detail
+
+
+def test_a_stream_that_breaks_off_in_its_first_event_may_have_been_billed():
+    body = events(*streamed("An answer."))[:60]
+    outcome = classify_response(200, {}, body, ENDPOINT, now=0.0)
+    assert outcome.unusable and (outcome.result.state, outcome.result.error) == ("answered", "cut_response")
+
+
+def test_empty_events_and_comments_damage_no_stream():
+    body = ": ping\n\ndata:\n\nevent: ping\n\n" + events(*streamed("A"), end="data:[DONE] \n\n")
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None and (result.text, result.finish_reason) == ("A", "stop")
 
 
 def test_a_refusal_in_a_stream_is_read():

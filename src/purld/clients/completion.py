@@ -23,7 +23,9 @@ MAX_RAW = 20_000  # characters kept of the body of a failed call
 THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought", "summary_text")
 _WRITTEN = ("content", "refusal", "reasoning_content", "reasoning")  # what of a message takes output tokens
 _EVENT = re.compile(r"^data:", re.MULTILINE)
+_LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines splits at U+2028 and others too, which JSON may hold as they are
 _COMPLETION = re.compile(r'"choices"\s*:\s*\[|"object"\s*:\s*"(chat\.)?completion|"finish_reason"')
+DAMAGED_STREAM = "damaged_stream"  # the finish reason of a stream with an event that cannot be read: it is not whole
 MAX_DEPTH = 4  # of parts within parts
 
 
@@ -56,24 +58,32 @@ def parse_body(body: str) -> Any:
 
 
 def _join_events(body: str) -> Any:
-    """Return the events of a stream as one completion, or the first event if it is an error."""
-    text, refusal, begun = "", "", False
+    """Return the events of a stream as one completion, or the first event if it is an error.
+
+    An event that cannot be read ends the text, because what follows would hide the gap; only the usage is still read.
+    """
+    text, refusal, begun, damaged = "", "", False, False
     joined: dict[str, Any] = {"finish_reason": None}
     usage = None
-    for line in body.splitlines():
-        event = parse_json(line[5:]) if line.startswith("data:") else None
+    for line in _LINE_END.split(body):
+        if not line.startswith("data:") or line[5:].strip() in ("", "[DONE]"):
+            continue
+        event = parse_json(line[5:])
         if not isinstance(event, dict):
+            damaged = True
             continue
         if event.get("error") and not begun:
             return event
         usage = event.get("usage") or usage
         choice = _first_choice(event)
-        if choice is not None:
-            begun = True
+        begun = begun or choice is not None
+        if choice is not None and not damaged:
             content = _read_message(_message_of(choice))
             text = _append_piece(text, content.text, event, choice)
             refusal = _append_piece(refusal, "".join(content.refusals), event, choice)
             joined["finish_reason"] = choice.get("finish_reason") or joined["finish_reason"]
+    if damaged:
+        joined["finish_reason"] = DAMAGED_STREAM
     joined["message"] = {"content": text, "refusal": refusal}
     return {"choices": [joined], "usage": usage} if begun else None
 
@@ -86,7 +96,8 @@ def _append_piece(text: str, piece: str, event: Mapping[str, Any], choice: Mappi
 
 def is_cut_completion(body: str) -> bool:
     """Return whether a body that is no JSON is the beginning of a completion, which may have been billed."""
-    return body.lstrip("\ufeff \t\r\n").startswith("{") and bool(_COMPLETION.search(body[:MAX_RAW]))
+    start = body.lstrip("\ufeff \t\r\n")[:MAX_RAW]
+    return (start.startswith("{") or _EVENT.search(start) is not None) and _COMPLETION.search(start) is not None
 
 
 def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallResult | None:
