@@ -401,6 +401,20 @@ def test_retry_after_is_waited_for_by_all(server, endpoint, ledger, form):
     assert min(arrivals) - started > 0.9
 
 
+@pytest.mark.parametrize("header", ["0", date_in(-120)], ids=["zero", "a date that has passed"])
+def test_a_server_that_asks_for_no_wait_is_not_given_up_in_a_moment(server, endpoint, ledger, monkeypatch, header):
+    monkeypatch.setattr(rate_limit, "FIRST_WAIT", 0.1)
+    started = time.monotonic()
+
+    def overloaded(handler):
+        busy = time.monotonic() - started < 0.8
+        (error(429, headers={"Retry-After": header}) if busy else answer())(handler)
+
+    server.default = overloaded
+    replies = EndpointClient(endpoint(retries=5), ledger, "teacher").ask(numbered(16))
+    assert {reply.state for reply in replies} == {"answered"}
+
+
 def test_a_long_retry_after_is_bounded(server, endpoint, ledger, monkeypatch):
     monkeypatch.setattr(rate_limit, "LONGEST_WAIT", 0.05)
     server.script["q"] = [error(429, headers={"Retry-After": "86400"})]
