@@ -693,6 +693,23 @@ def test_a_lost_call_keeps_its_idempotency_key_and_a_failed_one_gets_another(ser
     assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-1"]
 
 
+def test_runs_of_one_folder_share_a_lost_calls_idempotency_key_and_never_a_failed_ones(server, endpoint, tmp_path):
+    """A gateway that replays the errors which it stored would give a run the failures of the run beside it."""
+    server.script["q"] = [error(503), error(503), hang_up]
+    for name, options in (("a", {}), ("b", {}), ("a", {"resend_unknown": True})):
+        path = tmp_path / name / "ledger.sqlite"
+        with Ledger(path, FolderLedgers(path)) as ledger:
+            [reply] = ask(endpoint(retries=0), ledger, ["q"], **options)
+    assert reply.state == "unknown"
+    path = tmp_path / "b" / "ledger.sqlite"
+    with Ledger(path, FolderLedgers(path)) as ledger:
+        [reply] = ask(endpoint(), ledger, ["q"], resend_unknown=True)
+        [row] = ledger.iter_requests()
+    assert reply.state == "answered"
+    keys = [headers["idempotency-key"] for headers in server.headers]
+    assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-2", f"{row['key']}-2"]
+
+
 def test_no_cookie_goes_back(server, endpoint, ledger):
     server.default = lambda handler: handler.reply(completion(), headers={"Set-Cookie": "id=1; Path=/"})
     ask(endpoint(concurrency=1), ledger, ["a", "b"])

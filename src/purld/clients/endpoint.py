@@ -294,7 +294,8 @@ class _ConcurrentAsk:
 
         deadline = asyncio.get_running_loop().time() + self.endpoint.timeout
         attempt = self.ledger.count_results(request.key)
-        # A gateway that knows the key of a lost call can give back its answer; any other call must be made anew.
+        # A gateway that knows the key of a lost call can give back its answer; any other call must be made anew, also
+        # if the runs beside this one made it.
         idempotency_key = f"{request.key}-{attempt}" if attempt else request.key
         try:
             response = await post(http, self.endpoint, request.body, idempotency_key, deadline)

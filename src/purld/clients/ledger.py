@@ -556,6 +556,10 @@ class Ledger(LedgerView):
         own = self.find_result(key)
         return own is not None and settles(own)
 
+    def count_results(self, key: str) -> int:
+        """Return how many calls of a request the folder's runs sent and got back, with an answer or without."""
+        return super().count_results(key) + (self._others.count_results(key) if self._others else 0)
+
     def _folder_locked(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         if self._others is None:
             return contextlib.nullcontext()
