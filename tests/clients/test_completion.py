@@ -9,8 +9,9 @@ import pytest
 from faulty_server import completion
 
 from purld.clients.base import Reply, reply_from_result
+from purld.clients.batch_format import read_line
 from purld.clients.completion import parse_body, parse_json, read_completion
-from purld.clients.faults import classify_response
+from purld.clients.faults import NO_KEY, classify_response
 from purld.clients.ledger import CallResult
 from purld.config.clients import OpenAIEndpoint
 
@@ -257,6 +258,14 @@ def test_tokens_that_only_the_total_has_are_output_and_a_usage_that_cannot_be_tr
         result = read({**payload, "usage": usage})
         assert result is not None
         assert (result.usage and (result.usage.input_tokens, result.usage.output_tokens)) == counted
+
+
+def test_a_line_of_a_batch_counts_the_same_tokens():
+    body = {**completion(), "usage": {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 941}}
+    line = json.dumps({"custom_id": "q", "response": {"status_code": 200, "body": body}}).encode()
+    read_back = read_line(line, False, 2**20, ENDPOINT, 0.0, NO_KEY)
+    assert read_back is not None and read_back.outcome.result.usage is not None
+    assert read_back.outcome.result.usage.output_tokens == 909
 
 
 def test_an_answer_without_text_may_have_no_output():
