@@ -9,7 +9,9 @@ import pytest
 from faulty_server import completion
 
 from purld.clients.base import Reply, reply_from_result
+from purld.clients.batch_format import read_line
 from purld.clients.completion import parse_body, parse_json, read_completion
+from purld.clients.faults import NO_KEY, classify_response
 from purld.clients.ledger import CallResult
 from purld.config.clients import OpenAIEndpoint
 
@@ -187,6 +189,42 @@ def test_the_whole_message_at_the_end_of_a_stream_is_no_piece_of_it(last, text):
     assert (result.state, result.text, result.finish_reason) == ("answered", text, "stop")
 
 
+def streamed(*texts: str) -> list[dict[str, Any]]:
+    pieces = [{"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in texts]
+    return [*pieces, {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": completion()["usage"]}]
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
+def test_only_line_feeds_and_carriage_returns_end_a_line_of_a_stream(mark, separator):
+    events = [json.dumps(piece, ensure_ascii=False) for piece in streamed("The total is ", f"not{mark} ", "12.")]
+    body = "".join(f"data: {event}{separator * 2}" for event in events) + f"data: [DONE]{separator}"
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None and (result.text, result.finish_reason) == (f"The total is not{mark} 12.", "stop")
+
+
+@pytest.mark.parametrize("damage", ['"not ', "\n", "\x00"])
+def test_a_stream_with_a_damaged_event_is_no_whole_answer(damage):
+    body = events(*streamed("The total is ", "not ", "12.")).replace('"not "', f'"not {damage}')
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None and result.usage is not None and result.usage.output_tokens == 5
+    found = reply_from_result(result)
+    assert (found.state, found.text) == ("truncated", "The total is "), "what follows the gap is no part of the text"
+    assert "finish reason damaged_stream" in found.detail
+
+
+def test_a_stream_that_breaks_off_in_its_first_event_may_have_been_billed():
+    body = events(*streamed("An answer."))[:60]
+    outcome = classify_response(200, {}, body, ENDPOINT, now=0.0)
+    assert outcome.unusable and (outcome.result.state, outcome.result.error) == ("answered", "cut_response")
+
+
+def test_empty_events_and_comments_damage_no_stream():
+    body = ": ping\n\ndata:\n\nevent: ping\n\n" + events(*streamed("A"), end="data:[DONE] \n\n")
+    result = read_completion(parse_body(body), body, ENDPOINT)
+    assert result is not None and (result.text, result.finish_reason) == ("A", "stop")
+
+
 def test_a_refusal_in_a_stream_is_read():
     pieces = [{"choices": [{"delta": {"content": None, "refusal": piece}}]} for piece in ("I ", "cannot.")]
     for last in ([], [whole(None, refusal="I cannot.")]):
@@ -200,3 +238,36 @@ def test_usage_in_other_words():
     result = read({**completion("A"), "usage": {"input_tokens": 3, "output_tokens": 4}})
     assert result is not None and result.usage is not None
     assert (result.usage.input_tokens, result.usage.output_tokens) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 941}, (32, 909)),
+        ({"prompt_tokens": 32, "completion_tokens": 909, "total_tokens": 941}, (32, 909)),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 20}, (32, 9)),
+        ({"prompt_tokens": 32, "completion_tokens": 0, "total_tokens": 41}, (32, 9)),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": "941"}, (32, 9)),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 2**60}, (32, 9)),
+        ({"prompt_tokens": 0, "completion_tokens": 9, "total_tokens": 9}, None),
+        ({"prompt_tokens": 32, "completion_tokens": 0, "total_tokens": 32}, None),
+    ],
+)
+def test_tokens_that_only_the_total_has_are_output_and_a_usage_that_cannot_be_true_is_none(usage, counted):
+    for payload in (completion("A"), completion(None, refusal="No."), completion(42), completion("", reasoning="I")):
+        result = read({**payload, "usage": usage})
+        assert result is not None
+        assert (result.usage and (result.usage.input_tokens, result.usage.output_tokens)) == counted
+
+
+def test_a_line_of_a_batch_counts_the_same_tokens():
+    body = {**completion(), "usage": {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 941}}
+    line = json.dumps({"custom_id": "q", "response": {"status_code": 200, "body": body}}).encode()
+    read_back = read_line(line, False, 2**20, ENDPOINT, 0.0, NO_KEY)
+    assert read_back is not None and read_back.outcome.result.usage is not None
+    assert read_back.outcome.result.usage.output_tokens == 909
+
+
+def test_an_answer_without_text_may_have_no_output():
+    result = read({**completion(""), "usage": {"prompt_tokens": 32, "completion_tokens": 0}})
+    assert result is not None and result.usage is not None and result.usage.output_tokens == 0

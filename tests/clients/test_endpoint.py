@@ -25,6 +25,7 @@ from PIL import Image
 
 from purld import records
 from purld.clients import endpoint as endpoint_module
+from purld.clients import ledger as ledger_module
 from purld.clients import rate_limit, transport
 from purld.clients.endpoint import EndpointClient
 from purld.clients.folder import FolderLedgers
@@ -414,6 +415,20 @@ def test_retry_after_is_waited_for_by_all(server, endpoint, ledger, form):
     assert min(arrivals) - started > 0.9
 
 
+@pytest.mark.parametrize("header", ["0", date_in(-120)], ids=["zero", "a date that has passed"])
+def test_a_server_that_asks_for_no_wait_is_not_given_up_in_a_moment(server, endpoint, ledger, monkeypatch, header):
+    monkeypatch.setattr(rate_limit, "FIRST_WAIT", 0.1)
+    started = time.monotonic()
+
+    def overloaded(handler):
+        busy = time.monotonic() - started < 0.8
+        (error(429, headers={"Retry-After": header}) if busy else answer())(handler)
+
+    server.default = overloaded
+    replies = EndpointClient(endpoint(retries=5), ledger, "teacher").ask(numbered(16))
+    assert {reply.state for reply in replies} == {"answered"}
+
+
 def test_a_long_retry_after_is_bounded(server, endpoint, ledger, monkeypatch):
     monkeypatch.setattr(rate_limit, "LONGEST_WAIT", 0.05)
     server.script["q"] = [error(429, headers={"Retry-After": "86400"})]
@@ -500,6 +515,19 @@ def test_a_server_that_reports_no_usage_is_booked_at_the_worst(server, endpoint,
     assert (totals["answered"], totals["cost"]) == (1, 0)
     assert totals["unsettled_cost"] == pytest.approx(WORST / 1e6)
     assert ledger.booked_spend("teacher").tokens == WORST
+
+
+HIDDEN = {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 941}  # 900 tokens of thinking
+NOTHING = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+@pytest.mark.parametrize("usage", [HIDDEN, NOTHING])
+def test_a_cap_holds_where_the_usage_leaves_tokens_out(server, endpoint, ledger, usage):
+    server.default = lambda handler: handler.reply({**completion(), "usage": usage})
+    config = endpoint(max_cost=0.05, input_price=3.0, output_price=15.0, max_tokens_per_answer=1024)
+    replies = EndpointClient(config, ledger, "teacher").ask(numbered(20))
+    assert {reply.state for reply in replies} == {"answered", "capped"}
+    assert len(server.arrived) * (32 * 3.0 + 909 * 15.0) / 1e6 <= 0.05
 
 
 def test_cost_follows_the_reported_usage(server, endpoint, ledger):
@@ -698,6 +726,23 @@ def test_a_lost_call_keeps_its_idempotency_key_and_a_failed_one_gets_another(ser
     assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-1"]
 
 
+def test_runs_of_one_folder_share_a_lost_calls_idempotency_key_and_never_a_failed_ones(server, endpoint, tmp_path):
+    """A gateway that replays the errors which it stored would give a run the failures of the run beside it."""
+    server.script["q"] = [error(503), error(503), hang_up]
+    for name, options in (("a", {}), ("b", {}), ("a", {"resend_unknown": True})):
+        path = tmp_path / name / "ledger.sqlite"
+        with Ledger(path, FolderLedgers(path)) as ledger:
+            [reply] = ask(endpoint(retries=0), ledger, ["q"], **options)
+    assert reply.state == "unknown"
+    path = tmp_path / "b" / "ledger.sqlite"
+    with Ledger(path, FolderLedgers(path)) as ledger:
+        [reply] = ask(endpoint(), ledger, ["q"], resend_unknown=True)
+        [row] = ledger.iter_requests()
+    assert reply.state == "answered"
+    keys = [headers["idempotency-key"] for headers in server.headers]
+    assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-2", f"{row['key']}-2"]
+
+
 def test_no_cookie_goes_back(server, endpoint, ledger):
     server.default = lambda handler: handler.reply(completion(), headers={"Set-Cookie": "id=1; Path=/"})
     ask(endpoint(concurrency=1), ledger, ["a", "b"])
@@ -804,6 +849,96 @@ def test_a_full_disk_is_one_sentence_and_stops_the_run(server, endpoint, ledger)
     with pytest.raises(UserError, match="the disk is full; make room"):
         EndpointClient(endpoint(), ledger, "teacher").ask(prompts(*(f"{n}" * 3000 for n in range(30))))
     assert len(server.arrived) < 30
+
+
+def lock_by_another_program(path: Path, unlock: threading.Event, seconds: float = 20) -> None:
+    """Lock a ledger as a program does that leaves a transaction open, until `unlock` is set or the time is over."""
+    locked = threading.Event()
+
+    def hold() -> None:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            locked.set()
+            unlock.wait(seconds)
+            other.execute("ROLLBACK")
+
+    threading.Thread(target=hold, daemon=True).start()
+    assert locked.wait(5)
+
+
+def ask_in_time(endpoint: OpenAIEndpoint, ledger: Ledger, texts: str) -> str:
+    """Ask, and return the error's words; fails if asking takes for ever."""
+    words: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(UserError) as stopped:
+            ask(endpoint, ledger, texts)
+        words.append(str(stopped.value))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "a worker waits for a call that has ended"
+    return words[0]
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_a_ledger_that_stays_locked_ends_the_run_though_others_wait_at_a_cap(
+    server, endpoint, tmp_path, monkeypatch, sent
+):
+    """It is locked before the only call that the cap allows is sent, or before its answer comes."""
+    monkeypatch.setattr(ledger_module, "BUSY_SECONDS", 0.2)
+    path, unlock = tmp_path / "l.sqlite", threading.Event()
+    with Ledger(path) as ledger:
+        if sent:
+            server.default = lambda handler: (lock_by_another_program(path, unlock), handler.reply(completion()))
+        else:
+            mark_sent = ledger.mark_sent
+            monkeypatch.setattr(
+                ledger, "mark_sent", lambda call: (lock_by_another_program(path, unlock), mark_sent(call))
+            )
+        words = ask_in_time(endpoint(max_calls=1, concurrency=4), ledger, "abcd")
+        assert "l.sqlite: is locked by another program" in words and "disk" not in words
+        assert (tmp_path / "l.sqlite.room").exists(), "the disk is not full"
+        unlock.set()
+    assert len(server.arrived) == sent
+    server.default = answer()
+    with Ledger(path) as ledger:
+        assert ledger.totals("teacher")["unknown"] == sent
+        states = {reply.state for reply in ask(endpoint(), ledger, "abcd")}
+    assert states == ({"unknown", "answered"} if sent else {"answered"}), "the same command goes on"
+
+
+@pytest.mark.parametrize("patience", [10.0, 0.2])
+def test_an_answer_is_kept_though_another_program_locks_the_ledger_for_a_moment(
+    server, endpoint, tmp_path, monkeypatch, patience
+):
+    """It is even kept if the lock is given back too late for the run to go on."""
+    monkeypatch.setattr(ledger_module, "BUSY_SECONDS", patience)
+    path, never = tmp_path / "l.sqlite", threading.Event()
+    server.script["a"] = [lambda handler: (lock_by_another_program(path, never, 0.6), handler.reply(completion()))]
+    goes_on = contextlib.nullcontext() if patience > 1 else pytest.raises(UserError, match="is locked by another")
+    with Ledger(path) as ledger:
+        with goes_on:
+            assert [reply.state for reply in ask(endpoint(concurrency=1), ledger, "ab")] == ["answered"] * 2
+        assert ledger.totals("teacher")["answered"] == (2 if patience > 1 else 1)
+
+
+def test_only_a_lack_of_room_takes_the_room_held_for_answers(server, endpoint, ledger, monkeypatch):
+    """SQLite says "I/O error" of some of the calls that fail for it."""
+    real, broken = ledger._commit, []
+
+    def commit(statement, values):
+        if statement.startswith("UPDATE calls SET state = ?") and not broken:
+            broken.append(statement)
+            problem = sqlite3.OperationalError("disk I/O error")
+            problem.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+            raise problem
+        real(statement, values)
+
+    monkeypatch.setattr(ledger, "_commit", commit)
+    assert ask(endpoint(), ledger, "a")[0].state == "answered"
+    assert not ledger.path.with_name("ledger.sqlite.room").exists()
 
 
 @pytest.fixture

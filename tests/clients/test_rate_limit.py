@@ -50,8 +50,9 @@ def test_back_off_doubles_within_bounds_and_is_jittered(attempt):
     waits = [backoff_seconds(attempt, None) for _ in range(200)]
     assert full / 2 <= min(waits) < max(waits) <= full
     assert len(set(waits)) > 100
-    assert 7 <= backoff_seconds(attempt, 7.0) <= 7 + FIRST_WAIT
-    assert backoff_seconds(attempt, 1e9) <= LONGEST_WAIT + FIRST_WAIT
+    assert max(7, full / 2) <= backoff_seconds(attempt, 7.0) <= max(7 + FIRST_WAIT, full)
+    assert backoff_seconds(attempt, 0.0) >= full / 2, "a server that asks for no wait is not asked in a flood"
+    assert LONGEST_WAIT <= backoff_seconds(attempt, 1e9) <= LONGEST_WAIT + FIRST_WAIT
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,11 @@ def test_back_off_doubles_within_bounds_and_is_jittered(attempt):
 )
 def test_retry_after(text, seconds):
     assert parse_retry_after({"retry-after": text}, now=10.0) == seconds
+
+
+@pytest.mark.parametrize("now", [0.0, 100.0, 1e9])
+def test_a_date_to_wait_for_is_reckoned_by_the_servers_own_clock(now):
+    headers = {"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT", "date": "Thu, 01 Jan 1970 00:01:30 GMT"}
+    assert parse_retry_after(headers, now) == 10.0
+    assert parse_retry_after({**headers, "retry-after": "3"}, now) == 3.0
+    assert parse_retry_after({**headers, "date": "today"}, now) == max(0.0, 100.0 - now)

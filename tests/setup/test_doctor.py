@@ -29,6 +29,7 @@ MODELS = json.dumps({"object": "list", "data": [{"id": "big"}, {"id": "small"}]}
 REPLIES = {  # by the first part of the address: status, body
     "good": (200, MODELS),
     "other": (200, json.dumps({"data": [{"id": f"m{n}"} for n in range(9)]})),
+    "quotes": (200, json.dumps({"data": [{"id": f"for Bearer {KEY}"}, {"id": KEY[8:]}, {"id": "big"}]})),
     "page": (200, "<html>welcome</html>"),
     "none": (404, '{"detail": "Not Found"}'),
     "refuses": (401, json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}."}})),
@@ -93,6 +94,16 @@ def test_what_an_endpoint_answers(server, monkeypatch, case, verdict, words):
     assert (key.verdict, key.text) == ("ok", "is set (MY_KEY)")
     assert (answer.verdict, answer.subject) == (verdict, "teacher")
     assert words in answer.text and bool(answer.remedy) == (verdict != "ok" and case not in ("page", "none"))
+
+
+def test_a_key_that_the_list_of_models_quotes_is_not_shown(server, monkeypatch):
+    *_, answer = examine(server, "quotes", monkeypatch, model="small")
+    assert "does not list 'small', but for Bearer [key], [key], big" in answer.text
+    *_, answer = examine(server, "quotes", monkeypatch)
+    assert answer.verdict == "ok"
+    monkeypatch.setenv("PLACEHOLDER", "big")
+    *_, answer = examine(server, "good", monkeypatch, api_key_env="PLACEHOLDER")
+    assert answer.verdict == "ok", "the model that was asked for keeps its name, whatever the key"
 
 
 def test_one_request_is_made_and_it_carries_nothing_but_the_key(server, monkeypatch):

@@ -21,8 +21,11 @@ from purld.errors import one_line
 MAX_RAW = 20_000  # characters kept of the body of a failed call
 # Parts of a content that hold what the model thought before it answered.
 THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning_text", "thought", "summary_text")
+_WRITTEN = ("content", "refusal", "reasoning_content", "reasoning")  # what of a message takes output tokens
 _EVENT = re.compile(r"^data:", re.MULTILINE)
+_LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines splits at U+2028 and others too, which JSON may hold as they are
 _COMPLETION = re.compile(r'"choices"\s*:\s*\[|"object"\s*:\s*"(chat\.)?completion|"finish_reason"')
+DAMAGED_STREAM = "damaged_stream"  # the finish reason of a stream with an event that cannot be read: it is not whole
 MAX_DEPTH = 4  # of parts within parts
 
 
@@ -55,24 +58,32 @@ def parse_body(body: str) -> Any:
 
 
 def _join_events(body: str) -> Any:
-    """Return the events of a stream as one completion, or the first event if it is an error."""
-    text, refusal, begun = "", "", False
+    """Return the events of a stream as one completion, or the first event if it is an error.
+
+    An event that cannot be read ends the text, because what follows would hide the gap; only the usage is still read.
+    """
+    text, refusal, begun, damaged = "", "", False, False
     joined: dict[str, Any] = {"finish_reason": None}
     usage = None
-    for line in body.splitlines():
-        event = parse_json(line[5:]) if line.startswith("data:") else None
+    for line in _LINE_END.split(body):
+        if not line.startswith("data:") or line[5:].strip() in ("", "[DONE]"):
+            continue
+        event = parse_json(line[5:])
         if not isinstance(event, dict):
+            damaged = True
             continue
         if event.get("error") and not begun:
             return event
         usage = event.get("usage") or usage
         choice = _first_choice(event)
-        if choice is not None:
-            begun = True
+        begun = begun or choice is not None
+        if choice is not None and not damaged:
             content = _read_message(_message_of(choice))
             text = _append_piece(text, content.text, event, choice)
             refusal = _append_piece(refusal, "".join(content.refusals), event, choice)
             joined["finish_reason"] = choice.get("finish_reason") or joined["finish_reason"]
+    if damaged:
+        joined["finish_reason"] = DAMAGED_STREAM
     joined["message"] = {"content": text, "refusal": refusal}
     return {"choices": [joined], "usage": usage} if begun else None
 
@@ -85,7 +96,8 @@ def _append_piece(text: str, piece: str, event: Mapping[str, Any], choice: Mappi
 
 def is_cut_completion(body: str) -> bool:
     """Return whether a body that is no JSON is the beginning of a completion, which may have been billed."""
-    return body.lstrip("\ufeff \t\r\n").startswith("{") and bool(_COMPLETION.search(body[:MAX_RAW]))
+    start = body.lstrip("\ufeff \t\r\n")[:MAX_RAW]
+    return (start.startswith("{") or _EVENT.search(start) is not None) and _COMPLETION.search(start) is not None
 
 
 def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallResult | None:
@@ -101,6 +113,8 @@ def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallRe
     message = _message_of(choice)
     content = _read_message(message)
     content.unreadable += [name for name in ("tool_calls", "function_call", "audio") if message.get(name)]
+    if usage and not usage.output_tokens and (content.unreadable or any(message.get(name) for name in _WRITTEN)):
+        usage = None  # it was written by a model, so it took tokens
     return _to_result(content, _finish_reason(choice, usage, endpoint), body, usage)
 
 
@@ -194,14 +208,20 @@ def _finish_reason(choice: Mapping[str, Any], usage: Usage | None, endpoint: Ope
 
 
 def _read_usage(usage: object, endpoint: OpenAIEndpoint) -> Usage | None:
-    """Return the reported usage, or None if it is not two counts; the worst case then stays booked."""
+    """Return the reported usage, or None if it is not two counts that can be true; the worst case then stays booked.
+
+    Some servers count thinking, which they bill as output, in the total alone.
+    """
     if not isinstance(usage, dict):
         return None
     input_tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
     output_tokens = usage.get("completion_tokens", usage.get("output_tokens"))
-    if _is_count(input_tokens) and _is_count(output_tokens):
-        return Usage(input_tokens, output_tokens, token_cost(endpoint, input_tokens, output_tokens))
-    return None
+    if not (_is_count(input_tokens) and _is_count(output_tokens)) or input_tokens == 0:
+        return None
+    total = usage.get("total_tokens")
+    if _is_count(total):
+        output_tokens = max(output_tokens, total - input_tokens)
+    return Usage(input_tokens, output_tokens, token_cost(endpoint, input_tokens, output_tokens))
 
 
 def _is_count(value: object) -> TypeGuard[int]:

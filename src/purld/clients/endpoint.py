@@ -263,6 +263,7 @@ class _ConcurrentAsk:
     async def _call(self, http: AsyncClient, request: Request, call: int, tokens: int) -> CallOutcome | None:
         """Send one reserved call and settle it; the ledger stays correct if this is interrupted at any point."""
         sent = settled = False
+        result = CallResult("unknown", error="interrupted")
         try:
             await self._sleep(self.rate_limiter.reserve_start(tokens, time.monotonic()))
             if self.stop:
@@ -270,19 +271,22 @@ class _ConcurrentAsk:
             self.ledger.mark_sent(call)
             sent = True
             outcome = await self._exchange(http, request)
-            self.ledger.settle(call, outcome.result)
+            result = outcome.result
+            self.ledger.settle(call, result)
             settled = True
             if usage := outcome.result.usage:
                 self.rate_limiter.return_tokens(tokens, usage.input_tokens + usage.output_tokens)
             return outcome
         finally:
-            if not sent:
-                self.ledger.release(call)
-            elif not settled:
-                self.ledger.settle(call, CallResult("unknown", error="interrupted"))
-            self.in_flight -= 1
-            self.call_settled.set()
-            self.call_settled = asyncio.Event()
+            try:
+                if not sent:
+                    self.ledger.release(call)
+                elif not settled:
+                    self.ledger.settle(call, result)
+            finally:  # whatever became of the ledger, nobody waits for this call any more
+                self.in_flight -= 1
+                self.call_settled.set()
+                self.call_settled = asyncio.Event()
 
     async def _exchange(self, http: AsyncClient, request: Request) -> CallOutcome:
         """Make one HTTP call; the timeout covers the whole response, not each piece."""
@@ -290,7 +294,8 @@ class _ConcurrentAsk:
 
         deadline = asyncio.get_running_loop().time() + self.endpoint.timeout
         attempt = self.ledger.count_results(request.key)
-        # A gateway that knows the key of a lost call can give back its answer; any other call must be made anew.
+        # A gateway that knows the key of a lost call can give back its answer; any other call must be made anew, also
+        # if the runs beside this one made it.
         idempotency_key = f"{request.key}-{attempt}" if attempt else request.key
         try:
             response = await post(http, self.endpoint, request.body, idempotency_key, deadline)

@@ -231,16 +231,22 @@ def decode_body(content: bytes, content_type: str) -> str:
 
 
 def parse_retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return the seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3)."""
+    """Return the seconds to wait by a Retry-After header, which holds seconds or a date (RFC 9110, section 10.2.3).
+
+    A date is compared with the response's own, because this machine's clock may be wrong.
+    """
     text = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    until, sent = _parse_date(text), _parse_date(headers.get("date", ""))
+    return None if until is None else max(0.0, until - (now if sent is None else sent))
+
+
+def _parse_date(text: str) -> float | None:
     try:
-        return max(0.0, float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else _parse_date(text[:100]) - now)
+        return email.utils.parsedate_to_datetime(text.strip()[:100]).timestamp()
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _parse_date(text: str) -> float:
-    return email.utils.parsedate_to_datetime(text).timestamp()
 
 
 def _causes(error: BaseException) -> list[BaseException]:

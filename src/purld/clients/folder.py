@@ -15,10 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 from purld.clients.ledger import CallResult, FoundCall, LedgerView
 from purld.errors import UserError
@@ -26,6 +26,8 @@ from purld.locks import try_lock
 
 LOCK_SECONDS = 60.0  # how long a claim waits for the lock; another one takes milliseconds
 LOCK_POLL_SECONDS = 0.002
+
+Found = TypeVar("Found")
 
 
 class FolderLockedError(UserError):
@@ -84,6 +86,10 @@ class FolderLedgers:
                 call = self._look_up(key)
         return call
 
+    def count_results(self, key: str) -> int:
+        """Return how many calls of a request were sent by these runs and came back, with an answer or without."""
+        return sum(self._read_all(lambda view: view.count_results(key)))
+
     @contextlib.contextmanager
     def locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:
         """Lock the folder against claims by other processes; the locks of one object may be nested.
@@ -122,16 +128,17 @@ class FolderLedgers:
             time.sleep(LOCK_POLL_SECONDS)
 
     def _look_up(self, key: str) -> FoundCall | None:
-        calls = [call for view in self._open_views() if (call := self._find_in(view, key))]
+        calls = [call for call in self._read_all(lambda view: view.find_call(key)) if call]
         return max(calls, key=lambda call: call.value, default=None)
 
-    def _find_in(self, view: LedgerView, key: str) -> FoundCall | None:
-        try:
-            return view.find_call(key)
-        except UserError:  # locked, or damaged after its first page
-            self.unreadable.add(view.path)
-            self._close_view(view.path)
-            return None
+    def _read_all(self, read: Callable[[LedgerView], Found]) -> Iterator[Found]:
+        """Yield what is found in each ledger that can be read."""
+        for view in self._open_views():
+            try:
+                yield read(view)
+            except UserError:  # locked, or damaged after its first page
+                self.unreadable.add(view.path)
+                self._close_view(view.path)
 
     def _open_views(self) -> list[LedgerView]:
         """Return a view of every ledger that is in the folder now."""

@@ -105,7 +105,16 @@ _SETTLE = (
     " input_tokens = ?, output_tokens = ?, cost = ?, booked_tokens = ?, booked_cost = ?,"
     " ended_at = ?, sent_at = CASE WHEN ? THEN sent_at END WHERE id = ?"
 )
+# How long the ledger waits for another program that has locked it. A backup or a query takes less; whoever takes more
+# has been forgotten. It is less than other runs wait for the folder's lock, which may be held meanwhile.
+BUSY_SECONDS = 30.0
+_BUSY_AGAIN_MS = 1000  # how long it waits once that was in vain: the other calls in flight have the same fate
 _DISK_FULL = "{}: the disk is full; make room, then run the same command again to continue."
+
+_LOCKED = (
+    "{}: is locked by another program, such as a backup or a database browser; close it, then run the same command "
+    "again to continue."
+)
 
 
 class CapReachedError(Exception):
@@ -559,6 +568,10 @@ class Ledger(LedgerView):
         own = self.find_result(key)
         return own is not None and settles(own)
 
+    def count_results(self, key: str) -> int:
+        """Return how many calls of a request the folder's runs sent and got back, with an answer or without."""
+        return super().count_results(key) + (self._others.count_results(key) if self._others else 0)
+
     def _folder_locked(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         if self._others is None:
             return contextlib.nullcontext()
@@ -758,8 +771,8 @@ class Ledger(LedgerView):
         with self._mutex, _database_errors_named(self.path):
             try:
                 self._commit(statement, values)
-            except sqlite3.OperationalError:
-                if not self._reserve_file.exists():
+            except sqlite3.OperationalError as error:
+                if not (_may_lack_room(error) and self._reserve_file.exists()):
                     raise
                 self._reserve_file.unlink()
                 self._commit(statement, values)
@@ -775,13 +788,21 @@ class Ledger(LedgerView):
 
     @contextlib.contextmanager
     def _sql_transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        self._begin()
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
+            raise
+
+    def _begin(self) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if _is_busy(error):
+                self._db.execute(f"PRAGMA busy_timeout = {_BUSY_AGAIN_MS}")
             raise
 
     def _note_recorded(self, count: int) -> None:
@@ -948,7 +969,7 @@ def _keep_roles(db: sqlite3.Connection, roles: Collection[Role]) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     db.row_factory = sqlite3.Row
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
@@ -970,12 +991,30 @@ def _check_version(db: sqlite3.Connection, path: Path) -> None:
 
 @contextlib.contextmanager
 def _database_errors_named(path: Path) -> Iterator[None]:
-    """Convert the errors of a damaged database or a full disk to a UserError of one sentence."""
+    """Convert the errors of a damaged or locked database or a full disk to a UserError of one sentence."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        if _primary_code(error) == sqlite3.SQLITE_FULL:
             raise UserError(_DISK_FULL.format(path)) from None
+        if _is_busy(error):
+            raise UserError(_LOCKED.format(path)) from None
         raise UserError(
             f"{path}: the ledger cannot be used ({error}); restore it from a copy, or start a fresh --run-dir."
         ) from None
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    """Return whether another program has the database locked."""
+    return _primary_code(error) == sqlite3.SQLITE_BUSY
+
+
+def _may_lack_room(error: sqlite3.Error) -> bool:
+    """Return whether a write may have failed for want of disk space, which SQLite also reports as an I/O error."""
+    return _primary_code(error) in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+
+def _primary_code(error: sqlite3.Error) -> int | None:
+    """Return SQLite's code without what tells cases of it apart; None if the error is not SQLite's."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF

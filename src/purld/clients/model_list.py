@@ -29,7 +29,7 @@ class ModelList:
 
     Attributes:
         status: the HTTP status; None if there was no response.
-        models: the names in the list; None if the response is no list.
+        models: the names in the list, without the key; None if the response is no list.
         words: what the server or the connection said, without the key.
         seconds: how long it took.
         clock_error: how far this machine's clock is ahead of the server's, in seconds; None if it sent no date.
@@ -72,27 +72,33 @@ async def _fetch(endpoint: OpenAIEndpoint, key: str | None, redactor: KeyRedacto
     except (httpx2.HTTPError, httpx2.InvalidURL, TimeoutError, OSError) as error:
         words = "no response in time" if isinstance(error, TimeoutError) else reason_of(_first_cause(error))
         return ModelList(None, words=one_line(redactor.redact(words)))
-    return _read_response(status, headers, bytes(body[:_MOST_BYTES]), redactor)
+    return _read_response(status, headers, bytes(body[:_MOST_BYTES]), endpoint.model, redactor)
 
 
-def _read_response(status: int, headers: Mapping[str, str], body: bytes, redactor: KeyRedactor) -> ModelList:
+def _read_response(
+    status: int, headers: Mapping[str, str], body: bytes, model: str, redactor: KeyRedactor
+) -> ModelList:
     text = body.decode("utf-8", "replace")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):
         data = None
     if 200 <= status < 300:
-        return ModelList(status, _names(data), clock_error=_clock_error(headers))
+        return ModelList(status, _names(data, model, redactor), clock_error=_clock_error(headers))
     words = one_line(redactor.redact(read_error(data, text).message))
     return ModelList(status, words=words, clock_error=_clock_error(headers))
 
 
-def _names(data: object) -> list[str] | None:
-    """Return the names in OpenAI's list of models, {"data": [{"id": …}]}; None if it is none."""
+def _names(data: object, model: str, redactor: KeyRedactor) -> list[str] | None:
+    """Return the names in OpenAI's list of models, {"data": [{"id": …}]}; None if it is none.
+
+    The name `model` of the configuration stays as it is, though it may hold a key that is only a placeholder.
+    """
     rows = data.get("data") if isinstance(data, dict) else None
     if not isinstance(rows, list):
         return None
-    return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
+    names = [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
+    return [name if name == model else one_line(redactor.redact(name)) for name in names]
 
 
 def _clock_error(headers: Mapping[str, str]) -> float | None:

@@ -34,7 +34,11 @@ class RateLimiter:
 
 
 def backoff_seconds(attempt: int, retry_after: float | None) -> float:
-    """Return the seconds to wait before retry number `attempt` (from 0), with jitter so that callers spread out."""
-    if retry_after is not None:
-        return min(retry_after, LONGEST_WAIT) + random.uniform(0.0, FIRST_WAIT)
-    return random.uniform(0.5, 1.0) * min(FIRST_WAIT * 2.0**attempt, LONGEST_WAIT)
+    """Return the seconds to wait before retry number `attempt` (from 0), with jitter so that callers spread out.
+
+    It is never less than without `retry_after`: an overloaded server may ask for no wait at all.
+    """
+    wait = random.uniform(0.5, 1.0) * min(FIRST_WAIT * 2.0**attempt, LONGEST_WAIT)
+    if retry_after is None:
+        return wait
+    return max(wait, min(retry_after, LONGEST_WAIT) + random.uniform(0.0, FIRST_WAIT))
