@@ -130,9 +130,9 @@ class Encoder:
         return self._cut_answer(self._encode_pieces(*slots.split(head)) + self.encode_literal(reply.answer))
 
     def encode_drawn_answer(self, answer: str, finished: bool) -> list[int]:
-        """Encode the answer of a candidate that thought before it, with the end-of-turn token if it finished.
+        """Encode a drawn answer of which only the text is there, with the end-of-turn token if it finished.
 
-        It is not cut. One that the candidate did not come to is the end-of-turn token alone.
+        It is not cut. One that the model did not come to, for its thinking, is the end-of-turn token alone.
         """
         ids = self.encode_literal(self._lead + answer) if answer else []
         return ids if ids and not finished else [*ids, self.end]

@@ -30,7 +30,7 @@ from purld.pipeline.probe import takes_probe
 from purld.pipeline.prompt_pools import PromptPools
 from purld.pipeline.stage_two_split import answers_in_file, lacks_measure, plan_split, split_of_run
 from purld.pipeline.validation import FEWEST_PROMPTS
-from purld.records import Prompt
+from purld.records import Generation, Prompt
 from purld.runs.run_dir import RunDir
 from purld.training.checkpoints import device_autocast
 from purld.training.scoring import GroupToScore, ScorerContext, find_scorer
@@ -104,9 +104,11 @@ def why_not_compared(context: RunContext) -> list[str]:
 
 
 def compare_by_own_score(
-    context: RunContext, chosen: AnchoredSlice, answers: Mapping[str, Mapping[str, str]]
+    context: RunContext, chosen: AnchoredSlice, answers: Mapping[str, Mapping[str, Generation]]
 ) -> dict[str, Any]:
     """Score one answer of every model to every prompt of a slice by p_sft, and compare neighbouring models.
+
+    Answers are scored as they were drawn: whole, and with an end of turn only if they have one.
 
     Args:
         context: the run.
@@ -124,9 +126,11 @@ def compare_by_own_score(
     model = load_model(config.student, context.run.sft)
     entry = find_scorer(settings.score)
     scorer = entry.make(ScorerContext(context.encoder, Roles(model, model), settings, True, device_autocast))
-    groups = [
-        GroupToScore(p, chosen.anchors[p.id], [texts[p.id] for texts in answers.values()]) for p in chosen.prompts
-    ]
+    groups = []
+    for prompt in chosen.prompts:
+        drawn = [of_model[prompt.id] for of_model in answers.values()]
+        ids = [context.encoder.encode_drawn_answer(answer.text, answer.finished) for answer in drawn]
+        groups.append(GroupToScore(prompt, chosen.anchors[prompt.id], [answer.text for answer in drawn], ids))
     mine, rows = groups[ranks.my_share(len(groups))], []
     with context.reporter.progress("prompts scored by p_sft") as progress:
         for index, group in enumerate(mine):
