@@ -86,7 +86,7 @@ def draw_probe_groups(
     encoder = context.encoder
     decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
     sampler = make_sampler(context.student, encoder, context.run.engine_files, decoding)
-    questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
+    questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p), a.cut) for p, a in examples]
     count = max(4, settings.candidates if isinstance(settings, GroupSettings) else 0)
     drawn: list[list[Completion]] = []
     for start in range(0, len(questions), _BATCH):
@@ -157,7 +157,9 @@ def measure_scorer(
 
 def _group_to_score(group: ProbeGroup, context: StageContext) -> GroupToScore:
     drawn = candidates_to_score(context.encoder, group.question, group.completions)
-    worse = [context.encoder.encode_answer(text).ids for text in group.worse.values()]
+    # A copy of a cut anchor has no end of turn either, by which it would differ from it.
+    cut = {name: name.startswith("anchor/") and group.question.anchor_cut for name in group.worse}
+    worse = [context.encoder.encode_answer(text, cut[name]).ids for name, text in group.worse.items()]
     return replace(drawn, candidates=[*drawn.candidates, *group.worse.values()], ids=[*drawn.ids, *worse])
 
 
