@@ -88,10 +88,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Anchor:
-    """The teacher's single answer to a prompt: the positive seed of section 3.3."""
+    """The teacher's single answer to a prompt: the positive seed of section 3.3.
+
+    `cut` says that the teacher's reply broke off and was kept; it is then not taught or scored as one that ends.
+    """
 
     prompt_id: str
     text: str
+    cut: bool = False
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Anchor:
+        """Make an anchor of its row in a file; rows of older versions do not say that one is cut."""
+        return cls(row["prompt_id"], row["text"], row.get("cut", False))
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the anchor as a row of a file, with `cut` only where it is, so that other files keep their bytes."""
+        return {"prompt_id": self.prompt_id, "text": self.text} | ({"cut": True} if self.cut else {})
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def test_by_default_only_whole_answers_are_anchors_and_all_else_is_counted():
 def test_keep_keeps_what_has_text():
     collection = collect(*REPLIES, refused="keep", truncated="keep")
     assert [anchor.text for anchor in collection.anchors] == ["Whole.", "I can't.", "Half"]
+    assert [anchor.cut for anchor in collection.anchors] == [False, False, True]
 
 
 @pytest.mark.parametrize(

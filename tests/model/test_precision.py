@@ -1,5 +1,7 @@
 """How far bfloat16 weights take sequence log-probabilities from float32's: the bound that docs/methods.md states."""
 
+import contextlib
+
 import pytest
 import torch
 from log_prob_sums import sequence_log_probs
@@ -7,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from purld.model.encode import Encoder
+from purld.model.rounding import rounded_otherwise
 from purld.records import Prompt
 from purld.testbed.world.world import generate_problems, teacher_answer
 
@@ -46,3 +49,27 @@ def test_at_the_first_step_the_ratio_is_exactly_zero_whatever_the_weights_are(sh
     with policy.disable_adapter():
         reference = log_probs(policy, answers)
     assert torch.equal(log_probs(policy, answers), reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
+def test_rounding_otherwise_changes_log_probs_by_as_much_as_rounding_does(dtype, shipped_student, answers):
+    full = AutoModelForCausalLM.from_pretrained(shipped_student).eval()
+    model, context = full, contextlib.nullcontext()
+    if dtype == "autocast":
+        context = torch.autocast("cpu", dtype=torch.bfloat16)
+    elif dtype == torch.bfloat16:
+        model = AutoModelForCausalLM.from_pretrained(shipped_student, dtype=dtype).eval()
+    with context:
+        plain = log_probs(model, answers)
+        moved = []
+        for _ in range(2):
+            with rounded_otherwise(model):
+                moved.append(log_probs(model, answers))
+        assert torch.equal(log_probs(model, answers), plain)
+    assert torch.equal(*moved)
+    change = (moved[0] - plain).square().mean().sqrt()
+    if dtype == torch.float32:
+        assert 0 < change < 1e-4
+    else:
+        error = (plain - log_probs(full, answers)).square().mean().sqrt()
+        assert error / 3 < change < 3 * error

@@ -3,24 +3,33 @@
 Stand-ins: a random student has no signal in any score; one whose scorer is a rule that knows the truth has.
 """
 
+import contextlib
 import json
 import math
+import random
 
 import pytest
 import torch
 
 from purld.config.load import load_config
 from purld.config.methods import LdlGrpo
+from purld.config.schema import Student
 from purld.display.progress import Reporter
 from purld.errors import UserError
 from purld.methods.labels import distribution_entropy, pu_labels
+from purld.model.load import Roles, load_encoder, load_model
+from purld.model.sample import Completion
 from purld.model.self_evaluation import GroupScores
 from purld.pipeline import probe as module
 from purld.pipeline.pipeline import Pipeline
+from purld.records import Prompt
 from purld.runs.files import read_json, read_rows, write_json
 from purld.runs.run_dir import RunDir
+from purld.testbed.world.world import generate_problems, teacher_answer
 from purld.training import scoring
-from purld.training.scoring import ScorerEntry
+from purld.training.context import StageContext
+from purld.training.rollout import AnchoredPrompt, candidates_to_score
+from purld.training.scoring import ScorerContext, ScorerEntry
 
 STOP = ["align.weak_signal=stop", "align.margin_scale=calibrated"]
 
@@ -166,10 +175,11 @@ def test_the_command_measures_every_scorer_of_a_random_student(tiny_config, tmp_
 
 
 def test_a_spread_that_is_rounding_is_not_scaled_up_to_that_of_a_signal(tiny_config, run, scorers):
-    """Scores whose order within the group changes them by as much as they differ."""
+    """Scores that change by as much as they differ when they are computed again."""
+    draws = random.Random(0)
 
     def rounding(groups):
-        return [GroupScores(0.5, [0.5 + 3e-8 * (i % 2) for i in range(len(g.candidates))]) for g in groups]
+        return [GroupScores(0.5, [0.5 + 3e-8 * draws.random() for _ in g.candidates]) for g in groups]
 
     scorers(in_context=rounding)
     with pytest.raises(UserError, match="which is rounding"):
@@ -178,6 +188,35 @@ def test_a_spread_that_is_rounding_is_not_scaled_up_to_that_of_a_signal(tiny_con
     finished = run.finished_stages()
     assert finished["align"]["margin_scale"] == 1.0
     assert finished["probe"]["scorers"][0]["label_entropy"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("rows", ["auto", 1])
+@pytest.mark.parametrize("name", ["expected", "in_context", "reference"])
+def test_noise_is_of_the_size_of_the_rounding(name, rows, tmp_path, shipped_student):
+    """The truth is what the same weights give in float32."""
+    problems = generate_problems("counting", "train", 8, 0)
+    texts = [teacher_answer(problem) for problem in problems]
+    scores, noise = {}, {}
+    for dtype in ("bfloat16", "float32"):
+        student = Student(model=str(shipped_student), dtype=dtype)
+        encoder, model = load_encoder(student), load_model(student, student.model)
+        drawn = [Completion(encoder.encode_answer(text).ids, True) for text in texts]
+        groups = []
+        for problem, text in zip(problems[:4], texts):
+            prompt = Prompt.from_text(problem.question)
+            question = AnchoredPrompt(prompt, text, encoder.encode_prompt(prompt))
+            groups.append(module.ProbeGroup(question, drawn, texts, {}))
+        settings = LdlGrpo(score=name, score_batch_size=rows)
+        scored = ScorerContext(encoder, Roles(model, model), settings, True, contextlib.nullcontext)
+        scorer = scoring.SCORERS[name].make(scored)
+        context = StageContext(student, encoder, RunDir(tmp_path), 0, lambda *_: None)
+        noise[dtype] = module.measure_scorer(name, scorer, model, groups, context, settings).noise
+        scores[dtype] = torch.tensor(
+            [scorer([candidates_to_score(encoder, g.question, drawn)])[0].candidates for g in groups]
+        )
+    error = (scores["bfloat16"] - scores["float32"]).square().mean().sqrt().item()
+    assert error / 6 < noise["bfloat16"] < 6 * error
+    assert noise["float32"] < 1e-5
 
 
 class KilledError(BaseException):

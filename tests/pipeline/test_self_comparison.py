@@ -8,7 +8,8 @@ import yaml
 from purld.config.load import load_config
 from purld.display.progress import Reporter
 from purld.display.results import describe_self_comparison, print_results
-from purld.model.load import load_encoder
+from purld.model.likelihood import AnchoredRows, in_context_scores
+from purld.model.load import load_encoder, load_model
 from purld.pipeline.pipeline import Pipeline
 from purld.pipeline.prompt_pools import load_prompt_pools
 from purld.pipeline.self_comparison import describe_comparison
@@ -63,6 +64,29 @@ def test_the_slice_is_kept_out_of_both_stages_and_the_verdict_is_called_an_opini
     shown = capsys.readouterr().out
     assert "the student's opinion, no proof" in shown and "What that score is worth" in shown
     assert "tokens per answer" in shown
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_answers_are_scored_whole_and_one_that_the_limit_cut_has_no_end(unmeasured, tmp_path):
+    limits = ["evaluate.max_new_tokens=24", "student.max_anchor_tokens=16"]
+    config, run = load_config(unmeasured, limits), RunDir(tmp_path / "run")
+    Pipeline(config, run, Reporter()).execute()
+    encoder, model = load_encoder(config.student), load_model(config.student, run.sft)
+    anchors = {row["prompt_id"]: row["text"] for row in read_rows(run.anchors)}
+    prompts = {p.id: p for p in pools_of(config).sft}
+    found = read_json(run.results)["self_comparison"]["score"]
+    lengths = []
+    for name, score in found.items():
+        rows = read_rows(run.generations(f"{name}.validation"))
+        assert not all(row["finished"] for row in rows)
+        drawn = []
+        for row in rows:
+            ids = [*encoder.encode_literal(row["text"]), *([encoder.end] if row["finished"] else [])]
+            lengths.append(len(ids))
+            drawn.append(AnchoredRows(prompts[row["prompt_id"]], anchors[row["prompt_id"]], [ids]))
+        scores = [scores.candidates[0] for scores in in_context_scores(model, encoder, drawn, 8)]
+        assert score == pytest.approx(sum(scores) / len(scores), abs=1e-5)
+    assert max(lengths) > config.student.max_anchor_tokens
 
 
 def test_held_out_answers_of_the_file_are_taken_first(unmeasured):

@@ -36,12 +36,13 @@ def roles(random_student):
     return Roles(policy, frozen.requires_grad_(False))
 
 
-def make_rollout(method, settings, roles, encoder, scorer):
+def make_rollout(method, settings, roles, encoder, scorer, anchor_cut=False):
     """One group of the candidates above."""
     update = GroupUpdate(roles, 8, encoder.pad, torch.Tensor.backward, contextlib.nullcontext)
     sampler = lambda policy, prompts, count, seeds: [[Completion(ids, True) for ids in IDS]]  # noqa: E731
     maker = RolloutMaker(METHODS[method].stage_two, settings, encoder, sampler, scorer, update)
-    (rollout,) = maker(roles.policy, [AnchoredPrompt(PROMPT, ANCHOR, encoder.encode_prompt(PROMPT))], seed=0)
+    question = AnchoredPrompt(PROMPT, ANCHOR, encoder.encode_prompt(PROMPT), anchor_cut)
+    (rollout,) = maker(roles.policy, [question], seed=0)
     return rollout
 
 
@@ -65,6 +66,24 @@ def test_the_anchor_joins_the_group_with_the_label_of_its_own_score(roles, encod
     assert rollout.members.ids == [encoder.encode_target(ANCHOR).ids, IDS[0], IDS[2]]
     labels = pu_labels(torch.tensor([0.9, 0.2, 0.8]), 0.9, settings.gamma, settings.tau)
     assert torch.equal(rollout.signal.log_distribution, labels.log_distribution)
+
+
+@pytest.mark.parametrize("score", ["in_context", "reference"])
+def test_a_cut_anchor_has_no_end_of_turn_as_a_member_and_in_its_own_score(score, roles, encoder):
+    settings = LdlGrpo(score=score, candidates=3, anchor_in_group=True)
+    rollout = make_rollout("ldl_grpo", settings, roles, encoder, scorer_of(settings, roles, encoder), anchor_cut=True)
+    ids = encoder.encode_literal(ANCHOR)
+    assert rollout.members.ids[0] == ids
+    prompts = [encoder.encode_prompt(PROMPT)]
+    rows = [ids, ids]
+    if score == "in_context":
+        prompts.append(encoder.encode_anchored_prompt(PROMPT, ANCHOR))
+    else:
+        rows = [ids + encoder.encode_literal("\n\n") + ids]
+    with torch.no_grad(), roles.frozen() as frozen:
+        found = [token_log_probs(frozen, prompt, rows, encoder.pad)[0][0][-len(ids) :] for prompt in prompts]
+    expected = (found[1] - found[0]).clamp(-2, 2).mean() if score == "in_context" else found[0].exp().mean()
+    assert rollout.scores.anchor == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(

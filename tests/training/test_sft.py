@@ -67,6 +67,21 @@ def test_a_step_is_on_the_cross_entropy_of_the_answers(random_student, tmp_path,
         assert step["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
+def test_a_cut_anchor_does_not_teach_the_end_of_a_turn(random_student, tmp_path):
+    student = Student(model=str(random_student), max_prompt_tokens=256, max_anchor_tokens=128)
+    encoder, run = load_encoder(student), RunDir(tmp_path)
+    cut = [(prompt, Anchor(prompt.id, anchor.text, cut=True)) for prompt, anchor in EXAMPLES]
+    facts = fine_tune(
+        StageContext(student, encoder, run, 0, lambda *_: None),
+        Sft(epochs=1, batch_size=3, micro_batch_size=3, validation_fraction=0),
+        cut,
+    )
+    rows = [(encoder.encode_prompt(p), encoder.encode_literal(a.text)) for p, a in EXAMPLES]
+    loss = load_model(student, student.model)(**training_batch(rows, encoder.pad)).loss
+    assert next(row for row in read_rows(run.metrics))["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert facts.anchors_cut == 0  # by student.max_anchor_tokens
+
+
 def test_a_mixture_of_experts_has_the_loss_that_trl_gives_it(tokenizer, tmp_path, monkeypatch):
     """With its load balancing, in training and in validation."""
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -79,7 +79,7 @@ def collect_anchors(
     replies = [apply_thinking_policy(reply, policy) for reply in given]
     _check_policy(prompts, replies, policy)
     anchors = [
-        Anchor(prompt.id, reply.text)
+        Anchor(prompt.id, reply.text, cut=reply.state == "truncated")
         for prompt, reply in zip(prompts, replies, strict=True)
         if reply.text is not None and _action(reply, policy) == "keep"
     ]

@@ -40,7 +40,7 @@ class ScorerMeasures:
         name: the scorer.
         pairs: how often the better answer of a known pair scores higher, by kind of pair.
         spread: the pooled standard deviation of the candidates' scores within their groups.
-        noise: the root mean square change of a score when its group is scored in another order.
+        noise: the root mean square change of a score when the model rounds otherwise.
         label_entropy: the mean entropy of D over ln K, with the run's gamma, tau and scale; 1 is uniform.
         length_correlation: the mean correlation of score and length within groups; None without spread.
         unscored: the share of answers without a score.

@@ -28,7 +28,10 @@ IGNORED = -100  # the label of a token that is not trained on
 
 @dataclass(frozen=True)
 class EncodedAnswer:
-    """A target of fine-tuning: token ids, with the end-of-turn token unless the text was cut."""
+    """A target of fine-tuning: token ids, with the end-of-turn token unless the text breaks off.
+
+    `cut` says that it does at `max_anchor_tokens`.
+    """
 
     ids: list[int]
     cut: bool
@@ -117,22 +120,30 @@ class Encoder:
         slots = Slots()
         return self._encode(self._chat.render(self._turns(prompt, slots), _where(prompt), direct), slots, prompt)
 
-    def encode_answer(self, text: str) -> EncodedAnswer:
-        """Encode an anchor's answer, without thinking, as at most `max_anchor_tokens` tokens after a direct prompt."""
-        return self._cut_answer(self.encode_literal(self._lead + split_thinking(text).answer))
+    def encode_answer(self, text: str, cut: bool = False) -> EncodedAnswer:
+        """Encode an anchor's answer, without thinking, as at most `max_anchor_tokens` tokens after a direct prompt.
 
-    def encode_target(self, text: str) -> EncodedAnswer:
-        """Encode an anchor as what the student is to write after `encode_prompt`: with `keep` the thinking as well."""
+        Args:
+            text: the anchor's text.
+            cut: whether the teacher's reply broke off, so that no end-of-turn token follows it.
+        """
+        return self._cut_answer(self.encode_literal(self._lead + split_thinking(text).answer), cut)
+
+    def encode_target(self, text: str, cut: bool = False) -> EncodedAnswer:
+        """Encode an anchor as what the student is to write after `encode_prompt`: with `keep` the thinking as well.
+
+        See `encode_answer` for the arguments.
+        """
         if not self.keeps_thinking:
-            return self.encode_answer(text)
+            return self.encode_answer(text, cut)
         reply, slots = split_thinking(text), Slots()
         head = self._chat.before_answer(slots.add(self._text.encode(reply.thinking)) if reply.thinking else "")
-        return self._cut_answer(self._encode_pieces(*slots.split(head)) + self.encode_literal(reply.answer))
+        return self._cut_answer(self._encode_pieces(*slots.split(head)) + self.encode_literal(reply.answer), cut)
 
     def encode_drawn_answer(self, answer: str, finished: bool) -> list[int]:
-        """Encode the answer of a candidate that thought before it, with the end-of-turn token if it finished.
+        """Encode a drawn answer of which only the text is there, with the end-of-turn token if it finished.
 
-        It is not cut. One that the candidate did not come to is the end-of-turn token alone.
+        It is not cut. One that the model did not come to, for its thinking, is the end-of-turn token alone.
         """
         ids = self.encode_literal(self._lead + answer) if answer else []
         return ids if ids and not finished else [*ids, self.end]
@@ -210,10 +221,11 @@ class Encoder:
             return message.content
         return split_thinking(message.content).answer
 
-    def _cut_answer(self, ids: list[int]) -> EncodedAnswer:
-        if len(ids) + 1 > self.max_anchor_tokens:
+    def _cut_answer(self, ids: list[int], unended: bool) -> EncodedAnswer:
+        whole = ids if ids and unended else [*ids, self.end]
+        if len(whole) > self.max_anchor_tokens:
             return EncodedAnswer(ids[: self.max_anchor_tokens], cut=True)
-        return EncodedAnswer([*ids, self.end], cut=False)
+        return EncodedAnswer(whole, cut=False)
 
     def _turn_end(self) -> int:
         """Return the token that the chat template puts after an answer if it is one of its marks, else the eos token.

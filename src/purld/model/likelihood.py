@@ -33,11 +33,13 @@ class AnchoredRows:
         prompt: the prompt x, images included.
         anchor: the anchor a, which is scored too; cut like a training target.
         candidates: token ids of the K candidates y.
+        anchor_cut: whether the teacher's reply broke off, so that the anchor has no end-of-turn token.
     """
 
     prompt: Prompt
     anchor: str
     candidates: Rows
+    anchor_cut: bool = False
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def in_context_scores(
         groups: the groups.
         batch_size: rows per forward pass, of one group or of several.
     """
-    rows = [[encoder.encode_answer(group.anchor).ids, *group.candidates] for group in groups]
+    rows = [[encoder.encode_answer(group.anchor, group.anchor_cut).ids, *group.candidates] for group in groups]
     anchored = [
         RowGroup(encoder.encode_anchored_prompt(group.prompt, group.anchor), own) for group, own in zip(groups, rows)
     ]
@@ -84,7 +86,7 @@ def reference_scores(
     the arguments.
     """
     separator = encoder.encode_literal(SEPARATOR)
-    targets = [encoder.encode_answer(group.anchor).ids for group in groups]
+    targets = [encoder.encode_answer(group.anchor, group.anchor_cut).ids for group in groups]
     rows = []
     for group, target in zip(groups, targets, strict=True):
         bodies = [[token for token in row if token not in encoder.ends] for row in (target, *group.candidates)]

@@ -36,13 +36,21 @@ _LABEL = rf"(?:(?:final|overall|scalar)\s+)?(?:score|rating){_EMPHASIS}[:=]"
 _OTHER_SCALE = r"%|(?:/|(?:out\s+)?of\b)(?!\s*1(?:\.0+)?(?![\d.]*\d))"
 _SECOND_NUMBER = r"(?:[-–]|(?:to|or|and)\b)[ \t]*\.?\d"
 _SCORE = re.compile(
-    rf"{_EMPHASIS}(?:{_LABEL}{_EMPHASIS})?(1(?:\.0+)?|0(?:\.\d+)?|\.\d+)"
-    rf"(?![\d.]*\d|,\d|[ \t*_`(]*(?:{_OTHER_SCALE}|{_SECOND_NUMBER}))",
+    rf"{_EMPHASIS}(?P<label>{_LABEL}{_EMPHASIS})?(?P<number>1(?:\.0+)?|0(?:\.\d+)?|\.\d+)"
+    rf"(?![\d.]*\d|,\d|e[-+]?\d|[ \t*_`(]*(?:{_OTHER_SCALE}|{_SECOND_NUMBER}))",
     re.IGNORECASE,
 )
+# A 0 or 1 without a label can be a list's mark or a count ("1. The answer", "0 errors"): it has its line to itself, and
+# the next line does not begin with a number, or it names the scale of one ("1/1").
+_CLOSING = r"[ \t*_`.!]*"
+_LINE_MARKS = r"[\r\n][\s*_`#-]*"
+_STANDS_ALONE = re.compile(
+    rf"{_CLOSING}(?:{_LINE_MARKS}(?:\Z|[^\s*_`#\d-])|\Z)|[ \t*_`(]*(?:/|(?:out\s+)?of\b)", re.IGNORECASE
+)
+_UNDECIDED_LINE = re.compile(rf"{_CLOSING}(?:{_LINE_MARKS})?")
 # What may stand behind a number while it can still turn out longer, on another scale or the first of two.
 _UNDECIDED = re.compile(
-    r"[.,]+|[ \t*_`(]*(?:(?:[-–/\ufffd]|out?|(?:out\s+)?of?|to?|or|an?d?)\s*[\d.]*)?",  # U+FFFD: half of a dash
+    r"[.,]+|e[-+]?|[ \t*_`(]*(?:(?:[-–/\ufffd]|out?|(?:out\s+)?of?|to?|or|an?d?)\s*[\d.]*)?",  # U+FFFD: half of a dash
     re.IGNORECASE,
 )
 VERBAL_TOKENS = 16  # a label, emphasis around it, the number and the beginning of what follows
@@ -159,7 +167,8 @@ def parse_score(reply: str, cut: bool = False) -> float | None:
     """Return the score that a reply begins with, or None if it does not begin with a number in [0, 1].
 
     A label ("Score: 0.8") or emphasis ("**0.85**") may stand before it. A number on another scale ("1/10", "0,85") or
-    one of several ("0.8 or 0.9") is none.
+    one of several ("0.8 or 0.9") is none, and so is a 0 or 1 that text follows in its line without a label before it:
+    a list's mark ("1. The answer") or a count ("0 errors", "1 star").
 
     Args:
         reply: the reply.
@@ -167,9 +176,15 @@ def parse_score(reply: str, cut: bool = False) -> float | None:
             a score only if what follows the number rules that out ("0.8" and "1 out of 1" are none, "0.8 because" is).
     """
     match = _SCORE.match(reply)
-    if match is None or (cut and _UNDECIDED.fullmatch(reply, match.end(1))):
+    if match is None:
         return None
-    return float(match.group(1))
+    number, end = match["number"], match.end("number")
+    bare = match["label"] is None and "." not in number
+    if bare and not _STANDS_ALONE.match(reply, end):
+        return None
+    if cut and (_UNDECIDED.fullmatch(reply, end) or (bare and _UNDECIDED_LINE.fullmatch(reply, end))):
+        return None
+    return float(number)
 
 
 class _ScoreReader:

@@ -61,7 +61,7 @@ def open_ledger(run: RunDir, reporter: Reporter) -> Iterator[Ledger]:
 
 def examples_of_pool(run: RunDir, pool: list[Prompt]) -> list[tuple[Prompt, Anchor]]:
     """Pair the prompts of a stage with their anchors, in the pool's order; leave out prompts without one."""
-    anchors = {row["prompt_id"]: Anchor(row["prompt_id"], row["text"]) for row in read_rows(run.anchors)}
+    anchors = {row["prompt_id"]: Anchor.from_row(row) for row in read_rows(run.anchors)}
     return [(p, anchors[p.id]) for p in pool if p.id in anchors]
 
 

@@ -119,7 +119,7 @@ def _self_comparison(
             )
             for name, folder in folders.items()
         }
-    first = {name: {g.prompt_id: g.text for g in rows if g.sample == 0} for name, rows in drawn.items()}
+    first = {name: {g.prompt_id: g for g in rows if g.sample == 0} for name, rows in drawn.items()}
     return compare_by_own_score(context, chosen, first)
 
 

@@ -35,6 +35,7 @@ from purld.methods.labels import distribution_entropy, margin_scale, pu_labels
 from purld.methods.table import METHODS
 from purld.model.causal_lm import CausalLM
 from purld.model.load import Roles, load_model
+from purld.model.rounding import rounded_otherwise
 from purld.model.sample import Completion, Decoding, seed_from_content
 from purld.model.samplers import make_sampler
 from purld.pipeline.context import RunContext, examples_of_pool
@@ -47,7 +48,7 @@ from purld.training.rollout import AnchoredPrompt, candidates_to_score
 from purld.training.scoring import SCORERS, GroupToScore, Scorer, ScorerContext, find_scorer
 
 MAX_PROMPTS, MIN_PROMPTS = 64, 8
-_NOISE_GROUPS = 4  # groups scored twice, in reverse order the second time
+_NOISE_GROUPS = 4  # groups scored twice, rounded otherwise the second time
 _BATCH = 8  # prompts sampled together
 
 
@@ -86,7 +87,7 @@ def draw_probe_groups(
     encoder = context.encoder
     decoding = Decoding(settings.temperature, settings.max_new_tokens, settings.top_p)
     sampler = make_sampler(context.student, encoder, context.run.engine_files, decoding)
-    questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
+    questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p), a.cut) for p, a in examples]
     count = max(4, settings.candidates if isinstance(settings, GroupSettings) else 0)
     drawn: list[list[Completion]] = []
     for start in range(0, len(questions), _BATCH):
@@ -109,6 +110,7 @@ def draw_probe_groups(
 def measure_scorer(
     name: str,
     scorer: Scorer,
+    model: CausalLM,
     groups: Sequence[ProbeGroup],
     context: StageContext,
     settings: StageTwoSettings,
@@ -119,6 +121,7 @@ def measure_scorer(
     Args:
         name: the scorer's name.
         scorer: the scorer.
+        model: the model that it scores with, if it does with one.
         groups: the probe's groups.
         context: the student, the run directory, the seed, and the comparison with anchors.
         settings: the method's settings, for the labels.
@@ -140,7 +143,7 @@ def measure_scorer(
             pairs.setdefault(kind, ([], []))[0].append(better)
             pairs[kind][1].append(worse)
     rates = {kind: rate for kind, (better, worse) in pairs.items() if (rate := pair_rate(better, worse))}
-    noise = _noise(scorer, groups[:_NOISE_GROUPS], [s.candidates for s in scored], context)
+    noise = _noise(scorer, model, groups[:_NOISE_GROUPS], [s.candidates for s in scored], context)
     return ScorerMeasures(
         name=name,
         pairs=rates,
@@ -157,21 +160,29 @@ def measure_scorer(
 
 def _group_to_score(group: ProbeGroup, context: StageContext) -> GroupToScore:
     drawn = candidates_to_score(context.encoder, group.question, group.completions)
-    worse = [context.encoder.encode_answer(text).ids for text in group.worse.values()]
+    # A copy of a cut anchor has no end of turn either, by which it would differ from it.
+    cut = {name: name.startswith("anchor/") and group.question.anchor_cut for name in group.worse}
+    worse = [context.encoder.encode_answer(text, cut[name]).ids for name, text in group.worse.items()]
     return replace(drawn, candidates=[*drawn.candidates, *group.worse.values()], ids=[*drawn.ids, *worse])
 
 
 def _noise(
-    scorer: Scorer, groups: Sequence[ProbeGroup], scores: Sequence[Sequence[float | None]], context: StageContext
+    scorer: Scorer,
+    model: CausalLM,
+    groups: Sequence[ProbeGroup],
+    scores: Sequence[Sequence[float | None]],
+    context: StageContext,
 ) -> float:
-    """Return the root mean square change of scores when a group is scored in reverse order."""
+    """Return the root mean square change of scores when everything that the model computes is rounded otherwise.
+
+    Scoring a group in another order or in other batches changes few bits or none: most sums stay as they are.
+    """
     squares = []
-    for group, before in zip(groups, scores):
-        forward = _group_to_score(group, context)
-        backward = replace(forward, candidates=forward.candidates[::-1], ids=forward.ids[::-1])
-        (after,) = scorer([backward])
-        pairs = zip(before, after.candidates[::-1], strict=True)
-        squares += [(a - b) ** 2 for a, b in pairs if a is not None and b is not None]
+    with rounded_otherwise(model):
+        for group, before in zip(groups, scores):
+            (after,) = scorer([_group_to_score(group, context)])
+            pairs = zip(before, after.candidates, strict=True)
+            squares += [(a - b) ** 2 for a, b in pairs if a is not None and b is not None]
     return float((sum(squares) / len(squares)) ** 0.5) if squares else 0.0
 
 
@@ -288,7 +299,7 @@ def run_probe(context: RunContext, every_scorer: bool = False) -> dict[str, Any]
                 continue
             named = settings.model_copy(update={"score": name})
             scorer = entry.make(ScorerContext(context.encoder, roles, named, True, device_autocast, check=comparison))
-            measured.append(measure_scorer(name, scorer, groups, training, settings, context.check))
+            measured.append(measure_scorer(name, scorer, model, groups, training, settings, context.check))
     facts = {
         "prompts": len(groups),
         "model": "sft" if folder == run.sft else "base",

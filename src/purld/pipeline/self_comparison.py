@@ -30,7 +30,7 @@ from purld.pipeline.probe import takes_probe
 from purld.pipeline.prompt_pools import PromptPools
 from purld.pipeline.stage_two_split import answers_in_file, lacks_measure, plan_split, split_of_run
 from purld.pipeline.validation import FEWEST_PROMPTS
-from purld.records import Prompt
+from purld.records import Anchor, Generation, Prompt
 from purld.runs.run_dir import RunDir
 from purld.training.checkpoints import device_autocast
 from purld.training.scoring import GroupToScore, ScorerContext, find_scorer
@@ -44,12 +44,12 @@ class AnchoredSlice:
 
     Attributes:
         prompts: prompts that no stage trained on.
-        anchors: the teacher's answers by prompt id.
+        anchors: the teacher's answers by prompt id, whole or cut.
         held_out: whether they are the run's held-out prompts, which the models have answered anyway.
     """
 
     prompts: Sequence[Prompt]
-    anchors: Mapping[str, str]
+    anchors: Mapping[str, Anchor]
     held_out: bool
 
     @property
@@ -81,13 +81,14 @@ def find_slice(context: RunContext) -> AnchoredSlice | None:
     config, pools, run = context.config, context.pools, context.run
     if not lacks_measure(config):
         return None
-    anchors = answers_in_file(config, pools) or _bought_anchors(config, pools, run)
-    if len(anchors) >= FEWEST_PROMPTS:
+    known = answers_in_file(config, pools) or _bought_anchors(config, pools, run)
+    if len(known) >= FEWEST_PROMPTS:
+        anchors = {prompt_id: Anchor(prompt_id, text) for prompt_id, text in known.items()}
         return AnchoredSlice([p for p in pools.held_out if p.id in anchors][:_MOST_PROMPTS], anchors, True)
     examples = examples_of_pool(run, split_of_run(config, pools, run).models[:_MOST_PROMPTS])
     if len(examples) < FEWEST_PROMPTS:
         return None
-    return AnchoredSlice([p for p, _ in examples], {p.id: a.text for p, a in examples}, False)
+    return AnchoredSlice([p for p, _ in examples], {p.id: a for p, a in examples}, False)
 
 
 def why_not_compared(context: RunContext) -> list[str]:
@@ -104,9 +105,11 @@ def why_not_compared(context: RunContext) -> list[str]:
 
 
 def compare_by_own_score(
-    context: RunContext, chosen: AnchoredSlice, answers: Mapping[str, Mapping[str, str]]
+    context: RunContext, chosen: AnchoredSlice, answers: Mapping[str, Mapping[str, Generation]]
 ) -> dict[str, Any]:
     """Score one answer of every model to every prompt of a slice by p_sft, and compare neighbouring models.
+
+    Answers are scored as they were drawn: whole, and with an end of turn only if they have one.
 
     Args:
         context: the run.
@@ -124,9 +127,12 @@ def compare_by_own_score(
     model = load_model(config.student, context.run.sft)
     entry = find_scorer(settings.score)
     scorer = entry.make(ScorerContext(context.encoder, Roles(model, model), settings, True, device_autocast))
-    groups = [
-        GroupToScore(p, chosen.anchors[p.id], [texts[p.id] for texts in answers.values()]) for p in chosen.prompts
-    ]
+    groups = []
+    for prompt in chosen.prompts:
+        drawn = [of_model[prompt.id] for of_model in answers.values()]
+        ids = [context.encoder.encode_drawn_answer(answer.text, answer.finished) for answer in drawn]
+        anchor, texts = chosen.anchors[prompt.id], [answer.text for answer in drawn]
+        groups.append(GroupToScore(prompt, anchor.text, texts, ids, anchor_cut=anchor.cut))
     mine, rows = groups[ranks.my_share(len(groups))], []
     with context.reporter.progress("prompts scored by p_sft") as progress:
         for index, group in enumerate(mine):

@@ -37,7 +37,7 @@ def run_anchors(context: RunContext) -> dict[str, Any]:
         if isinstance(config.evaluate.opponent, TeacherAnchors):
             shortfalls += buy_opponent(context, ledger)
         booked = ledger.totals("teacher")
-    write_rows(run.anchors, map(asdict, anchors))
+    write_rows(run.anchors, [anchor.to_row() for anchor in anchors])
     for sentence in describe_shortfalls(run, "anchors", shortfalls):
         context.reporter.warn(sentence)
     totals = {"prompts": len(context.pools.train), "answered": len(anchors)}

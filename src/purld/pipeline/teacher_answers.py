@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from purld.clients.anchors import collect_anchors
@@ -88,13 +87,14 @@ def rebuild_answers(context: RunContext, paths: Collection[Path]) -> None:
         client = open_recorded(teacher, ledger)
         for path, prompts in ((run.anchors, context.pools.train), (run.opponent, context.pools.held_out)):
             if path in paths:
-                write_rows(path, map(asdict, collect_anchors(prompts, client, context.config.anchors).anchors))
+                anchors = collect_anchors(prompts, client, context.config.anchors).anchors
+                write_rows(path, [anchor.to_row() for anchor in anchors])
 
 
 def write_opponent(context: RunContext, answers: Sequence[Anchor]) -> None:
     """Write the opponent's answers; their record becomes that of the stage that is at work."""
     context.run.forget_file(context.run.opponent)
-    write_rows(context.run.opponent, map(asdict, answers))
+    write_rows(context.run.opponent, [answer.to_row() for answer in answers])
 
 
 def _lacks_answers(context: RunContext, ledger: Ledger) -> bool:

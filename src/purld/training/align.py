@@ -122,7 +122,7 @@ def align(
     run, encoder = context.run, context.encoder
     checkpoint = resume_point(run, "align")
     roles = load_roles(context.student, run.sft, context.seed)
-    questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p)) for p, a in examples]
+    questions = [AnchoredPrompt(p, a.text, encoder.encode_prompt(p), a.cut) for p, a in examples]
     trainer = AlignTrainer(
         context,
         settings,

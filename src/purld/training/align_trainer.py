@@ -304,7 +304,7 @@ class AlignTrainer(NoIdleSteps, ModelNamedCheckpoints, Trainer):
         """
         self._guard.check_weights(self.model.named_parameters(), self.state)
         question = self._questions[0]
-        anchor = self._make_rollouts.encoder.encode_answer(question.anchor).ids
+        anchor = self._make_rollouts.encoder.encode_answer(question.anchor, question.anchor_cut).ids
         with self.accelerator.autocast():
             (members,) = self._update.members(self.model, [UnmeasuredGroup(question.encoded, [anchor])], keep_old=True)
         assert members.old is not None

@@ -23,11 +23,12 @@ from purld.training.scoring import GroupToScore, Scorer
 
 @dataclass(frozen=True)
 class AnchoredPrompt:
-    """A prompt with its anchor, tokenised once for the whole stage."""
+    """A prompt with its anchor, tokenised once for the whole stage; `anchor_cut` is the anchor's `cut`."""
 
     prompt: Prompt
     anchor: str
     encoded: EncodedPrompt
+    anchor_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def candidates_to_score(encoder: Encoder, question: AnchoredPrompt, completions:
         for reply, completion in zip(replies, completions, strict=True)
     ]
     texts, thinking = [reply.answer for reply in replies], sum(bool(reply.thinking) for reply in replies)
-    return GroupToScore(question.prompt, question.anchor, texts, ids, thinking)
+    return GroupToScore(question.prompt, question.anchor, texts, ids, thinking, question.anchor_cut)
 
 
 def engine_log_probs(drawn: Sequence[Completion], mask: torch.Tensor) -> torch.Tensor | None:
@@ -173,7 +174,8 @@ class RolloutMaker:
             indices = [index for index in indices if rollout.scores.candidates[index] is not None]
         ids = [list(rollout.completions[index].ids) for index in indices]
         if self.anchor_first:
-            ids.insert(0, self.encoder.encode_target(rollout.question.anchor).ids)
+            question = rollout.question
+            ids.insert(0, self.encoder.encode_target(question.anchor, question.anchor_cut).ids)
         return _ChosenMembers(tuple(indices), ids)
 
     def _measure(

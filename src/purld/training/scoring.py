@@ -48,6 +48,7 @@ class GroupToScore:
         ids: the K candidates' token ids as they were drawn, without thinking, with an end-of-turn token if they
             finished; empty if unknown.
         thinking: the number of candidates with thinking before their answer.
+        anchor_cut: whether the teacher's reply broke off; see `Anchor`.
     """
 
     prompt: Prompt
@@ -55,6 +56,7 @@ class GroupToScore:
     candidates: Sequence[str]
     ids: Sequence[Sequence[int]] = ()
     thinking: int = 0
+    anchor_cut: bool = False
 
 
 class Scorer(Protocol):
@@ -183,10 +185,10 @@ class LikelihoodScorer:
         Raises:
             NotFiniteError: a score is not finite.
         """
-        rows = [
-            AnchoredRows(g.prompt, g.anchor, g.ids or [self.encoder.encode_answer(text).ids for text in g.candidates])
-            for g in groups
-        ]
+        rows = []
+        for group in groups:
+            ids = group.ids or [self.encoder.encode_answer(text).ids for text in group.candidates]
+            rows.append(AnchoredRows(group.prompt, group.anchor, ids, group.anchor_cut))
         with self.roles.frozen() as model, self.autocast():
             scored = self.at_once(
                 lambda size: self.score_groups(model, self.encoder, rows, size),

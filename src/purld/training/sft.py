@@ -259,7 +259,7 @@ def _encode_examples(
     held_out: list[TrainingExample] = []
     cut = 0
     for prompt, anchor in examples:
-        answer = encoder.encode_target(anchor.text)
+        answer = encoder.encode_target(anchor.text, anchor.cut)
         cut += answer.cut
         (held_out if in_validation_part(prompt, fraction) else train).append(
             (encoder.encode_prompt(prompt), answer.ids)

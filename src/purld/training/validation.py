@@ -139,7 +139,7 @@ class Validator:
         limit = settings.max_new_tokens if isinstance(settings, SamplingSettings) else chosen.max_new_tokens
         self._encoder: Encoder = context.encoder
         self._autocast: Callable[[], AbstractContextManager[Any]] = context.autocast
-        self._questions = [AnchoredPrompt(p, a.text, context.encoder.encode_prompt(p)) for p, a in chosen.examples]
+        self._questions = [AnchoredPrompt(p, a.text, self._encoder.encode_prompt(p), a.cut) for p, a in chosen.examples]
         self._sampler = make_sampler(Decoding(0.0, limit))
         self._scorer = _make_scorer(chosen, settings, context)
         self._batch = largest_share(settings) * max(1, settings.drawn)  # as many sequences as a step draws here at once
