@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_vlm import write_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, Qwen3MoeConfig
 
 import purld
@@ -224,6 +225,8 @@ def test_trained_weights_are_not_kept_in_bfloat16(folder):
         check_student(Student(model=str(folder), dtype="bfloat16"), load_encoder(Student(model=str(folder))))
     student = Student(model=str(folder), dtype="bfloat16", lora=Lora(r=2))
     assert check_student(student, load_encoder(student)).trained > 0
+    begun = Student(model=str(folder), dtype="bfloat16")
+    assert check_student(begun, load_encoder(begun), may_change=False).trained > 0
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
@@ -235,6 +238,17 @@ def test_an_adapter_on_a_tensor_that_two_modules_share_is_refused(module, tied, 
     refused = pytest.raises(UserError, match=r"^student\.lora: .* has one tensor for its embeddings and its LM head")
     with refused if tied else nullcontext():
         check(tmp_path, Lora(r=2, target_modules=["q_proj", module]))
+    student = Student(model=str(tmp_path), lora=Lora(r=2, target_modules=["q_proj", module]))
+    assert check_student(student, load_encoder(student), may_change=False).trained > 0  # it was trained so
+
+
+def test_an_image_model_whose_text_configuration_says_nothing_of_tying_passes(random_student, tmp_path):
+    """So Qwen2.5-VL is published: what ties is the outer configuration."""
+    folder = write_model("qwen2_5_vl", random_student, tmp_path / "vlm")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"].pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert check(folder, Lora(r=2)).trained > 0
 
 
 def test_quantized_weights_are_not_quantized_again(folder, monkeypatch):

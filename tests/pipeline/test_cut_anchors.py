@@ -28,6 +28,21 @@ def test_a_kept_cut_anchor_stays_one_from_the_teacher_to_stage_two(tiny_config, 
         assert group["anchor_score"] == pytest.approx(unended.candidates[0], abs=1e-5)
 
 
+def test_damaged_anchors_of_a_version_that_did_not_tell_cut_ones_are_made_again(tiny_config, random_student, tmp_path):
+    teacher = f"teacher={{kind: local, model: {random_student}, max_tokens_per_answer: 6}}"
+    config, run = load_config(tiny_config, [teacher, "anchors.truncated=keep"]), RunDir(tmp_path / "run")
+    Pipeline(config, run, Reporter()).execute(["anchors"])
+    for cut in (True, False):
+        rows = [{key: value for key, value in row.items() if cut or key != "cut"} for row in read_rows(run.anchors)]
+        write_rows(run.anchors, rows)
+        run.record_file("anchors", run.anchors)
+        run.begin("sft")
+        whole = run.anchors.read_bytes()
+        run.anchors.write_bytes(whole[:-9])
+        Pipeline(config, RunDir(run.path), Reporter()).execute(["anchors"])
+        assert run.anchors.read_bytes() == whole
+
+
 def test_a_file_of_whole_anchors_is_as_it_was_and_one_of_an_older_version_is_read(tiny_config, tmp_path):
     config, run = load_config(tiny_config), RunDir(tmp_path / "run")
     Pipeline(config, run, Reporter()).execute(["anchors"])

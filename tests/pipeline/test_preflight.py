@@ -61,7 +61,7 @@ def test_groups_are_not_weighed_by_positives_that_a_score_does_not_have(score, c
     check_scoring(with_chosen_score(load_config(tiny_config, chosen)), encoder, run)
 
 
-@pytest.mark.parametrize(("score", "refused"), [("reference", True), ("in_context", False), ("expected", False)])
+@pytest.mark.parametrize(("score", "refused"), [("reference", True), ("in_context", True), ("expected", False)])
 def test_an_anchor_whose_score_lies_far_above_all_is_no_member_of_the_group(score, refused, tiny_config, tmp_path):
     chosen = [f"align.score={score}", "data.check=none", "align.anchor_in_group=true"]
     config, run = load_config(tiny_config, chosen), RunDir(tmp_path / "run")

@@ -158,3 +158,15 @@ def test_the_docs_have_the_table() -> None:
 
 def _cell(amber: float, red: float | None) -> str:
     return f"{amber:g}" if red is None else f"{amber:g}, red {red:g}"
+
+
+def test_agreement_that_has_no_spread_left_is_no_light(unlogged: RunData) -> None:
+    """Where nearly all candidates are right, they agree alike; of other scores it is a collapse."""
+    rows = [
+        {"stage": "align", "step": n + 1, "objective": 0.5, "score_spread": spread}
+        for n, spread in enumerate([0.4] * 5 + [0.01] * 5)
+    ]
+    for score, colour in (("agreement", "grey"), ("expected", "red")):
+        config = {**unlogged.config, "align": {**unlogged.config["align"], "score": score}}
+        lights = {light.name: light for light in health_lights(replace(unlogged, metrics=rows, config=config), None)}
+        assert lights["Score spread"].colour == colour

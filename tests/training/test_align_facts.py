@@ -14,6 +14,12 @@ def test_a_policy_that_hardly_moved_is_told_and_an_estimate_below_zero_is_no_sig
     assert any("hardly moved" in warning for warning in facts.warnings) is unmoved
 
 
+def test_the_kl_before_the_first_update_says_nothing():
+    steps = [{"step": 1, "objective": 0.5, "kl": 0.0}, *({"step": n, "objective": 0.5} for n in (2, 3, 4))]
+    assert _facts(steps, LdlGrpo(), 4, 4).kl is None
+    assert _facts([*steps, {"step": 5, "objective": 0.5, "kl": 0.3}], LdlGrpo(), 4, 5).kl == 0.3
+
+
 def test_scores_that_agree_at_last_have_not_collapsed():
     """The spread of right and wrong goes where nearly all are right; of other scores it says that they say nothing."""
     steps = [{"step": n, "objective": 0.5, "score_spread": 0.5 if n < 5 else 0.01} for n in range(1, 9)]

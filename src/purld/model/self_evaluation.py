@@ -41,11 +41,12 @@ _SCORE = re.compile(
     re.IGNORECASE,
 )
 # A 0 or 1 without a label can be a list's mark or a count ("1. The answer", "0 errors"): it has its line to itself, and
-# the next line does not begin with a number, or it names the scale of one ("1/1").
+# the next line does not begin with a number, or a reason follows it ("1, because"), or it names its scale ("1/1").
 _CLOSING = r"[ \t*_`.!]*"
 _LINE_MARKS = r"[\r\n][\s*_`#-]*"
+_REASON = r"[ \t*_`]*(?:[,;—–(][ \t]*[^\W\d_]|because\b)"
 _STANDS_ALONE = re.compile(
-    rf"{_CLOSING}(?:{_LINE_MARKS}(?:\Z|[^\s*_`#\d-])|\Z)|[ \t*_`(]*(?:/|(?:out\s+)?of\b)", re.IGNORECASE
+    rf"{_CLOSING}(?:{_LINE_MARKS}(?:\Z|[^\s*_`#\d-])|\Z)|{_REASON}|[ \t*_`(]*(?:/|(?:out\s+)?of\b)", re.IGNORECASE
 )
 _UNDECIDED_LINE = re.compile(rf"{_CLOSING}(?:{_LINE_MARKS})?")
 # What may stand behind a number while it can still turn out longer, on another scale or the first of two.
@@ -167,8 +168,8 @@ def parse_score(reply: str, cut: bool = False) -> float | None:
     """Return the score that a reply begins with, or None if it does not begin with a number in [0, 1].
 
     A label ("Score: 0.8") or emphasis ("**0.85**") may stand before it. A number on another scale ("1/10", "0,85") or
-    one of several ("0.8 or 0.9") is none, and so is a 0 or 1 that text follows in its line without a label before it:
-    a list's mark ("1. The answer") or a count ("0 errors", "1 star").
+    one of several ("0.8 or 0.9") is none, and so is a 0 or 1 without a label that may be a list's mark ("1. The
+    answer") or a count ("0 errors", "1 star").
 
     Args:
         reply: the reply.

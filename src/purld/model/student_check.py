@@ -49,14 +49,20 @@ class StudentSizes:
     linear: int
 
 
-def check_student(student: Student, encoder: Encoder) -> StudentSizes:
+def check_student(student: Student, encoder: Encoder, may_change: bool = True) -> StudentSizes:
     """Check that the student can be loaded, read its tokens, and be trained as configured.
+
+    Args:
+        student: the student.
+        encoder: its encoder.
+        may_change: whether its settings can still change. Of a run that has been trained with them, nothing is said
+            about what training makes of them.
 
     Raises:
         UserError: it cannot; the message says what to change.
     """
     check_quantizing(student)
-    if student.lora is None and student.dtype == "bfloat16":
+    if may_change and student.lora is None and student.dtype == "bfloat16":
         raise UserError(
             "student.dtype: in bfloat16 the updates of weights that are trained round to nothing; leave it out, or set "
             "student.lora, whose adapter is trained in float32."
@@ -71,7 +77,10 @@ def check_student(student: Student, encoder: Encoder) -> StudentSizes:
     if student.shard is not None:
         sharding_plan(skeleton)
     weights, linear = count_parameters(skeleton), _count_linear(skeleton)
+    tied = _shares_ends(skeleton)
     model = _check_training(student, skeleton, lambda: build_skeleton(config))
+    if may_change and tied:
+        _check_merging(student, model)
     return StudentSizes(weights, sum(p.numel() for p in model.parameters() if p.requires_grad), linear)
 
 
@@ -162,19 +171,23 @@ def _check_training(student: Student, skeleton: Any, build: Callable[[], Any]) -
                 f"student.lora: no adapter can be made on {name}, which {student.model} does not have; "
                 f"its linear layers are {', '.join(layers)}."
             )
-    _check_tied(student, model)
     return model
 
 
-def _check_tied(student: Student, model: Any) -> None:
-    """Check that no adapter lies on weights that embedding and LM head share: merged, it would change both.
+def _shares_ends(skeleton: Any) -> bool:
+    """Return whether embeddings and LM head are one tensor."""
+    head = skeleton.get_output_embeddings()
+    return head is not None and head.weight is skeleton.get_input_embeddings().weight
+
+
+def _check_merging(student: Student, model: Any) -> None:
+    """Check that no adapter lies on a tensor that embeddings and LM head share: merged, it would change both.
 
     Raises:
         UserError: one does.
     """
     bare: Any = unwrap_adapters(model)
-    ends = (bare.get_input_embeddings(), bare.get_output_embeddings())
-    if bare.config.get_text_config().tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+    if any(isinstance(end, LoraLayer) for end in (bare.get_input_embeddings(), bare.get_output_embeddings())):
         raise UserError(
             f"student.lora: {student.model} has one tensor for its embeddings and its LM head, and an adapter on one "
             "of them cannot be merged without changing the other; leave them out of student.lora.target_modules."

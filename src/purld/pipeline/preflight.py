@@ -35,11 +35,12 @@ def check_before_spending(config: Config, run: RunDir) -> tuple[Encoder, Student
             model is not there.
     """
     encoder = load_encoder(config.student)
+    may_change = "sft" not in run.begun_stages()
     check_local_models(config)
     check_context(config)
     check_scoring(config, encoder, run)
     check_validation(config)
-    sizes = check_student(config.student, encoder)
+    sizes = check_student(config.student, encoder, may_change)
     if "sft" not in run.finished_stages():
         check_stored_weights(config.student)
     check_rollout_engine(config, encoder, run)
@@ -109,18 +110,19 @@ def check_scoring(config: Config, encoder: Encoder, run: RunDir) -> None:
     scorer = find_scorer(config.align.score)
     if scorer.check is not None:
         scorer.check(encoder, find_comparison(config.data))
-    by_positives = isinstance(config.align, LdlGrpo) and config.align.group_weight == "positives"
-    if by_positives and scorer.has_own_unit and "align" not in run.begun_stages():
+    if not scorer.has_own_unit or "align" in run.begun_stages():
+        return
+    if isinstance(config.align, LdlGrpo) and config.align.group_weight == "positives":
         raise UserError(
             "align.group_weight=positives weighs a group by its candidates that score as the anchor does, and with "
             f"align.score={config.align.score} the anchor's own score lies far above all of them, so that no group "
             "would count; set align.group_weight=equal, or align.score=agreement or expected."
         )
-    if config.align.anchor_joins and config.align.score == "reference" and "align" not in run.begun_stages():
+    if config.align.anchor_joins:
         raise UserError(
-            "align.anchor_in_group gives the anchor the label of its own score, and with align.score=reference, which "
-            "is how likely the anchor is, that is nearly the whole of D; leave it out, or set align.score=agreement, "
-            "in_context or expected."
+            "align.anchor_in_group gives the anchor the label of its own score, and with "
+            f"align.score={config.align.score} that can be the whole of D, far above all candidates; leave it out, or "
+            "set align.score=agreement or expected."
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from purld.clients.anchors import collect_anchors
@@ -89,6 +90,8 @@ def rebuild_answers(context: RunContext, paths: Collection[Path]) -> None:
             if path in paths:
                 anchors = collect_anchors(prompts, client, context.config.anchors).anchors
                 write_rows(path, [anchor.to_row() for anchor in anchors])
+                if run.damaged_files(path):  # an older version did not record which of them were cut
+                    write_rows(path, [replace(anchor, cut=False).to_row() for anchor in anchors])
 
 
 def write_opponent(context: RunContext, answers: Sequence[Anchor]) -> None:

@@ -13,7 +13,13 @@ from typing import Any, Literal
 from purld.evaluation.recorded import Row
 from purld.methods.label_limits import UNIFORM_ENTROPY
 from purld.report.run_data import RunData
-from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL, label_uniformity
+from purld.training.limits import (
+    COLLAPSED_SPREAD,
+    MOST_TRUNCATED,
+    UNMOVED_KL,
+    label_uniformity,
+    loses_spread_by_success,
+)
 
 Colour = Literal["green", "amber", "red", "grey"]
 
@@ -122,6 +128,10 @@ def _gain(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
     return sum(row["gain"] for row in last) / spread if spread > 0 and len(last) >= 2 * _MIN_WINDOW else None
 
 
+def _score_spread(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
+    return None if loses_spread_by_success(align.get("score")) else _against_start(rows, "score_spread")
+
+
 def _truncated_share(rows: Sequence[Row], align: Mapping[str, Any]) -> float | None:
     cut, drawn = _latest(rows, "truncated"), _latest(rows, "drawn")
     if drawn is None:  # a run of an earlier version; of a small pool a step has fewer prompts than this
@@ -184,11 +194,12 @@ RULES = (
         "Score spread",
         "score_spread",
         "of the spread at the start",
-        lambda rows, _: _against_start(rows, "score_spread"),
+        _score_spread,
         low=Bound(0.3, COLLAPSED_SPREAD, "the candidates' scores grow alike, so there is less to learn from"),
         high=None,
         why="Red is the limit of the warning at the end of the stage. Demo runs keep 0.76 to 1: as more answers "
-        "are right, their scores grow alike.",
+        "are right, their scores grow alike. Agreement with the anchor has no light: where nearly all agree, it has no "
+        "spread.",
     ),
     HealthRule(
         "Cut off",

@@ -25,7 +25,13 @@ from purld.training.checkpoints import resume_point
 from purld.training.context import StageContext
 from purld.training.first_score import describe_no_score
 from purld.training.gain import GainFacts, final_gain
-from purld.training.limits import COLLAPSED_SPREAD, MOST_TRUNCATED, UNMOVED_KL, label_uniformity
+from purld.training.limits import (
+    COLLAPSED_SPREAD,
+    MOST_TRUNCATED,
+    UNMOVED_KL,
+    label_uniformity,
+    loses_spread_by_success,
+)
 from purld.training.rollout import AnchoredPrompt
 from purld.training.scoring import Scorer
 from purld.training.validation import METRIC, UNSCORED, ValidationFacts, ValidationSet
@@ -192,9 +198,9 @@ def _mean_label_entropy(rows: Sequence[dict[str, Any]], settings: StageTwoSettin
 def _spread_kept(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> float | None:
     """Return the mean spread of scores in the last quarter of the steps over that in the first; None if unknown.
 
-    Agreement with the anchor loses its spread by success, when nearly all candidates agree.
+    It is not known either of scores that lose it by success.
     """
-    if getattr(settings, "score", None) == "agreement":
+    if loses_spread_by_success(getattr(settings, "score", None)):
         return None
     spreads = [row["score_spread"] for row in rows if "score_spread" in row]
     quarter = len(spreads) // 4
@@ -204,8 +210,11 @@ def _spread_kept(rows: Sequence[dict[str, Any]], settings: StageTwoSettings) -> 
 
 
 def _final_kl(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Return KL(p_theta || p_sft), estimated in the last quarter of the steps; None if not measured."""
-    measured = [row["kl"] for row in rows if "kl" in row]
+    """Return KL(p_theta || p_sft), estimated in the last quarter of the steps; None if not measured.
+
+    Before the first update it is 0 and says nothing.
+    """
+    measured = [row["kl"] for row in rows if "kl" in row and row["step"] > 1]
     last = measured[-max(1, len(measured) // 4) :]
     return float(sum(last) / len(last)) if last else None
 

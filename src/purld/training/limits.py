@@ -25,3 +25,8 @@ def label_uniformity(row: Mapping[str, Any], members: int) -> float | None:
     share: float | None = row.get("label_uniformity")
     entropy: float | None = row.get("entropy_labels")
     return entropy / math.log(members) if share is None and entropy is not None and members > 1 else share
+
+
+def loses_spread_by_success(score: str | None) -> bool:
+    """Return whether scores of this name grow alike where candidates are right: agreement with the anchor is 0 or 1."""
+    return score == "agreement"
