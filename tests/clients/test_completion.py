@@ -57,6 +57,18 @@ def test_a_server_that_names_no_finish_reason_is_judged_by_its_token_count():
         assert result is not None and reply_from_result(result).state == state
 
 
+@pytest.mark.parametrize(
+    ("counted", "total", "state"), [(3, 400, "answered"), (99, 400, "answered"), (100, 110, "cut")]
+)
+@pytest.mark.parametrize("prompt", [0, 10])
+def test_thinking_that_only_the_total_counts_cuts_no_answer(counted, total, state, prompt):
+    """A server that names no finish reason may leave thinking out of both its limit and its count."""
+    usage = {"prompt_tokens": prompt, "completion_tokens": counted, "total_tokens": total}
+    result = read({"choices": [{"message": {"content": "Four."}}], "usage": usage})
+    assert result is not None and result.finish_reason == ("length" if state == "cut" else None)
+    assert (result.usage and result.usage.output_tokens) == (total - 10 if prompt else None)
+
+
 TEXTS = {
     "text": "A",
     "parts": [{"type": "thinking", "thinking": "I add."}, {"type": "text", "text": "A"}],
@@ -223,6 +235,54 @@ def test_empty_events_and_comments_damage_no_stream():
     body = ": ping\n\ndata:\n\nevent: ping\n\n" + events(*streamed("A"), end="data:[DONE] \n\n")
     result = read_completion(parse_body(body), body, ENDPOINT)
     assert result is not None and (result.text, result.finish_reason) == ("A", "stop")
+
+
+USAGE = {"choices": [], "usage": completion()["usage"]}
+NO_OBJECT = ["null", '"[DONE]"', '"ping"']
+BROKEN = ["ping", '{"usage": {"prompt_tok', "[1]", '{"usage":\ndata: {"prompt_tokens": 3}}']
+
+
+def stream_with(line: str, place: int, finish: str = "stop") -> str:
+    """Return a stream of four events, the third of which ends the answer, with another line at a place."""
+    pieces = [*streamed("All ", "of it."), USAGE]
+    pieces[2]["choices"][0]["finish_reason"] = finish
+    lines = [json.dumps(piece) for piece in pieces]
+    lines.insert(place, line)
+    return "".join(f"data: {each}\n\n" for each in lines) + "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        *((line, place) for line in NO_OBJECT for place in range(5)),
+        *((line, place) for line in BROKEN for place in (0, 3, 4)),
+    ],
+)
+def test_a_line_that_holds_nothing_of_the_answer_damages_no_stream(line, place):
+    """Before its first piece and after its finish reason, no piece of the answer can be missing."""
+    outcome = classify_response(200, {}, stream_with(line, place), ENDPOINT, now=0.0)
+    assert (outcome.result.text, outcome.result.finish_reason) == ("All of it.", "stop")
+    assert outcome.result.usage is not None and outcome.result.usage.output_tokens == 5 and not outcome.unusable
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_line_that_cannot_be_read_within_the_answer_ends_it(line):
+    for place, text in ((1, "All "), (2, "All of it.")):
+        outcome = classify_response(200, {}, stream_with(line, place), ENDPOINT, now=0.0)
+        assert (outcome.result.text, outcome.result.finish_reason) == (text, "damaged_stream")
+
+
+def test_a_stream_whose_first_piece_is_damaged_is_no_whole_answer():
+    body = stream_with('{"choices": [{"delta": {"content": "Not \x00', 0)
+    outcome = classify_response(200, {}, body, ENDPOINT, now=0.0)
+    assert reply_from_result(outcome.result).state != "answered"
+
+
+def test_a_refusal_in_a_damaged_stream_stays_one():
+    for place in range(5):
+        body = stream_with("ping", place, "content_filter")
+        result = read_completion(parse_body(body), body, ENDPOINT)
+        assert result is not None and reply_from_result(result).state == "refused"
 
 
 def test_a_refusal_in_a_stream_is_read():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import gzip
 import io
 import json
@@ -307,6 +308,36 @@ FAULTS = {
 
 
 CUT = raw(b'{"object": "chat.completion", "choices": [{"message": {"content": "The ans')
+
+
+def with_usage(payload: dict, prompt: int, output: int):
+    usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
+    return lambda handler: handler.reply({**payload, "usage": usage})
+
+
+BROKEN_OFF = {"choices": [{"message": {"content": ""}, "error": {"code": 503, "message": "The provider died."}}]}
+
+
+@pytest.mark.parametrize("payload", [BROKEN_OFF, {}])
+@pytest.mark.parametrize("prompt", [0, 10])
+def test_a_fault_that_reports_output_was_paid(payload, prompt, server, endpoint, tmp_path):
+    """A usage of 0 prompt tokens cannot be true, so the worst case stays booked; but something was written."""
+    server.default = with_usage(payload, prompt, 7)
+    booked = []
+    for _ in range(2):
+        with Ledger(tmp_path / "l.sqlite") as ledger:
+            [given] = ask(endpoint(unusable_retries=0, max_tokens_per_answer=100), ledger, ["q"])
+            booked.append(ledger.settled_spend("teacher").tokens)
+            [row] = ledger.iter_requests()
+    assert given.state == "failed" and row["state"] == "answered"
+    assert len(server.arrived) == 1, "neither repeated nor bought again by the next start"
+    assert booked == [17 if prompt else WORST] * 2
+
+
+@pytest.mark.parametrize("prompt", [0, 10])
+def test_a_fault_that_reports_no_output_is_repeated(prompt, server, endpoint, ledger):
+    server.script["q"] = [with_usage(BROKEN_OFF, prompt, 0)]
+    assert ask(endpoint(), ledger, ["q"])[0].state == "answered" and len(server.arrived) == 2
 
 
 @pytest.mark.parametrize("reply", [answer(""), CUT])
@@ -743,6 +774,22 @@ def test_runs_of_one_folder_share_a_lost_calls_idempotency_key_and_never_a_faile
     assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-2", f"{row['key']}-2"]
 
 
+def test_a_copied_ledger_changes_no_idempotency_key(server, endpoint, tmp_path):
+    """A copy in the same folder, as a sweep makes it, holds the same calls."""
+    server.script["q"] = [error(503), hang_up]
+    first, copy = (tmp_path / name / "ledger.sqlite" for name in ("first", "copy"))
+    copy.parent.mkdir()
+    with Ledger(first, FolderLedgers(first)) as ledger:
+        assert ask(endpoint(), ledger, ["q"])[0].state == "unknown"
+    with LedgerView(first) as view:
+        view.copy(copy, roles=("teacher", "opponent"))
+    with Ledger(copy, FolderLedgers(copy)) as ledger:
+        assert ask(endpoint(), ledger, ["q"], resend_unknown=True)[0].state == "answered"
+        [row] = ledger.iter_requests()
+    keys = [headers["idempotency-key"] for headers in server.headers]
+    assert keys == [row["key"], f"{row['key']}-1", f"{row['key']}-1"]
+
+
 def test_no_cookie_goes_back(server, endpoint, ledger):
     server.default = lambda handler: handler.reply(completion(), headers={"Set-Cookie": "id=1; Path=/"})
     ask(endpoint(concurrency=1), ledger, ["a", "b"])
@@ -910,35 +957,79 @@ def test_a_ledger_that_stays_locked_ends_the_run_though_others_wait_at_a_cap(
 
 
 @pytest.mark.parametrize("patience", [10.0, 0.2])
-def test_an_answer_is_kept_though_another_program_locks_the_ledger_for_a_moment(
+def test_answers_are_kept_though_another_program_locks_the_ledger_for_a_moment(
     server, endpoint, tmp_path, monkeypatch, patience
 ):
-    """It is even kept if the lock is given back too late for the run to go on."""
+    """They are even kept if the lock is given back too late for the run to go on."""
     monkeypatch.setattr(ledger_module, "BUSY_SECONDS", patience)
-    path, never = tmp_path / "l.sqlite", threading.Event()
-    server.script["a"] = [lambda handler: (lock_by_another_program(path, never, 0.6), handler.reply(completion()))]
+    monkeypatch.setattr(ledger_module, "BUSY_AGAIN_SECONDS", 10.0)
+    path, arrived = tmp_path / "l.sqlite", threading.Barrier(4)
+    locks = iter([lambda: lock_by_another_program(path, threading.Event(), 0.6)])
+
+    def reply_to_all(handler):
+        if handler.prompt in "abcd":
+            arrived.wait(5)  # all four are in flight
+            next(locks, lambda: time.sleep(0.1))()
+        handler.reply(completion())
+
+    server.default = reply_to_all
     goes_on = contextlib.nullcontext() if patience > 1 else pytest.raises(UserError, match="is locked by another")
     with Ledger(path) as ledger:
         with goes_on:
-            assert [reply.state for reply in ask(endpoint(concurrency=1), ledger, "ab")] == ["answered"] * 2
-        assert ledger.totals("teacher")["answered"] == (2 if patience > 1 else 1)
+            assert [reply.state for reply in ask(endpoint(concurrency=4), ledger, "abcde")] == ["answered"] * 5
+        totals = ledger.totals("teacher")
+    assert totals["unknown"] == 0 and totals["answered"] >= (5 if patience > 1 else 4)
 
 
-def test_only_a_lack_of_room_takes_the_room_held_for_answers(server, endpoint, ledger, monkeypatch):
-    """SQLite says "I/O error" of some of the calls that fail for it."""
-    real, broken = ledger._commit, []
+def test_a_ledger_that_stays_locked_is_waited_for_once_and_not_by_each_call(server, endpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(ledger_module, "BUSY_SECONDS", 0.5)
+    path, unlock, arrived = tmp_path / "l.sqlite", threading.Event(), threading.Barrier(8)
 
-    def commit(statement, values):
-        if statement.startswith("UPDATE calls SET state = ?") and not broken:
-            broken.append(statement)
-            problem = sqlite3.OperationalError("disk I/O error")
-            problem.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
-            raise problem
-        real(statement, values)
+    def reply_to_all(handler):
+        if arrived.wait(5) == 0:
+            lock_by_another_program(path, unlock)
+        else:
+            time.sleep(0.2)
+        handler.reply(completion())
 
-    monkeypatch.setattr(ledger, "_commit", commit)
-    assert ask(endpoint(), ledger, "a")[0].state == "answered"
-    assert not ledger.path.with_name("ledger.sqlite.room").exists()
+    server.default = reply_to_all
+    with Ledger(path) as ledger:
+        started = time.monotonic()
+        assert "is locked by another program" in ask_in_time(endpoint(concurrency=8, timeout=30.0), ledger, "abcdefgh")
+        assert time.monotonic() - started < 6, "0.5 s once, and two tries of 0.1 s for each call"
+        unlock.set()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (sqlite3.SQLITE_FULL, None),
+        (sqlite3.SQLITE_IOERR_WRITE, None),
+        (sqlite3.SQLITE_BUSY, "is locked by another program"),
+        (sqlite3.SQLITE_BUSY_SNAPSHOT, "is locked by another program"),
+        (sqlite3.SQLITE_READONLY, "the ledger cannot be used"),
+        (sqlite3.SQLITE_CANTOPEN, "the ledger cannot be used"),
+    ],
+)
+def test_only_a_lack_of_room_takes_the_room_held_for_answers(server, endpoint, tmp_path, monkeypatch, code, words):
+    """SQLite says "I/O error" of some of the calls that fail for it. The answer is kept whatever fails once."""
+    broken = []
+
+    class FailsOnce(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if statement.startswith("UPDATE calls SET state = ?") and not broken:
+                broken.append(statement)
+                problem = sqlite3.OperationalError("a problem")
+                problem.sqlite_errorcode = code
+                raise problem
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=FailsOnce))
+    with Ledger(tmp_path / "l.sqlite") as ledger:
+        with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+            ask(endpoint(), ledger, "a")
+        assert broken and (tmp_path / "l.sqlite.room").exists() == (words is not None)
+        assert ledger.totals("teacher")["answered"] == 1
 
 
 @pytest.fixture

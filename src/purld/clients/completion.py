@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from purld.clients.finish_reasons import FinishKind, finish_kind
 from purld.clients.ledger import CallResult, Usage
@@ -42,6 +42,20 @@ class _Content:
         return "".join(self.texts)
 
 
+class _Counts(NamedTuple):
+    """The tokens that a usage reports; None where it has no count."""
+
+    prompt: int | None = None
+    output: int | None = None
+    total: int | None = None
+
+    @property
+    def written(self) -> int:
+        """The tokens billed as output; some servers count thinking, which is, in the total alone."""
+        beyond = 0 if self.total is None or self.prompt is None else self.total - self.prompt
+        return max(self.output or 0, beyond)
+
+
 def parse_json(body: str) -> Any:
     """Parse a body; None if it is no JSON. A number of any length is accepted."""
     try:
@@ -60,32 +74,49 @@ def parse_body(body: str) -> Any:
 def _join_events(body: str) -> Any:
     """Return the events of a stream as one completion, or the first event if it is an error.
 
-    An event that cannot be read ends the text, because what follows would hide the gap; only the usage is still read.
+    An event of the answer that cannot be read ends the text, because what follows would hide the gap; only the usage
+    and the finish reason are still read.
     """
     text, refusal, begun, damaged = "", "", False, False
     joined: dict[str, Any] = {"finish_reason": None}
     usage = None
     for line in _LINE_END.split(body):
-        if not line.startswith("data:") or line[5:].strip() in ("", "[DONE]"):
+        if not line.startswith("data:"):
             continue
         event = parse_json(line[5:])
         if not isinstance(event, dict):
-            damaged = True
+            damaged |= not joined["finish_reason"] and _may_hold_text(line[5:].strip(), event, begun)
             continue
         if event.get("error") and not begun:
             return event
         usage = event.get("usage") or usage
         choice = _first_choice(event)
         begun = begun or choice is not None
-        if choice is not None and not damaged:
+        if choice is None:
+            continue
+        joined["finish_reason"] = choice.get("finish_reason") or joined["finish_reason"]
+        if not damaged:
             content = _read_message(_message_of(choice))
             text = _append_piece(text, content.text, event, choice)
             refusal = _append_piece(refusal, "".join(content.refusals), event, choice)
-            joined["finish_reason"] = choice.get("finish_reason") or joined["finish_reason"]
-    if damaged:
+    if damaged and not _is_refusal(joined["finish_reason"]):
         joined["finish_reason"] = DAMAGED_STREAM
     joined["message"] = {"content": text, "refusal": refusal}
     return {"choices": [joined], "usage": usage} if begun else None
+
+
+def _may_hold_text(line: str, event: object, begun: bool) -> bool:
+    """Return whether a line of a stream that is no object may have been a piece of the answer.
+
+    Before the first piece, servers send greetings; only what looks like a completion may be a piece.
+    """
+    if line in ("", "[DONE]", "null") or isinstance(event, str):
+        return False
+    return begun or _COMPLETION.search(line) is not None
+
+
+def _is_refusal(finish: object) -> bool:
+    return isinstance(finish, str) and finish_kind(finish) == FinishKind.REFUSED
 
 
 def _append_piece(text: str, piece: str, event: Mapping[str, Any], choice: Mapping[str, Any]) -> str:
@@ -104,10 +135,11 @@ def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallRe
     """Return the result that a parsed body holds, or None if it is not a completion and reports no tokens."""
     if not isinstance(data, dict):
         return None
-    usage = _read_usage(data.get("usage"), endpoint)
+    counts = _read_counts(data)
+    usage = _to_usage(counts, endpoint)
     choice = _first_choice(data)
     if choice is None:
-        if usage is None or not usage.output_tokens:
+        if not counts.written:
             return None
         return _unreadable("no choices", None, body, usage)
     message = _message_of(choice)
@@ -115,7 +147,7 @@ def read_completion(data: object, body: str, endpoint: OpenAIEndpoint) -> CallRe
     content.unreadable += [name for name in ("tool_calls", "function_call", "audio") if message.get(name)]
     if usage and not usage.output_tokens and (content.unreadable or any(message.get(name) for name in _WRITTEN)):
         usage = None  # it was written by a model, so it took tokens
-    return _to_result(content, _finish_reason(choice, usage, endpoint), body, usage)
+    return _to_result(content, _finish_reason(choice, counts, endpoint), body, usage)
 
 
 def _to_result(content: _Content, finish: str | None, body: str, usage: Usage | None) -> CallResult:
@@ -196,32 +228,41 @@ def _texts_of(value: object) -> Iterator[str]:
         yield value
 
 
-def _finish_reason(choice: Mapping[str, Any], usage: Usage | None, endpoint: OpenAIEndpoint) -> str | None:
-    """Return the finish reason by name; None only if the server names none and the limit was not reached."""
+def _finish_reason(choice: Mapping[str, Any], counts: _Counts, endpoint: OpenAIEndpoint) -> str | None:
+    """Return the finish reason by name; None only if the server names none and the limit was not reached.
+
+    A server that counts thinking in the total alone may not count it towards the limit either.
+    """
     if "finish_reason" not in choice:
-        spent = usage.output_tokens if usage else 0
-        return "length" if spent >= endpoint.max_tokens_per_answer else None
+        return "length" if (counts.output or 0) >= endpoint.max_tokens_per_answer else None
     reason = choice["finish_reason"]
     if isinstance(reason, dict | list):
         return type(reason).__name__
     return one_line(reason if isinstance(reason, str) else json.dumps(reason), 80) or "empty"
 
 
-def _read_usage(usage: object, endpoint: OpenAIEndpoint) -> Usage | None:
-    """Return the reported usage, or None if it is not two counts that can be true; the worst case then stays booked.
+def reports_output(data: object) -> bool:
+    """Return whether a parsed body reports that a model wrote something, which is paid for."""
+    return isinstance(data, dict) and _read_counts(data).written > 0
 
-    Some servers count thinking, which they bill as output, in the total alone.
-    """
+
+def _read_counts(data: Mapping[str, Any]) -> _Counts:
+    usage = data.get("usage")
     if not isinstance(usage, dict):
+        return _Counts()
+    reported = (
+        usage.get("prompt_tokens", usage.get("input_tokens")),
+        usage.get("completion_tokens", usage.get("output_tokens")),
+        usage.get("total_tokens"),
+    )
+    return _Counts(*(count if _is_count(count) else None for count in reported))
+
+
+def _to_usage(counts: _Counts, endpoint: OpenAIEndpoint) -> Usage | None:
+    """Return the usage to book, or None if it is not two counts that can be true; the worst case then stays booked."""
+    if not counts.prompt or counts.output is None:
         return None
-    input_tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
-    output_tokens = usage.get("completion_tokens", usage.get("output_tokens"))
-    if not (_is_count(input_tokens) and _is_count(output_tokens)) or input_tokens == 0:
-        return None
-    total = usage.get("total_tokens")
-    if _is_count(total):
-        output_tokens = max(output_tokens, total - input_tokens)
-    return Usage(input_tokens, output_tokens, token_cost(endpoint, input_tokens, output_tokens))
+    return Usage(counts.prompt, counts.written, token_cost(endpoint, counts.prompt, counts.written))
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-from purld.clients.completion import MAX_RAW, is_cut_completion, parse_body, read_completion
+from purld.clients.completion import MAX_RAW, is_cut_completion, parse_body, read_completion, reports_output
 from purld.clients.error_bodies import EndpointError, read_error
 from purld.clients.finish_reasons import FinishKind, finish_kind
 from purld.clients.ledger import CallResult
@@ -74,7 +74,7 @@ def _classify_success(
             result, suspect=result.text is None and finish_kind(result.finish_reason) != FinishKind.REFUSED
         )
     error = _error_within(data)
-    paid = result is not None and result.usage is not None and result.usage.output_tokens > 0
+    paid = reports_output(data)  # also in a usage that cannot be booked
     if error is not None and error.status is not None and not paid:
         return _Rejection(error.status, error, body, headers, endpoint, now, redactor, named=True).classify()
     if error is not None and error.message:

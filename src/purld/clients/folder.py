@@ -86,9 +86,9 @@ class FolderLedgers:
                 call = self._look_up(key)
         return call
 
-    def count_results(self, key: str) -> int:
-        """Return how many calls of a request were sent by these runs and came back, with an answer or without."""
-        return sum(self._read_all(lambda view: view.count_results(key)))
+    def result_times(self, key: str) -> set[float]:
+        """Return when the calls of a request were sent by these runs that came back, with an answer or without."""
+        return set().union(*self._read_all(lambda view: view.result_times(key)))
 
     @contextlib.contextmanager
     def locked(self, seconds: float = LOCK_SECONDS) -> Iterator[None]:

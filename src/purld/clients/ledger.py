@@ -108,7 +108,7 @@ _SETTLE = (
 # How long the ledger waits for another program that has locked it. A backup or a query takes less; whoever takes more
 # has been forgotten. It is less than other runs wait for the folder's lock, which may be held meanwhile.
 BUSY_SECONDS = 30.0
-_BUSY_AGAIN_MS = 1000  # how long it waits once that was in vain: the other calls in flight have the same fate
+BUSY_AGAIN_SECONDS = 0.1  # how long it waits once that was in vain: for every call in flight, twice
 _DISK_FULL = "{}: the disk is full; make room, then run the same command again to continue."
 
 _LOCKED = (
@@ -331,11 +331,14 @@ class LedgerView:
             return FoundCall("under way", open_rows[-1], self.path)
         return FoundCall(rows[-1]["state"], rows[-1], self.path) if rows else None
 
-    def count_results(self, key: str) -> int:
-        """Return how many calls of a request were sent from here and came back, with an answer or without."""
-        query = "SELECT COUNT(*) FROM calls WHERE key = ? AND state IN ('failed', 'answered') AND sent_at IS NOT NULL"
+    def result_times(self, key: str) -> set[float]:
+        """Return when the calls of a request were sent that came back, with an answer or without.
+
+        The time tells a call from others in every copy of this ledger.
+        """
+        query = "SELECT sent_at FROM calls WHERE key = ? AND state IN ('failed', 'answered') AND sent_at IS NOT NULL"
         with self._mutex, _database_errors_named(self.path):
-            return int(self._db.execute(query, (key,)).fetchone()[0])
+            return {sent_at for (sent_at,) in self._db.execute(query, (key,))}
 
     def _last_call_of_dead_process(self, rows: Sequence[sqlite3.Row]) -> FoundCall | None:
         counting = [row for row in rows if row["state"] != "reserved"]
@@ -569,8 +572,11 @@ class Ledger(LedgerView):
         return own is not None and settles(own)
 
     def count_results(self, key: str) -> int:
-        """Return how many calls of a request the folder's runs sent and got back, with an answer or without."""
-        return super().count_results(key) + (self._others.count_results(key) if self._others else 0)
+        """Return how many calls of a request the folder's runs sent and got back, with an answer or without.
+
+        A call that is in several ledgers, because one is a copy of another, counts once.
+        """
+        return len(self.result_times(key) | (self._others.result_times(key) if self._others else set()))
 
     def _folder_locked(self, wait: bool = True) -> contextlib.AbstractContextManager[None]:
         if self._others is None:
@@ -802,7 +808,7 @@ class Ledger(LedgerView):
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:
             if _is_busy(error):
-                self._db.execute(f"PRAGMA busy_timeout = {_BUSY_AGAIN_MS}")
+                self._db.execute(f"PRAGMA busy_timeout = {round(1000 * BUSY_AGAIN_SECONDS)}")
             raise
 
     def _note_recorded(self, count: int) -> None:
