@@ -68,8 +68,11 @@ def ask_later(endpoint, ledger, prompts=PROMPTS, **settings):
         return BatchClient(endpoint(**settings), later, "teacher", resend_unknown=True).ask(prompts)
 
 
-def name_files_late(server, looks, **counts):
-    """Let the server name the files of a batch only after so many looks at it once it has ended."""
+def name_files_late(server, looks, until_named=None, **counts):
+    """Let the server name the files of a batch only after so many looks at it once it has ended.
+
+    `counts` are those of a batch that has ended, `until_named` those that it has as long as it names no file.
+    """
     retrieve, seen = server.store.retrieve, Counter()
 
     def late(identity):
@@ -78,6 +81,7 @@ def name_files_late(server, looks, **counts):
             seen[identity] += 1
             if seen[identity] <= looks:
                 described |= {"output_file_id": None, "error_file_id": None}
+                described["request_counts"] = described["request_counts"] | (until_named or {})
             described["request_counts"] = described["request_counts"] | counts
         return described
 
@@ -461,6 +465,37 @@ def test_files_that_are_named_late_are_waited_for(server, ledger, ask, monkeypat
     name_files_late(server, batch_module.EMPTY_POLLS - 1)
     assert texts(ask()) == TEXTS
     assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+@pytest.mark.parametrize("most", [6, 2])
+@pytest.mark.parametrize("status", ["completed", "expired"])
+@pytest.mark.parametrize("counts", [{"completed": 0}, {"completed": 0, "total": 0}])
+def test_files_that_are_named_late_are_waited_for_while_the_counts_are_not_told_either(
+    server, ledger, ask, monkeypatch, most, status, counts
+):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", most)
+    server.store.ending = lambda made: server.store.finish(made, status)
+    name_files_late(server, batch_module.EMPTY_POLLS - 1, until_named=counts)
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+@pytest.mark.parametrize("status", ["completed", "expired"])
+@pytest.mark.parametrize("counts", [{"completed": 0}, {"completed": 0, "total": 0}, {"completed": 0, "failed": 5}])
+def test_a_batch_without_files_is_lost_where_its_counts_do_not_add_up(server, ledger, ask, status, counts):
+    """A count of 0 that may only not be told yet makes nothing free: it would be bought again."""
+    server.store.ending = lambda made: server.store.finish(made, status)
+    name_files_late(server, 99, until_named=counts)
+    for _ in range(2):
+        assert states(ask()) == ["unknown"] * 6
+    assert ledger.booked_spend("teacher").calls == 6 and ledger.booked_spend("teacher").tokens > 0
+    assert set(server.executed.values()) == {1} and not ledger.open_batches()
+
+
+def test_a_batch_without_files_is_free_where_its_counts_say_that_all_of_it_failed(server, ledger, ask):
+    name_files_late(server, 99, until_named={"completed": 0, "failed": 6})
+    assert states(ask(retries=0)) == ["failed"] * 6
+    assert ledger.booked_spend("teacher").tokens == 0
 
 
 def test_a_batch_that_names_no_files_of_what_it_executed_stays_until_it_does(server, ledger, ask):

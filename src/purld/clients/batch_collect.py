@@ -3,7 +3,7 @@
 A line is settled durably before its answer is used, so that a process killed while it reads goes on where it was. A
 request without a line is `failed` if the endpoint's counts say that it was not executed. If they say that lines are
 missing, or a file breaks off, it is read again, and the batch stays open; only one that is given up leaves requests
-`unknown`, and one without counts, or whose files were deleted.
+`unknown`, and one without counts, or whose files were deleted, or that names none and has counts that do not add up.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class BatchCollector:
         if short and not give_up:
             otherwise = "; a later one with --resend-unknown gives up what is missing and asks again"
             raise self._unreadable(batch, "lines are missing", otherwise)
-        rest = self._rest(status, reading)
+        rest = self._rest(batch, status, reading)
         for key in self._ledger.end_batch(batch.id, status.status, rest.result):
             reading.collected.add(rest)
             on_outcome(key, rest)
@@ -187,14 +187,15 @@ class BatchCollector:
         reading.collected.add(read.outcome)
         reading.on_outcome(read.key, read.outcome)
 
-    def _rest(self, status: BatchStatus, reading: _Reading) -> CallOutcome:
+    def _rest(self, batch: BatchRecord, status: BatchStatus, reading: _Reading) -> CallOutcome:
         """Return the end of the calls for which no line was found."""
         if status.status == "failed" and not status.files:
             said = f"batch_failed: {status.errors}" if status.errors else "batch_failed"
             return CallOutcome(CallResult("failed", error=said, billable=False, left=False), suspect=True)
         if reading.gone:
             return CallOutcome(CallResult("unknown", error="output_gone"), suspect=True)
-        if status.completed is not None and not reading.lacks_lines(status):
+        told = status.completed is not None if status.files else status.executed_nothing(batch.calls)
+        if told and not reading.lacks_lines(status):
             left_out = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
             return unexecuted(left_out.get(status.status, "no_line"))
         return CallOutcome(CallResult("unknown", error="no_line"), suspect=True)
