@@ -437,6 +437,58 @@ def test_results_without_counts_are_short_where_a_line_breaks_off(server, ledger
     assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
 
 
+def cut_results(server, *prompts):
+    """Let the server leave out the lines of these prompts, and count them."""
+    read = server.store.read_file
+    left_out = [f"To {prompt}.".encode() for prompt in prompts]
+
+    def short(identity):
+        lines = read(identity).splitlines(keepends=True)
+        return b"".join(line for line in lines if not any(answer in line for answer in left_out))
+
+    server.store.read_file = short
+
+
+def test_a_batch_that_stays_short_does_not_keep_others_from_being_collected(server, ledger, endpoint, ask, monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", 2)
+    cut_results(server, "question 0")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^\S+ the results of batch_\w+ cannot be read \(lines are missing\)[^.]*\.$"):
+            ask()
+        assert [batch.calls for batch in ledger.open_batches()] == [1] and ledger.totals("teacher")["answered"] == 5
+    del server.store.read_file
+    assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
+
+
+def test_several_batches_that_stay_short_are_told_in_one_message(server, ledger, ask, monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", 2)
+    cut_results(server, "question 0", "question 3")
+    with pytest.raises(UserError, match=r"lines are missing\).* 1 other batch cannot be read either\.$"):
+        ask()
+    assert ledger.totals("teacher")["answered"] == 4
+
+
+def test_a_short_batch_of_another_role_stops_nothing(server, ledger, endpoint, ask):
+    cut_results(server, "question 9")
+    BatchClient(endpoint(), ledger, "opponent").submit([Prompt.from_text("question 9")])
+    assert texts(ask()) == TEXTS
+    assert len(ledger.open_batches()) == 1
+    assert texts(ask([*PROMPTS, Prompt.from_text("question 7")])) == [*TEXTS, "To question 7."]
+
+
+def test_what_is_to_be_asked_again_waits_for_a_batch_that_is_short(server, ledger, endpoint, ask, monkeypatch):
+    """An endpoint that loses lines is not sent more in the same command; the next one asks first, and collects."""
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", 2)
+    server.answers = {"question 3": [(500, {}), (200, completion("at last"))]}
+    cut_results(server, "question 0")
+    for answered in (4, 5):
+        with pytest.raises(UserError, match="lines are missing"):
+            ask()
+        assert ledger.totals("teacher")["answered"] == answered
+    del server.store.read_file
+    assert texts(ask()) == [*TEXTS[:3], "at last", *TEXTS[4:]]
+
+
 @pytest.mark.parametrize("members", [2, 6])
 def test_results_that_are_compressed_in_parts(server, ledger, ask, members):
     def send(handler):
