@@ -453,8 +453,9 @@ def test_a_batch_that_stays_short_does_not_keep_others_from_being_collected(serv
     monkeypatch.setattr(batch_module, "MAX_REQUESTS", 2)
     cut_results(server, "question 0")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"^\S+ the results of batch_\w+ cannot be read \(lines are missing\)[^.]*\.$"):
+        with pytest.raises(UserError, match=r"results of batch_\w+ cannot be read \(lines are missing\)") as stopped:
             ask()
+        assert "go on" not in str(stopped.value) and "either" not in str(stopped.value)
         assert [batch.calls for batch in ledger.open_batches()] == [1] and ledger.totals("teacher")["answered"] == 5
     del server.store.read_file
     assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
@@ -487,6 +488,41 @@ def test_what_is_to_be_asked_again_waits_for_a_batch_that_is_short(server, ledge
         assert ledger.totals("teacher")["answered"] == answered
     del server.store.read_file
     assert texts(ask()) == [*TEXTS[:3], "at last", *TEXTS[4:]]
+
+
+@pytest.mark.parametrize("loses", ["a line", "every file"])
+def test_what_is_lost_again_after_it_was_given_up_ends_the_stage(server, ledger, endpoint, ask, loses):
+    """An endpoint that always loses it would stop every command, and each --resend-unknown would buy it again."""
+    if loses == "a line":
+        cut_results(server, "question 3")
+    else:
+        name_files_late(server, 99)
+    with pytest.raises(UserError, match=r"they stay there|names no file") as stopped:
+        ask()
+    assert "goes on" not in str(stopped.value) and "--cancel-batches" not in str(stopped.value)
+    lost = [3] if loses == "a line" else range(6)
+    expected = ["unknown" if n in lost else "answered" for n in range(6)]
+    assert states(ask_later(endpoint, ledger)) == expected and server.executed["question 3"] == 2
+    with Ledger(ledger.path) as later:
+        assert states(BatchClient(endpoint(), later, "teacher").ask(PROMPTS)) == expected
+        assert server.executed["question 3"] == 2 and not later.open_batches()
+        totals = later.totals("teacher")
+        assert totals["unknown"] == len(lost) and later.booked_spend("teacher").calls == 6 + len(lost)
+    assert states(ask_later(endpoint, ledger)) == expected and server.executed["question 3"] == 3
+
+
+def test_only_what_was_given_up_before_is_given_up_when_it_is_lost_again(server, ledger, endpoint, ask):
+    cut_results(server, "question 3", "new")
+    with pytest.raises(UserError, match="lines are missing"):
+        ask()
+    assert states(ask_later(endpoint, ledger)).count("unknown") == 1
+    prompts = [*PROMPTS, Prompt.from_text("new")]
+    with pytest.raises(UserError, match="lines are missing"):
+        ask_later(endpoint, ledger, prompts)
+    with LedgerView(ledger.path) as view:
+        calls = {row["prompt_id"]: [call["state"] for call in row["calls"]] for row in view.iter_requests()}
+        assert [batch.calls for batch in view.open_batches()] == [1]
+    assert calls[PROMPTS[3].id] == ["unknown"] * 3 and calls[prompts[-1].id] == ["sent"]
 
 
 @pytest.mark.parametrize("members", [2, 6])
