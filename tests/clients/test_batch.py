@@ -68,8 +68,11 @@ def ask_later(endpoint, ledger, prompts=PROMPTS, **settings):
         return BatchClient(endpoint(**settings), later, "teacher", resend_unknown=True).ask(prompts)
 
 
-def name_files_late(server, looks, **counts):
-    """Let the server name the files of a batch only after so many looks at it once it has ended."""
+def name_files_late(server, looks, until_named=None, **counts):
+    """Let the server name the files of a batch only after so many looks at it once it has ended.
+
+    `counts` are those of a batch that has ended, `until_named` those that it has as long as it names no file.
+    """
     retrieve, seen = server.store.retrieve, Counter()
 
     def late(identity):
@@ -78,6 +81,7 @@ def name_files_late(server, looks, **counts):
             seen[identity] += 1
             if seen[identity] <= looks:
                 described |= {"output_file_id": None, "error_file_id": None}
+                described["request_counts"] = described["request_counts"] | (until_named or {})
             described["request_counts"] = described["request_counts"] | counts
         return described
 
@@ -433,6 +437,94 @@ def test_results_without_counts_are_short_where_a_line_breaks_off(server, ledger
     assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
 
 
+def cut_results(server, *prompts):
+    """Let the server leave out the lines of these prompts, and count them."""
+    read = server.store.read_file
+    left_out = [f"To {prompt}.".encode() for prompt in prompts]
+
+    def short(identity):
+        lines = read(identity).splitlines(keepends=True)
+        return b"".join(line for line in lines if not any(answer in line for answer in left_out))
+
+    server.store.read_file = short
+
+
+def test_a_batch_that_stays_short_does_not_keep_others_from_being_collected(server, ledger, endpoint, ask, monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", 2)
+    cut_results(server, "question 0")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"results of batch_\w+ cannot be read \(lines are missing\)") as stopped:
+            ask()
+        assert "go on" not in str(stopped.value) and "either" not in str(stopped.value)
+        assert [batch.calls for batch in ledger.open_batches()] == [1] and ledger.totals("teacher")["answered"] == 5
+    del server.store.read_file
+    assert texts(ask()) == TEXTS and set(server.executed.values()) == {1}
+
+
+def test_several_batches_that_stay_short_are_told_in_one_message(server, ledger, ask, monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", 2)
+    cut_results(server, "question 0", "question 3")
+    with pytest.raises(UserError, match=r"lines are missing\).* 1 other batch cannot be read either\.$"):
+        ask()
+    assert ledger.totals("teacher")["answered"] == 4
+
+
+def test_a_short_batch_of_another_role_stops_nothing(server, ledger, endpoint, ask):
+    cut_results(server, "question 9")
+    BatchClient(endpoint(), ledger, "opponent").submit([Prompt.from_text("question 9")])
+    assert texts(ask()) == TEXTS
+    assert len(ledger.open_batches()) == 1
+    assert texts(ask([*PROMPTS, Prompt.from_text("question 7")])) == [*TEXTS, "To question 7."]
+
+
+def test_what_is_to_be_asked_again_waits_for_a_batch_that_is_short(server, ledger, endpoint, ask, monkeypatch):
+    """An endpoint that loses lines is not sent more in the same command; the next one asks first, and collects."""
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", 2)
+    server.answers = {"question 3": [(500, {}), (200, completion("at last"))]}
+    cut_results(server, "question 0")
+    for answered in (4, 5):
+        with pytest.raises(UserError, match="lines are missing"):
+            ask()
+        assert ledger.totals("teacher")["answered"] == answered
+    del server.store.read_file
+    assert texts(ask()) == [*TEXTS[:3], "at last", *TEXTS[4:]]
+
+
+@pytest.mark.parametrize("loses", ["a line", "every file"])
+def test_what_is_lost_again_after_it_was_given_up_ends_the_stage(server, ledger, endpoint, ask, loses):
+    """An endpoint that always loses it would stop every command, and each --resend-unknown would buy it again."""
+    if loses == "a line":
+        cut_results(server, "question 3")
+    else:
+        name_files_late(server, 99)
+    with pytest.raises(UserError, match=r"they stay there|names no file") as stopped:
+        ask()
+    assert "goes on" not in str(stopped.value) and "--cancel-batches" not in str(stopped.value)
+    lost = [3] if loses == "a line" else range(6)
+    expected = ["unknown" if n in lost else "answered" for n in range(6)]
+    assert states(ask_later(endpoint, ledger)) == expected and server.executed["question 3"] == 2
+    with Ledger(ledger.path) as later:
+        assert states(BatchClient(endpoint(), later, "teacher").ask(PROMPTS)) == expected
+        assert server.executed["question 3"] == 2 and not later.open_batches()
+        totals = later.totals("teacher")
+        assert totals["unknown"] == len(lost) and later.booked_spend("teacher").calls == 6 + len(lost)
+    assert states(ask_later(endpoint, ledger)) == expected and server.executed["question 3"] == 3
+
+
+def test_only_what_was_given_up_before_is_given_up_when_it_is_lost_again(server, ledger, endpoint, ask):
+    cut_results(server, "question 3", "new")
+    with pytest.raises(UserError, match="lines are missing"):
+        ask()
+    assert states(ask_later(endpoint, ledger)).count("unknown") == 1
+    prompts = [*PROMPTS, Prompt.from_text("new")]
+    with pytest.raises(UserError, match="lines are missing"):
+        ask_later(endpoint, ledger, prompts)
+    with LedgerView(ledger.path) as view:
+        calls = {row["prompt_id"]: [call["state"] for call in row["calls"]] for row in view.iter_requests()}
+        assert [batch.calls for batch in view.open_batches()] == [1]
+    assert calls[PROMPTS[3].id] == ["unknown"] * 3 and calls[prompts[-1].id] == ["sent"]
+
+
 @pytest.mark.parametrize("members", [2, 6])
 def test_results_that_are_compressed_in_parts(server, ledger, ask, members):
     def send(handler):
@@ -461,6 +553,37 @@ def test_files_that_are_named_late_are_waited_for(server, ledger, ask, monkeypat
     name_files_late(server, batch_module.EMPTY_POLLS - 1)
     assert texts(ask()) == TEXTS
     assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+@pytest.mark.parametrize("most", [6, 2])
+@pytest.mark.parametrize("status", ["completed", "expired"])
+@pytest.mark.parametrize("counts", [{"completed": 0}, {"completed": 0, "total": 0}])
+def test_files_that_are_named_late_are_waited_for_while_the_counts_are_not_told_either(
+    server, ledger, ask, monkeypatch, most, status, counts
+):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", most)
+    server.store.ending = lambda made: server.store.finish(made, status)
+    name_files_late(server, batch_module.EMPTY_POLLS - 1, until_named=counts)
+    assert texts(ask()) == TEXTS
+    assert set(server.executed.values()) == {1} and ledger.totals("teacher")["calls"] == 6
+
+
+@pytest.mark.parametrize("status", ["completed", "expired"])
+@pytest.mark.parametrize("counts", [{"completed": 0}, {"completed": 0, "total": 0}, {"completed": 0, "failed": 5}])
+def test_a_batch_without_files_is_lost_where_its_counts_do_not_add_up(server, ledger, ask, status, counts):
+    """A count of 0 that may only not be told yet makes nothing free: it would be bought again."""
+    server.store.ending = lambda made: server.store.finish(made, status)
+    name_files_late(server, 99, until_named=counts)
+    for _ in range(2):
+        assert states(ask()) == ["unknown"] * 6
+    assert ledger.booked_spend("teacher").calls == 6 and ledger.booked_spend("teacher").tokens > 0
+    assert set(server.executed.values()) == {1} and not ledger.open_batches()
+
+
+def test_a_batch_without_files_is_free_where_its_counts_say_that_all_of_it_failed(server, ledger, ask):
+    name_files_late(server, 99, until_named={"completed": 0, "failed": 6})
+    assert states(ask(retries=0)) == ["failed"] * 6
+    assert ledger.booked_spend("teacher").tokens == 0
 
 
 def test_a_batch_that_names_no_files_of_what_it_executed_stays_until_it_does(server, ledger, ask):

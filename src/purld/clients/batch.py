@@ -21,7 +21,7 @@ from typing import cast
 from purld.clients.base import OnReply, Reply, ReplyCollector, capped_reply, reply_from_result, settled_reply
 from purld.clients.batch_api import BatchApi, OnWait
 from purld.clients.batch_collect import BatchCollector, Collected
-from purld.clients.batch_format import MAX_FILE_BYTES, MAX_REQUESTS, BatchStatus, input_line, read_batch
+from purld.clients.batch_format import ENDED, MAX_FILE_BYTES, MAX_REQUESTS, BatchStatus, input_line, read_batch
 from purld.clients.batch_records import BatchRecord
 from purld.clients.batch_submit import BatchSubmitter, Submission
 from purld.clients.endpoint import EndpointClient
@@ -185,6 +185,7 @@ class _BatchWork:
         self.one_at_a_time = False
         self.statuses: dict[int, BatchStatus] = {}
         self.empty_looks: Counter[int] = Counter()  # at batches that have ended and name no file
+        self.unreadable: dict[int, str] = {}  # why batches that have ended cannot be collected now
         self.seen_running: set[int] = set()  # batches that had not ended when this process looked
         self.refused: list[str] = []  # keys of a batch that the endpoint refused after it was created
         self.display = _WaitDisplay(client.on_wait)
@@ -253,7 +254,7 @@ class _BatchWork:
 
     def _going_on(self) -> str:
         """Return the sentence about the batches that the endpoint goes on with, or nothing."""
-        names = [batch.name for batch in self.client.open_batches()]
+        names = [batch.name for batch in self.client.open_batches() if batch.status not in ENDED]
         if not names:
             return ""
         goes, them = (f"{names[0]} goes", "it") if len(names) == 1 else (f"{len(names)} batches go", "them")
@@ -264,9 +265,12 @@ class _BatchWork:
 
     async def _submit_and_collect(self) -> None:
         while not self.stop:
-            if self.endpoint.batch:
+            if self.endpoint.batch and not self.unreadable:
                 await self._submit_pending()
-            open_batches = self.client.open_batches()
+            open_batches = self._collectable()
+            if self.unreadable and not open_batches:
+                self._note_unreadable()
+                break
             if self.stop or not (self.waiting or self.elsewhere or (open_batches and (self.pending or self.capped))):
                 break
             await self._wait_for_one()
@@ -277,6 +281,18 @@ class _BatchWork:
                 failed = self.failed.get(key)
                 reply = reply_from_result(failed) if failed else capped_reply(cap)
                 self.collector.add_reply(key, reply)
+
+    def _collectable(self) -> list[BatchRecord]:
+        """Return the open batches but for those that could not be read: one of them keeps no other waiting."""
+        return [batch for batch in self.client.open_batches() if batch.id not in self.unreadable]
+
+    def _note_unreadable(self) -> None:
+        """Stop at the batches that could not be read, if anything that is asked for now waits for them."""
+        if self.waiting or self.capped or self.elsewhere or (self.pending and self.endpoint.batch):
+            said, *others = self.unreadable.values()
+            batches = "batch" if len(others) == 1 else "batches"
+            also = f" {len(others):,} other {batches} cannot be read either." if others else ""
+            self.stop = self.stop or f"{said}{also}"
 
     async def _find_lost(self) -> None:
         """Settle what became of batches that a kill left without an id."""
@@ -373,7 +389,7 @@ class _BatchWork:
         """Wait until a batch has ended and collect it; without one, wait some time for what other runs are asking."""
         wait, failures = FIRST_POLL, 0
         while not self.stop:
-            open_batches = self.client.open_batches()
+            open_batches = self._collectable()
             for batch in open_batches:
                 status = await self._look_at(batch)
                 failures = failures + 1 if status is None else 0
@@ -440,7 +456,7 @@ class _BatchWork:
         try:
             collected = await collector.collect(batch, status, self._on_outcome, self._may_give_up(batch))
         except UserError as unreadable:
-            self.stop = str(unreadable)
+            self.unreadable[batch.id] = str(unreadable)
             return
         del self.statuses[batch.id]
         refused, self.refused = self.refused, []

@@ -3,7 +3,8 @@
 A line is settled durably before its answer is used, so that a process killed while it reads goes on where it was. A
 request without a line is `failed` if the endpoint's counts say that it was not executed. If they say that lines are
 missing, or a file breaks off, it is read again, and the batch stays open; only one that is given up leaves requests
-`unknown`, and one without counts, or whose files were deleted.
+`unknown`, and one without counts, or whose files were deleted, or that names none and has counts that do not add up.
+A request that was lost once before does not keep a batch open: it becomes `unknown` again.
 """
 
 from __future__ import annotations
@@ -80,6 +81,12 @@ class _Reading:
         more = self.broken_off or (status.completed or 0) > len(self.executed)
         return bool(self.calls) and not self.gone and more
 
+    def end(self, key: str, outcome: CallOutcome, ledger: Ledger) -> None:
+        """Settle a call, and tell of its end."""
+        ledger.settle(self.calls.pop(key), outcome.result)
+        self.collected.add(outcome)
+        self.on_outcome(key, outcome)
+
 
 def _breaks_off(line: Line) -> bool:
     """Return whether a line is the last and only the beginning of an object, which may arrive whole next time."""
@@ -115,26 +122,21 @@ class BatchCollector:
             give_up: end the calls of which the results are missing, too.
 
         Raises:
-            UserError: results are missing, or a file cannot be read now; the batch stays open, and what was read is
-                stored.
+            UserError: results are missing that were not lost before, or a file cannot be read now; the batch stays
+                open, and what was read is stored.
         """
-        if status.lacks_files and status.completed and not give_up:
-            raise UserError(
-                f"{self._endpoint.base_url}: {batch.name} has ended with {status.completed:,} executed requests and "
-                "names no file of their results; the same command looks again, a later one with --resend-unknown gives "
-                "them up and asks again."
-            )
         reading = _Reading(self._ledger.open_calls(batch.id), on_outcome)
         for attempt in range(self._endpoint.retries + 1):
             await self._read_files(batch, status, reading)
-            short = bool(status.files) and reading.lacks_lines(status)
-            if not short or attempt == self._endpoint.retries:
+            # Files that are not named were waited for before.
+            if not status.files or not reading.lacks_lines(status) or attempt == self._endpoint.retries:
                 break
             await asyncio.sleep(backoff_seconds(attempt, None))
-        if short and not give_up:
-            otherwise = "; a later one with --resend-unknown gives up what is missing and asks again"
-            raise self._unreadable(batch, "lines are missing", otherwise)
-        rest = self._rest(status, reading)
+        if reading.lacks_lines(status) and not give_up:
+            self._give_up_again(reading)
+            if reading.calls:
+                raise self._incomplete(batch, status)
+        rest = self._rest(batch, status, reading)
         for key in self._ledger.end_batch(batch.id, status.status, rest.result):
             reading.collected.add(rest)
             on_outcome(key, rest)
@@ -149,6 +151,26 @@ class BatchCollector:
                 reading.gone = True
             elif problem:
                 raise self._unreadable(batch, problem.said)
+
+    def _give_up_again(self, reading: _Reading) -> None:
+        """End the calls without a line of what was lost before: an endpoint that always loses it would stop for ever.
+
+        Only the ledger's whole list tells of earlier calls; it is read here alone, where a batch is short.
+        """
+        lost = CallOutcome(CallResult("unknown", error="no_line"), suspect=True)
+        for row in self._ledger.iter_requests():
+            if row["key"] in reading.calls and any(call["state"] == "unknown" for call in row["calls"]):
+                reading.end(row["key"], lost, self._ledger)
+
+    def _incomplete(self, batch: BatchRecord, status: BatchStatus) -> UserError:
+        if status.files:
+            otherwise = "; a later one with --resend-unknown gives up what is missing and asks again"
+            return self._unreadable(batch, "lines are missing", otherwise)
+        return UserError(
+            f"{self._endpoint.base_url}: {batch.name} has ended with {status.completed or 0:,} executed requests and "
+            "names no file of their results; the same command looks again, a later one with --resend-unknown gives "
+            "them up and asks again."
+        )
 
     def _unreadable(self, batch: BatchRecord, said: str, otherwise: str = "") -> UserError:
         return UserError(
@@ -180,21 +202,18 @@ class BatchCollector:
             return
         if read.executed:
             reading.executed.add(read.key)
-        call = reading.calls.pop(read.key, None)
-        if call is None:  # settled before, by an earlier attempt or process
-            return
-        self._ledger.settle(call, read.outcome.result)
-        reading.collected.add(read.outcome)
-        reading.on_outcome(read.key, read.outcome)
+        if read.key in reading.calls:  # or else settled before, by an earlier attempt or process
+            reading.end(read.key, read.outcome, self._ledger)
 
-    def _rest(self, status: BatchStatus, reading: _Reading) -> CallOutcome:
+    def _rest(self, batch: BatchRecord, status: BatchStatus, reading: _Reading) -> CallOutcome:
         """Return the end of the calls for which no line was found."""
         if status.status == "failed" and not status.files:
             said = f"batch_failed: {status.errors}" if status.errors else "batch_failed"
             return CallOutcome(CallResult("failed", error=said, billable=False, left=False), suspect=True)
         if reading.gone:
             return CallOutcome(CallResult("unknown", error="output_gone"), suspect=True)
-        if status.completed is not None and not reading.lacks_lines(status):
+        told = status.completed is not None if status.files else status.executed_nothing(batch.calls)
+        if told and not reading.lacks_lines(status):
             left_out = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
             return unexecuted(left_out.get(status.status, "no_line"))
         return CallOutcome(CallResult("unknown", error="no_line"), suspect=True)

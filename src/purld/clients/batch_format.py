@@ -73,8 +73,19 @@ class BatchStatus:
 
     @property
     def lacks_files(self) -> bool:
-        """Return whether the batch has ended, may have executed requests, and names no file of their results."""
-        return self.ended and self.status != "failed" and not self.files and self.completed != 0
+        """Return whether the batch has ended and names no file of results, which some servers name late.
+
+        Its counts do not tell that it needs none: they may be as late, and read 0 until then.
+        """
+        return self.ended and self.status != "failed" and not self.files
+
+    def executed_nothing(self, calls: int) -> bool:
+        """Return whether it is certain, without any file, that none of the batch's calls was executed.
+
+        A count of 0 says so where those that failed make up the rest. A cancelled batch tells no reason for the rest.
+        """
+        all_failed = bool(self.total) and self.done >= max(self.total or 0, calls)
+        return self.completed == 0 and (self.status == "cancelled" or all_failed)
 
     @property
     def too_much(self) -> bool:
