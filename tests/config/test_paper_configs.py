@@ -53,9 +53,11 @@ def sizes_once_a_backbone() -> Iterator[None]:
     """Look through the layers of each backbone once: its four configurations train the same of it."""
     sizes: dict[str, StudentSizes] = {}
 
-    def measure(student: Student, encoder: Encoder) -> StudentSizes:
+    def measure(student: Student, encoder: Encoder, may_change: bool) -> StudentSizes:
         trained = student.model_dump_json(exclude={"max_prompt_tokens", "max_anchor_tokens"})
-        return sizes[trained] if trained in sizes else sizes.setdefault(trained, check_student(student, encoder))
+        if trained not in sizes:
+            sizes[trained] = check_student(student, encoder, may_change)
+        return sizes[trained]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("purld.pipeline.preflight.check_student", measure)
