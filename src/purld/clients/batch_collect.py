@@ -94,6 +94,11 @@ def _breaks_off(line: Line) -> bool:
     return not whole and line.content.lstrip().startswith(b"{")
 
 
+def _lost(error: str) -> CallOutcome:
+    """Return the end of a call that may have been executed, and whose result is not there."""
+    return CallOutcome(CallResult("unknown", error=error), suspect=True)
+
+
 class BatchCollector:
     """Collects the results of batches.
 
@@ -153,14 +158,10 @@ class BatchCollector:
                 raise self._unreadable(batch, problem.said)
 
     def _give_up_again(self, reading: _Reading) -> None:
-        """End the calls without a line of what was lost before: an endpoint that always loses it would stop for ever.
-
-        Only the ledger's whole list tells of earlier calls; it is read here alone, where a batch is short.
-        """
-        lost = CallOutcome(CallResult("unknown", error="no_line"), suspect=True)
-        for row in self._ledger.iter_requests():
-            if row["key"] in reading.calls and any(call["state"] == "unknown" for call in row["calls"]):
-                reading.end(row["key"], lost, self._ledger)
+        """End the calls without a line that were lost before; an endpoint may lose the same ones every time."""
+        for key in list(reading.calls):
+            if self._ledger.was_lost(key):
+                reading.end(key, _lost("no_line"), self._ledger)
 
     def _incomplete(self, batch: BatchRecord, status: BatchStatus) -> UserError:
         if status.files:
@@ -211,9 +212,9 @@ class BatchCollector:
             said = f"batch_failed: {status.errors}" if status.errors else "batch_failed"
             return CallOutcome(CallResult("failed", error=said, billable=False, left=False), suspect=True)
         if reading.gone:
-            return CallOutcome(CallResult("unknown", error="output_gone"), suspect=True)
+            return _lost("output_gone")
         told = status.completed is not None if status.files else status.executed_nothing(batch.calls)
         if told and not reading.lacks_lines(status):
             left_out = {"expired": "batch_expired", "cancelled": "batch_cancelled"}
             return unexecuted(left_out.get(status.status, "no_line"))
-        return CallOutcome(CallResult("unknown", error="no_line"), suspect=True)
+        return _lost("no_line")

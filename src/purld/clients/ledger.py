@@ -364,6 +364,10 @@ class LedgerView:
         """Return whether a process has this ledger open for writing."""
         return is_locked(lock_path(self.path))
 
+    def was_lost(self, key: str) -> bool:
+        """Return whether a call of a request became `unknown`."""
+        return any(row["state"] == "unknown" for row in self._read_calls(key))
+
     def _read_calls(self, key: str) -> list[sqlite3.Row]:
         with self._mutex, _database_errors_named(self.path):
             return self._db.execute(
